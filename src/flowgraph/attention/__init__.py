@@ -1,0 +1,1 @@
+"""One forward pass of any Hugging Face causal LM -> aggregated attention rows, streamed in blocks."""

@@ -1,0 +1,57 @@
+"""Exceptions named for outcomes: what happened, not where.
+
+Every message has four parts: the argument, the rule, the value got, the remedy. An error whose cause is
+the caller's input is also a ``ValueError``, so plain ``except ValueError`` keeps working.
+"""
+
+
+class FlowgraphError(Exception):
+    """Base of every exception that flowgraph raises on purpose."""
+
+
+class InvalidInputError(FlowgraphError, ValueError):
+    """An argument breaks a stated rule."""
+
+
+class RegionError(InvalidInputError):
+    """Question, reasoning or answer is empty, overlaps another region or lies outside the text."""
+
+
+class NoAnswerError(RegionError):
+    """No answer was found in the response."""
+
+
+class GraphError(InvalidInputError):
+    """A graph breaks a rule of ``FlowGraph``: order, range, causality, masks."""
+
+
+class NumericalRangeError(FlowgraphError, ArithmeticError):
+    """A potential left the range of float64, so no correct number can be given."""
+
+
+class InfeasibleFlowError(FlowgraphError, ValueError):
+    """No question token reaches the answer, and the caller asked for something that needs a flow."""
+
+
+class CaptureError(FlowgraphError, ValueError):
+    """The attention of this model cannot be captured correctly."""
+
+
+class MemoryLimitError(FlowgraphError, MemoryError):
+    """The estimated memory of a request exceeds what is available."""
+
+
+class TooLargeError(InvalidInputError):
+    """An exact computation was asked for on a graph above its stated size limit."""
+
+
+class MissingExtraError(FlowgraphError, ImportError):
+    """An optional package is needed and not installed; the message names the extra."""
+
+
+class TraceFileError(FlowgraphError, ValueError):
+    """A trace file is truncated, foreign, or written by a newer version."""
+
+
+class OutputError(FlowgraphError, OSError):
+    """An output path cannot be written."""

@@ -1,0 +1,40 @@
+"""The method word for word: one token at a time, no blocks, no batching. Slow; for checking the fast paths."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+
+def potential_reference(
+    edge_index: Int64[Tensor, "2 edges"], weight: Float[Tensor, " edges"], demand: Float64[Tensor, " nodes"]
+) -> Float64[Tensor, " nodes"]:
+    """``h[s] = b[s] + sum over edges s -> t of N[t, s] * h[t]``, last token first.
+
+    Args:
+        edge_index: ``[2, E]`` sorted by target; several graphs may stand one after the other.
+        weight: ``[E]``.
+        demand: b.
+
+    Returns:
+        h in float64. Cost: E Python steps.
+    """
+    h = demand.double().tolist()
+    for s, t, w in reversed(_edges(edge_index, weight)):
+        h[s] += w * h[t]  # every edge out of t has a later target, so h[t] is final here
+    return torch.tensor(h, dtype=torch.float64, device=weight.device)
+
+
+def influence_reference(
+    edge_index: Int64[Tensor, "2 edges"], weight: Float[Tensor, " edges"], inflow: Float64[Tensor, " nodes"]
+) -> Float64[Tensor, " nodes"]:
+    """``g[t] = q[t] + sum over edges s -> t of N[t, s] * g[s]``, first token first; arguments as above."""
+    g = inflow.double().tolist()
+    for s, t, w in _edges(edge_index, weight):
+        g[t] += w * g[s]
+    return torch.tensor(g, dtype=torch.float64, device=weight.device)
+
+
+def _edges(edge_index: Tensor, weight: Tensor) -> list[tuple[int, int, float]]:
+    return list(zip(*edge_index.tolist(), weight.double().tolist(), strict=True))
