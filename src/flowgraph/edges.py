@@ -31,7 +31,7 @@ AUTO_ALL_TOKENS = 2048
 AUTO_EDGES_PER_TOKEN = 64
 _ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 3e-2  # a bfloat16 row of a thousand rounded weights
-_BYTES_PER_EDGE = 60  # edge_index and capacity, twice while they are joined, and one sort key
+BYTES_PER_EDGE = 60  # edge_index and capacity, twice while they are joined, and one sort key
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,9 @@ class EdgeRows:
     def _takes_previous_row(self, token: Int64[Tensor, " block"]) -> Bool[Tensor, " block"]:
         if self.rules.rows == "literal":
             return torch.zeros_like(token, dtype=torch.bool)
-        emitted = self.generated.to(token.device)[token] if self.rules.rows == "emission" else torch.ones_like(token).bool()
+        emitted = (
+            self.generated.to(token.device)[token] if self.rules.rows == "emission" else torch.ones_like(token).bool()
+        )
         return emitted & (token > 0)
 
 
@@ -228,28 +230,35 @@ def collect_edges(
     source = as_row_source(rows)
     num_tokens, device = source.num_tokens, source.device
     edge_rows = EdgeRows(source, rules, generated)
-    possible = num_tokens * (num_tokens - 1) // 2
-    limit = _edge_limit(max_edges, num_tokens)
+    kept = edges_kept(max_edges, num_tokens)
     require_memory(
-        _BYTES_PER_EDGE * min(limit, possible) + 40 * BLOCK * num_tokens,
+        BYTES_PER_EDGE * kept + 40 * BLOCK * num_tokens,
         f"edges of {num_tokens} tokens",
         "pass max_edges=, which keeps the edges with most flow",
         device,
     )
-    if limit >= possible:
+    if kept == num_tokens * (num_tokens - 1) // 2:
         edge_index, capacity, _ = _gather(edge_rows, lambda start, weights: weights)
         return CollectedEdges(edge_index, capacity, kept_attention=1.0, kept_flow=1.0)
-    return _strongest_by_flow(edge_rows, question.to(device), answer.to(device), limit)
+    return _strongest_by_flow(edge_rows, question.to(device), answer.to(device), kept)
 
 
-def _edge_limit(max_edges: int | str, num_tokens: int) -> int:
+def edges_kept(max_edges: int | str, num_tokens: int) -> int:
+    """The most edges that a graph of this many tokens will hold.
+
+    Raises:
+        InvalidInputError: ``max_edges`` is neither "auto", "all" nor a positive number.
+    """
+    possible = num_tokens * (num_tokens - 1) // 2
     if max_edges == "all" or (max_edges == "auto" and num_tokens <= AUTO_ALL_TOKENS):
-        return num_tokens * num_tokens
+        return possible
     if max_edges == "auto":
-        return AUTO_EDGES_PER_TOKEN * num_tokens
+        return min(AUTO_EDGES_PER_TOKEN * num_tokens, possible)
     if isinstance(max_edges, bool) or not isinstance(max_edges, int) or max_edges < 1:
-        raise InvalidInputError(f"max_edges: must be 'auto', 'all' or a positive number, got {max_edges!r}; 64 per token keeps most flow")
-    return max_edges
+        raise InvalidInputError(
+            f"max_edges: must be 'auto', 'all' or a positive number, got {max_edges!r}; 64 per token keeps most flow"
+        )
+    return min(max_edges, possible)
 
 
 def _gather(edge_rows: EdgeRows, importance, limit: int | None = None) -> tuple[Tensor, Tensor, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float64, Int64
@@ -62,6 +62,38 @@ class Flow:
     absorption: str
     backend: str
 
+    @classmethod
+    def from_potentials(
+        cls,
+        graph: FlowGraph,
+        *,
+        h: Float64[Tensor, " nodes"],
+        g: Float64[Tensor, " nodes"],
+        source: Float64[Tensor, " nodes"],
+        absorbing: Bool[Tensor, " nodes"],
+        damping: float,
+        **facts: Any,
+    ) -> Flow:
+        """Complete a flow from its two potentials; ``facts`` are the remaining fields."""
+        ptr, graph_of_node = _layout(graph)
+        num_graphs = ptr.numel() - 1
+        feasible = scatter(source, graph_of_node, dim_size=num_graphs, reduce="sum") > 0
+        start, end = graph.edge_index
+        congestion = torch.where(absorbing[start], 0.0, g[start] * h[end] * damping)
+        worst = scatter(congestion, graph_of_node[start], dim_size=num_graphs, reduce="max")
+        return cls(
+            graph=graph,
+            h=h,
+            g=g,
+            throughput=g * h,
+            source=source,
+            absorbing=absorbing,
+            feasible=feasible,
+            alpha=torch.where(worst > 0, 1 / worst, torch.inf),
+            damping=damping,
+            **facts,
+        )
+
     def weight(self) -> Float64[Tensor, " edges"]:
         """N on the edges: capacity times damping, zero where the source absorbs."""
         leaves = ~self.absorbing[self.graph.edge_index[0]]
@@ -77,8 +109,10 @@ class Flow:
         return self.g * self.demand
 
     def __repr__(self) -> str:
-        feasible = f"{int(self.feasible.sum())}/{self.feasible.numel()} feasible" if self.feasible.numel() > 1 else (
-            "feasible" if bool(self.feasible) else "not feasible: the answer is unreachable"
+        feasible = (
+            f"{int(self.feasible.sum())}/{self.feasible.numel()} feasible"
+            if self.feasible.numel() > 1
+            else ("feasible" if bool(self.feasible) else "not feasible: the answer is unreachable")
         )
         return (
             f"Flow({self.graph.num_nodes} tokens, {self.graph.num_edges} edges, {feasible}, source={self.source_rule}, "
@@ -136,7 +170,9 @@ def solve(
         [1.0, 0.6667, 0.3333, 1.0]
     """
     if not isinstance(graph, FlowGraph):
-        raise GraphError(f"graph: must be a FlowGraph or a Batch of them, got {type(graph).__name__}; see FlowGraph.from_dense")
+        raise GraphError(
+            f"graph: must be a FlowGraph or a Batch of them, got {type(graph).__name__}; see FlowGraph.from_dense"
+        )
     _check_options(backend, source, absorption, damping)
     if absorption is None:
         absorption = "absorb" if demand is None else "pass_through"
@@ -151,14 +187,18 @@ def solve(
     g = sweep_g(torch.where(injected > 0, injected / h, 0.0))
     if not bool(torch.isfinite(g).all()):
         raise NumericalRangeError(_RANGE_MESSAGE.format("the forward influence overflows", float(h[h > 0].min())))
-    feasible = scatter(injected, graph_of_node, dim_size=ptr.numel() - 1, reduce="sum") > 0
-    flow = Flow(
-        graph=graph, h=h, g=g, throughput=g * h, source=injected, demand=b, absorbing=absorbing, feasible=feasible,
-        alpha=torch.full_like(feasible, torch.inf, dtype=torch.float64), damping=float(damping),
-        source_rule=source if isinstance(source, str) else "vector", absorption=absorption, backend=used,
-    )  # fmt: skip
-    flow.alpha.copy_(_alpha(flow, graph_of_node))
-    return flow
+    return Flow.from_potentials(
+        graph,
+        h=h,
+        g=g,
+        source=injected,
+        demand=b,
+        absorbing=absorbing,
+        damping=float(damping),
+        source_rule=source if isinstance(source, str) else "vector",
+        absorption=absorption,
+        backend=used,
+    )
 
 
 def _check_options(backend: str, source: str | Tensor, absorption: str | None, damping: float) -> None:
@@ -181,7 +221,9 @@ def _vector(vector: Tensor, graph: FlowGraph, name: str) -> Tensor:
             f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; pass a vector [N]"
         )
     if not bool(torch.isfinite(vector).all()) or bool((vector < 0).any()):
-        raise InvalidInputError(f"{name}: must be finite and non-negative, got {vector.min().item():g} as its least; clamp it first")
+        raise InvalidInputError(
+            f"{name}: must be finite and non-negative, got {vector.min().item():g} as its least; clamp it first"
+        )
     return vector
 
 
@@ -257,10 +299,3 @@ def _check_range(graph: FlowGraph, h: Tensor, absorbing: Tensor, damping: float)
     if bool(vanished.any()):
         at = int(source[vanished][-1])
         raise NumericalRangeError(_RANGE_MESSAGE.format(f"it underflows at token {at}", float(h[h > 0].min())))
-
-
-def _alpha(flow: Flow, graph_of_node: Tensor) -> Float64[Tensor, " graphs"]:
-    source, target = flow.graph.edge_index
-    congestion = torch.where(flow.edge_flow() > 0, flow.g[source] * flow.h[target], 0.0)
-    worst = scatter(congestion, graph_of_node[source], dim_size=flow.feasible.numel(), reduce="max")
-    return torch.where(worst > 0, 1 / worst, torch.inf)

@@ -48,8 +48,8 @@ class FlowGraph(Data):
     question_mask: Bool[Tensor, " tokens"]
     reasoning_mask: Bool[Tensor, " tokens"]
     answer_mask: Bool[Tensor, " tokens"]
-    kept_attention: Float[Tensor, "1"]
-    kept_flow: Float[Tensor, "1"]
+    kept_attention: Float[Tensor, 1]
+    kept_flow: Float[Tensor, 1]
     rules: str
 
     @classmethod
@@ -174,7 +174,9 @@ class FlowGraph(Data):
         question_mask = as_mask(question, num_nodes, "question")
         answer_mask = as_mask(answer, num_nodes, "answer")
         if generated is None:
-            generated_mask = torch.arange(num_nodes) > int(question_mask.nonzero().max()) if question_mask.any() else question_mask
+            generated_mask = (
+                torch.arange(num_nodes) > int(question_mask.nonzero().max()) if question_mask.any() else question_mask
+            )
         else:
             generated_mask = as_mask(generated, num_nodes, "generated")
         rules = rules or EdgeRules.preset(preset)

@@ -14,7 +14,9 @@ MaskLike = Bool[Tensor, " tokens"] | Sequence[bool] | Sequence[int] | slice
 """A region of a text: a bool mask over tokens, token indices, or a slice of token indices."""
 
 
-def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device | str = "cpu") -> Bool[Tensor, " tokens"]:
+def as_mask(
+    region: MaskLike, num_tokens: int, name: str, device: torch.device | str = "cpu"
+) -> Bool[Tensor, " tokens"]:
     """Read a region given as mask, indices or slice as a bool mask over tokens.
 
     Raises:
@@ -26,7 +28,9 @@ def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device |
         return mask
     values = torch.as_tensor(region, device=device)
     if values.ndim != 1:
-        raise RegionError(f"{name}: must be one-dimensional, got shape {tuple(values.shape)}; pass one row per sequence")
+        raise RegionError(
+            f"{name}: must be one-dimensional, got shape {tuple(values.shape)}; pass one row per sequence"
+        )
     if values.dtype == torch.bool:
         if values.numel() != num_tokens:
             raise RegionError(

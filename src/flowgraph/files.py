@@ -1,0 +1,62 @@
+"""Write files whole or not at all, and say before a long run that a path cannot be written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowgraph.errors import OutputError
+
+PathLike = str | os.PathLike[str]
+
+
+def check_writable(path: PathLike) -> Path:
+    """Refuse a path that could not be written later.
+
+    Raises:
+        OutputError: a folder, or a place where no file can be made.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"path: must name a file, got the folder {target}; add a file name")
+    folder = target.parent
+    if not folder.is_dir():
+        raise OutputError(f"path: its folder must exist, got {target} and no folder {folder}; create it first")
+    if not os.access(folder, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+        raise OutputError(f"path: must be writable, got {target} without permission; choose another place")
+    return target
+
+
+@contextmanager
+def atomic_write(path: PathLike) -> Iterator[Path]:
+    """Give a temporary path in the same folder and move it to ``path`` on success; on failure leave nothing.
+
+    Raises:
+        OutputError: the path cannot be written (also when the disk is full).
+    """
+    target = check_writable(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp is private; the result is an ordinary file
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(
+            f"path: must be writable, got {target}: {error.strerror or error}; choose another place"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: PathLike, text: str) -> Path:
+    """Write UTF-8 text atomically; lone surrogates become question marks."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+    return Path(path)

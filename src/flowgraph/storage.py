@@ -1,0 +1,87 @@
+"""The trace file: tensors and one JSON record in a safetensors container, with a required schema version.
+
+Nothing is ever unpickled; a file is data, checked as it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowgraph.errors import TraceFileError
+from flowgraph.files import PathLike, atomic_write
+
+FORMAT = "flowgraph-trace"
+SCHEMA = 1
+
+
+def write_record(path: PathLike, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write tensors and record atomically.
+
+    Raises:
+        OutputError: the path cannot be written.
+    """
+    metadata = {"format": FORMAT, "schema": str(SCHEMA), "record": json.dumps(record, allow_nan=False)}
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_record` wrote.
+
+    Raises:
+        TraceFileError: missing, truncated, not a trace, or written by a newer version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_schema(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        record = json.loads(metadata["record"])
+    except FileNotFoundError:
+        raise TraceFileError(f"path: must be an existing trace file, got {path}; check the name") from None
+    except (SafetensorError, OSError) as error:
+        raise TraceFileError(
+            f"path: must be a complete safetensors file, got {path} ({error}); it is truncated or not a trace, so write it again"
+        ) from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise TraceFileError(
+            f"path: must hold a trace record, got {path} without a readable one; write it again"
+        ) from error
+    return tensors, record
+
+
+def _check_schema(path: PathLike, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise TraceFileError(
+            f"path: must be a file written by FlowTrace.save, got {path} without the format mark {FORMAT!r}"
+        )
+    version = metadata.get("schema", "")
+    if not version.isdigit():
+        raise TraceFileError(f"path: must state its schema version, got {version!r} in {path}; write it again")
+    if int(version) != SCHEMA:
+        newer = int(version) > SCHEMA
+        raise TraceFileError(
+            f"path: must have schema {SCHEMA}, got {version} in {path}; "
+            + ("upgrade flowgraph-llm to read it" if newer else "trace it again with this version")
+        )
+
+
+def require_tensors(path: PathLike, tensors: dict[str, Tensor], expected: dict[str, tuple[torch.dtype, int]]) -> None:
+    """Every expected tensor is there with its dtype and number of dimensions.
+
+    Raises:
+        TraceFileError: one is not.
+    """
+    for name, (dtype, ndim) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != dtype or tensor.ndim != ndim:
+            got = "none" if tensor is None else f"{tensor.dtype} with {tensor.ndim} dimensions"
+            raise TraceFileError(
+                f"path: tensor {name!r} must be {dtype} with {ndim} dimensions, got {got} in {path}; write it again"
+            )

@@ -1,0 +1,91 @@
+"""A trace in the terminal: the text as a heat map, a token table, the routes."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flowgraph.flowtrace import FlowTrace
+
+_RAMP = ("#3b4a6b", "#2f6f8f", "#2a938c", "#5cb46a", "#b5cf3c", "#fde725")
+_REGION_LETTER = {"question": "Q", "reasoning": "R", "answer": "A"}
+_BAR = 16
+
+
+def visible(token: str) -> str:
+    """Token text with control characters as symbols, so that nothing in it can steer a terminal."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join("·" if unicodedata.category(c)[0] == "C" else c for c in shown)
+
+
+def render_trace(trace: FlowTrace, *, keep: float = 0.9, rows: int | None = 24, num_routes: int = 6) -> RenderableType:
+    """Everything a reader wants first: text, strongest tokens in text order, backbone and routes."""
+    parts: list[RenderableType] = [Text(repr(trace).split("\n")[0]), Text(), heat_text(trace), Text(), token_table(trace, rows)]
+    if trace.feasible:
+        parts += [Text(), _backbone(trace, keep), _routes(trace, num_routes)]
+    else:
+        parts += [Text(), Text("No flow: no question token reaches the answer through this graph.", style="bold yellow")]
+    return Group(*parts)
+
+
+def heat_text(trace: FlowTrace) -> Text:
+    """The text, each token on a background that grows brighter with the square root of its throughput."""
+    text = Text(no_wrap=False)
+    masks = ((trace.question, "underline"), (trace.answer, "bold reverse"))
+    for index, token in enumerate(trace.tokens):
+        strength = float(trace.throughput[index]) ** 0.5
+        style = f"{'black' if strength > 0.6 else 'white'} on {_RAMP[min(int(strength * len(_RAMP)), len(_RAMP) - 1)]}"
+        if strength < 0.05:
+            style = "dim"
+        extra = " ".join(name for mask, name in masks if bool(mask[index]))
+        text.append(visible(token).replace("⏎", "⏎\n"), style=f"{extra} {style}".strip())
+    return text
+
+
+def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
+    """The tokens with most throughput, in text order (all of them with ``rows=None``)."""
+    count = trace.num_tokens if rows is None else min(rows, trace.num_tokens)
+    chosen = sorted(trace.throughput.argsort(descending=True, stable=True)[:count].tolist())
+    title = "all tokens" if count == trace.num_tokens else f"the {count} of {trace.num_tokens} tokens with most throughput"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, caption_justify="left")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("")
+    table.add_column("token")
+    table.add_column("throughput", justify="right")
+    table.add_column("")
+    table.add_column("h", justify="right", style="dim")
+    for index in chosen:
+        value = float(trace.throughput[index])
+        bar = "█" * round(_BAR * value) or ("▏" if value > 0 else "")
+        table.add_row(
+            str(index), _letter(trace, index), Text(visible(trace.tokens[index])), f"{value:.3f}", bar, f"{float(trace.h[index]):.3g}"
+        )
+    table.caption = "Q question, R reasoning, A answer; throughput = share of the flow from question to answer through the token"
+    return table
+
+
+def _letter(trace: FlowTrace, index: int) -> str:
+    return next((letter for name, letter in _REGION_LETTER.items() if bool(trace.graph[f"{name}_mask"][index])), "")
+
+
+def _backbone(trace: FlowTrace, keep: float) -> Text:
+    bone = trace.backbone(keep)
+    return Text(f"backbone: {bone.num_edges} of {trace.graph.num_edges} edges carry {bone.share:.1%} of the flow end to end")
+
+
+def _routes(trace: FlowTrace, k: int) -> Table:
+    table = Table(title="widest routes", title_justify="left", box=None, pad_edge=False)
+    table.add_column("flow", justify="right")
+    table.add_column("route", overflow="fold")
+    for route in trace.routes(k):
+        line = Text(" → ", style="dim").join(Text(f"{visible(trace.tokens[t]).strip() or visible(trace.tokens[t])!r}[{t}]") for t in route.tokens)
+        table.add_row(f"{route.flow:.1%}", line)
+    return table
+
+
+def print_trace(trace: FlowTrace, console: Console | None = None, **options: object) -> None:
+    """Print :func:`render_trace`."""
+    (console or Console()).print(render_trace(trace, **options))  # type: ignore[arg-type]
