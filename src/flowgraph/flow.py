@@ -43,7 +43,7 @@ class Flow:
         absorbing: tokens that no edge leaves (the answer, when it absorbs).
         feasible: per graph, whether any source token reaches the demand; where not, g and f are zero.
         alpha: per graph, the largest scaling of this flow that fits the capacities,
-            ``1 / max over edges with flow of g[s] * h[t]``; a lower bound of the max flow. Infinite when no edge carries flow.
+            ``1 / max over edges with flow of g[s] * h[t]``; a lower bound of the max flow on N. Infinite when no edge carries flow.
         damping: factor per hop.
         source_rule, absorption, backend: what was asked for, after defaults were filled in.
     """
@@ -79,7 +79,7 @@ class Flow:
         num_graphs = ptr.numel() - 1
         feasible = scatter(source, graph_of_node, dim_size=num_graphs, reduce="sum") > 0
         start, end = graph.edge_index
-        congestion = torch.where(absorbing[start], 0.0, g[start] * h[end] * damping)
+        congestion = torch.where(absorbing[start], 0.0, g[start] * h[end])
         worst = scatter(congestion, graph_of_node[start], dim_size=num_graphs, reduce="max")
         return cls(
             graph=graph,
@@ -97,7 +97,7 @@ class Flow:
     def weight(self) -> Float64[Tensor, " edges"]:
         """N on the edges: capacity times damping, zero where the source absorbs."""
         leaves = ~self.absorbing[self.graph.edge_index[0]]
-        return self.graph.capacity.double() * (leaves * self.damping)
+        return self.graph.capacity.double() * leaves * self.damping
 
     def edge_flow(self) -> Float64[Tensor, " edges"]:
         r"""Flow on each edge, :math:`F(s, t) = g[s] \, N[t, s] \, h[t]`, in the order of ``graph.edge_index``."""

@@ -38,7 +38,7 @@ def as_mask(
                 "build it over the same input_ids as the rows, padding excluded"
             )
         return values.clone()
-    if values.is_floating_point():
+    if values.is_floating_point() and values.numel() > 0:  # torch reads an empty list as floats
         raise RegionError(f"{name}: must be a bool mask or integer indices, got {values.dtype}; convert with .bool()")
     outside = (values < 0) | (values >= num_tokens)
     if bool(outside.any()):

@@ -158,14 +158,18 @@ class Tokens:
             return f"Tokens({which})"
         values = torch.as_tensor(which)
         count = int(values.sum()) if values.dtype == torch.bool else values.numel()
-        return f"Tokens({values.tolist()})" if count <= 8 and values.dtype != torch.bool else f"Tokens(<{count} tokens>)"
+        return (
+            f"Tokens({values.tolist()})" if count <= 8 and values.dtype != torch.bool else f"Tokens(<{count} tokens>)"
+        )
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
         """The tokens named, which must lie in the part; special ones are left out."""
         mask = _read_mask(self.which, encoded.num_tokens, ARGUMENT[part])
         outside = mask & ~_part_mask(encoded, part)
         if bool(outside.any()):
-            first, last = (0, encoded.prompt_length) if part == "prompt" else (encoded.prompt_length, encoded.num_tokens)
+            first, last = (
+                (0, encoded.prompt_length) if part == "prompt" else (encoded.prompt_length, encoded.num_tokens)
+            )
             raise RegionError(
                 f"{ARGUMENT[part]}: tokens must lie in the {part}, {first}..{last - 1}, got token "
                 f"{int(outside.nonzero()[0])}; for any other choice use Regions.from_masks"
@@ -205,9 +209,7 @@ class Prompt:
 _MARKS = r"*_\"'`$"
 # A sentence is over at a full stop before a space, but for the titles that write one.
 _SENTENCE_END = rf"(?<=[.!?])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bSt\.)(?<!\bMrs\.)[{_MARKS})]*\s"
-_VALUE = (
-    rf"(?=[\s:{_MARKS}]*(?![.,;!?]+(?:\s|\Z))([^\s:{_MARKS}].*?)[\s.,;:!?{_MARKS}]*(?:[\r\n]|\Z|{_SENTENCE_END}))"
-)
+_VALUE = rf"(?=[\s:{_MARKS}]*(?![.,;!?]+(?:\s|\Z))([^\s:{_MARKS}].*?)[\s.,;:!?{_MARKS}]*(?:[\r\n]|\Z|{_SENTENCE_END}))"
 NUMBER_SIGN = Regex(r"(?m)(?<!#)####[ \t]*(-?\$?\d(?:[\d,./ ]*\d)?%?(?=[.\s]*$)|[^\s#](?:.*\S)?(?=\s*\Z))")
 TAG = Regex(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>")
 PHRASE = Regex(
@@ -291,11 +293,11 @@ class Regions:
         answered = _read_mask(answer, size, "answer")
         position = torch.arange(size)
         if generated is None:
-            emitted = position > _first(asked.flip(0), size, from_end=True)
+            emitted = position > _last(asked)
         else:
             emitted = _read_mask(generated, size, "generated")
         if reasoning is None:
-            reasoned = emitted & (position < _first(answered, size)) & ~asked
+            reasoned = emitted & (position < _first(answered)) & ~asked
         else:
             reasoned = _read_mask(reasoning, size, "reasoning")
         return cls(question=asked, reasoning=reasoned, answer=answered, generated=emitted)
@@ -313,7 +315,7 @@ class Regions:
         selectors = {"question": self.question_selector, "answer": self.answer_selector}
         lines = []
         for name, mask in _masks(self):
-            indices = mask.nonzero().flatten().tolist()
+            indices: list[int] = mask.nonzero().flatten().tolist()
             line = f"{name}: {len(indices)} token{'s' * (len(indices) != 1)}"
             line += f" ({_ranges(indices)})" if indices else ""
             line += f" {_shorten(''.join(tokens[index] for index in indices))!r}" if tokens and indices else ""
@@ -343,11 +345,11 @@ def find_regions(encoded: EncodedText, question: Question = None, answer: Answer
         RegionError: nothing in the prompt is selected, or the selection lies outside.
         InvalidInputError: an argument that names no selector, a pattern that does not compile.
     """
-    if question is None or (isinstance(question, str) and question == "auto"):
+    if _is_auto(question):
         asked_by: Selector = Role("user") if encoded.roles else Prompt()
         question_selector = f"auto: {asked_by!r}"
     else:
-        asked_by = _as_selector(question, "prompt")
+        asked_by = _as_selector(question, "prompt", encoded)
         question_selector = repr(asked_by)
     asked = asked_by.select(encoded, "prompt")
     if not bool(asked.any()):
@@ -357,7 +359,7 @@ def find_regions(encoded: EncodedText, question: Question = None, answer: Answer
         )
     answered, answer_selector = _find_answer(encoded, answer)
     generated = _part_mask(encoded, "response")
-    before = torch.arange(encoded.num_tokens) < _first(answered, encoded.num_tokens)
+    before = torch.arange(encoded.num_tokens) < _first(answered)
     return Regions(
         question=asked,
         reasoning=generated & before & ~encoded.special,
@@ -398,9 +400,125 @@ def validate_regions(regions: Regions) -> None:
         raise RegionError(
             "generated: must leave out token 0, which no token can have emitted, got it in; pass the response only"
         )
-    question, answer = _first(regions.question, size), _first(regions.answer, size)
+    question, answer = _first(regions.question), _first(regions.answer)
     if answer < question:
         raise RegionError(
             f"answer: must come after a question token, got answer from token {answer} and question from token "
             f"{question}; check that the two are not exchanged"
         )
+
+
+def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:
+    """The answer's tokens and the selector that found them."""
+    tried = AUTO_ANSWER if _is_auto(answer) else (_as_selector(answer, "response", encoded),)
+    for selector in tried:
+        mask = selector.select(encoded, "response")
+        if bool(mask.any()):
+            return mask, f"auto: {selector!r}" if _is_auto(answer) else repr(selector)
+    raise NoAnswerError(
+        f"answer: {tried[-1]!r} must select a visible, non-special character of the response, got none in "
+        f"{_ending(encoded.response_text)!r}; pass another Regex, Span(start, end), LastLine() or token indices"
+    )
+
+
+def _is_auto(choice: Question) -> bool:
+    return choice is None or (isinstance(choice, str) and choice == "auto")
+
+
+def _as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
+    """A selector, from one or from the short form of one."""
+    # Tensors first: they have a method named select, too.
+    if isinstance(choice, Tensor):
+        return Tokens(choice)
+    if isinstance(choice, Selector):
+        return choice
+    if isinstance(choice, str):
+        if part == "prompt" and choice == "prompt":
+            return Prompt()
+        roles = ROLES.union(role.role for role in encoded.roles)
+        return Role(choice) if part == "prompt" and choice in roles else Regex(choice)
+    if isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(c, int | None) for c in choice):
+        start, end = choice
+        return Span(start or 0, end)
+    values = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
+    if isinstance(values, list) and all(isinstance(value, int) for value in values):
+        return Tokens(values)
+    raise InvalidInputError(
+        f"{ARGUMENT[part]}: must be a selector, a string, (start, end) characters, token indices or a bool mask, "
+        f"got {choice!r:.80}; see flowgraph.regions.find_regions"
+    )
+
+
+def _window(encoded: EncodedText, part: Part) -> Offsets:
+    """First and last (exclusive) character of the prompt, or of the response up to its special ending."""
+    return (0, encoded.response_start) if part == "prompt" else (encoded.response_start, encoded.response_end)
+
+
+def _part_mask(encoded: EncodedText, part: Part) -> Mask:
+    in_prompt = torch.arange(encoded.num_tokens) < encoded.prompt_length
+    return in_prompt if part == "prompt" else ~in_prompt
+
+
+def _tokens_in(encoded: EncodedText, selected: Sequence[Offsets], part: Part) -> Mask:
+    """Tokens of a part with a visible character in a selected range, special and template ones left out."""
+    return covers(encoded.spans, encoded.text, selected) & _part_mask(encoded, part) & ~encoded.special
+
+
+def _read_mask(region: MaskLike, num_tokens: int, name: str) -> Mask:
+    """As :func:`as_mask`; an empty list selects nothing, and results live on the CPU."""
+    if isinstance(region, slice):
+        return as_mask(region, num_tokens, name)
+    values = torch.as_tensor(region)
+    return as_mask(values if values.numel() else values.long(), num_tokens, name, values.device).cpu()
+
+
+def _mask_length(*regions: MaskLike | None) -> int:
+    """T, from the first argument that is a mask."""
+    for region in regions:
+        if region is not None and not isinstance(region, slice):
+            values = torch.as_tensor(region)
+            if values.dtype == torch.bool and values.ndim == 1:
+                return values.numel()
+    raise RegionError(
+        "num_tokens: must be given where no region is a 1-D bool mask, got None; pass the number of tokens"
+    )
+
+
+def _first(mask: Mask) -> int:
+    """Index of the first token, T where there is none."""
+    return int(mask.nonzero()[0]) if bool(mask.any()) else mask.numel()
+
+
+def _last(mask: Mask) -> int:
+    """Index of the last token, -1 where there is none."""
+    return int(mask.nonzero()[-1]) if bool(mask.any()) else -1
+
+
+def _masks(regions: Regions) -> Iterator[tuple[str, Mask]]:
+    for name in ("question", "reasoning", "answer", "generated"):
+        yield name, getattr(regions, name)
+
+
+def _reject(wrong: Mask, rule: str, remedy: str) -> None:
+    if bool(wrong.any()):
+        raise RegionError(f"{rule}, got token {_first(wrong)}; {remedy}")
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """``3..5, 9``: sorted indices as runs, the first few of them."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    shown = [f"{low}..{high}" if low < high else str(low) for low, high in runs[:4]]
+    return ", ".join(shown + ["..."] * (len(runs) > 4))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+
+
+def _ending(text: str) -> str:
+    return text if len(text) <= 80 else f"...{text[-80:]}"

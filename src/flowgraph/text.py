@@ -26,7 +26,7 @@ Offsets = tuple[int, int]
 REPLACEMENT = "\ufffd"  # what every decoder writes for bytes that are no complete character (yet)
 CONTEXT = 8  # prompt tokens decoded in front of the response, so that its first space is not taken for padding
 PENDING = 16  # tokens that may wait for one character to become complete; bounds the decoding window
-ANCHOR = 8  # characters that have to agree before a difference between decoded and given text is over
+ANCHOR = 4  # characters that have to agree before a difference between decoded and given text is over
 RESYNC = 64  # longest such difference, in characters
 
 
@@ -251,7 +251,8 @@ def _decode_response(tokenizer: PreTrainedTokenizerBase, head: _Tokens, response
     if not values:
         raise RegionError("response: must hold at least one token, got 0 ids; pass the ids the model generated")
     # A model does not generate the special tokens that open its own prompt: these ids are prompt + response.
-    if values[: len(head.ids)] == head.ids and set(head.ids) & _special_ids(tokenizer):
+    repeated = len(values) > len(head.ids) and values[: len(head.ids)] == head.ids
+    if repeated and set(head.ids) & _special_ids(tokenizer):
         raise InvalidInputError(
             f"response: ids must not repeat the prompt, got its {len(head.ids)} ids in front; "
             f"pass generated[0, {len(head.ids)}:]"
@@ -511,7 +512,10 @@ def _align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:
     carried: list[Offsets] = []
     high = 0
     for start, end in spans:
-        parts = reach[bisect_left(places, start) : bisect_left(places, end)]
+        first, last = bisect_left(places, start), bisect_left(places, end)
+        if first == last and 0 < first < len(reach) and reach[first - 1] == reach[first]:
+            first -= 1  # Only a space, but between two characters of one difference.
+        parts = reach[first:last]
         low, high = (parts[0][0], parts[-1][1]) if parts else (high, high)
         carried.append((origin[low], origin[high - 1] + 1) if low < high else (origin[low], origin[low]))
     return carried

@@ -24,7 +24,7 @@ def rescaled(row: Sequence[Fraction], mass: Fraction) -> list[Fraction]:
 def read_by_row(A: Sequence[Sequence[Fraction | float]], k: int, first_token: str) -> list[Fraction]:
     """What row k reads from tokens 0..k, after the choice about the first token."""
     row = [Fraction(weight) for weight in A[k][: k + 1]]
-    return rescaled(without(row, 0), sum(row, ZERO)) if first_token == "exclude" else row
+    return rescaled(without(row, 0), Fraction(1)) if first_token == "exclude" else row
 
 
 def own_row_edges(row: Sequence[Fraction], k: int, self_attention: str) -> list[Fraction]:
@@ -47,7 +47,7 @@ def edges_from_attention(
 ) -> dict[tuple[int, int], Fraction]:
     """c(s,t) for every pair s < t with a positive capacity.
 
-    In this order: the first token (excluded: column 0 is zero and each row keeps its sum), the row of each
+    In this order: the first token (excluded: column 0 is zero and each row is scaled to sum 1), the row of each
     token (its own, or the row before it, whose self-attention becomes the edge k-1 -> k), and, for own
     rows only, the self-attention (dropped, or the rest of the row scaled up to the row's sum).
     """

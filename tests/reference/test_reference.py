@@ -487,14 +487,14 @@ def test_edges_worked_by_hand(rows: str, self_attention: str, first_token: str, 
     assert edges_from_attention(A, GENERATED, rows, self_attention, first_token) == expected
 
 
-def test_a_row_that_is_not_stochastic_keeps_its_sum():
+def test_a_row_that_is_not_stochastic_keeps_its_sum_unless_the_first_token_is_excluded():
     contributions = [[Fr(2), Fr(0), Fr(0)], [Fr(1), Fr(3), Fr(0)], [Fr(2), Fr(1), Fr(3)]]
     assert edges_from_attention(contributions, [False] * 3, "literal", "renormalize", "keep") == {
         (0, 1): Fr(4),
         (0, 2): Fr(4),
         (1, 2): Fr(2),
     }
-    assert edges_from_attention(contributions, [False] * 3, "literal", "drop") == {(1, 2): Fr(3, 2)}
+    assert edges_from_attention(contributions, [False] * 3, "literal", "drop") == {(1, 2): Fr(1, 4)}
 
 
 @few

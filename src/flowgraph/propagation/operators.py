@@ -53,7 +53,7 @@ class DenseOperator:
         damping: float = 1.0,
         block: int = BLOCK,
     ) -> None:
-        self.matrix, self.leaves, self.block = matrix, ~absorbing * damping, block
+        self.matrix, self.leaves, self.block = matrix, (~absorbing).double() * damping, block
         self.num_graphs, self.num_tokens = matrix.shape[:2]
         self.device = matrix.device
 
@@ -67,7 +67,7 @@ class StreamedOperator:
     num_graphs = 1
 
     def __init__(self, source: RowSource, absorbing: Bool[Tensor, " tokens"], damping: float = 1.0, block: int = BLOCK):
-        self.source, self.leaves, self.block = source, (~absorbing * damping)[None], block
+        self.source, self.leaves, self.block = source, ((~absorbing).double() * damping)[None], block
         self.num_tokens, self.device = source.num_tokens, source.device
 
     def rows(self, start: int, stop: int) -> _DenseBlockRows:
