@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from flowgraph.edges import EdgeRows, EdgeRules, MatrixRows, collect_edges, edges_kept
 from flowgraph.errors import GraphError, InvalidInputError, MemoryLimitError
 from flowgraph.flow import solve
 from flowgraph.graph import FlowGraph
 from flowgraph.routes import kept_share
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.reference.edges import edges_from_attention
 from tests.strategies import attention_matrices
 
@@ -79,7 +79,9 @@ def test_keeping_edges_by_flow_records_what_it_lost():
     assert torch.equal(limited.edge_index, whole.edge_index[:, strongest])
     assert torch.equal(limited.capacity, whole.capacity[strongest])
     assert limited.kept_flow.item() == pytest.approx(kept_share(flow, strongest), rel=1e-12)
-    assert limited.kept_attention.item() == pytest.approx((limited.capacity.sum() / whole.capacity.sum()).item(), rel=1e-5)
+    assert limited.kept_attention.item() == pytest.approx(
+        (limited.capacity.sum() / whole.capacity.sum()).item(), rel=1e-5
+    )
     assert 0 < limited.kept_flow.item() < 1
     assert whole.kept_flow.item() == whole.kept_attention.item() == 1
 
@@ -102,7 +104,9 @@ def test_limits():
 
 def test_memory_is_estimated_first(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("flowgraph.memory.available_bytes", lambda device: 1000)
-    with pytest.raises(MemoryLimitError, match=r"edges of 50 tokens: would need about .* GiB, got .* free on cpu; pass max_edges="):
+    with pytest.raises(
+        MemoryLimitError, match=r"edges of 50 tokens: would need about .* GiB, got .* free on cpu; pass max_edges="
+    ):
         FlowGraph.from_rows(random_attention(50), question=[1], answer=[49])
 
 

@@ -4,14 +4,14 @@ import os
 
 import pytest
 import torch
-from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError
-from flowgraph.flow import solve
-from flowgraph.graph import FlowGraph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
+from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError
+from flowgraph.flow import solve
+from flowgraph.graph import FlowGraph
 from tests.fixtures.convert import close, to_graph
 from tests.fixtures.graphs import WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference
@@ -61,7 +61,9 @@ def test_hand_worked_graphs(worked: WorkedGraph, backend: str):
     source=st.sampled_from(["uniform", "potential"]),
 )
 @some
-def test_every_backend_agrees_with_exact_arithmetic(backend: str, case: Case, absorption: str, damping: float, source: str):
+def test_every_backend_agrees_with_exact_arithmetic(
+    backend: str, case: Case, absorption: str, damping: float, source: str
+):
     edges, h, g, injected = expected(case, absorption, damping, source)
     graph = to_graph(case.num_nodes, case.edges, case.question, case.answer)
     flow = solve(graph, backend=backend, absorption=absorption, damping=damping, source=source)
@@ -84,7 +86,7 @@ def test_a_demand_and_a_source_of_ones_own(case: Case, data: st.DataObject):
     size = case.num_nodes
     demand = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
     source = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
-    edges, h, g, injected = expected(case, "pass_through", source=source, demand=demand)
+    _, h, g, injected = expected(case, "pass_through", source=source, demand=demand)
     graph = to_graph(size, case.edges, case.question, case.answer)
     flow = solve(graph, source=torch.tensor(source).double(), demand=torch.tensor(demand).double())
     assert flow.absorption == "pass_through"

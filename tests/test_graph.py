@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from flowgraph.errors import GraphError, RegionError
-from flowgraph.graph import FlowGraph
 from hypothesis import given, settings
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 from torch_geometric.utils import to_networkx
 
+from flowgraph.errors import GraphError, RegionError
+from flowgraph.graph import FlowGraph
 from tests.fixtures.convert import to_graph
 from tests.strategies import FlowGraph as Case
 from tests.strategies import flow_graphs

@@ -1,17 +1,18 @@
 """Backbone, widest routes, hubs and checkpoints against exhaustive enumeration."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.flow import Flow, solve
-from flowgraph.graph import FlowGraph
-from flowgraph.routes import backbone, checkpoints, decompose, hubs, kept_share, widest_routes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
+from flowgraph.errors import InfeasibleFlowError, InvalidInputError
+from flowgraph.flow import Flow, solve
+from flowgraph.graph import FlowGraph
+from flowgraph.routes import backbone, checkpoints, decompose, hubs, kept_share, widest_routes
 from tests.fixtures.convert import to_graph
 from tests.reference import flow as reference
 from tests.strategies import FlowGraph as Case
@@ -65,12 +66,12 @@ def test_the_decomposition_adds_up_to_the_flow(case: Case):
     flow = solved(case)
     routes = decompose(flow, share=1.0)
     assert sum(route.flow for route in routes) == pytest.approx(1, abs=1e-9)
-    assert all(a.flow >= b.flow - 1e-12 for a, b in zip(routes, routes[1:], strict=False))
+    assert all(a.flow >= b.flow - 1e-12 for a, b in pairwise(routes))
     rebuilt = dict.fromkeys(zip(*flow.graph.edge_index.tolist(), strict=True), 0.0)
     for route in routes:
         assert bool(flow.source[route.tokens[0]] > 0)
         assert bool(flow.absorbed()[route.tokens[-1]] > 0)
-        for pair in zip(route.tokens, route.tokens[1:], strict=False):
+        for pair in pairwise(route.tokens):
             rebuilt[pair] += route.flow
     assert list(rebuilt.values()) == pytest.approx(flow.edge_flow().tolist(), abs=1e-9)
 
@@ -86,10 +87,13 @@ def test_the_first_route_is_the_widest(case: Case):
     assert widest_routes(flow, 1)[0].flow == pytest.approx(float(widest), rel=1e-9)
 
 
-def diamond(graph_only: bool = False):
+def diamond_graph() -> FlowGraph:
     weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
-    graph = FlowGraph.from_dense(weights, question=[0], answer=[3])
-    return graph if graph_only else solve(graph)
+    return FlowGraph.from_dense(weights, question=[0], answer=[3])
+
+
+def diamond() -> Flow:
+    return solve(diamond_graph())
 
 
 def test_a_diamond_worked_by_hand():
@@ -136,7 +140,7 @@ def test_bad_requests():
     with pytest.raises(InvalidInputError, match=r"region: must be 'reasoning' or 'all', got 'answer'"):
         checkpoints(flow, region="answer")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"flow: must be the flow of one graph, got a batch of 2"):
-        backbone(solve(Batch.from_data_list([diamond(True)] * 2)))
+        backbone(solve(Batch.from_data_list([diamond_graph()] * 2)))
     cut = FlowGraph.from_edges(torch.tensor([[0], [1]]), torch.ones(1), num_nodes=3, question=[0], answer=[2])
     with pytest.raises(InfeasibleFlowError, match=r"flow: must be feasible, got none: no question token reaches"):
         hubs(solve(cut))

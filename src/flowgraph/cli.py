@@ -25,7 +25,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Keep = Annotated[float, typer.Option(help="Share of the flow whose routes make the backbone.", min=0.01, max=1.0)]
+
+def _keep(share: float) -> float:
+    if not 0 < share <= 1:
+        raise typer.BadParameter(f"must lie in (0, 1], got {share:g}; 0.9 keeps the routes of 90 % of the flow")
+    return share
+
+
+Keep = Annotated[float, typer.Option(help="Share of the flow whose routes make the backbone.", callback=_keep)]
 AllTokens = Annotated[bool, typer.Option("--all", help="List every token, not only the strongest.")]
 
 
@@ -46,27 +53,54 @@ def main() -> None:
 
 @app.command()
 def trace(
-    prompt: Annotated[str | None, typer.Argument(help="The question; '-' or nothing reads standard input.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question; '-' or nothing reads standard input.", show_default=False)
+    ] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A model name, a folder, a .gguf file, or 'demo' for the shipped SmolLM2-135M-Instruct.")
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A model name, a folder, a .gguf file, or 'demo' for the shipped SmolLM2-135M-Instruct.",
+        ),
     ] = "demo",
     prompt_file: Annotated[Path | None, typer.Option(help="Read the question from a file.")] = None,
     response: Annotated[str | None, typer.Option(help="The model's response; generated when not given.")] = None,
     response_file: Annotated[Path | None, typer.Option(help="Read the response from a file.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message for the chat template.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: the prompt is the text itself.")] = False,
-    answer: Annotated[str | None, typer.Option(help="Regular expression for the answer (group 1 if it has one; last match). Default: found.")] = None,
-    answer_span: Annotated[str | None, typer.Option(help="Characters START:END of the response that are the answer.")] = None,
-    last_line: Annotated[bool, typer.Option("--last-line", help="The last line of the response is the answer.")] = False,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="Where flow enters: 'user', 'system', 'prompt', or characters START:END of the prompt. Default: found."
+        ),
+    ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="Regular expression for the answer (group 1 if it has one; last match). Default: found."),
+    ] = None,
+    answer_span: Annotated[
+        str | None, typer.Option(help="Characters START:END of the response that are the answer.")
+    ] = None,
+    last_line: Annotated[
+        bool, typer.Option("--last-line", help="The last line of the response is the answer.")
+    ] = False,
     layers: Annotated[str, typer.Option(help="'middle', 'all', 'FIRST-LAST'.")] = "middle",
-    heads: Annotated[str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or indices like 0,3,5.")] = "mean",
+    heads: Annotated[
+        str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or indices like 0,3,5.")
+    ] = "mean",
     preset: Annotated[str, typer.Option(help="'default' or 'paper' (arXiv 2606.10646).")] = "default",
-    rows: Annotated[str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")
+    ] = None,
     source: Annotated[str, typer.Option(help="'uniform' or 'potential'.")] = "uniform",
     damping: Annotated[float, typer.Option(help="Factor per hop, in (0, 1].")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of a generated response.")] = 256,
     dtype: Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for trace.html, trace.json and trace.safetensors.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for trace.html, trace.json and trace.safetensors.")
+    ] = None,
     keep: Keep = 0.9,
     all_tokens: AllTokens = False,
 ) -> None:
@@ -78,20 +112,26 @@ def trace(
     chosen: Any = answer
     if sum(option is not None and option is not False for option in (answer, answer_span, last_line)) > 1:
         raise typer.BadParameter("give one of --answer, --answer-span and --last-line")
+    asked: Any = Span(*_span("question", question)) if question and ":" in question else question
     if answer_span is not None:
-        chosen = Span(*_span(answer_span))
+        chosen = Span(*_span("answer-span", answer_span))
     elif last_line:
         chosen = LastLine()
     with _progress() as say:
         _outputs(out)
         network, tokenizer = _load(model, dtype, device, say)
-        chat = not plain and getattr(tokenizer, "chat_template", None)
+        prompt_or_chat: Any = text
+        if not plain and getattr(tokenizer, "chat_template", None):
+            prompt_or_chat = [{"role": "system", "content": system}] if system else []
+            prompt_or_chat.append({"role": "user", "content": text})
+        elif system:
+            raise typer.BadParameter("--system needs a chat template; write it into the prompt")
         import flowgraph
 
         result = flowgraph.trace(
-            network, tokenizer, [{"role": "user", "content": text}] if chat else text, reply, answer=chosen, layers=layers,
-            heads=[int(h) for h in heads.split(",")] if heads.replace(",", "").isdigit() else heads, preset=preset, rows=rows,
-            source=source, damping=damping, max_new_tokens=max_new_tokens, outputs=_outputs(out), progress=say,
+            network, tokenizer, prompt_or_chat, reply, question=asked, answer=chosen, layers=layers,
+            heads=_heads(heads), preset=preset, rows=rows, source=source,  # type: ignore[arg-type]
+            damping=damping, max_new_tokens=max_new_tokens, outputs=_outputs(out), progress=say,
         )  # fmt: skip
     _report(result, out, keep, all_tokens)
 
@@ -139,7 +179,10 @@ def show(
 @app.command()
 def certify(
     file: Annotated[Path, typer.Argument(help="A saved trace.")],
-    exact: Annotated[bool | None, typer.Option("--exact/--no-exact", help="Exact max flow by igraph; default: when the graph is small enough.")] = None,
+    exact: Annotated[
+        bool | None,
+        typer.Option("--exact/--no-exact", help="Exact max flow by igraph; default: when the graph is small enough."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the certificate here.")] = None,
 ) -> None:
     """Check everything that is provable about a saved trace; exit code 1 when a check fails."""
@@ -165,7 +208,9 @@ def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool =
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"--{name}-file must be a readable UTF-8 file, got {file} ({error}); check the path") from error
+            raise typer.BadParameter(
+                f"--{name}-file must be a readable UTF-8 file, got {file} ({error}); check the path"
+            ) from error
     if given is None and read_stdin:
         if sys.stdin is None or sys.stdin.isatty():
             raise typer.BadParameter(f"give the {name} as an argument, by --{name}-file, or on standard input")
@@ -173,12 +218,17 @@ def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool =
     return given
 
 
-def _span(text: str) -> tuple[int, int]:
+def _heads(text: str) -> str | list[int]:
+    """Names stay names; "0,3,5" are indices."""
+    return [int(index) for index in text.split(",")] if text.replace(",", "").isdigit() else text
+
+
+def _span(name: str, text: str) -> tuple[int, int]:
     start, _, end = text.partition(":")
     try:
         return int(start), int(end)
     except ValueError:
-        raise typer.BadParameter(f"--answer-span must be START:END, got {text!r}; e.g. 120:124") from None
+        raise typer.BadParameter(f"--{name} must be START:END, got {text!r}; e.g. 120:124") from None
 
 
 def _outputs(out: Path | None) -> list[Path]:
@@ -191,7 +241,9 @@ def _outputs(out: Path | None) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--out: must be a folder that can be made, got {out} ({error.strerror}); choose another place") from error
+        raise OutputError(
+            f"--out: must be a folder that can be made, got {out} ({error.strerror}); choose another place"
+        ) from error
     return [check_writable(out / f"trace.{suffix}") for suffix in ("html", "json", "safetensors")]
 
 
@@ -204,11 +256,13 @@ def _load(model: str, dtype: str, device: str, say: Callable[[str], None]) -> tu
         return load_demo_model(say)
     say(f"loading {model}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # ours is already running
     path = Path(model)
     name, extra = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (model, {})
     try:
-        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
+        network: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         return network.to(device).eval(), tokenizer
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -235,7 +289,9 @@ def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) 
     console.print()
     console.print(str(certificate), markup=False, highlight=False)
     if out is not None:
-        console.print(f"\nwrote {', '.join(str(path) for path in _outputs(out))}; open the first in a browser", highlight=False)
+        console.print(
+            f"\nwrote {', '.join(str(path) for path in _outputs(out))}; open the first in a browser", highlight=False
+        )
     if not certificate.ok:
         raise typer.Exit(1)
 
@@ -253,7 +309,9 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda line: None if line.startswith("generating: ") else console.print(line, highlight=False, markup=False)
+        yield (
+            lambda line: None if line.startswith("generating: ") else console.print(line, highlight=False, markup=False)
+        )
         return
     with console.status("starting") as status:
         yield lambda line: status.update(line)

@@ -43,7 +43,9 @@ def load_demo_model(progress: Callable[[str], None] | None = None) -> tuple[PreT
         _unpack(folder)
     say(f"loading {MODEL_NAME}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     model.config._name_or_path = MODEL_NAME
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -63,8 +65,8 @@ def _unpack(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=_FILE, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(weights, gguf_file=_FILE, dtype=torch.float32, local_files_only=True)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are dequantised, and saving would refuse otherwise
-    model.hf_quantizer, model.is_quantized = None, False
+        delattr(model.config, "quantization_config")  # the weights are dequantised, and saving would refuse otherwise
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

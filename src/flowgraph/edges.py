@@ -43,7 +43,8 @@ class EdgeRules:
             prompt tokens keep their own; ``"emission_all"``: every token takes row k - 1; ``"literal"``: every
             token takes its own row k.
         self_attention: what becomes of the diagonal where a token keeps its own row: ``"drop"`` it, or drop it
-            and ``"renormalize"`` the rest of the row. (In a shifted row it is the edge k - 1 -> k, an edge like any other.)
+            and ``"renormalize"`` the rest of the row. (In a shifted row it is the
+            edge k - 1 -> k, like any other.)
         first_token: ``"exclude"``: no edge leaves the first token and rows are renormalised to sum 1, which
             also removes a learned sink; ``"keep"``: as the attention has it.
     """
@@ -56,9 +57,8 @@ class EdgeRules:
         """Refuse a value outside its fixed set."""
         for name, kind in (("rows", RowRule), ("self_attention", SelfRule), ("first_token", FirstTokenRule)):
             if getattr(self, name) not in get_args(kind):
-                raise InvalidInputError(
-                    f"{name}: must be one of {', '.join(map(repr, get_args(kind)))}, got {getattr(self, name)!r}; see EdgeRules"
-                )
+                allowed = ", ".join(map(repr, get_args(kind)))
+                raise InvalidInputError(f"{name}: must be one of {allowed}, got {getattr(self, name)!r}; see EdgeRules")
 
     @classmethod
     def preset(cls, name: str, **changes: str | None) -> EdgeRules:
@@ -68,9 +68,8 @@ class EdgeRules:
             InvalidInputError: unknown preset or value.
         """
         if name not in get_args(Preset):
-            raise InvalidInputError(
-                f"preset: must be one of {', '.join(map(repr, get_args(Preset)))}, got {name!r}; single choices go into EdgeRules"
-            )
+            allowed = ", ".join(map(repr, get_args(Preset)))
+            raise InvalidInputError(f"preset: must be one of {allowed}, got {name!r}; single choices go into EdgeRules")
         base = cls() if name == "default" else cls(rows="literal", self_attention="drop", first_token="keep")
         return replace(base, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
 
@@ -179,8 +178,8 @@ def check_attention_rows(weights: Float[Tensor, "block tokens"], position: Int64
     if bool((weights < 0).any()):
         row, column = (weights < 0).nonzero()[0].tolist()
         raise GraphError(
-            f"attention: must be non-negative, got {weights[row, column].item():g} at [{int(position[row])}, {column}]; "
-            "pass softmax weights, not logits"
+            f"attention: must be non-negative, got {weights[row, column].item():g} at "
+            f"[{int(position[row])}, {column}]; pass softmax weights, not logits"
         )
     future = torch.arange(weights.shape[1], device=weights.device)[None] > position[:, None]
     if bool((weights.masked_fill(~future, 0) != 0).any()):

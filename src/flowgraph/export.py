@@ -19,8 +19,7 @@ def to_networkx(graph: FlowGraph | Flow) -> nx.DiGraph:
 
     Given a :class:`Flow`, nodes carry ``throughput``, ``h`` and ``g`` too, and edges their ``flow``.
     """
-    flow = graph if isinstance(graph, Flow) else None
-    whole = flow.graph if flow else graph
+    flow, whole = (graph, graph.graph) if isinstance(graph, Flow) else (None, graph)
     result = pyg_to_networkx(
         whole, node_attrs=["question_mask", "reasoning_mask", "answer_mask"], edge_attrs=["capacity"]
     )

@@ -43,7 +43,8 @@ class Flow:
         absorbing: tokens that no edge leaves (the answer, when it absorbs).
         feasible: per graph, whether any source token reaches the demand; where not, g and f are zero.
         alpha: per graph, the largest scaling of this flow that fits the capacities,
-            ``1 / max over edges with flow of g[s] * h[t]``; a lower bound of the max flow on N. Infinite when no edge carries flow.
+            ``1 / max over edges with flow of g[s] * h[t]``; a lower bound of the max flow on N. Infinite when no
+            edge carries flow.
         damping: factor per hop.
         source_rule, absorption, backend: what was asked for, after defaults were filled in.
     """
@@ -105,7 +106,7 @@ class Flow:
         return self.g[source] * self.weight() * self.h[target]
 
     def absorbed(self) -> Float64[Tensor, " nodes"]:
-        """Share of the unit flow that leaves to the virtual sink at each token, ``g * b``; sums to 1 per feasible graph."""
+        """Share of the unit flow that leaves to the virtual sink at each token, ``g * b``; sums to 1 where feasible."""
         return self.g * self.demand
 
     def __repr__(self) -> str:
@@ -160,7 +161,7 @@ def solve(
         GraphError: not a FlowGraph.
         NumericalRangeError: a potential underflows float64 (adversarial chains); no number is returned.
 
-    Cost: two reads of the edges. Source: arXiv 2606.10646, sections 3.2 and 3.3, in the g-form.
+    Cost: two reads of the edges. Source: arXiv 2606.10646 (answer conditioning and local conservation), in the g-form.
 
     Example:
         >>> import torch
@@ -218,7 +219,8 @@ def _vector(vector: Tensor, graph: FlowGraph, name: str) -> Tensor:
     vector = torch.as_tensor(vector, device=graph.capacity.device).double()
     if vector.shape != (graph.num_nodes,):
         raise InvalidInputError(
-            f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; pass a vector [N]"
+            f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; "
+            "pass a vector [N]"
         )
     if not bool(torch.isfinite(vector).all()) or bool((vector < 0).any()):
         raise InvalidInputError(
@@ -230,8 +232,8 @@ def _vector(vector: Tensor, graph: FlowGraph, name: str) -> Tensor:
 def _layout(graph: FlowGraph) -> tuple[Int64[Tensor, " graphs_plus_1"], Int64[Tensor, " nodes"]]:
     device = graph.capacity.device
     if isinstance(graph, Batch):
-        return graph.ptr, graph.batch
-    nodes = int(graph.num_nodes or 0)
+        return graph["ptr"], graph["batch"]
+    nodes = graph.question_mask.numel()
     return torch.tensor([0, nodes], device=device), torch.zeros(nodes, dtype=torch.int64, device=device)
 
 
@@ -287,8 +289,8 @@ def _source(graph: FlowGraph, rule: SourceRule | Tensor, h: Tensor, graph_of_nod
 
 
 _RANGE_MESSAGE = (
-    "capacity: the potential h must stay within float64, but {} (smallest positive h {:.3g}); exclude the attention sink, "
-    "renormalise the rows or shorten the chain"
+    "capacity: the potential h must stay within float64, but {} (smallest positive h {:.3g}); "
+    "exclude the attention sink, renormalise the rows or shorten the chain"
 )
 
 

@@ -175,18 +175,26 @@ class FlowTrace:
         write_html(path, self.to_dict(keep=keep))
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in ("question", "reasoning", "answer"))
-        lines = [f"FlowTrace of {self.provenance.get('model', 'a model')}: {self.num_tokens} tokens ({counts}), {self.graph.num_edges} edges"]
+        counts = ", ".join(
+            f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in ("question", "reasoning", "answer")
+        )
+        lines = [
+            f"FlowTrace of {self.provenance.get('model', 'a model')}: {self.num_tokens} tokens ({counts}), "
+            f"{self.graph.num_edges} edges"
+        ]
         if self.feasible:
             hops = float(self.throughput.sum()) - 1
             lines.append(f"  unit flow, mean route {hops:.2f} hops, alpha {float(self.flow.alpha):.3g}")
             named = [f"{self.tokens[role.token]!r} {role.throughput:.3f}" for role in self.hubs(5)]
-            lines.append("  hubs in the reasoning: " + (", ".join(named) or "none: nothing stands between question and answer"))
+            lines.append(
+                "  hubs in the reasoning: " + (", ".join(named) or "none: nothing stands between question and answer")
+            )
         else:
             lines.append("  no flow: no question token reaches the answer through this graph")
         if self.graph.kept_flow.item() < 1:
             lines.append(
-                f"  pruned: {self.graph.kept_flow.item():.1%} of the flow and {self.graph.kept_attention.item():.1%} of the attention kept"
+                f"  pruned: {self.graph.kept_flow.item():.1%} of the flow and "
+                f"{self.graph.kept_attention.item():.1%} of the attention kept"
             )
         return "\n".join(lines)
 
@@ -218,7 +226,9 @@ def load_trace(path: PathLike) -> FlowTrace:
         raise TraceFileError(f"path: must hold a consistent trace, got {path} ({error}); write it again") from error
     nodes = [name for name in _TENSORS if name not in ("edge_index", "capacity", "spans")]
     if tensors["spans"].shape != (len(tokens), 2) or any(tensors[name].numel() != len(tokens) for name in nodes):
-        raise TraceFileError(f"path: every token vector must have {len(tokens)} entries, got others in {path}; write it again")
+        raise TraceFileError(
+            f"path: every token vector must have {len(tokens)} entries, got others in {path}; write it again"
+        )
     return FlowTrace(
         tokens=tokens,
         token_ids=tensors["token_ids"],

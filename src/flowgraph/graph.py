@@ -242,8 +242,8 @@ class FlowGraph(Data):
 def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
     if edge_index.dtype != torch.int64 or edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise GraphError(
-            f"edge_index: must be int64 of shape [2, edges], got {edge_index.dtype} of shape {tuple(edge_index.shape)}; "
-            "stack sources over targets and call .long()"
+            f"edge_index: must be int64 of shape [2, edges], got {edge_index.dtype} of shape "
+            f"{tuple(edge_index.shape)}; stack sources over targets and call .long()"
         )
     if capacity.shape != edge_index.shape[1:] or not capacity.is_floating_point():
         raise GraphError(
@@ -300,8 +300,8 @@ def _check_regions(graph: FlowGraph) -> None:
     for name, mask in masks.items():
         if mask.dtype != torch.bool or mask.shape != (graph.num_nodes,):
             raise RegionError(
-                f"{name}: must be a bool mask over {graph.num_nodes} tokens, got {mask.dtype} of shape {tuple(mask.shape)}; "
-                "build the graph with FlowGraph.from_edges"
+                f"{name}: must be a bool mask over {graph.num_nodes} tokens, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}; build the graph with FlowGraph.from_edges"
             )
     for name in ("question", "answer"):
         if not bool(masks[name].any()):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import igraph
 import numpy as np
@@ -33,9 +33,10 @@ from flowgraph.graph import FlowGraph
 Backend = Literal["igraph", "networkx"]
 MAX_EDGES = 1_000_000
 """Default size limit: dense graphs of 1,400 tokens, about three seconds."""
-_SECONDS_PER_EDGE = {"igraph": 2.5e-6, "networkx": 2e-4}
-_BYTES_PER_EDGE = {"igraph": 320, "networkx": 1500}
-_TOLERANCE = 1e-12  # of the sum of capacities; igraph was measured at 1e-15 and below
+_SECONDS_PER_EDGE = {"igraph": 2.5e-6, "networkx": 5e-5}
+_BYTES_PER_EDGE = {"igraph": 200, "networkx": 1500}
+TOLERANCE = 1e-12
+"""What the re-check forgives, as a share of the sum of capacities; igraph was measured at 1e-15 and below."""
 
 _Solver = Callable[[NDArray, NDArray, NDArray], tuple[NDArray, NDArray]]
 
@@ -91,7 +92,7 @@ def max_flow(
         absorption: ``"absorb"``, no edge leaves an answer token (default with the default demand), or
             ``"pass_through"`` (default with a demand of your own).
         damping: factor on every capacity, in (0, 1]; default 1.
-        backend: ``"igraph"``, or ``"networkx"`` as a cross-check (80 to 240 times slower).
+        backend: ``"igraph"``, or ``"networkx"`` as a cross-check (80 to 240 times slower in the solver itself).
         max_edges: refuse larger graphs.
 
     Returns:
@@ -103,8 +104,8 @@ def max_flow(
         TooLargeError: more than ``max_edges`` edges.
         NumericalRangeError: the solver's answer failed the re-check.
 
-    Cost: push-relabel, about 0.1 / 0.6 / 1.3 s at 500 / 1,000 / 1,400 dense tokens. Source: method, section 4;
-    igraph ``Graph.maxflow``.
+    Cost: push-relabel, about 0.3 / 1.2 / 2.5 s at 500 / 1,000 / 1,400 dense tokens (2 shared cores).
+    Source: method, section 4; igraph ``Graph.maxflow``.
 
     Example:
         >>> import torch
@@ -114,22 +115,18 @@ def max_flow(
         (0.5, [True, True, False, False], [1, 2])
     """
     network = Network(
-        graph, source=source, demand=demand, absorption=absorption, damping=damping, backend=backend, max_edges=max_edges
-    )  # fmt: skip
+        graph,
+        source=source,
+        demand=demand,
+        absorption=absorption,
+        damping=damping,
+        backend=backend,
+        max_edges=max_edges,
+    )
     return network.between(network.sources, network.sinks)
 
 
-def max_flow_through(
-    graph: FlowGraph | Flow,
-    token: int,
-    *,
-    source: Tensor | None = None,
-    demand: Tensor | None = None,
-    absorption: Absorption | None = None,
-    damping: float | None = None,
-    backend: Backend = "igraph",
-    max_edges: int = MAX_EDGES,
-) -> float:
+def max_flow_through(graph: FlowGraph | Flow, token: int, **options: Any) -> float:
     r"""The most that could pass through one token: the smaller of what can reach it and what can go on from it.
 
     .. math:: M[v] = \min(\text{maxflow}(Q, v), \text{maxflow}(v, \text{sinks})),
@@ -138,14 +135,9 @@ def max_flow_through(
     flow stays below it: :math:`\alpha f[v] \le M[v]`.
 
     Args:
-        graph: see :func:`max_flow`, as for every option below.
+        graph: see :func:`max_flow`.
         token: v.
-        source: see :func:`max_flow`.
-        demand: see :func:`max_flow`.
-        absorption: see :func:`max_flow`.
-        damping: see :func:`max_flow`.
-        backend: see :func:`max_flow`.
-        max_edges: see :func:`max_flow`.
+        options: those of :func:`max_flow`.
 
     Returns:
         M[v] as the capacity of a verified cut, so never below the exact M[v].
@@ -161,10 +153,7 @@ def max_flow_through(
         >>> max_flow_through(FlowGraph.from_dense(weights, question=[0], answer=[3]), 2)
         0.25
     """
-    network = Network(
-        graph, source=source, demand=demand, absorption=absorption, damping=damping, backend=backend, max_edges=max_edges
-    )  # fmt: skip
-    return network.through(token)
+    return Network(graph, **options).through(token)
 
 
 class Network:
@@ -187,7 +176,7 @@ class Network:
         _check_graph(self.graph, max_edges, backend)
         if isinstance(graph, Flow):
             _refuse_beside_flow(source=source, demand=demand, absorption=absorption, damping=damping)
-            weight, sources, sinks = graph.weight(), _sources_of(graph), graph.demand > 0
+            weight, sources, sinks = graph.weight(), source_tokens(graph), graph.demand > 0
         else:
             weight, sources, sinks = _problem(graph, source, demand, absorption, 1.0 if damping is None else damping)
         self.num_tokens = int(self.graph.num_nodes or 0)
@@ -195,6 +184,10 @@ class Network:
         self.capacity = weight.cpu().numpy()
         self.sources, self.sinks = sources.cpu().numpy(), sinks.cpu().numpy()
         self.total = math.fsum(self.capacity)
+        tokens = np.arange(self.num_tokens + 1)
+        self.by_tail = np.argsort(self.tail, kind="stable")
+        self.first_in: list[int] = np.searchsorted(self.head, tokens).tolist()
+        self.first_out: list[int] = np.searchsorted(self.tail[self.by_tail], tokens).tolist()
         both = self.sources & self.sinks
         if both.any():
             raise InvalidInputError(
@@ -216,7 +209,9 @@ class Network:
     def through(self, token: int) -> float:
         """M[token], see :func:`max_flow_through`."""
         if not 0 <= token < self.num_tokens:
-            raise InvalidInputError(f"token: must lie in 0..{self.num_tokens - 1}, got {token}; count tokens from the start")
+            raise InvalidInputError(
+                f"token: must lie in 0..{self.num_tokens - 1}, got {token}; count tokens from the start"
+            )
         here = np.arange(self.num_tokens) == token
         reach = math.inf if self.sources[token] else self.between(self.sources, here).cut_capacity
         onward = math.inf if self.sinks[token] else self.between(here, self.sinks).cut_capacity
@@ -235,7 +230,8 @@ def _check_graph(graph: FlowGraph, max_edges: int, backend: str) -> None:
         seconds, size = graph.num_edges * _SECONDS_PER_EDGE[backend], graph.num_edges * _BYTES_PER_EDGE[backend] / 1e6
         raise TooLargeError(
             f"graph: an exact max flow takes at most max_edges = {max_edges:,} edges, got {graph.num_edges:,} (roughly "
-            f"{seconds:.0f} s and {size:.0f} MB with {backend}); pass max_edges={graph.num_edges} to run it, or prune by flow first"
+            f"{seconds:.1f} s and {size:.0f} MB with {backend}); pass max_edges={graph.num_edges} to run it, or prune "
+            "by flow first"
         )
 
 
@@ -248,7 +244,7 @@ def _refuse_beside_flow(**options: object) -> None:
         )
 
 
-def _sources_of(flow: Flow) -> Bool[Tensor, " tokens"]:
+def source_tokens(flow: Flow) -> Bool[Tensor, " tokens"]:
     """Where the unit enters; an infeasible flow has no such token, so the question stands in for it."""
     support = flow.source > 0
     return support if bool(support.any()) or flow.source_rule == "vector" else flow.graph.question_mask
@@ -264,20 +260,23 @@ def _problem(
         absorption = "absorb" if demand is None else "pass_through"
     if absorption not in get_args(Absorption):
         raise InvalidInputError(f"absorption: must be 'absorb' or 'pass_through', got {absorption!r}; see solve")
-    leaves = ~graph.answer_mask[graph.edge_index[0]] if absorption == "absorb" else torch.ones_like(graph.capacity).bool()
+    absorbing = graph.answer_mask & (absorption == "absorb")
     sources = graph.question_mask if source is None else _support(source, graph, "source")
     sinks = graph.answer_mask if demand is None else _support(demand, graph, "demand")
-    return graph.capacity.double() * (leaves * damping), sources, sinks
+    return graph.capacity.double() * ~absorbing[graph.edge_index[0]] * damping, sources, sinks
 
 
 def _support(vector: Tensor, graph: FlowGraph, name: str) -> Bool[Tensor, " tokens"]:
     vector = torch.as_tensor(vector, device=graph.capacity.device).double()
     if vector.shape != (graph.num_nodes,):
         raise InvalidInputError(
-            f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; pass a mask or vector [N]"
+            f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; "
+            "pass a mask or a vector [N]"
         )
     if not bool(torch.isfinite(vector).all()) or bool((vector < 0).any()):
-        raise InvalidInputError(f"{name}: must be finite and non-negative, got {vector.min().item():g} as its least; clamp it first")
+        raise InvalidInputError(
+            f"{name}: must be finite and non-negative, got {vector.min().item():g} as its least; clamp it first"
+        )
     return vector > 0
 
 
@@ -315,7 +314,7 @@ def _networkx_solver(network: Network) -> _Solver:
         full = [(s, t) for s, t, arc in residual.edges(data=True) if arc["flow"] == arc["capacity"]]
         residual.remove_edges_from(full)
         side = np.ones(size + 2, dtype=bool)
-        side[list(nx.ancestors(residual, size + 1)) + [size + 1]] = False
+        side[[size + 1, *nx.ancestors(residual, size + 1)]] = False
         return np.array(flow, dtype=np.float64), side[:size]
 
     return solver
@@ -324,7 +323,7 @@ def _networkx_solver(network: Network) -> _Solver:
 def _verified(network: Network, sources: NDArray, sinks: NDArray, flow: NDArray, side: NDArray) -> MaxFlow:
     """Re-check feasibility, conservation and duality; what comes back holds whatever the solver did."""
     clipped = np.clip(flow, 0.0, network.capacity)
-    allowed = _TOLERANCE * network.total
+    allowed = TOLERANCE * network.total
     excess = _excess(network, clipped)
     value = math.fsum(-excess[sources])
     crossing = np.flatnonzero(side[network.tail] & ~side[network.head] & (network.capacity > 0))
@@ -354,11 +353,8 @@ def _verified(network: Network, sources: NDArray, sinks: NDArray, flow: NDArray,
 
 def _excess(network: Network, flow: NDArray) -> NDArray:
     """Inflow - outflow of every token, each correctly rounded."""
-    by_tail = np.argsort(network.tail, kind="stable")
-    tokens = np.arange(network.num_tokens + 1)
-    into = np.searchsorted(network.head, tokens).tolist()
-    out = np.searchsorted(network.tail[by_tail], tokens).tolist()
-    arriving, leaving = flow.tolist(), (-flow[by_tail]).tolist()
+    arriving, leaving = flow.tolist(), (-flow[network.by_tail]).tolist()
+    into, out = network.first_in, network.first_out
     return np.array(
         [math.fsum(arriving[into[v] : into[v + 1]] + leaving[out[v] : out[v + 1]]) for v in range(network.num_tokens)]
     )

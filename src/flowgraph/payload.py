@@ -106,7 +106,11 @@ def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor)
 
 
 def _edges(edge_index: Tensor, chosen: Tensor, *values: Tensor) -> list[list[float]]:
-    columns = [edge_index[0, chosen].tolist(), edge_index[1, chosen].tolist(), *(value[chosen].tolist() for value in values)]
+    columns = [
+        edge_index[0, chosen].tolist(),
+        edge_index[1, chosen].tolist(),
+        *(value[chosen].tolist() for value in values),
+    ]
     return [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -209,15 +209,26 @@ class Prompt:
 _MARKS = r"*_\"'`$"
 # A sentence is over at a full stop before a space, but for the titles that write one.
 _SENTENCE_END = rf"(?<=[.!?])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bSt\.)(?<!\bMrs\.)[{_MARKS})]*\s"
-_VALUE = rf"(?=[\s:{_MARKS}]*(?![.,;!?]+(?:\s|\Z))([^\s:{_MARKS}].*?)[\s.,;:!?{_MARKS}]*(?:[\r\n]|\Z|{_SENTENCE_END}))"
-NUMBER_SIGN = Regex(r"(?m)(?<!#)####[ \t]*(-?\$?\d(?:[\d,./ ]*\d)?%?(?=[.\s]*$)|[^\s#](?:.*\S)?(?=\s*\Z))")
+# 300 characters at most: a model that repeats itself on one endless line must not cost its square.
+_VALUE = (
+    rf"(?=[\s:{_MARKS}]*(?![.,;!?]+(?:\s|\Z))([^\s:{_MARKS}].{{0,300}}?)"
+    rf"[\s.,;:!?{_MARKS}]*(?:[\r\n]|\Z|{_SENTENCE_END}))"
+)
+NUMBER_SIGN = Regex(r"(?m)(?<!#)####[ \t]*(-?\$?\d(?:[\d,./ ]*\d)?%?(?=[.\s]*$)|[^\s#](?:.{0,300}\S)?(?=\s*\Z))")
 TAG = Regex(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>")
 PHRASE = Regex(
     rf"(?im)(?:\banswer\b[ \t{_MARKS}]*(?:(?:to|for)\b[^\n.:=]{{1,80}}?\s)?(?:is\b|are\b|was\b|[:=])"
     rf"|^[ \t#{_MARKS}]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t{_MARKS}]*\r?\n){_VALUE}"
 )
-AUTO_ANSWER: tuple[Selector, ...] = (Boxed(), NUMBER_SIGN, TAG, PHRASE, LastLine())
-"""What an answer is looked for as, in this order, when nobody says; the first that finds something wins."""
+AUTO_ANSWER: dict[str, Selector] = {
+    "Boxed()": Boxed(),
+    "NUMBER_SIGN": NUMBER_SIGN,
+    "TAG": TAG,
+    "PHRASE": PHRASE,
+    "LastLine()": LastLine(),
+}
+"""What an answer is looked for as, in this order, when nobody says; the first that finds something wins.
+The keys are the values' names in this module, which is how regions report the choice."""
 
 Question = str | Selector | tuple[int, int | None] | Sequence[int] | Tensor | None
 Answer = Question
@@ -410,13 +421,17 @@ def validate_regions(regions: Regions) -> None:
 
 def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:
     """The answer's tokens and the selector that found them."""
-    tried = AUTO_ANSWER if _is_auto(answer) else (_as_selector(answer, "response", encoded),)
-    for selector in tried:
+    if _is_auto(answer):
+        tried = {f"auto: {name}": selector for name, selector in AUTO_ANSWER.items()}
+    else:
+        only = _as_selector(answer, "response", encoded)
+        tried = {repr(only): only}
+    for name, selector in tried.items():
         mask = selector.select(encoded, "response")
         if bool(mask.any()):
-            return mask, f"auto: {selector!r}" if _is_auto(answer) else repr(selector)
+            return mask, name
     raise NoAnswerError(
-        f"answer: {tried[-1]!r} must select a visible, non-special character of the response, got none in "
+        f"answer: {name} must select a visible, non-special character of the response, got none in "
         f"{_ending(encoded.response_text)!r}; pass another Regex, Span(start, end), LastLine() or token indices"
     )
 

@@ -274,7 +274,8 @@ def _flow_entropies(flow: Flow) -> tuple[Float64[Tensor, " tokens"], Float64[Ten
 def _require_single_feasible(flow: Flow) -> None:
     if isinstance(flow.graph, Batch):
         raise InvalidInputError(
-            f"flow: must be the flow of one graph, got a batch of {flow.feasible.numel()}; solve(batch.get_example(i)) gives one"
+            f"flow: must be the flow of one graph, got a batch of {flow.feasible.numel()}; "
+            "solve(batch.get_example(i)) gives one"
         )
     if not bool(flow.feasible):
         raise InfeasibleFlowError(

@@ -27,8 +27,11 @@ def write_record(path: PathLike, tensors: dict[str, Tensor], record: dict[str, A
         OutputError: the path cannot be written.
     """
     metadata = {"format": FORMAT, "schema": str(SCHEMA), "record": json.dumps(record, allow_nan=False)}
+    copies = {
+        name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()
+    }  # none may share memory
     with atomic_write(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(copies, temporary, metadata)
 
 
 def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -47,7 +50,8 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise TraceFileError(f"path: must be an existing trace file, got {path}; check the name") from None
     except (SafetensorError, OSError) as error:
         raise TraceFileError(
-            f"path: must be a complete safetensors file, got {path} ({error}); it is truncated or not a trace, so write it again"
+            f"path: must be a complete safetensors file, got {path} ({error}); "
+            "it is truncated or not a trace, so write it again"
         ) from error
     except (KeyError, json.JSONDecodeError) as error:
         raise TraceFileError(

@@ -398,7 +398,9 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], context: list[in
         now = _text(tokenizer, everything[start : index + 1], known)[len(head) :]
         partial = now.endswith(REPLACEMENT)
         if before and not partial and now.startswith(before):
-            stable = len(before)  # What looked incomplete was a replacement character in its own right.
+            # What looked incomplete was meant, or no character at all: it belongs to the tokens so far.
+            stable = len(before)
+            spans[-1] = (spans[-1][0], length + stable)
         reached = len(now.rstrip(REPLACEMENT)) if partial else len(now)
         complete = (now and not partial) or index - read + 1 >= PENDING or index + 1 == len(everything)
         spans.append((length + stable, length + max(stable, len(now) if complete else reached + partial)))

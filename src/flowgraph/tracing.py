@@ -110,7 +110,9 @@ def trace(
     if input_ids is not None:
         encoded, regions = _from_ids(tokenizer, input_ids, prompt, response, question, answer, reasoning, prompt_length)
     else:
-        encoded, regions = _from_text(model, tokenizer, prompt, response, question, answer, reasoning, max_new_tokens, say)
+        encoded, regions = _from_text(
+            model, tokenizer, prompt, response, question, answer, reasoning, max_new_tokens, say
+        )
     num_tokens = encoded.input_ids.numel()
     _require_room(inner, num_tokens, layers, max_edges)
 
@@ -154,9 +156,13 @@ def _from_text(
 ) -> tuple[EncodedText, Regions]:
     if tokenizer is None or prompt is None:
         missing = "tokenizer" if tokenizer is None else "prompt"
-        raise InvalidInputError(f"{missing}: must be given unless input_ids is, got None; pass trace(model, tokenizer, prompt, ...)")
+        raise InvalidInputError(
+            f"{missing}: must be given unless input_ids is, got None; pass trace(model, tokenizer, prompt, ...)"
+        )
     if reasoning is not None:
-        raise InvalidInputError("reasoning: goes with input_ids only, got a value with text; it is found between question and answer")
+        raise InvalidInputError(
+            "reasoning: goes with input_ids only, got a value with text; it is found between question and answer"
+        )
     ends_with_answer = not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
     if response is None and not ends_with_answer:
         response = generate_response(model, tokenizer, prompt, max_new_tokens, say)
@@ -181,15 +187,17 @@ def _from_ids(
         input_ids = input_ids[0]
     if input_ids.ndim != 1 or input_ids.is_floating_point() or input_ids.numel() < 2:
         raise InvalidInputError(
-            f"input_ids: must be one sequence of at least 2 token ids, got {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
-            "trace the sequences of a batch one by one"
+            f"input_ids: must be one sequence of at least 2 token ids, got {input_ids.dtype} of shape "
+            f"{tuple(input_ids.shape)}; trace the sequences of a batch one by one"
         )
     for name, region in (("question", question), ("answer", answer)):
         if region is None:
             raise InvalidInputError(f"{name}: must be a mask or indices with input_ids, got None; a regex needs text")
     count = input_ids.numel()
     if prompt_length is not None and not 0 < prompt_length < count:
-        raise InvalidInputError(f"prompt_length: must lie in 1..{count - 1}, got {prompt_length}; it counts the prompt's tokens")
+        raise InvalidInputError(
+            f"prompt_length: must lie in 1..{count - 1}, got {prompt_length}; it counts the prompt's tokens"
+        )
     generated = None if prompt_length is None else torch.arange(count) >= prompt_length
     regions = Regions.from_masks(question, answer, reasoning=reasoning, generated=generated, num_tokens=count)
     pieces = [tokenizer.decode([token]) if tokenizer else f"<{token}>" for token in input_ids.tolist()]
@@ -207,7 +215,11 @@ def _from_ids(
 
 
 def generate_response(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], max_new_tokens: int, say: Progress
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, Any]],
+    max_new_tokens: int,
+    say: Progress,
 ) -> list[int]:
     """Greedy response ids, the end token included.
 
@@ -218,13 +230,15 @@ def generate_response(
         raise InvalidInputError(f"max_new_tokens: must be at least 1, got {max_new_tokens}; 256 is the default")
     from transformers import GenerationConfig
 
-    prompt_ids = encode(tokenizer, prompt, [tokenizer.eos_token_id or 0]).input_ids[:-1]
+    prompt_ids = encode(tokenizer, prompt, [0]).input_ids[:-1]  # exactly the ids that the trace will read
     inner = base_model(model)
     limit = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None:
         max_new_tokens = min(max_new_tokens, limit - prompt_ids.numel())
     if max_new_tokens < 1:
-        raise InvalidInputError(f"prompt: must leave room in the context of {limit} tokens, got {prompt_ids.numel()}; shorten it")
+        raise InvalidInputError(
+            f"prompt: must leave room in the context of {limit} tokens, got {prompt_ids.numel()}; shorten it"
+        )
     stop = inner.generation_config.eos_token_id if inner.generation_config else None
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -238,7 +252,7 @@ def generate_response(
         output = inner.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=_Counter(say, ids.shape[1])
         )
-    return output[0, ids.shape[1] :].tolist()
+    return [int(token) for token in output[0, ids.shape[1] :]]
 
 
 class _Counter:
@@ -271,7 +285,9 @@ def _require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edge
     per_token = 2 * 4 * config.num_attention_heads * width * chosen
     needed = per_token * num_tokens + 60 * edges_kept(max_edges, num_tokens) + 2**28
     require_memory(
-        needed, f"trace of {num_tokens} tokens over {chosen} layers", "choose fewer layers, a shorter text or a smaller max_edges="
+        needed,
+        f"trace of {num_tokens} tokens over {chosen} layers",
+        "choose fewer layers, a shorter text or a smaller max_edges=",
     )
 
 

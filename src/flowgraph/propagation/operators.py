@@ -21,11 +21,14 @@ from flowgraph.propagation.sweeps import BLOCK
 class RowSource(Protocol):
     """Rows of one causal matrix, computed or fetched on demand."""
 
-    num_tokens: int
-    device: torch.device
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def block(self, start: int, stop: int) -> Float[Tensor, "block tokens"]:
-        """Rows ``[start, stop)``, full width, zero on and above the diagonal."""
+        """Rows ``[start, stop)``, full width."""
         ...
 
 

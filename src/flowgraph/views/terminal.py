@@ -23,11 +23,20 @@ def visible(token: str) -> str:
 
 def render_trace(trace: FlowTrace, *, keep: float = 0.9, rows: int | None = 24, num_routes: int = 6) -> RenderableType:
     """Everything a reader wants first: text, strongest tokens in text order, backbone and routes."""
-    parts: list[RenderableType] = [Text(repr(trace).split("\n")[0]), Text(), heat_text(trace), Text(), token_table(trace, rows)]
+    parts: list[RenderableType] = [
+        Text(repr(trace).split("\n")[0]),
+        Text(),
+        heat_text(trace),
+        Text(),
+        token_table(trace, rows),
+    ]
     if trace.feasible:
         parts += [Text(), _backbone(trace, keep), _routes(trace, num_routes)]
     else:
-        parts += [Text(), Text("No flow: no question token reaches the answer through this graph.", style="bold yellow")]
+        parts += [
+            Text(),
+            Text("No flow: no question token reaches the answer through this graph.", style="bold yellow"),
+        ]
     return Group(*parts)
 
 
@@ -49,7 +58,9 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
     """The tokens with most throughput, in text order (all of them with ``rows=None``)."""
     count = trace.num_tokens if rows is None else min(rows, trace.num_tokens)
     chosen = sorted(trace.throughput.argsort(descending=True, stable=True)[:count].tolist())
-    title = "all tokens" if count == trace.num_tokens else f"the {count} of {trace.num_tokens} tokens with most throughput"
+    title = (
+        "all tokens" if count == trace.num_tokens else f"the {count} of {trace.num_tokens} tokens with most throughput"
+    )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, caption_justify="left")
     table.add_column("#", justify="right", style="dim")
     table.add_column("")
@@ -57,13 +68,20 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
     table.add_column("throughput", justify="right")
     table.add_column("")
     table.add_column("h", justify="right", style="dim")
+    passing = trace.throughput[~trace.answer]
+    scale = max(float(passing.max()) if passing.numel() else 0.0, 1e-12)  # the answer would dwarf everything else
     for index in chosen:
         value = float(trace.throughput[index])
-        bar = "█" * round(_BAR * value) or ("▏" if value > 0 else "")
+        bar = "█" * min(round(_BAR * value / scale), _BAR) or ("▏" if value > 0 else "")
         table.add_row(
-            str(index), _letter(trace, index), Text(visible(trace.tokens[index])), f"{value:.3f}", bar, f"{float(trace.h[index]):.3g}"
+            str(index),
+            _letter(trace, index),
+            Text(visible(trace.tokens[index])),
+            f"{value:.3f}",
+            bar,
+            f"{float(trace.h[index]):.3g}",
         )
-    table.caption = "Q question, R reasoning, A answer; throughput = share of the flow from question to answer through the token"
+    table.caption = "Q question, R reasoning, A answer; throughput = share of the flow that passes through the token"
     return table
 
 
@@ -73,7 +91,9 @@ def _letter(trace: FlowTrace, index: int) -> str:
 
 def _backbone(trace: FlowTrace, keep: float) -> Text:
     bone = trace.backbone(keep)
-    return Text(f"backbone: {bone.num_edges} of {trace.graph.num_edges} edges carry {bone.share:.1%} of the flow end to end")
+    return Text(
+        f"backbone: {bone.num_edges} of {trace.graph.num_edges} edges carry {bone.share:.1%} of the flow end to end"
+    )
 
 
 def _routes(trace: FlowTrace, k: int) -> Table:
@@ -81,7 +101,9 @@ def _routes(trace: FlowTrace, k: int) -> Table:
     table.add_column("flow", justify="right")
     table.add_column("route", overflow="fold")
     for route in trace.routes(k):
-        line = Text(" → ", style="dim").join(Text(f"{visible(trace.tokens[t]).strip() or visible(trace.tokens[t])!r}[{t}]") for t in route.tokens)
+        line = Text(" → ", style="dim").join(
+            Text(f"{visible(trace.tokens[t]).strip() or visible(trace.tokens[t])!r}[{t}]") for t in route.tokens
+        )
         table.add_row(f"{route.flow:.1%}", line)
     return table
 

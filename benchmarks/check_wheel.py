@@ -1,0 +1,46 @@
+"""The built wheel, imported from where it was installed: everything it needs is inside it.
+
+python benchmarks/check_wheel.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]).resolve()
+    import torch
+
+    import flowgraph as fg
+    import rl
+
+    for package in (fg, rl):
+        assert package.__file__ is not None
+        assert Path(package.__file__).is_relative_to(folder), f"{package.__name__} came from {package.__file__}"
+        assert (Path(package.__file__).parent / "py.typed").is_file()
+    missing = [name for name in dir(fg) if getattr(fg, name, None) is None]
+    assert not missing, f"names that do not load: {missing}"
+    weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
+    flow = fg.solve(fg.FlowGraph.from_dense(weights, question=[0], answer=[3]))
+    assert fg.certify(flow).ok
+    from flowgraph.payload import trace_payload
+    from flowgraph.views.html import render_html
+
+    payload = trace_payload(
+        flow,
+        tokens="abcd",
+        text="abcd",
+        spans=torch.tensor([[k, k + 1] for k in range(4)]),
+        generated=torch.arange(4) > 0,
+        provenance={},
+        keep=0.9,
+        max_edges=10,
+    )
+    assert "<html" in render_html(payload)
+    sys.stdout.write(f"wheel: {len(dir(fg))} public names load, a graph solves and renders\n")
+
+
+if __name__ == "__main__":
+    main()

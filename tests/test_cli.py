@@ -1,0 +1,123 @@
+"""The command line as a user meets it: exit codes, messages, files."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.tiny import PROMPT, RESPONSE, save_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        from flowgraph.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["flowgraph", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_help_is_quick_and_says_what_there_is():
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-m", "flowgraph.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 20  # a hang or a heavy import, not a timing: the benchmark is in the docs
+    for word in ("trace", "certify", "show", "demo", "Exit codes"):
+        assert word in result.stdout
+
+
+def test_trace_writes_three_files_and_show_and_certify_read_them(run, checkpoint: Path, tmp_path: Path):
+    out = tmp_path / "results"
+    code, printed, _ = run("trace", PROMPT, "--model", checkpoint, "--response", RESPONSE, "--out", out)
+    assert code == 0, printed
+    assert sorted(path.name for path in out.iterdir()) == ["trace.html", "trace.json", "trace.safetensors"]
+    assert "widest routes" in printed
+    assert "throughput" in printed
+    payload = json.loads((out / "trace.json").read_text())
+    assert payload["schema"] == "flowgraph-trace/1"
+    code, printed, _ = run("show", out / "trace.safetensors", "--all", "--html", tmp_path / "again.html")
+    assert code == 0
+    assert "all tokens" in printed
+    assert (tmp_path / "again.html").is_file()
+    code, printed, _ = run("certify", out / "trace.safetensors", "--json", tmp_path / "c.json")
+    assert code == 0
+    assert json.loads((tmp_path / "c.json").read_text())["ok"]
+
+
+def test_prompt_and_response_from_files_and_standard_input(run, checkpoint: Path, tmp_path: Path, monkeypatch):
+    import io
+
+    (tmp_path / "p").write_text(PROMPT)
+    (tmp_path / "r").write_text(RESPONSE)
+    options = ("--model", checkpoint, "--response-file", tmp_path / "r", "--answer", r"is (\d+)", "--plain")
+    assert run("trace", "--prompt-file", tmp_path / "p", *options)[0] == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert run("trace", "-", *options)[0] == 0
+
+
+def test_a_certificate_that_fails_is_exit_code_1(run, checkpoint: Path, tmp_path: Path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    run("trace", PROMPT, "--model", checkpoint, "--response", RESPONSE, "--out", tmp_path)
+    path = tmp_path / "trace.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["g"] = tensors["g"] * 1.01
+    save_file(tensors, path, metadata)
+    code, printed, _ = run("certify", path)
+    assert code == 1
+    assert "✗" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "missing.safetensors"), "must be an existing trace file"),
+        (("certify", "missing.safetensors"), "must be an existing trace file"),
+        (("trace", "x", "--prompt-file", "y"), "not both"),
+        (("trace", "--prompt-file", "nowhere"), "must be a readable UTF-8 file"),
+        (("trace", "x", "--answer-span", "nonsense"), "must be START:END"),
+        (("trace", "x", "--answer", "a", "--last-line"), "give one of"),
+        (("trace", "x", "--keep", "1.5"), "1.5"),
+        (("trace", "x", "--model", "/no/such/folder"), "must be a causal language model that transformers can load"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_a_message(run, arguments: tuple[str, ...], message: str):
+    code, _, said = run(*arguments)
+    assert code == 2
+    assert message in " ".join(said.replace("│", " ").split())
+    assert "Traceback" not in said
+
+
+def test_bad_answers_and_outputs_stop_before_anything_is_written(run, checkpoint: Path, tmp_path: Path):
+    code, _, said = run(
+        "trace", PROMPT, "-m", checkpoint, "--response", RESPONSE, "--answer", "####", "-o", tmp_path / "out"
+    )
+    assert code == 2
+    assert said.startswith("flowgraph: answer: ") or "flowgraph: answer: " in said
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "file").touch()
+    code, _, said = run("trace", PROMPT, "-m", checkpoint, "-o", tmp_path / "file")
+    assert code == 2
+    assert "--out: must be a folder that can be made" in said
