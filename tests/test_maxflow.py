@@ -6,14 +6,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError, TooLargeError
-from flowgraph.flow import solve
-from flowgraph.graph import FlowGraph
-from flowgraph.maxflow import MaxFlow, Network, max_flow, max_flow_through
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
+from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError, TooLargeError
+from flowgraph.flow import solve
+from flowgraph.graph import FlowGraph
+from flowgraph.maxflow import MaxFlow, Network, max_flow, max_flow_through
 from tests.fixtures.convert import to_graph
 from tests.fixtures.graphs import DIAMOND, RELAY_PASS_THROUGH, WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference

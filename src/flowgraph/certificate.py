@@ -256,7 +256,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _check(name: str, residual: float, bound: float, detail: str = "") -> Check:
-    residual, bound = float(residual), float(bound)
+    residual, bound = float(residual) + 0.0, float(bound)  # + 0.0 turns -0 into 0
     return Check(name, _STATEMENTS[name], residual, bound, residual <= bound, detail)
 
 
@@ -409,7 +409,11 @@ def _scaling(books: _Books) -> list[Check]:
         at = used.argmax()
         residual, full = abs(books.alpha * used[at] - 1), f"{books.tail[at]} -> {books.head[at]} is full first"
     return [
-        _check("congestion", _difference(books.edge_flow, books.weight * rank_one), 4 * EPS),
+        _check(
+            "congestion",
+            _difference(books.edge_flow, books.g[books.tail] * books.weight * books.h[books.head]),
+            4 * EPS,
+        ),
         _check("alpha", residual, 4 * EPS, full),
     ]
 
@@ -443,7 +447,9 @@ def _network(books: _Books, exact: Literal["auto"] | bool, max_edges: int, notes
     return None
 
 
-def _against_max_flow(books: _Books, network: Network, num_through: int, notes: list[str]) -> tuple[float, list[Check]]:
+def _against_max_flow(
+    books: _Books, network: Network, sides: list[NDArray], num_through: int, notes: list[str]
+) -> tuple[float, list[Check]]:
     """Items 1, 5, 7 and 8 against the exact max flow."""
     best = network.between(network.sources, network.sinks)
     value = best.cut_capacity

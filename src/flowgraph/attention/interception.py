@@ -124,7 +124,9 @@ class KernelWatch(TorchFunctionMode):
                 "scaling": given.get("scale") or query.shape[-1] ** -0.5,
                 "dropout": given.get("dropout_p", 0.0),
                 # torch reads a missing mask as "read everything"; a single token has nothing else to read.
-                "is_causal": given.get("is_causal", False) or given.get("attn_mask") is not None or query.shape[-2] == 1,
+                "is_causal": given.get("is_causal", False)
+                or given.get("attn_mask") is not None
+                or query.shape[-2] == 1,
             }
             self.calls.append(
                 AttentionCall(_fused, query, key, value, given.get("attn_mask"), options, result.transpose(1, 2))

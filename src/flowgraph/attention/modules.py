@@ -49,10 +49,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         elif isinstance(model, DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
-            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            adapter = getattr(model, "active_peft_config", None)
+            if getattr(adapter, "is_prompt_learning", False):
                 raise CaptureError(
-                    f"model: must have adapters on its weights, got prompt learning ({model.active_peft_config.peft_type}); "  # type: ignore[union-attr]
-                    "its virtual tokens stand outside the text, so trace a LoRA-like adapter or the base model"
+                    f"model: must have adapters on its weights, got prompt learning ({type(adapter).__name__}); its "
+                    "virtual tokens stand outside the text, so trace a LoRA-like adapter or the base model"
                 )
             model = model.get_base_model()  # type: ignore[operator]
         else:
@@ -99,16 +100,22 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     modules = [module for _, module in named]
     indices = [int(re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)[0]) for name, _ in named]
     if len(set(indices)) < len(indices):
-        own = [getattr(module, "layer_idx", None) for module in modules]
-        if None in own or len(set(own)) < len(own):
-            doubled = next(index for index in indices if indices.count(index) > 1)
-            raise CaptureError(
-                f"model: each layer must have one attention module, got several in layer {doubled} of "
-                f"{type(model).__name__} ({', '.join(n for (n, _), i in zip(named, indices, strict=True) if i == doubled)}); "
-                "this architecture cannot be captured"
-            )
-        indices = [int(index) for index in own]
+        indices = _own_indices(model, named, indices)
     return dict(sorted(zip(indices, modules, strict=True), key=lambda item: item[0]))
+
+
+def _own_indices(model: PreTrainedModel, named: list[tuple[str, nn.Module]], indices: list[int]) -> list[int]:
+    """The modules' own ``layer_idx``, for layers that hold several attentions."""
+    own = [getattr(module, "layer_idx", None) for _, module in named]
+    counted = [index for index in own if isinstance(index, int)]
+    if len(set(counted)) < len(own):
+        doubled = next(index for index in indices if indices.count(index) > 1)
+        names = ", ".join(name for (name, _), index in zip(named, indices, strict=True) if index == doubled)
+        raise CaptureError(
+            f"model: each layer must have one attention module, got {names} in layer {doubled} of "
+            f"{type(model).__name__}; this architecture cannot be captured"
+        )
+    return counted
 
 
 def _self_attentions(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -133,5 +140,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
 @lru_cache(maxsize=4096)
 def uses_attention_interface(kind: type[nn.Module]) -> bool:
     """Whether this module class dispatches through transformers' ``AttentionInterface``."""
-    methods = (inspect.unwrap(member) for cls in kind.__mro__ for member in vars(cls).values() if inspect.isfunction(member))
+    methods = (
+        inspect.unwrap(member) for cls in kind.__mro__ for member in vars(cls).values() if inspect.isfunction(member)
+    )
     return any("get_interface" in method.__code__.co_names for method in methods)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from flowgraph.attention.modules import attention_modules, base_model, eager_function, uses_attention_interface
-from flowgraph.attention.records import LayerRecord
-from flowgraph.attention.rows import AttentionRows, EagerLayer, HeadAggregator
+from flowgraph.attention.heads import HeadAggregator
+from flowgraph.attention.interception import AttentionCall, AttentionDispatch, KernelWatch
+from flowgraph.attention.modules import attention_modules, base_model, text_decoder, uses_attention_interface
+from flowgraph.attention.records import LayerRecord, frozen
+from flowgraph.attention.rows import AttentionRows, WeightedLayer
 from flowgraph.attention.selection import HeadSelector, LayerRule, resolve_heads, resolve_layers
 from flowgraph.errors import CaptureError, InvalidInputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class AttentionRecorder:
     """Record the attention of chosen layers during any forward pass made inside a ``with`` block.
 
     The model keeps its own attention kernels, masks, logits, gradients and training mode; recording costs one
-    reference to the query and key of each chosen layer. An architecture that does not dispatch through
-    transformers' attention interface is run with its eager attention instead, one layer's weights at a time.
+    reference to the query and key of each chosen layer. Compiled models run uncompiled inside the block.
 
     Args:
         model: a Hugging Face causal LM, PEFT-wrapped or not.
@@ -55,33 +52,45 @@ class AttentionRecorder:
         edge_weight: str = "attention",
     ) -> None:
         if edge_weight not in ("attention", "value_norm"):
-            raise InvalidInputError(f"edge_weight: must be 'attention' or 'value_norm', got {edge_weight!r}; 'attention' is the default")
+            raise InvalidInputError(
+                f"edge_weight: must be 'attention' or 'value_norm', got {edge_weight!r}; 'attention' is the default"
+            )
         self.model = base_model(model)
-        modules = attention_modules(self.model)
+        self._decoder, modules = text_decoder(self.model), attention_modules(self.model)
         config = self.model.config.get_text_config(decoder=True)
         num_layers = max(int(getattr(config, "num_hidden_layers", 0)), max(modules) + 1)
         chosen = resolve_layers(layers, num_layers)
         missing = [index for index in chosen if index not in modules]
         if missing and (not isinstance(layers, str) or len(missing) == len(chosen)):
             raise CaptureError(
-                f"layers: must have softmax attention, got {missing} without any; {type(self.model).__name__} has it in {sorted(modules)}"
+                f"layers: must have softmax attention, got {missing} without any; {type(self.model).__name__} has it "
+                f"in {sorted(modules)}, so choose among those"
             )
         self.layers = [index for index in chosen if index in modules]
+        self.heads, self.edge_weight = resolve_heads(heads, _num_heads(config)), edge_weight
         self._modules = {modules[index]: index for index in self.layers}
-        num_heads = int(getattr(config, "num_attention_heads", 0)) or 1
-        self.heads, self.edge_weight = resolve_heads(heads, num_heads), edge_weight
-        self._interface = all(uses_attention_interface(type(module)) for module in self._modules)
-        self._records: dict[int, LayerRecord | EagerLayer] = {}
+        self._records: dict[int, LayerRecord | WeightedLayer] = {}
+        self._mask: Bool[Tensor, "batch tokens"] | None = None
+        self._running = False
+        self._watch: KernelWatch | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> AttentionRecorder:
+        _refuse_block_masks(self.model)
         self._records.clear()
-        if self._interface:
-            self._stack.enter_context(_Interception.listen(self))
-        else:
-            self._stack.enter_context(_eager_attention(self.model))
+        with ExitStack() as stack:
+            stack.enter_context(AttentionDispatch.heard_by(self))
+            hooks = [
+                self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self._decoder.register_forward_hook(self._end, always_call=True),
+            ]
             for module in self._modules:
-                self._stack.callback(module.register_forward_hook(self._record_weights).remove)
+                if not uses_attention_interface(type(module)):
+                    hooks.append(module.register_forward_pre_hook(self._begin_watching))
+                    hooks.append(module.register_forward_hook(self._end_watching, always_call=True))
+            for hook in hooks:
+                stack.callback(hook.remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -91,7 +100,7 @@ class AttentionRecorder:
         """The aggregated attention of the last forward pass.
 
         Args:
-            attention_mask: the padding mask that the forward pass was given, if any.
+            attention_mask: 1 on tokens, 0 on padding; by default the mask that the pass was given.
 
         Raises:
             CaptureError: no pass was made, or a chosen layer did not run as attention.
@@ -102,128 +111,144 @@ class AttentionRecorder:
                 f"model: the attention of {type(self.model).__name__} in layers {missing} was not seen; "
                 "make one forward pass inside the with block, and please report the architecture if you did"
             )
-        return AttentionRows(
-            [self._records[index] for index in self.layers], self.layers, self._aggregator(), attention_mask
-        )
-
-    def _aggregator(self) -> HeadAggregator:
-        return HeadAggregator(self.heads, self.edge_weight)
+        mask = self._mask if attention_mask is None else attention_mask
+        records = [self._records[index] for index in self.layers]
+        return AttentionRows(records, self.layers, HeadAggregator(self.heads), mask)
 
     def wants(self, module: nn.Module) -> bool:
-        """Whether this module's attention is to be recorded."""
-        return module in self._modules
+        """Whether this module's attention is to be recorded now (not when a checkpoint is recomputed)."""
+        return self._running and module in self._modules
 
-    def record(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any], output: Tensor
-    ) -> None:
+    def record(self, module: nn.Module, call: AttentionCall) -> None:
         """Keep what the rows of one layer need, after checking it against the layer's own output.
 
         Raises:
             CaptureError: cached keys, dropout, or an output that the eager function does not reproduce.
         """
-        if getattr(module, "is_causal", True) is False or options.get("is_causal") is False:
-            raise CaptureError(
-                f"model: {type(module).__name__} is not causal; only causal attention forms a DAG over tokens, so load a causal language model"
-            )
-        if query.shape[2] != key.shape[2]:
-            raise CaptureError(
-                f"past_key_values: must be empty, got {key.shape[2] - query.shape[2]} cached tokens; trace with one full pass, use_cache=False"
-            )
-        if options.get("dropout"):
-            raise CaptureError(f"model: attention dropout must be off, got {options['dropout']:g}; call model.eval() for the traced pass")
-        if mask is not None and not isinstance(mask, Tensor):
-            raise CaptureError(
-                f"model: the mask of its attention implementation ({type(mask).__name__}) cannot be read; "
-                "call model.set_attn_implementation('sdpa') first"
-            )
+        self._refuse_second_call(module)
+        _refuse_unreadable(module, call)
+        query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
         with torch.no_grad():
-            record = LayerRecord(
-                module, eager_function(module), query.detach(), key.detach(), value.detach().float().norm(dim=-1), mask, options
-            )
-            record.verify(value.detach(), output.detach())
+            norm = value.float().norm(dim=-1) if self.edge_weight == "value_norm" else None
+            record = LayerRecord(frozen(module), call.eager, query, key, norm, call.mask, call.options)
+            record.verify(value, call.output.detach())
         self._records[self._modules[module]] = record
 
-    def _record_weights(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        """Forward hook for eager-only architectures: aggregate this layer's weights and let them go."""
+    def _refuse_second_call(self, module: nn.Module) -> None:
+        if self._modules[module] in self._records:
+            raise CaptureError(
+                f"model: each attention module must run once in a pass, got a second run of "
+                f"{type(module).__name__} in layer {self._modules[module]} of {type(self.model).__name__}; "
+                "architectures that loop over layers, share them or combine several attentions cannot be captured"
+            )
+
+    def _begin(self, decoder: nn.Module, inputs: tuple, options: dict[str, Any]) -> None:
+        if self._running:
+            raise CaptureError(
+                f"model: must make one forward pass at a time while recorded, got two at once in "
+                f"{type(self.model).__name__}; use one recorder and one model per thread"
+            )
+        self._records.clear()
+        mask = options.get("attention_mask")
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._running = True
+
+    def _end(self, decoder: nn.Module, inputs: tuple, output: Any) -> None:
+        self._running = False
+
+    def _begin_watching(self, module: nn.Module, inputs: tuple) -> None:
+        if self._running:
+            self._watch = KernelWatch()
+            self._watch.__enter__()
+
+    def _end_watching(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        watch.__exit__(None, None, None)
+        if output is None:  # the module raised, and its own exception is on its way
+            return
+        for call in watch.calls:
+            self.record(module, call)
+        if not watch.calls:
+            self._record_weights(module, output)
+
+    def _record_weights(self, module: nn.Module, output: Any) -> None:
+        """Aggregate the weights that a module returns beside its output, and let them go."""
+        self._refuse_second_call(module)
         parts = output if isinstance(output, (tuple, list)) else (output,)
         weights = next((p for p in parts if isinstance(p, Tensor) and p.ndim == 4 and p.shape[-1] == p.shape[-2]), None)
-        if weights is None or self.edge_weight != "attention":
-            what = "returns no attention weights" if weights is None else "gives no access to its value vectors"
+        problem = None
+        if weights is None:
+            problem = "returns no attention weights; load the model with attn_implementation='eager' or 'sdpa'"
+        elif self.edge_weight != "attention":
+            problem = "gives no access to its value vectors; use edge_weight='attention'"
+        else:
+            readable = torch.ones(weights.shape[0], weights.shape[-1], dtype=torch.bool, device=weights.device)
+            if self._mask is not None:
+                readable = self._mask.to(weights.device)
+            problem = _problem_of(weights.detach().float(), readable)
+            if problem is None:
+                layer = WeightedLayer.of(HeadAggregator(self.heads), weights.detach(), readable)
+                self._records[self._modules[module]] = layer
+        if problem is not None:
             raise CaptureError(
-                f"model: {type(module).__name__} of {type(self.model).__name__} bypasses the attention interface and {what}; "
-                "this architecture cannot be captured" + ("" if weights is None else " with edge_weight='value_norm'")
+                f"model: {type(module).__name__} of {type(self.model).__name__} bypasses the attention interface and "
+                f"{problem}"
             )
-        self._records[self._modules[module]] = EagerLayer(self._aggregator(), weights.detach())
 
 
-class _Interception:
-    """A transparent layer over transformers' table of attention functions, present while anyone listens.
-
-    Each entry is replaced by one that calls the original and then tells the listeners. Models nobody listens
-    to are unaffected, so nesting and threads are safe.
-    """
-
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-    _listeners: ClassVar[list[AttentionRecorder]] = []
-    _replaced: ClassVar[dict[str, Callable | None]] = {}
-
-    @classmethod
-    @contextmanager
-    def listen(cls, recorder: AttentionRecorder) -> Iterator[None]:
-        with cls._lock:
-            cls._listeners.append(recorder)
-            if len(cls._listeners) == 1:
-                cls._install()
-        try:
-            yield
-        finally:
-            with cls._lock:
-                cls._listeners.remove(recorder)
-                if not cls._listeners:
-                    cls._remove()
-
-    @classmethod
-    def _install(cls) -> None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
-
-        # "eager" has no entry: models pass their own function as the default, which an entry would hide.
-        for name in ["eager", *table]:
-            original = table.get(name)
-            cls._replaced[name] = original
-            table[name] = cls._listening(original)
-
-    @classmethod
-    def _remove(cls) -> None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
-
-        for name, original in cls._replaced.items():
-            del table[name]
-            if original is not None and table.get(name) is not original:
-                table[name] = original  # it was a local entry before, so put it back as one
-        cls._replaced.clear()
-
-    @classmethod
-    def _listening(cls, original: Callable | None) -> Callable:
-        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any):
-            function = original or eager_function(module)
-            result = function(module, query, key, value, attention_mask, **options)
-            for recorder in list(cls._listeners):
-                if recorder.wants(module):
-                    recorder.record(module, query, key, value, attention_mask, options, result[0])
-            return result
-
-        return attention
+def _problem_of(weights: Tensor, readable: Bool[Tensor, "batch tokens"]) -> str | None:
+    """Why a tensor that looks like attention weights is none; rows of padding may hold anything."""
+    rows = weights.masked_fill(~readable[:, None, :, None], 0.0)
+    if bool(rows.triu(1).any()):
+        return "reads future tokens; load a causal language model"
+    sums = rows.sum(-1).masked_fill(~readable[:, None], 1.0)
+    if bool((rows < 0).any()) or not bool(((sums - 1).abs() < 0.02).all()):  # bfloat16 rounds weights by 2**-8
+        return "returns weights that do not sum to 1; call model.eval() to turn attention dropout off"
+    return None
 
 
-@contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Run an architecture with its eager attention, and put back what was there."""
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config") and hasattr(part.config, "_attn_implementation")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation = "eager"
+def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
+    name = type(module).__name__
+    if getattr(module, "is_causal", True) is False or call.options.get("is_causal") is False:
+        raise CaptureError(
+            f"model: its attention must be causal, got {name}, which is not; only causal attention forms a DAG over "
+            "tokens, so load a causal language model"
+        )
+    if call.query.ndim != 4 or call.query.shape[2] != call.key.shape[2]:
+        raise CaptureError(
+            f"past_key_values: must be empty, got queries of shape {tuple(call.query.shape)} and keys of shape "
+            f"{tuple(call.key.shape)} in {name}; trace with one full pass and use_cache=False "
+            "(architectures that compress their keys cannot be captured)"
+        )
+    if call.options.get("dropout"):
+        raise CaptureError(
+            f"model: attention dropout must be off, got {call.options['dropout']:g} in {name}; "
+            "call model.eval() for the traced pass"
+        )
+    if call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.ndim in (2, 4)):
+        raise CaptureError(
+            f"model: the mask of its attention implementation ({type(call.mask).__name__}) cannot be read; "
+            "call model.set_attn_implementation('sdpa') first"
+        )
+
+
+def _refuse_block_masks(model: nn.Module) -> None:
+    """Flex attention keeps its mask as a compiled function: there is no row to read off it."""
+    for module in model.modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
+        if implementation.startswith(("flex", "paged")):
+            raise CaptureError(
+                f"model: its attention implementation must have readable masks, got {implementation!r}; "
+                "call model.set_attn_implementation('sdpa') first"
+            )
+
+
+def _num_heads(config: Any) -> int | None:
+    """None where the number differs between layers; transformers then refuses the attribute."""
     try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        number = getattr(config, "num_attention_heads", None)
+    except RuntimeError:
+        return None
+    return number if isinstance(number, int) and number > 0 else None

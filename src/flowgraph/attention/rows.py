@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from flowgraph.attention.heads import HeadAggregator
 from flowgraph.attention.records import LayerRecord
-from flowgraph.attention.selection import HeadSelector
 from flowgraph.errors import InvalidInputError
 from flowgraph.memory import require_memory
 
@@ -19,145 +19,134 @@ _SCRATCH_BYTES = 2**26
 """Softmax weights of all heads held at once; small blocks stay in cache and were the fastest measured."""
 
 
-class HeadAggregator:
-    """``[batch, heads, block, stop]`` weights of one layer -> ``[batch, block, stop]``, heads joined by the rule."""
+@dataclass(frozen=True)
+class WeightedLayer:
+    """One layer of an architecture that hands out its weights itself: aggregated at once, T x T per sequence."""
 
-    def __init__(self, heads: str | Sequence[int] | HeadSelector, edge_weight: str = "attention") -> None:
-        self.heads, self.edge_weight = heads, edge_weight
+    matrix: Float[Tensor, "batch tokens tokens"]
 
-    def chosen(self, weights: Iterator[tuple[int, Tensor]], readable: Bool[Tensor, "batch tokens"], num_heads: int) -> Tensor | None:
-        """Indices of the heads to average, or None for all; a selector reads the layer once to decide."""
-        if isinstance(self.heads, HeadSelector):
-            return self.heads.choose(_head_statistic(weights, self.heads.statistic, readable, num_heads))
-        return None if isinstance(self.heads, str) else torch.tensor(list(self.heads))
+    @classmethod
+    def of(
+        cls,
+        aggregator: HeadAggregator,
+        weights: Float[Tensor, "batch heads tokens tokens"],
+        readable: Bool[Tensor, "batch tokens"],
+    ) -> WeightedLayer:
+        weights = weights.float()
+        chosen = aggregator.choose(iter([(0, weights)]), readable, weights.shape[1])
+        return cls(aggregator.join(weights, chosen, None))
 
-    def join(self, weights: Tensor, chosen: Tensor | None, value_norm: Tensor | None) -> Float[Tensor, "batch block stop"]:
-        """Mean (or max) over heads; a row keeps the sum that plain attention gives it."""
-        if chosen is not None:
-            weights = weights[:, chosen.to(weights.device)]
-            value_norm = None if value_norm is None else value_norm[:, chosen.to(value_norm.device)]
-        if self.heads != "max" and self.edge_weight == "attention":
-            return weights.mean(1)
-        total = weights.sum(-1).mean(1)
-        if self.edge_weight == "value_norm" and value_norm is not None:
-            weights = weights * value_norm[:, :, None, : weights.shape[-1]]
-        joined = weights.amax(1) if self.heads == "max" else weights.mean(1)
-        return joined * (total / joined.sum(-1).clamp_min(torch.finfo(joined.dtype).tiny))[..., None]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
 
-def _head_statistic(
-    weights: Iterator[tuple[int, Tensor]], statistic: str, readable: Bool[Tensor, "batch tokens"], num_heads: int
-) -> Float[Tensor, " heads"]:
-    """Mean attention distance, or kurtosis of received attention, of each head over the batch."""
-    batch, tokens = readable.shape
-    distance = torch.zeros(num_heads, dtype=torch.float64)
-    received = torch.zeros(batch, num_heads, tokens, dtype=torch.float64)
-    for start, block in weights:
-        stop = start + block.shape[2]
-        block = (block * readable[:, None, start:stop, None].to(block.device)).double().cpu()
-        gap = torch.arange(start, stop)[:, None] - torch.arange(block.shape[-1])[None]
-        distance += torch.einsum("bhts,ts->h", block, gap.double())
-        received[:, :, : block.shape[-1]] += block.sum(2)
-    if statistic == "distance":
-        return distance / readable.sum()
-    spread = received - received.mean(-1, keepdim=True)
-    variance = spread.square().mean(-1)
-    return (spread.pow(4).mean(-1) / variance.square().clamp_min(torch.finfo(torch.float64).tiny) - 3).mean(0)
-
-
-class EagerLayer:
-    """One layer of an eager-only architecture: its weights exist already, so they are aggregated at once."""
-
-    def __init__(self, aggregator: HeadAggregator, weights: Float[Tensor, "batch heads tokens tokens"]) -> None:
-        # Fully masked rows of padding attend uniformly, future included: only the causal part is attention.
-        weights = weights.float().tril()
-        readable = torch.ones(weights.shape[0], weights.shape[2], dtype=torch.bool)
-        chosen = aggregator.chosen(iter([(0, weights)]), readable, weights.shape[1])
-        self.matrix: Float[Tensor, "batch tokens tokens"] = aggregator.join(weights, chosen, None)
-        self.shape = (weights.shape[0], weights.shape[2])
-        self.device = weights.device
+    def select(self, item: int) -> WeightedLayer:
+        return WeightedLayer(self.matrix[item : item + 1])
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         return self.matrix[:, start:stop, :stop]
 
 
-@dataclass
-class _RecomputedLayer:
+@dataclass(frozen=True)
+class RecomputedLayer:
     """One layer whose rows are recomputed from q and k whenever they are asked for."""
 
     record: LayerRecord
     aggregator: HeadAggregator
-    readable: Bool[Tensor, "batch tokens"]
-    _chosen: Tensor | None = field(default=None, init=False)
+    chosen: Int[Tensor, "batch kept"] | None
 
-    def __post_init__(self) -> None:
-        self._chosen = self.aggregator.chosen(self._weights(), self.readable, self.record.num_heads)
+    @classmethod
+    def of(
+        cls, record: LayerRecord, aggregator: HeadAggregator, readable: Bool[Tensor, "batch tokens"]
+    ) -> RecomputedLayer:
+        with torch.no_grad():
+            return cls(record, aggregator, aggregator.choose(_all_weights(record), readable, record.num_heads))
 
-    def _step(self, stop: int) -> int:
-        batch, heads = self.record.query.shape[:2]
-        return max(1, min(BLOCK, _SCRATCH_BYTES // (4 * batch * heads * stop)))
-
-    def _weights(self) -> Iterator[tuple[int, Tensor]]:
-        tokens = self.record.query.shape[2]
-        step = self._step(tokens)
-        for start in range(0, tokens, step):
-            yield start, self.record.weights(start, min(start + step, tokens))
+    def select(self, item: int) -> RecomputedLayer:
+        chosen = None if self.chosen is None else self.chosen[item : item + 1]
+        return RecomputedLayer(self.record.select(item), self.aggregator, chosen)
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
-        out = self.record.query.new_zeros(self.record.query.shape[0], stop - start, stop, dtype=torch.float32)
-        step = self._step(stop)
+        out = torch.zeros(self.record.shape[0], stop - start, stop, device=self.record.device)
+        step = _step(self.record, stop)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             weights = self.record.weights(first, last)
-            out[:, first - start : last - start, :last] = self.aggregator.join(weights, self._chosen, self.record.value_norm)
+            joined = self.aggregator.join(weights, self.chosen, self.record.value_norm)
+            out[:, first - start : last - start, :last] = joined
         return out
+
+
+def _all_weights(record: LayerRecord) -> Iterator[tuple[int, Tensor]]:
+    tokens = record.shape[1]
+    step = _step(record, tokens)
+    for start in range(0, tokens, step):
+        yield start, record.weights(start, min(start + step, tokens))
+
+
+def _step(record: LayerRecord, stop: int) -> int:
+    return max(1, min(BLOCK, _SCRATCH_BYTES // (4 * record.shape[0] * record.num_heads * stop)))
+
+
+Layer = WeightedLayer | RecomputedLayer
+
+
+def _mean_block(
+    layers: Sequence[Layer], start: int, stop: int, device: torch.device
+) -> Float[Tensor, "batch block stop"]:
+    with torch.no_grad():
+        total = layers[0].block(start, stop).to(device, copy=True)
+        for layer in layers[1:]:
+            total += layer.block(start, stop).to(device)
+    return total / len(layers)
 
 
 class AttentionRows:
     """Attention of a batch, averaged over the chosen layers, heads joined; rows are readers.
 
-    Nothing of size T x T is held: a block is recomputed from the layers' queries and keys each time it is asked
-    for, so read a block once per use. Rows of padding are zero.
+    Nothing of size T x T is held, except for architectures that hand out their weights and no queries: a block is
+    recomputed from the layers' queries and keys each time it is asked for, so read a block once per use. Rows of
+    padding are zero.
 
     Attributes:
         num_tokens, batch_size: shape of the padded batch.
         layers: indices of the layers averaged.
         attention_mask: ``[batch, tokens]`` bool, False on padding.
+        device: where rows are added up: the device of the first chosen layer.
     """
 
     def __init__(
         self,
-        records: Sequence[LayerRecord | EagerLayer],
+        records: Sequence[LayerRecord | WeightedLayer],
         layers: Sequence[int],
         aggregator: HeadAggregator,
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
     ) -> None:
-        first = records[0]
-        if isinstance(first, EagerLayer):
-            (self.batch_size, self.num_tokens), self.device = first.shape, first.device
-        else:
-            self.batch_size, self.num_tokens, self.device = first.query.shape[0], first.query.shape[2], first.query.device
+        (self.batch_size, self.num_tokens), self.device = records[0].shape, records[0].device
         if attention_mask is None:
-            attention_mask = torch.ones(self.batch_size, self.num_tokens, dtype=torch.bool)
+            attention_mask = torch.ones(self.batch_size, self.num_tokens, dtype=torch.int64)
         if tuple(attention_mask.shape) != (self.batch_size, self.num_tokens):
             raise InvalidInputError(
-                f"attention_mask: must have shape ({self.batch_size}, {self.num_tokens}) like input_ids, got {tuple(attention_mask.shape)}; "
-                "pass the mask of the forward pass"
+                f"attention_mask: must have shape ({self.batch_size}, {self.num_tokens}) like input_ids, "
+                f"got {tuple(attention_mask.shape)}; pass the mask of the forward pass"
             )
-        self.attention_mask = attention_mask.bool().to(self.device)
+        self.attention_mask = attention_mask.to(self.device).bool()
         self.layers = tuple(layers)
-        self._layers = [
-            record if isinstance(record, EagerLayer) else _RecomputedLayer(record, aggregator, self.attention_mask)
+        self._layers: list[Layer] = [
+            record
+            if isinstance(record, WeightedLayer)
+            else RecomputedLayer.of(record, aggregator, self.attention_mask.to(record.device))
             for record in records
         ]
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block tokens"]:
         """Rows of the queries ``[start, stop)``, float32, over all keys. Cost: heads x layers x block x stop x dim."""
         rows = torch.zeros(self.batch_size, stop - start, self.num_tokens, device=self.device)
-        with torch.no_grad():
-            for layer in self._layers:
-                rows[..., :stop] += layer.block(start, stop).to(self.device)
-        rows /= len(self._layers)
+        rows[..., :stop] = _mean_block(self._layers, start, stop, self.device)
         return rows * self.attention_mask[:, start:stop, None]
 
     def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Float[Tensor, "batch block tokens"]]]:
@@ -171,38 +160,47 @@ class AttentionRows:
         Raises:
             MemoryLimitError: ``4 * batch * tokens ** 2`` bytes would not fit.
         """
+        what = f"dense rows of {self.batch_size} x {self.num_tokens} tokens"
         needed = 4 * self.batch_size * self.num_tokens**2
-        require_memory(needed, f"dense rows of {self.batch_size} x {self.num_tokens} tokens", "read them with .blocks() instead", self.device)
+        require_memory(needed, what, "read them with .blocks() instead", self.device)
         matrix = torch.empty(self.batch_size, self.num_tokens, self.num_tokens, device=self.device)
         for start, rows in self.blocks():
             matrix[:, start : start + rows.shape[1]] = rows
         return matrix
 
     def sequence(self, item: int = 0) -> SequenceRows:
-        """The rows of one sequence of the batch, padding removed."""
-        return SequenceRows(self, item, self.attention_mask[item].nonzero().flatten())
+        """The rows of one sequence of the batch, padding removed.
+
+        Raises:
+            InvalidInputError: no such sequence.
+        """
+        if not 0 <= item < self.batch_size:
+            raise InvalidInputError(
+                f"item: must lie in 0..{self.batch_size - 1}, got {item}; the batch has {self.batch_size} sequences"
+            )
+        layers = [layer.select(item) for layer in self._layers]
+        return SequenceRows(layers, self.attention_mask[item].nonzero().flatten(), self.device)
 
     def __repr__(self) -> str:
-        return f"AttentionRows({self.batch_size} x {self.num_tokens} tokens, layers {self.layers[0]}..{self.layers[-1]} ({len(self.layers)}))"
+        return f"AttentionRows({self.batch_size} x {self.num_tokens} tokens, layers {list(self.layers)})"
 
 
 @dataclass(frozen=True)
 class SequenceRows:
     """One sequence of a batch as a :class:`~flowgraph.propagation.operators.RowSource`."""
 
-    rows: AttentionRows
-    item: int
+    layers: Sequence[Layer]
     positions: Int[Tensor, " tokens"]
+    device: torch.device
 
     @property
     def num_tokens(self) -> int:
         return self.positions.numel()
 
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
-
     def block(self, start: int, stop: int) -> Float[Tensor, "block tokens"]:
+        """Rows of the queries ``[start, stop)`` over all keys of the sequence."""
         first, last = int(self.positions[start]), int(self.positions[stop - 1]) + 1
-        block = self.rows.block(first, last)[self.item]
-        return block[self.positions[start:stop] - first][:, self.positions]
+        block = _mean_block(self.layers, first, last, self.device)[0]
+        rows = torch.zeros(stop - start, self.num_tokens, device=self.device)
+        rows[:, :stop] = block[self.positions[start:stop] - first][:, self.positions[:stop]]
+        return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Literal
 
 import torch
@@ -12,18 +13,19 @@ from torch import Tensor
 
 from flowgraph.errors import InvalidInputError
 
-LayerRule = str | range | Sequence[int]
-HeadRule = "str | Sequence[int] | HeadSelector"
+LayerRule = str | int | range | Sequence[int]
 
 
 @dataclass(frozen=True)
 class HeadSelector:
     """Keep, in each layer, the heads with the highest or lowest value of a statistic, and average those.
 
+    Each sequence of a batch chooses for itself.
+
     Attributes:
         statistic: ``"distance"``: mean attention distance ``mean over t of sum over s of A[t, s] * (t - s)``
-            (arXiv 2510.13554); ``"kurtosis"``: excess kurtosis over tokens of the attention each receives from
-            later tokens (arXiv 2506.19143 uses it to find receiver heads).
+            (arXiv 2510.13554); ``"kurtosis"``: excess kurtosis over tokens of the attention that each receives
+            from later tokens, the first token left out (arXiv 2506.19143 uses it to find receiver heads).
         keep: ``"highest"`` or ``"lowest"``.
         share: share of the heads kept, at least one.
     """
@@ -40,7 +42,9 @@ class HeadSelector:
                 f"{self.statistic!r} and {self.keep!r}; see HeadSelector"
             )
         if not 0 < self.share <= 1:
-            raise InvalidInputError(f"heads: share must lie in (0, 1], got {self.share!r}; 0.3 keeps three heads in ten")
+            raise InvalidInputError(
+                f"heads: share must lie in (0, 1], got {self.share!r}; 0.3 keeps three heads in ten"
+            )
 
     def choose(self, scores: Float[Tensor, " heads"]) -> Int64[Tensor, " kept"]:
         """Indices of the heads kept, ascending; ties go to the lower index."""
@@ -56,8 +60,14 @@ NAMED_HEADS = {
 }
 
 
-def resolve_heads(heads: str | Sequence[int] | HeadSelector, num_heads: int) -> str | list[int] | HeadSelector:
+def resolve_heads(
+    heads: str | int | Sequence[int] | HeadSelector, num_heads: int | None
+) -> str | list[int] | HeadSelector:
     """Check a head choice against the model: ``"mean"``, ``"max"``, a named selector, indices, or a selector.
+
+    Args:
+        heads: the choice.
+        num_heads: query heads of a layer, or None where layers differ (the forward pass checks then).
 
     Raises:
         InvalidInputError: an unknown name or an index outside.
@@ -70,7 +80,9 @@ def resolve_heads(heads: str | Sequence[int] | HeadSelector, num_heads: int) -> 
         if heads in ("mean", "max"):
             return heads
         names = ", ".join(map(repr, ("mean", "max", *NAMED_HEADS)))
-        raise InvalidInputError(f"heads: must be {names}, indices or a HeadSelector, got {heads!r}; 'mean' is the default")
+        raise InvalidInputError(
+            f"heads: must be {names}, indices or a HeadSelector, got {heads!r}; 'mean' is the default"
+        )
     return _indices(heads, num_heads, "heads")
 
 
@@ -92,15 +104,26 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
         first = num_layers // 3
         return list(range(first, max(first + 1, num_layers - first)))
     parts = layers.replace(" ", "").split("-")
-    if all(part.isdigit() for part in parts) and len(parts) <= 2:
-        return _indices(range(int(parts[0]), int(parts[-1]) + 1), num_layers, "layers")
-    raise InvalidInputError(f"layers: must be 'middle', 'all', 'FIRST-LAST' or indices, got {layers!r}; e.g. layers='10-19'")
+    if all(part.isdecimal() for part in parts) and len(parts) <= 2:
+        first, last = int(parts[0]), int(parts[-1])
+        if first > last:
+            raise InvalidInputError(f"layers: FIRST must not exceed LAST, got {layers!r}; write '{last}-{first}'")
+        return _indices(range(first, last + 1), num_layers, "layers")
+    raise InvalidInputError(
+        f"layers: must be 'middle', 'all', 'FIRST-LAST' or indices, got {layers!r}; e.g. layers='10-19'"
+    )
 
 
-def _indices(values: Iterable[int], count: int, name: str) -> list[int]:
-    chosen = sorted({int(value) for value in values})
+def _indices(values: int | Iterable[int], count: int | None, name: str) -> list[int]:
+    try:
+        chosen = sorted({index(value) for value in (values if isinstance(values, Iterable) else (values,))})
+    except TypeError:
+        raise InvalidInputError(f"{name}: indices must be integers, got {values!r}; e.g. {name}=[0, 2]") from None
     if not chosen:
-        raise InvalidInputError(f"{name}: must name at least one of the model's {count}, got none; leave it out for the default")
-    if chosen[0] < 0 or chosen[-1] >= count:
-        raise InvalidInputError(f"{name}: must lie in 0..{count - 1}, got {chosen[0]}..{chosen[-1]}; this model has {count}")
+        raise InvalidInputError(f"{name}: must name at least one, got none; leave it out for the default")
+    if chosen[0] < 0 or (count is not None and chosen[-1] >= count):
+        inside = f"lie in 0..{count - 1}" if count is not None else "not be negative"
+        raise InvalidInputError(
+            f"{name}: must {inside}, got {chosen[0]}..{chosen[-1]}; indices count from the model's first {name[:-1]}"
+        )
     return chosen
