@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.memory import require_memory
-from flowgraph.propagation.operators import RowSource, SparseOperator, StreamedOperator
+from flowgraph.propagation.operators import BatchLayout, RowSource, SparseOperator, StreamedOperator
 from flowgraph.propagation.sweeps import influence, potential
 
 RowRule = Literal["emission", "emission_all", "literal"]
@@ -307,6 +307,6 @@ def _strongest_by_flow(edge_rows: EdgeRows, question: Tensor, answer: Tensor, li
 
     edge_index, capacity, total = _gather(edge_rows, flow, limit)
     ptr = torch.tensor([0, edge_rows.num_tokens], device=h.device)
-    arrived = influence(SparseOperator(edge_index, capacity, ptr, answer), inflow[None])[0, answer].sum()
+    arrived = influence(SparseOperator(edge_index, capacity, BatchLayout(ptr), answer), inflow[None])[0, answer].sum()
     kept_attention = float(capacity.sum(dtype=torch.float64)) / total if total else 1.0
     return CollectedEdges(edge_index, capacity, kept_attention=kept_attention, kept_flow=min(float(arrived), 1.0))

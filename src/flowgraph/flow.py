@@ -13,7 +13,7 @@ from torch_geometric.utils import scatter
 
 from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError
 from flowgraph.graph import FlowGraph
-from flowgraph.propagation.operators import DenseOperator, SparseOperator
+from flowgraph.propagation.operators import BatchLayout, DenseOperator, SparseOperator
 from flowgraph.propagation.reference import influence_reference, potential_reference
 from flowgraph.propagation.sweeps import influence, potential
 
@@ -249,9 +249,11 @@ def _sweeps(graph: FlowGraph, ptr: Tensor, absorbing: Tensor, damping: float, ba
             lambda q: influence_reference(edge_index, weight, q),
             backend,
         )
-    operator = layout = SparseOperator(graph.edge_index, graph.capacity, ptr, absorbing, damping)
+    layout = BatchLayout(ptr)
     if backend == "dense":
         operator = _dense_operator(graph, layout, absorbing, damping)
+    else:
+        operator = SparseOperator(graph.edge_index, graph.capacity, layout, absorbing, damping)
     return (
         lambda b: layout.unpad(potential(operator, layout.pad(b))),
         lambda q: layout.unpad(influence(operator, layout.pad(q))),
@@ -267,7 +269,7 @@ def _choose(graph: FlowGraph, ptr: Tensor) -> Backend:
     return "dense" if small and graph.num_edges >= _DENSE_FILL * max(possible, cells / 4) else "scatter"
 
 
-def _dense_operator(graph: FlowGraph, layout: SparseOperator, absorbing: Tensor, damping: float) -> DenseOperator:
+def _dense_operator(graph: FlowGraph, layout: BatchLayout, absorbing: Tensor, damping: float) -> DenseOperator:
     size = layout.num_tokens
     matrix = graph.capacity.new_zeros(layout.num_graphs, size, size)
     source, target = graph.edge_index

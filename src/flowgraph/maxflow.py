@@ -199,9 +199,10 @@ class Network:
     def between(self, sources: NDArray[np.bool_], sinks: NDArray[np.bool_]) -> MaxFlow:
         """Verified max flow and min cut between two disjoint token masks.
 
-        The terminal arcs get the sum of all capacities + 1, which no flow can fill; infinities break solvers.
+        The terminal arcs get twice the sum of all capacities, which no flow can fill: infinities break solvers, and
+        a sum + 1 is the sum itself from 2**53 on.
         """
-        unlimited = self.total + 1.0
+        unlimited = 2.0 * self.total or 1.0
         arcs = np.concatenate([self.capacity, unlimited * sources, unlimited * sinks])
         flow, side = self._solver(arcs, sources, sinks)
         return _verified(self, sources, sinks, flow, side)

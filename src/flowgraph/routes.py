@@ -16,7 +16,7 @@ from torch_geometric.utils import scatter
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.flow import Flow
 from flowgraph.graph import FlowGraph
-from flowgraph.propagation.operators import SparseOperator
+from flowgraph.propagation.operators import BatchLayout, SparseOperator
 from flowgraph.propagation.sweeps import influence
 
 RoleRegion = Literal["reasoning", "all"]
@@ -136,7 +136,9 @@ def kept_share(flow: Flow, edges: Tensor) -> float:
     if edges.dtype != torch.bool:
         edges = edges.sort().values  # blocks are slices of edges sorted by target
     ptr = torch.tensor([0, int(graph.num_nodes or 0)], device=graph.capacity.device)
-    operator = SparseOperator(graph.edge_index[:, edges], graph.capacity[edges], ptr, flow.absorbing, flow.damping)
+    operator = SparseOperator(
+        graph.edge_index[:, edges], graph.capacity[edges], BatchLayout(ptr), flow.absorbing, flow.damping
+    )
     inflow = torch.where(flow.source > 0, flow.source / flow.h, 0.0)
     return float((influence(operator, inflow[None])[0] * flow.demand).sum())
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 EagerFunction = Callable[..., tuple[Tensor, Tensor | None]]
+_FUSED_KERNEL = functional.scaled_dot_product_attention
 
 
 class AttentionCall(NamedTuple):
@@ -117,7 +118,7 @@ class KernelWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is functional.scaled_dot_product_attention:
+        if func is _FUSED_KERNEL:
             given = dict(zip(self._ARGUMENTS, args, strict=False)) | (kwargs or {})
             query, key, value = given["query"], given["key"], given["value"]
             options = {

@@ -82,83 +82,18 @@ def _masked(rows: Tensor, leaves: Tensor, start: int) -> _DenseBlockRows:
     return _DenseBlockRows(before=wide[..., :start], inner=wide[..., start:].tril(-1))
 
 
-@dataclass
-class _SparseBlockRows:
-    source: Int64[Tensor, " edges"]
-    target: Int64[Tensor, " edges"]
-    weight: Float64[Tensor, " edges"]
-    inner: Float64[Tensor, "graphs block block"]
-
-    def pull(self, x: Tensor) -> Tensor:
-        graphs, block = self.inner.shape[:2]
-        received = self.weight * x.view(-1)[self.source]
-        return scatter(received, self.target, dim_size=graphs * block, reduce="sum").view(graphs, block)
-
-    def push(self, y: Tensor, out: Tensor) -> None:
-        handed_back = self.weight * y.reshape(-1)[self.target]
-        out += scatter(handed_back, self.source, dim_size=out.numel(), reduce="sum").view_as(out)
-
-
-class SparseOperator:
-    """N as the edges of a PyG graph or batch: one gather and one scatter per block.
-
-    Tokens of every graph are laid out as ``[graphs, tokens]`` (padded to the longest), so one block serves all
-    graphs at once. Edges sorted by (graph, target, source) make the block of one graph a slice; for a batch one
-    stable sort by block puts them in the same order.
+class BatchLayout:
+    """Where the nodes of a batch stand as ``[graphs, tokens]``, padded to the longest graph.
 
     Args:
-        edge_index: ``[2, E]`` over the nodes of the whole batch.
-        weight: ``[E]``.
         ptr: ``[graphs + 1]`` first node of each graph, as in a PyG ``Batch``.
-        absorbing: ``[N]`` tokens that nothing leaves.
-        damping: factor per hop.
-        block: tokens per block.
     """
 
-    def __init__(
-        self,
-        edge_index: Int64[Tensor, "2 edges"],
-        weight: Float[Tensor, " edges"],
-        ptr: Int64[Tensor, " graphs_plus_1"],
-        absorbing: Bool[Tensor, " nodes"],
-        damping: float = 1.0,
-        block: int = BLOCK,
-    ) -> None:
+    def __init__(self, ptr: Int64[Tensor, " graphs_plus_1"]) -> None:
         sizes = ptr.diff()
-        self.num_graphs, self.num_tokens = sizes.numel(), int(sizes.max())
-        self.block, self.damping, self.device = min(block, self.num_tokens), damping, weight.device
-        self.graph_of_node = torch.repeat_interleave(torch.arange(self.num_graphs, device=weight.device), sizes)
-        self.local = torch.arange(absorbing.numel(), device=weight.device) - ptr[self.graph_of_node]
-        keep = ~absorbing[edge_index[0]]
-        edge_index, weight = edge_index[:, keep], weight[keep]
-        block_of_edge = self.local[edge_index[1]] // self.block
-        if self.num_graphs > 1:
-            order = torch.argsort(block_of_edge, stable=True)
-            edge_index, weight, block_of_edge = edge_index[:, order], weight[order], block_of_edge[order]
-        self.edge_index, self.weight = edge_index, weight
-        num_blocks = -(-self.num_tokens // self.block)
-        boundaries = torch.searchsorted(block_of_edge, torch.arange(num_blocks + 1, device=weight.device))
-        self.boundaries: list[int] = boundaries.tolist()
-
-    def rows(self, start: int, stop: int) -> _SparseBlockRows:
-        at = start // self.block
-        edges = slice(self.boundaries[at], self.boundaries[at + 1])
-        source, target = self.edge_index[:, edges]
-        weight = self.weight[edges].double() * self.damping
-        width = stop - start
-        row = self.graph_of_node[target] * width + self.local[target] - start
-        column = self.local[source] - start
-        inside = column >= 0
-        inner = weight.new_zeros(self.num_graphs * width * width)
-        inner[row[inside] * width + column[inside]] = weight[inside]
-        outside = ~inside
-        flat_source = self.graph_of_node[source[outside]] * self.num_tokens + self.local[source[outside]]
-        return _SparseBlockRows(
-            source=flat_source,
-            target=row[outside],
-            weight=weight[outside],
-            inner=inner.view(self.num_graphs, width, width),
-        )
+        self.num_graphs, self.num_tokens, self.device = sizes.numel(), int(sizes.max()), ptr.device
+        self.graph_of_node = torch.repeat_interleave(torch.arange(self.num_graphs, device=self.device), sizes)
+        self.local = torch.arange(self.graph_of_node.numel(), device=self.device) - ptr[self.graph_of_node]
 
     def pad(self, x: Tensor) -> Float64[Tensor, "graphs tokens"]:
         """Node vector ``[N]`` -> ``[graphs, tokens]``, zero where a graph is shorter."""
@@ -169,3 +104,99 @@ class SparseOperator:
     def unpad(self, x: Float64[Tensor, "graphs tokens"]) -> Float64[Tensor, " nodes"]:
         """The inverse of :meth:`pad`."""
         return x[self.graph_of_node, self.local]
+
+
+@dataclass
+class _SparseBlockRows:
+    source: Int64[Tensor, " edges"]
+    row: Int64[Tensor, " edges"]
+    weight: Float64[Tensor, " edges"]
+    inner: Float64[Tensor, "graphs block block"]
+
+    def pull(self, x: Tensor) -> Tensor:
+        received = self.weight * x.view(-1)[self.source]
+        graphs, block = self.inner.shape[:2]
+        return scatter(received, self.row, dim_size=graphs * block, reduce="sum").view(graphs, block)
+
+    def push(self, y: Tensor, out: Tensor) -> None:
+        handed_back = self.weight * y.reshape(-1)[self.row]
+        out += scatter(handed_back, self.source, dim_size=out.numel(), reduce="sum").view_as(out)
+
+
+@dataclass
+class _EdgePlan:
+    """Edges in block order, each block a slice: where a value is read, where it is written, by what weight."""
+
+    read: Int64[Tensor, " edges"]
+    write: Int64[Tensor, " edges"]
+    weight: Float[Tensor, " edges"]
+    boundaries: list[int]
+
+    def of_block(self, at: int) -> tuple[Tensor, Tensor, Tensor]:
+        edges = slice(self.boundaries[at], self.boundaries[at + 1])
+        return self.read[edges], self.write[edges], self.weight[edges]
+
+
+class SparseOperator:
+    """N as the edges of a PyG graph or batch: one gather and one scatter per block.
+
+    Tokens of every graph are laid out as ``[graphs, tokens]`` (padded to the longest), so one block serves all
+    graphs at once. Edges sorted by (graph, target, source) make the block of one graph a slice; for a batch one
+    stable sort by block puts them in the same order. Edges inside a block form its triangular system; all
+    others are pulled or pushed. That plan is made once and serves both sweeps.
+
+    Args:
+        edge_index: ``[2, E]`` over the nodes of the whole batch.
+        weight: ``[E]``.
+        layout: where the nodes stand.
+        absorbing: ``[N]`` tokens that nothing leaves.
+        damping: factor per hop.
+        block: tokens per block.
+    """
+
+    def __init__(
+        self,
+        edge_index: Int64[Tensor, "2 edges"],
+        weight: Float[Tensor, " edges"],
+        layout: BatchLayout,
+        absorbing: Bool[Tensor, " nodes"],
+        damping: float = 1.0,
+        block: int = BLOCK,
+    ) -> None:
+        self.num_graphs, self.num_tokens, self.device = layout.num_graphs, layout.num_tokens, layout.device
+        self.block, self.damping = min(block, self.num_tokens), damping
+        leaves = ~absorbing[edge_index[0]]
+        if not bool(leaves.all()):
+            edge_index, weight = edge_index[:, leaves], weight[leaves]
+        block_of_edge = layout.local[edge_index[1]] // self.block
+        if self.num_graphs > 1:
+            order = torch.argsort(block_of_edge, stable=True)
+            edge_index, weight, block_of_edge = edge_index[:, order], weight[order], block_of_edge[order]
+        self._outer, self._inner = self._plans(layout, edge_index, weight, block_of_edge)
+
+    def _plans(
+        self, layout: BatchLayout, edge_index: Tensor, weight: Tensor, block_of_edge: Tensor
+    ) -> tuple[_EdgePlan, _EdgePlan]:
+        graph = layout.graph_of_node[edge_index[1]]
+        source, target = layout.local[edge_index[0]], layout.local[edge_index[1]]
+        start = block_of_edge * self.block
+        width = (self.num_tokens - start).clamp_max(self.block)  # the last block may be narrower
+        row = graph * width + target - start
+        inside = source >= start
+        blocks = torch.arange(-(-self.num_tokens // self.block) + 1, device=self.device)
+
+        def plan(chosen: Tensor, read: Tensor, write: Tensor) -> _EdgePlan:
+            boundaries: list[int] = torch.searchsorted(block_of_edge[chosen], blocks).tolist()
+            return _EdgePlan(read[chosen], write[chosen], weight[chosen], boundaries)
+
+        outer = plan(~inside, graph * self.num_tokens + source, row)
+        inner = plan(inside, row, row * width + source - start)
+        return outer, inner
+
+    def rows(self, start: int, stop: int) -> _SparseBlockRows:
+        at, width = start // self.block, stop - start
+        source, row, weight = self._outer.of_block(at)
+        _, cell, inside = self._inner.of_block(at)
+        inner = torch.zeros(self.num_graphs * width * width, dtype=torch.float64, device=self.device)
+        inner[cell] = inside.double() * self.damping
+        return _SparseBlockRows(source, row, weight.double() * self.damping, inner.view(self.num_graphs, width, width))
