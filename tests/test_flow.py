@@ -179,6 +179,15 @@ def test_an_underflowing_chain_is_refused_not_answered():
             solve(graph, backend=backend)
 
 
+def test_an_overflowing_chain_is_refused_not_answered():
+    pairs = torch.stack([torch.arange(3), torch.arange(1, 4)])
+    weights = torch.tensor([1e200, 1e200, 1.0], dtype=torch.float64)
+    graph = FlowGraph.from_edges(pairs, weights, num_nodes=4, question=[0], answer=[3])
+    for backend in BACKENDS:
+        with pytest.raises(NumericalRangeError, match=r"capacity: the potential h .*it overflows at token 0"):
+            solve(graph, backend=backend)
+
+
 GRAPH = FlowGraph.from_edges(torch.tensor([[0], [1]]), torch.ones(1), num_nodes=2, question=[0], answer=[1])
 
 

@@ -55,6 +55,18 @@ def test_round_trip_with_text_that_is_hostile(tmp_path):
     assert [t["text"] for t in json.loads((tmp_path / "t.json").read_text())["tokens"]] == hostile
 
 
+def test_float64_capacities_survive_so_the_certificate_does(tmp_path):
+    torch.manual_seed(0)
+    weights = torch.rand(30, 30, dtype=torch.float64).tril(-1)
+    graph = FlowGraph.from_dense(weights / weights.sum(-1, keepdim=True).clamp_min(1), question=[0, 1], answer=[29])
+    spans = torch.zeros(30, 2, dtype=torch.int64)
+    made = FlowTrace(("x",) * 30, torch.arange(30), "", spans, torch.ones(30).bool(), graph, solve(graph))
+    made.save(tmp_path / "t")
+    again = load_trace(tmp_path / "t")
+    assert again.graph.capacity.dtype == torch.float64
+    assert again.certify().ok
+
+
 @pytest.mark.parametrize("size", [0, 7, 100, 1000])
 def test_truncated_files(saved, size: int):
     saved.write_bytes(saved.read_bytes()[:size])

@@ -3,8 +3,9 @@ from .attention.recorder import AttentionRecorder as AttentionRecorder
 from .attention.rows import AttentionRows as AttentionRows
 from .attention.selection import HeadSelector as HeadSelector
 from .certificate import Certificate as Certificate
-from .certificate import Check as Check
 from .certificate import certify as certify
+from .certificate import certify_each as certify_each
+from .checks import Check as Check
 from .edges import EdgeRules as EdgeRules
 from .errors import CaptureError as CaptureError
 from .errors import FlowgraphError as FlowgraphError
@@ -28,6 +29,7 @@ from .flowtrace import load_trace as load_trace
 from .graph import FlowGraph as FlowGraph
 from .maxflow import MaxFlow as MaxFlow
 from .maxflow import max_flow as max_flow
+from .maxflow import max_flow_through as max_flow_through
 from .routes import Backbone as Backbone
 from .routes import Route as Route
 from .routes import TokenRole as TokenRole

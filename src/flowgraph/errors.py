@@ -26,7 +26,7 @@ class GraphError(InvalidInputError):
 
 
 class NumericalRangeError(FlowgraphError, ArithmeticError):
-    """A potential left the range of float64, so no correct number can be given."""
+    """A number left the range or the accuracy of float64, so no correct one can be given."""
 
 
 class InfeasibleFlowError(FlowgraphError, ValueError):

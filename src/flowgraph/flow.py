@@ -298,6 +298,9 @@ _RANGE_MESSAGE = (
 
 def _check_range(graph: FlowGraph, h: Tensor, absorbing: Tensor, damping: float) -> None:
     """A token whose reader has influence must have some itself; if it has none, the product underflowed."""
+    if not bool(torch.isfinite(h).all()):
+        at = int((~torch.isfinite(h)).nonzero()[-1])
+        raise NumericalRangeError(_RANGE_MESSAGE.format(f"it overflows at token {at}", float(h[h > 0].min())))
     source, target = graph.edge_index
     vanished = (h[source] < _SMALLEST_NORMAL) & (h[target] > 0) & ~absorbing[source]
     if bool(vanished.any()):

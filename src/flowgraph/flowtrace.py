@@ -25,7 +25,6 @@ _TENSORS = {
     "spans": (torch.int64, 2),
     "generated": (torch.bool, 1),
     "edge_index": (torch.int32, 2),
-    "capacity": (torch.float32, 1),
     "question": (torch.bool, 1),
     "reasoning": (torch.bool, 1),
     "answer": (torch.bool, 1),
@@ -35,6 +34,7 @@ _TENSORS = {
     "source": (torch.float64, 1),
     "demand": (torch.float64, 1),
 }
+_WEIGHTS = (torch.float32, torch.float64)
 _FLOW_FACTS = ("damping", "source_rule", "absorption", "backend")
 
 
@@ -130,7 +130,7 @@ class FlowTrace:
             "spans": self.spans,
             "generated": self.generated,
             "edge_index": graph.edge_index.int(),
-            "capacity": graph.capacity.float(),
+            "capacity": graph.capacity if graph.capacity.dtype in _WEIGHTS else graph.capacity.float(),
             "question": graph.question_mask,
             "reasoning": graph.reasoning_mask,
             "answer": graph.answer_mask,
@@ -206,7 +206,8 @@ def load_trace(path: PathLike) -> FlowTrace:
         TraceFileError: missing, truncated, foreign, inconsistent or from a newer version.
     """
     tensors, record = read_record(path)
-    require_tensors(path, tensors, _TENSORS)
+    wide = tensors.get("capacity", torch.empty(0)).dtype == torch.float64
+    require_tensors(path, tensors, {**_TENSORS, "capacity": (_WEIGHTS[wide], 1)})
     try:
         tokens = tuple(str(token) for token in record["tokens"])
         graph = FlowGraph.from_edges(
@@ -224,7 +225,7 @@ def load_trace(path: PathLike) -> FlowTrace:
         text, provenance = str(record["text"]), dict(record["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise TraceFileError(f"path: must hold a consistent trace, got {path} ({error}); write it again") from error
-    nodes = [name for name in _TENSORS if name not in ("edge_index", "capacity", "spans")]
+    nodes = [name for name in _TENSORS if name not in ("edge_index", "spans")]
     if tensors["spans"].shape != (len(tokens), 2) or any(tensors[name].numel() != len(tokens) for name in nodes):
         raise TraceFileError(
             f"path: every token vector must have {len(tokens)} entries, got others in {path}; write it again"

@@ -180,7 +180,7 @@ class AttentionRecorder:
         weights = next((p for p in parts if isinstance(p, Tensor) and p.ndim == 4 and p.shape[-1] == p.shape[-2]), None)
         problem = None
         if weights is None:
-            problem = "returns no attention weights; load the model with attn_implementation='eager' or 'sdpa'"
+            problem = "returns no attention weights; load the model with attn_implementation='eager' if it has one"
         elif self.edge_weight != "attention":
             problem = "gives no access to its value vectors; use edge_weight='attention'"
         else:
