@@ -189,13 +189,14 @@ def certify(
     from flowgraph.files import check_writable
     from flowgraph.flowtrace import load_trace
     from flowgraph.payload import write_json
+    from flowgraph.views.terminal import certificate_table
 
     if json_file is not None:
         check_writable(json_file)
     with _progress() as say:
         say("checking the flow")
         certificate = load_trace(file).certify(exact="auto" if exact is None else exact)
-    _console().print(str(certificate), markup=False, highlight=False)
+    _console().print(certificate_table(certificate))
     if json_file is not None:
         write_json(json_file, certificate.to_dict())
     raise typer.Exit(0 if certificate.ok else 1)
@@ -274,7 +275,7 @@ def _load(model: str, dtype: str, device: str, say: Callable[[str], None]) -> tu
 
 
 def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) -> None:
-    from flowgraph.views.terminal import render_trace
+    from flowgraph.views.terminal import certificate_table, render_trace
 
     console = _console()
     with _progress() as say:
@@ -287,7 +288,7 @@ def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) 
             {".html": result.to_html, ".json": result.to_json, ".safetensors": result.save}[path.suffix](path)
     console.print(view)
     console.print()
-    console.print(str(certificate), markup=False, highlight=False)
+    console.print(certificate_table(certificate))
     if out is not None:
         console.print(
             f"\nwrote {', '.join(str(path) for path in _outputs(out))}; open the first in a browser", highlight=False

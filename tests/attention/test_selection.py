@@ -109,14 +109,14 @@ def test_distance_by_hand():
 
 
 def test_kurtosis_finds_the_head_whose_attention_gathers_in_one_token():
-    """Of what later tokens give: head 0 all to token 2, head 1 to whoever is just before, head 2 to the first."""
+    """Of what later tokens give: head 0 all to token 2, head 1 to the token halfway, head 2 to the first."""
     tokens = 12
     weights = torch.zeros(1, 3, tokens, tokens)
     for t in range(tokens):
-        weights[0, 0, t, min(t, 2)] = weights[0, 1, t, max(t - 1, 0)] = weights[0, 2, t, 0] = 1
+        weights[0, 0, t, min(t, 2)] = weights[0, 1, t, t // 2] = weights[0, 2, t, 0] = 1
     readable = torch.ones(1, tokens, dtype=torch.bool)
     scores = head_statistic(iter([(0, weights)]), "kurtosis", readable, 3)[0]
-    received = torch.tensor([[0, 9.0] + [0] * 9, [1.0] * 10 + [0]], dtype=torch.float64)  # tokens 1..11
+    received = torch.tensor([[0, 9.0] + [0] * 9, [2.0] * 5 + [0] * 6], dtype=torch.float64)  # tokens 1..11
     spread = received - received.mean(-1, keepdim=True)
     expected = spread.pow(4).mean(-1) / spread.square().mean(-1).square() - 3
     torch.testing.assert_close(scores[:2], expected)

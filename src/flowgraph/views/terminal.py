@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flowgraph.certificate import Certificate
 from flowgraph.flowtrace import FlowTrace
 
 _RAMP = ("#3b4a6b", "#2f6f8f", "#2a938c", "#5cb46a", "#b5cf3c", "#fde725")
@@ -55,12 +56,9 @@ def heat_text(trace: FlowTrace) -> Text:
 
 
 def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
-    """The tokens with most throughput, in text order (all of them with ``rows=None``)."""
-    count = trace.num_tokens if rows is None else min(rows, trace.num_tokens)
-    chosen = sorted(trace.throughput.argsort(descending=True, stable=True)[:count].tolist())
-    title = (
-        "all tokens" if count == trace.num_tokens else f"the {count} of {trace.num_tokens} tokens with most throughput"
-    )
+    """The strongest tokens in text order, a third of the rows for the question (all tokens with ``rows=None``)."""
+    chosen = list(range(trace.num_tokens)) if rows is None else sorted(_strongest(trace, rows))
+    title = "all tokens" if rows is None else f"{len(chosen)} of {trace.num_tokens} tokens, those with most throughput"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, caption_justify="left")
     table.add_column("#", justify="right", style="dim")
     table.add_column("")
@@ -83,6 +81,26 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
         )
     table.caption = "Q question, R reasoning, A answer; throughput = share of the flow that passes through the token"
     return table
+
+
+def _strongest(trace: FlowTrace, rows: int) -> list[int]:
+    """Every question token carries its own share of the source, so on merit alone they would fill the table."""
+    order: list[int] = trace.throughput.argsort(descending=True, stable=True).tolist()
+    asked = [token for token in order if bool(trace.question[token])][: rows // 3]
+    return asked + [token for token in order if not bool(trace.question[token])][: rows - len(asked)]
+
+
+def certificate_table(certificate: Certificate) -> RenderableType:
+    """The certificate with one row a check: verdict, residual against its bound, the statement in words."""
+    head, numbers, *_ = str(certificate).split("\n")
+    table = Table(box=None, pad_edge=False, show_header=True)
+    for name, justify in (("", "left"), ("check", "left"), ("residual", "right"), ("bound", "right"), ("says", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for check in certificate.checks:
+        mark = Text("✓", style="green") if check.ok else Text("✗", style="bold red")
+        said = Text(check.statement).append(f" ({check.detail})" if check.detail else "", style="dim")
+        table.add_row(mark, check.name, f"{check.residual:.1g}", f"{check.bound:.1g}", said)
+    return Group(Text(head, style="bold"), Text(numbers), table, *(Text(f"note: {note}") for note in certificate.notes))
 
 
 def _letter(trace: FlowTrace, index: int) -> str:
