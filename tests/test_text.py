@@ -418,8 +418,8 @@ class TestChat:
         assert names[-1] == ("<|im_end|>", True)
 
     def test_white_space_inside_a_message_belongs_to_it(self) -> None:
-        encoded = encode(tiny.byte_level(), chat("user: Tom\n\nhas"), "7")
-        assert not_special(encoded) == "Tom\n\nhas7"
+        encoded = encode(tiny.byte_level(), chat("user: \nTom\n\nhas\n"), "7")
+        assert not_special(encoded) == "\nTom\n\nhas\n7"
 
     @pytest.mark.parametrize("name", ["byte_fallback", "unigram"])
     def test_a_template_that_strips(self, name: str) -> None:
