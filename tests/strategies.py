@@ -161,9 +161,7 @@ def _masks(draw: st.DrawFn, num_nodes: int) -> Masks:
 
 
 @st.composite
-def flow_graphs(
-    draw: st.DrawFn, max_nodes: int = 8, min_nodes: int = 1, kinds: Sequence[str] = KINDS
-) -> FlowGraph:
+def flow_graphs(draw: st.DrawFn, max_nodes: int = 8, min_nodes: int = 1, kinds: Sequence[str] = KINDS) -> FlowGraph:
     """A graph of one of the kinds; capacities are positive, at most 4, and exact in float32.
 
     Edges are sorted by target, then source, one per pair. Half of the graphs are attention-like (what a

@@ -169,9 +169,7 @@ def potential_by_paths(num_nodes: int, edges: Edges, demand: Vector) -> list[Fra
     """h[s] = sum over the paths from s of (product of capacities)·b[last token]."""
     capacities = [c for _, _, c in edges]
     return [
-        total(
-            [product(capacities, p) * Fraction(demand[last_token(s, p, edges)]) for p in paths_from(s, edges)]
-        )
+        total([product(capacities, p) * Fraction(demand[last_token(s, p, edges)]) for p in paths_from(s, edges)])
         for s in range(num_nodes)
     ]
 
@@ -214,9 +212,7 @@ def share_within(every: Sequence[Route], kept: Collection[int]) -> Fraction:
     return total([route.share for route in every if set(route.edges) <= set(kept)])
 
 
-def kept_share(
-    num_nodes: int, edges: Edges, source: Vector, demand: Vector, kept: Collection[int]
-) -> Fraction:
+def kept_share(num_nodes: int, edges: Edges, source: Vector, demand: Vector, kept: Collection[int]) -> Fraction:
     """Share of the unit flow whose whole route uses only edges with an index in `kept`.
 
     The shares are those of the whole graph: nothing is renormalised over the kept edges. A route of one
@@ -297,9 +293,7 @@ class MaxFlow(NamedTuple):
     source_side: list[bool]
 
 
-def arcs_with_terminals(
-    num_nodes: int, edges: Edges, sources: Sequence[int], sinks: Sequence[int]
-) -> list[Edge]:
+def arcs_with_terminals(num_nodes: int, edges: Edges, sources: Sequence[int], sinks: Sequence[int]) -> list[Edge]:
     """Edges, then super source -> sources, then sinks -> super sink; capacity sum + 1 stands for no limit."""
     unlimited = total(exact([c for _, _, c in edges])) + 1
     super_source, super_sink = num_nodes, num_nodes + 1
@@ -351,16 +345,12 @@ def max_flow_value(num_nodes: int, edges: Edges, sources: Sequence[int], sinks: 
     return max_flow(num_nodes, edges, sources, sinks).value
 
 
-def min_cut(
-    num_nodes: int, edges: Edges, sources: Sequence[int], sinks: Sequence[int]
-) -> tuple[list[bool], list[int]]:
+def min_cut(num_nodes: int, edges: Edges, sources: Sequence[int], sinks: Sequence[int]) -> tuple[list[bool], list[int]]:
     """Source side per token and the indices of the edges that leave it; their capacities sum to V."""
     side = max_flow(num_nodes, edges, sources, sinks).source_side
     return side, [index for index, (s, t, c) in enumerate(edges) if side[s] and not side[t] and c > 0]
 
 
-def max_flow_through(
-    num_nodes: int, edges: Edges, sources: Sequence[int], sinks: Sequence[int], v: int
-) -> Fraction:
+def max_flow_through(num_nodes: int, edges: Edges, sources: Sequence[int], sinks: Sequence[int], v: int) -> Fraction:
     """M[v] = min(maxflow(sources, v), maxflow(v, sinks))."""
     return min(max_flow_value(num_nodes, edges, sources, [v]), max_flow_value(num_nodes, edges, [v], sinks))

@@ -235,9 +235,7 @@ def test_floats_are_taken_at_their_exact_value(case: Solved):
 
 @few
 @given(flow_graphs(), st.sampled_from(["absorb", "pass_through"]))
-def test_h_is_at_most_the_number_of_answer_tokens_if_rows_sum_to_at_most_one(
-    graph: FlowGraph, absorption: str
-):
+def test_h_is_at_most_the_number_of_answer_tokens_if_rows_sum_to_at_most_one(graph: FlowGraph, absorption: str):
     reads = [sum(c for _, head, c in graph.edges if head == t) for t in range(graph.num_nodes)]
     assume(max(reads) <= 1)
     edges = flow.effective_edges(graph.edges, graph.answer, absorption)
