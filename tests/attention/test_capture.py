@@ -385,7 +385,8 @@ def test_compiled_models_run_uncompiled_while_they_are_recorded():
 
     model = torch.compile(build(LLAMA, num_hidden_layers=1), backend=backend)
     with torch.no_grad():
-        weights = eager_weights()[0].mean(0)
+        eager = build(LLAMA, "eager", num_hidden_layers=1)
+        weights = eager(input_ids=TEXT[None], output_attentions=True).attentions[0][0].mean(0)
         expected = model(input_ids=TEXT[None], use_cache=False).logits
         done = len(compilations)
         assert done > 0
