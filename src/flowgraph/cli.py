@@ -72,7 +72,7 @@ def trace(
     question: Annotated[
         str | None,
         typer.Option(
-            help="Where flow enters: 'user', 'system', 'prompt', or characters START:END of the prompt. Default: found."
+            help="Where flow enters: 'user', 'prompt' (all of it), or a regular expression. Default: the message."
         ),
     ] = None,
     answer: Annotated[
@@ -109,10 +109,13 @@ def trace(
 
     text = _text("prompt", prompt if prompt != "-" else None, prompt_file, read_stdin=True)
     reply = _text("response", response, response_file)
+    for name, value in (("prompt", text), ("response", reply)):
+        if value is not None and not value.strip():
+            raise typer.BadParameter(f"the {name} is empty; give some text")
     chosen: Any = answer
     if sum(option is not None and option is not False for option in (answer, answer_span, last_line)) > 1:
         raise typer.BadParameter("give one of --answer, --answer-span and --last-line")
-    asked: Any = Span(*_span("question", question)) if question and ":" in question else question
+    asked = question
     if answer_span is not None:
         chosen = Span(*_span("answer-span", answer_span))
     elif last_line:
@@ -251,10 +254,27 @@ def _outputs(out: Path | None) -> list[Path]:
 def _load(model: str, dtype: str, device: str, say: Callable[[str], None]) -> tuple[Any, Any]:
     from flowgraph.errors import InvalidInputError
 
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InvalidInputError(f"--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InvalidInputError(f"--device: must be usable here, got {device!r} ({reason}); 'cpu' always is") from error
     if model == "demo":
         from flowgraph.demo import load_demo_model
 
-        return load_demo_model(say)
+        network, tokenizer = load_demo_model(say)
+        kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        return network.to(device=torch.device(device), dtype=kind), tokenizer  # type: ignore[call-overload]
+    looks_local = model.startswith((".", "/", "~")) or Path(model).exists()
+    if looks_local and not model.endswith(".gguf") and not (Path(model) / "config.json").is_file():
+        raise InvalidInputError(
+            f"--model: must be a folder with a config.json, got {model!r} without one; "
+            "check the path, or pass a hub name"
+        )
     say(f"loading {model}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar

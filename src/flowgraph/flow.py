@@ -172,9 +172,10 @@ def solve(
     """
     if not isinstance(graph, FlowGraph):
         raise GraphError(
-            f"graph: must be a FlowGraph or a Batch of them, got {type(graph).__name__}; see FlowGraph.from_dense"
+            f"graph: must be a FlowGraph or a Batch of them, got {type(graph).__name__}; see FlowGraph.from_dense "
+            "(a FlowTrace has its graph as trace.graph, solved as trace.flow)"
         )
-    _check_options(backend, source, absorption, damping)
+    check_options(backend, source, absorption, damping)
     if absorption is None:
         absorption = "absorb" if demand is None else "pass_through"
     absorbing = graph.answer_mask if absorption == "absorb" else torch.zeros_like(graph.answer_mask)
@@ -202,7 +203,12 @@ def solve(
     )
 
 
-def _check_options(backend: str, source: str | Tensor, absorption: str | None, damping: float) -> None:
+def check_options(backend: str, source: str | Tensor, absorption: str | None, damping: float) -> None:
+    """Refuse an option of :func:`solve` that lies outside its set.
+
+    Raises:
+        InvalidInputError: which one, and what it may be.
+    """
     choices = [("backend", backend, get_args(Backend))]
     if not isinstance(source, Tensor):
         choices.append(("source", source, get_args(SourceRule)))

@@ -110,6 +110,7 @@ class FlowGraph(Data):
             GraphError: not square, NaN, infinite, negative, or non-zero above the diagonal.
             RegionError: see :meth:`from_edges`.
         """
+        capacity = torch.as_tensor(capacity)
         if capacity.ndim != 2 or capacity.shape[0] != capacity.shape[1]:
             raise GraphError(
                 f"capacity: must be a square matrix [tokens, tokens], got shape {tuple(capacity.shape)}; "
@@ -117,6 +118,12 @@ class FlowGraph(Data):
             )
         if not capacity.is_floating_point():
             raise GraphError(f"capacity: must be floating point, got {capacity.dtype}; call .float() on it")
+        if not bool(torch.isfinite(capacity).all()):
+            t, s = (~torch.isfinite(capacity)).nonzero()[0].tolist()
+            raise GraphError(
+                f"capacity: must be finite and non-negative, got {capacity[t, s].item()} at [{t}, {s}]; "
+                "check the attention for NaN or overflow"
+            )
         if bool((capacity.triu(1) != 0).any()):
             t, s = (capacity.triu(1) != 0).nonzero()[0].tolist()
             raise GraphError(

@@ -6,6 +6,7 @@ Nothing is ever unpickled; a file is data, checked as it is read.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         TraceFileError: missing, truncated, not a trace, or written by a newer version.
     """
+    if Path(path).is_dir():
+        raise TraceFileError(f"path: must be a trace file, got the folder {path}; give the .safetensors file inside it")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -51,7 +54,7 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise TraceFileError(
             f"path: must be a complete safetensors file, got {path} ({error}); "
-            "it is truncated or not a trace, so write it again"
+            "it is truncated, or no trace (the JSON and HTML exports cannot be read back)"
         ) from error
     except (KeyError, json.JSONDecodeError) as error:
         raise TraceFileError(

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from flowgraph.attention.capture import capture
 from flowgraph.attention.modules import base_model
+from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.attention.selection import HeadSelector, LayerRule, resolve_layers
 from flowgraph.edges import EdgeRules, edges_kept
-from flowgraph.errors import InvalidInputError
+from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.files import PathLike, check_writable
-from flowgraph.flow import Absorption, Backend, SourceRule, solve
+from flowgraph.flow import Absorption, Backend, SourceRule, check_options, solve
 from flowgraph.flowtrace import FlowTrace
 from flowgraph.graph import FlowGraph
 from flowgraph.memory import require_memory
-from flowgraph.regions import Regions, find_regions
+from flowgraph.regions import Regex, Regions, find_regions
 from flowgraph.text import EncodedText, encode
 
 if TYPE_CHECKING:
@@ -105,8 +106,12 @@ def trace(
     say = progress or (lambda line: None)
     for path in outputs:
         check_writable(path)
+    # Everything that needs no forward pass is checked before one is made, generation included.
     rules = EdgeRules.preset(preset, rows=rows, self_attention=self_attention, first_token=first_token)
+    check_options(backend, source, absorption, damping)
+    edges_kept(max_edges, 2)
     inner = base_model(model)
+    AttentionRecorder(model, layers=layers, heads=heads, edge_weight=edge_weight)
     if input_ids is not None:
         encoded, regions = _from_ids(tokenizer, input_ids, prompt, response, question, answer, reasoning, prompt_length)
     else:
@@ -163,6 +168,10 @@ def _from_text(
         raise InvalidInputError(
             "reasoning: goes with input_ids only, got a value with text; it is found between question and answer"
         )
+    if isinstance(answer, str):
+        Regex(answer)
+    if isinstance(prompt, str) and not prompt.strip():
+        raise RegionError("prompt: must hold text, got only blanks; ask the question there")
     ends_with_answer = not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
     if response is None and not ends_with_answer:
         response = generate_response(model, tokenizer, prompt, max_new_tokens, say)
@@ -190,6 +199,7 @@ def _from_ids(
             f"input_ids: must be one sequence of at least 2 token ids, got {input_ids.dtype} of shape "
             f"{tuple(input_ids.shape)}; trace the sequences of a batch one by one"
         )
+    question, answer, reasoning = (_one_row(region) for region in (question, answer, reasoning))
     for name, region in (("question", question), ("answer", answer)):
         if region is None:
             raise InvalidInputError(f"{name}: must be a mask or indices with input_ids, got None; a regex needs text")
@@ -212,6 +222,11 @@ def _from_ids(
         special=torch.zeros(count, dtype=torch.bool),
     )
     return encoded, regions
+
+
+def _one_row(region: Any) -> Any:
+    """A mask of shape [1, T], as it stands beside input_ids of that shape, is a mask over T tokens."""
+    return region[0] if isinstance(region, Tensor) and region.ndim == 2 and region.shape[0] == 1 else region
 
 
 def generate_response(

@@ -516,12 +516,13 @@ def test_recorders_nest_and_stay_apart():
 
 def test_threads_with_a_model_each():
     names = (LLAMA, "falcon", "bloom", "gemma2")
+    models = {name: family(name) for name in names}  # built here: threads share the random generator
     expected = {name: eager_weights(name=name).mean((0, 1)) for name in names}
     failures: list[str] = []
 
     def work(name: str) -> None:
         for _ in range(15):
-            rows = rows_of(capture(family(name), TEXT, layers="all"))
+            rows = rows_of(capture(models[name], TEXT, layers="all"))
             if (rows - expected[name]).abs().max() > 1e-5:
                 failures.append(name)
 

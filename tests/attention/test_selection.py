@@ -77,7 +77,7 @@ def test_heads_that_do_not_exist(choice, num_heads: int | None, message: str):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
 def test_a_selector_keeps_some_heads(share: float):
     with pytest.raises(InvalidInputError, match=r"share must lie in \(0, 1\]"):
         HeadSelector(share=share)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from flowgraph.attention.modules import base_model
@@ -26,8 +26,8 @@ _RELATIVE_POSITIONS = {"bloom", "mpt", "roformer"}
 
 def capture(
     model: nn.Module,
-    input_ids: Int[Tensor, "batch tokens"],
-    attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    input_ids: Int[Tensor, "*batch tokens"],
+    attention_mask: Shaped[Tensor, "*batch tokens"] | None = None,
     *,
     layers: LayerRule = "middle",
     heads: str | Sequence[int] | HeadSelector = "mean",

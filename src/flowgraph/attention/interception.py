@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class AttentionCall(NamedTuple):
     output: Tensor
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Whoever wants to know about the attention of some modules."""
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from flowgraph.attention.heads import HeadAggregator
@@ -99,7 +99,7 @@ class AttentionRecorder:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def rows(self, attention_mask: Int[Tensor, "batch tokens"] | None = None) -> AttentionRows:
+    def rows(self, attention_mask: Shaped[Tensor, "batch tokens"] | None = None) -> AttentionRows:
         """The aggregated attention of the last forward pass.
 
         Args:

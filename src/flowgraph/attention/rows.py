@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from flowgraph.attention.heads import HeadAggregator
@@ -124,7 +124,7 @@ class AttentionRows:
         records: Sequence[LayerRecord | WeightedLayer],
         layers: Sequence[int],
         aggregator: HeadAggregator,
-        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
     ) -> None:
         (self.batch_size, self.num_tokens), self.device = records[0].shape, records[0].device
         if attention_mask is None:
@@ -145,6 +145,11 @@ class AttentionRows:
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block tokens"]:
         """Rows of the queries ``[start, stop)``, float32, over all keys. Cost: heads x layers x block x stop x dim."""
+        if not 0 <= start < stop <= self.num_tokens:
+            raise InvalidInputError(
+                f"start, stop: must satisfy 0 <= start < stop <= {self.num_tokens} tokens, got {start} and {stop}; "
+                "use .blocks() to read them all"
+            )
         rows = torch.zeros(self.batch_size, stop - start, self.num_tokens, device=self.device)
         rows[..., :stop] = _mean_block(self._layers, start, stop, self.device)
         return rows * self.attention_mask[:, start:stop, None]

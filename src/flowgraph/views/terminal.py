@@ -18,7 +18,7 @@ _BAR = 16
 
 def visible(token: str) -> str:
     """Token text with control characters as symbols, so that nothing in it can steer a terminal."""
-    shown = token.replace("\n", "⏎").replace("\t", "⇥")
+    shown = token.replace("\n", "⏎").replace("\t", "⇥") if token.strip(" ") else "␣" * len(token)
     return "".join("·" if unicodedata.category(c)[0] == "C" else c for c in shown)
 
 
@@ -26,6 +26,7 @@ def render_trace(trace: FlowTrace, *, keep: float = 0.9, rows: int | None = 24, 
     """Everything a reader wants first: text, strongest tokens in text order, backbone and routes."""
     parts: list[RenderableType] = [
         Text(repr(trace).split("\n")[0]),
+        _selection(trace),
         Text(),
         heat_text(trace),
         Text(),
@@ -51,7 +52,10 @@ def heat_text(trace: FlowTrace) -> Text:
         if strength < 0.05:
             style = "dim"
         extra = " ".join(name for mask, name in masks if bool(mask[index]))
-        text.append(visible(token).replace("⏎", "⏎\n"), style=f"{extra} {style}".strip())
+        text.append(
+            (token if token.isspace() and "\n" not in token else visible(token)).replace("⏎", "⏎\n"),
+            style=f"{extra} {style}".strip(),
+        )
     return text
 
 
@@ -70,7 +74,7 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
     scale = max(float(passing.max()) if passing.numel() else 0.0, 1e-12)  # the answer would dwarf everything else
     for index in chosen:
         value = float(trace.throughput[index])
-        bar = "█" * min(round(_BAR * value / scale), _BAR) or ("▏" if value > 0 else "")
+        bar = "" if bool(trace.answer[index]) else "█" * round(_BAR * value / scale) or "▏" * (value > 0)
         table.add_row(
             str(index),
             _letter(trace, index),
@@ -79,7 +83,10 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
             bar,
             f"{float(trace.h[index]):.3g}",
         )
-    table.caption = "Q question, R reasoning, A answer; throughput = share of the flow that passes through the token"
+    table.caption = (
+        "Q question, R reasoning, A answer; throughput: share of the flow that passes through the token; "
+        "h: its total influence on the answer"
+    )
     return table
 
 
@@ -105,6 +112,18 @@ def certificate_table(certificate: Certificate) -> RenderableType:
 
 def _letter(trace: FlowTrace, index: int) -> str:
     return next((letter for name, letter in _REGION_LETTER.items() if bool(trace.graph[f"{name}_mask"][index])), "")
+
+
+def _selection(trace: FlowTrace) -> Text:
+    """What was taken for the answer, and by which rule: the first thing to check when a trace looks odd."""
+    found = "".join(trace.tokens[t] for t in trace.answer.nonzero().flatten().tolist())
+    rule = trace.provenance.get("answer_selector", "")
+    line = Text(f"answer: {found.strip()!r}").append(f" by {rule}" if rule else "", style="dim")
+    if "LastLine" in rule and rule.startswith("auto"):
+        line.append(
+            "\nno stated answer was found, so the last line was taken; name it with --answer or answer=", "yellow"
+        )
+    return line
 
 
 def _backbone(trace: FlowTrace, keep: float) -> Text:
