@@ -50,7 +50,7 @@ unit: $(VENV)/.dev
 	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) -q --cov --cov-report=term --cov-fail-under=90
 
 docs: $(VENV)/.dev  ## build the documentation strictly into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.dev
 	@rm -rf build/wheel && mkdir -p build/wheel
