@@ -99,7 +99,12 @@ def test_a_certificate_that_fails_is_exit_code_1(run, checkpoint: Path, tmp_path
         (("trace", "x", "--answer-span", "nonsense"), "must be START:END"),
         (("trace", "x", "--answer", "a", "--last-line"), "give one of"),
         (("trace", "x", "--keep", "1.5"), "1.5"),
-        (("trace", "x", "--model", "/no/such/folder"), "must be a causal language model that transformers can load"),
+        (("trace", "x", "--model", "/no/such/folder"), "--model: must be a folder with a config.json"),
+        (("trace", "x", "--device", "warp"), "--device: must be usable here, got 'warp'"),
+        (("trace", "x", "--dtype", "int3"), "--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got 'int3'"),
+        (("trace", " "), "the prompt is empty; give some text"),
+        (("trace", "x", "--response", ""), "the response is empty; give some text"),
+        (("show", "."), "must be a trace file, got the folder ."),
         (("nonsense",), "nonsense"),
     ],
 )

@@ -253,6 +253,21 @@ def test_bad_input_with_ids(options: dict, error: type[Exception], message: str)
         trace(MODEL, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"damping": 0}, {"source": "x"}, {"heads": "x"}, {"layers": "9-9"}, {"answer": "(unclosed"}, {"max_edges": -1}],
+)
+def test_options_are_checked_before_anything_is_generated(options: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flowgraph.tracing.generate_response", lambda *a: pytest.fail("the model ran"))
+    with pytest.raises(InvalidInputError):
+        trace(MODEL, TOKENIZER, PROMPT, **options)
+
+
+def test_masks_shaped_like_a_batch_of_one_are_accepted(example: FlowTrace):
+    one = {"question": example.question[None], "answer": example.answer[None]}
+    assert torch.equal(trace(MODEL, input_ids=example.token_ids[None], **one).question, example.question)
+
+
 def test_memory_is_estimated_before_the_model_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("flowgraph.memory.available_bytes", lambda device="cpu": 10**6)
     monkeypatch.setattr("flowgraph.tracing.capture", lambda *a, **k: pytest.fail("the model ran"))
