@@ -295,10 +295,9 @@ def _without_first(question: Tensor) -> Tensor:
 def _require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:
     """Estimate what a trace takes beyond the model: queries and keys of the chosen layers, and the edges."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     chosen = len(resolve_layers(layers, config.num_hidden_layers))
-    per_token = 2 * 4 * config.num_attention_heads * width * chosen
-    needed = per_token * num_tokens + 60 * edges_kept(max_edges, num_tokens) + 2**28
+    # Queries and keys are about as wide as the model; twice that in float32 also covers wider heads.
+    needed = 2 * 2 * 4 * config.hidden_size * chosen * num_tokens + 60 * edges_kept(max_edges, num_tokens) + 2**28
     require_memory(
         needed,
         f"trace of {num_tokens} tokens over {chosen} layers",
