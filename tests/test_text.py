@@ -257,6 +257,11 @@ class TestSlowSentencepiece:
         ("ab", "ÀB", ["À", "B"]),  # case
         ("fi", "ﬁ", ["ﬁ", "ﬁ"]),  # compatibility forms
         ("a?b", "a", ["a", "", ""]),
+        (
+            "ab? ?cdef",
+            "ab世 界cdef",
+            ["a", "b", "世 界", "世 界", "世 界", "c", "d", "e", "f"],
+        ),  # a space in a difference
     ],
 )
 def test_align_character_by_character(decoded: str, text: str, expected: list[str]) -> None:
