@@ -241,7 +241,7 @@ class TestSpan:
         encoded = answered("Tom 7<|im_end|>")
         assert chosen(encoded, find_regions(encoded, answer=Span(-1)).answer) == [" 7"]
 
-    @pytest.mark.parametrize("span", [(0, 7), (6, 7), (3, 3), (4, 2), (-7, 2), (0, -7), (6, None)])
+    @pytest.mark.parametrize("span", [(0, 7), (6, 7), (3, 3), (4, 2), (-7, 2), (0, -7), (-2, 0), (6, None)])
     def test_outside_or_empty(self, span: Any) -> None:
         message = re.escape(
             f"answer: a span must hold characters of the response, which has 6, got {span}; pass (start,"
@@ -713,3 +713,5 @@ class TestRecord:
             "answer: 1 token (10) by mask",
             "generated: 2 tokens (9..10)",
         ]
+        four = Regions.from_masks([0, 2, 4, 6], [10], num_tokens=11)
+        assert four.describe().startswith("question: 4 tokens (0, 2, 4, 6) by mask")
