@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowgraph.errors import FlowgraphError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -42,11 +44,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except Exception as error:
-        from flowgraph.errors import FlowgraphError
-
-        if not isinstance(error, FlowgraphError):
-            raise
+    except FlowgraphError as error:
         typer.secho(f"flowgraph: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
 
