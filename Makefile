@@ -58,12 +58,14 @@ wheel: $(VENV)/.dev
 	$(PIP) install --quiet --no-deps --target build/wheel/installed build/wheel/*.whl
 	PYTHONPATH=build/wheel/installed $(BIN)/python benchmarks/check_wheel.py build/wheel/installed
 
-# torch-scatter ships as source only and imports torch while it builds, hence no build isolation.
+# torch-scatter ships as source only and imports torch while it builds, hence no build isolation. Its set-up
+# turns ninja off, so setuptools has to be told to compile more than one file at a time.
 build/scatter/.done: $(VENV)/.dev
 	@echo "Building torch-scatter from source: three to twelve minutes, once"
 	@mkdir -p build/scatter
-	$(PIP) install --quiet setuptools wheel ninja
-	MAX_JOBS=2 PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --upgrade --target build/scatter "torch-scatter>=2.1.2"
+	@printf '[build_ext]\nparallel = 2\n' > build/scatter/parallel.cfg
+	$(PIP) install --quiet setuptools wheel
+	DIST_EXTRA_CONFIG="$(CURDIR)/build/scatter/parallel.cfg" $(PIP) install --no-build-isolation --no-deps --upgrade --target build/scatter "torch-scatter>=2.1.2"
 	@touch $@
 
 test-scatter: build/scatter/.done  ## the propagation tests with torch-scatter built from source

@@ -10,17 +10,16 @@ from torch import Tensor
 
 from flowgraph.errors import RegionError
 
-MaskLike = Bool[Tensor, " tokens"] | Sequence[bool] | Sequence[int] | slice
+Mask = Bool[Tensor, " tokens"]
+MaskLike = Mask | Sequence[bool] | Sequence[int] | slice
 """A region of a text: a bool mask over tokens, token indices, or a slice of token indices."""
 
 
-def as_mask(
-    region: MaskLike, num_tokens: int, name: str, device: torch.device | str = "cpu"
-) -> Bool[Tensor, " tokens"]:
+def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device | str = "cpu") -> Mask:
     """Read a region given as mask, indices or slice as a bool mask over tokens.
 
     Raises:
-        RegionError: wrong length or dtype, an index outside, nothing selected by a slice.
+        RegionError: wrong length or dtype, an index outside.
     """
     if isinstance(region, slice):
         mask = torch.zeros(num_tokens, dtype=torch.bool, device=device)
@@ -51,7 +50,15 @@ def as_mask(
     return mask
 
 
-def between(question: Bool[Tensor, " tokens"], answer: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+def read_mask(region: MaskLike, num_tokens: int, name: str) -> Mask:
+    """As :func:`as_mask` on the CPU, but an empty tensor or list selects nothing, whatever its dtype."""
+    if isinstance(region, slice):
+        return as_mask(region, num_tokens, name)
+    values = torch.as_tensor(region)
+    return as_mask(values if values.numel() else values.long(), num_tokens, name)
+
+
+def between(question: Mask, answer: Mask) -> Mask:
     """Tokens after the last question token and before the first answer token."""
     position = torch.arange(question.numel(), device=question.device)
     if not bool(question.any()) or not bool(answer.any()):

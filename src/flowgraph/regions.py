@@ -1,237 +1,58 @@
-r"""Question, reasoning and answer as token masks, selected from the text in a user's own words."""
+"""The three regions of a text, question, reasoning and answer, as token masks that keep the rules."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Self
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
-from flowgraph.errors import InvalidInputError, NoAnswerError, RegionError
-from flowgraph.masks import MaskLike, as_mask
-from flowgraph.text import EncodedText, Offsets, covers
-
-Part = Literal["prompt", "response"]
-Mask = Bool[Tensor, " tokens"]
-ARGUMENT: dict[Part, str] = {"prompt": "question", "response": "answer"}
-ROLES = frozenset({"assistant", "developer", "function", "model", "system", "tool", "user"})
-
-
-@runtime_checkable
-class Selector(Protocol):
-    """Anything that finds tokens of one part of an encoded text; write your own with this one method."""
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """``[T]`` bool mask of the tokens found, all False where nothing was found."""
-        ...
-
-
-@dataclass(frozen=True)
-class Regex:
-    r"""The text that a regular expression matches.
-
-    Matches of no visible character are passed over, so ``\d*`` finds the last number and not the empty end.
-
-    Attributes:
-        pattern: as for :func:`re.finditer`; it sees the part alone, without the special tokens that end it.
-        flags: as for :func:`re.compile`.
-        group: number or name of the group to take; None: group 1 if the pattern has one, else the whole match.
-        occurrence: which match counts.
-
-    Raises:
-        InvalidInputError: the pattern does not compile, the group does not exist, an unknown occurrence.
-    """
-
-    pattern: str
-    flags: int = 0
-    group: int | str | None = None
-    occurrence: Literal["last", "first"] = "last"
-
-    def __post_init__(self) -> None:
-        """Reject what could never match."""
-        try:
-            compiled = re.compile(self.pattern, self.flags)
-        except re.error as error:
-            raise InvalidInputError(
-                f"pattern: must be a regular expression, got {self.pattern!r} with an error at position "
-                f"{error.pos}: {error.msg}; escape literal text with re.escape"
-            ) from error
-        groups = [None, *range(compiled.groups + 1), *compiled.groupindex]
-        if self.group not in groups:
-            raise InvalidInputError(
-                f"group: must be a group of the pattern {self.pattern!r}, got {self.group!r}; "
-                f"choose one of {groups[1:]}"
-            )
-        if self.occurrence not in ("last", "first"):
-            raise InvalidInputError(
-                f"occurrence: must be 'last' or 'first', got {self.occurrence!r}; for another match narrow the pattern"
-            )
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of the chosen match."""
-        low, high = _window(encoded, part)
-        compiled = re.compile(self.pattern, self.flags)
-        group = self.group if self.group is not None else min(compiled.groups, 1)
-        found: list[Offsets] = []
-        for match in compiled.finditer(encoded.text[low:high]):
-            if (match[group] or "").strip():
-                found = [(low + match.start(group), low + match.end(group))]
-                if self.occurrence == "first":
-                    break
-        return _tokens_in(encoded, found, part)
-
-
-@dataclass(frozen=True)
-class Boxed:
-    r"""The content of the last ``\boxed{...}``, with braces balanced; one left open or empty does not count."""
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens between the braces."""
-        low, high = _window(encoded, part)
-        text = encoded.text[low:high]
-        best: list[Offsets] = []
-        opened: list[tuple[int, bool]] = []
-        # One pass with a stack: a response that repeats "\boxed{" for ever stays linear. "\{" is no brace.
-        for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-            if match[0].endswith("{") and match[0] != r"\{":
-                opened.append((match.end(), match[0] != "{"))
-            elif match[0] == "}" and opened:
-                start, boxed = opened.pop()
-                inner = text[start : match.start()]
-                if boxed and inner.strip() and (not best or low + start > best[0][0]):
-                    best = [(low + start, low + match.start())]
-        return _tokens_in(encoded, best, part)
-
-
-@dataclass(frozen=True)
-class LastLine:
-    """The last line that is not blank."""
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of that line."""
-        low, high = _window(encoded, part)
-        end = low + len(encoded.text[low:high].rstrip())
-        start = max(encoded.text.rfind(mark, low, end) for mark in "\r\n") + 1
-        return _tokens_in(encoded, [(max(start, low), end)], part)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters ``start`` to ``end`` (exclusive) of the response or, for a question, of the prompt.
-
-    Attributes:
-        start: negative: counted from the end, as in a slice; trailing special tokens are not counted.
-        end: the same; None: to the end.
-    """
-
-    start: int
-    end: int | None = None
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens with a visible character in the span."""
-        low, high = _window(encoded, part)
-        length = high - low
-        start = self.start + length * (self.start < 0)
-        end = length if self.end is None else self.end + length * (self.end < 0)
-        if not 0 <= start < end <= length:
-            raise RegionError(
-                f"{ARGUMENT[part]}: a span must hold characters of the {part}, which has {length}, "
-                f"got ({self.start}, {self.end}); pass (start, end) with start < end"
-            )
-        return _tokens_in(encoded, [(low + start, low + end)], part)
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Token indices counted from the start of the prompt, a slice of them, or a bool mask over all tokens."""
-
-    which: MaskLike
-
-    def __repr__(self) -> str:
-        """Short: a mask as its number of tokens."""
-        which = self.which
-        if isinstance(which, slice):
-            return f"Tokens({which})"
-        values = torch.as_tensor(which)
-        count = int(values.sum()) if values.dtype == torch.bool else values.numel()
-        return (
-            f"Tokens({values.tolist()})" if count <= 8 and values.dtype != torch.bool else f"Tokens(<{count} tokens>)"
-        )
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """The tokens named, which must lie in the part; special ones are left out."""
-        mask = _read_mask(self.which, encoded.num_tokens, ARGUMENT[part])
-        outside = mask & ~_part_mask(encoded, part)
-        if bool(outside.any()):
-            first, last = (
-                (0, encoded.prompt_length) if part == "prompt" else (encoded.prompt_length, encoded.num_tokens)
-            )
-            raise RegionError(
-                f"{ARGUMENT[part]}: tokens must lie in the {part}, {first}..{last - 1}, got token "
-                f"{int(outside.nonzero()[0])}; for any other choice use Regions.from_masks"
-            )
-        return mask & ~encoded.special
-
-
-@dataclass(frozen=True)
-class Role:
-    """The content of the last chat message with this role."""
-
-    role: str
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of the message, without the template around it."""
-        known = dict.fromkeys(role.role for role in encoded.roles)
-        if self.role not in known:
-            got = f"messages of {', '.join(map(repr, known))}" if known else "a prompt without chat messages"
-            raise RegionError(
-                f"{ARGUMENT[part]}: {self!r} needs a chat message of that role, got {got}; "
-                "pass Prompt(), a Regex or a Span of the prompt instead"
-            )
-        last = max(role.message for role in encoded.roles if role.role == self.role)
-        return _tokens_in(encoded, [(r.start, r.end) for r in encoded.roles if r.message == last], part)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The whole prompt, without special tokens and chat template."""
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of the prompt."""
-        return _tokens_in(encoded, [(0, encoded.response_start)], part)
-
-
-# What a value has around it and does not own: markdown, quotes, a formula's dollar signs.
-_MARKS = r"*_\"'`$"
-# A sentence is over at a full stop before a space, but for the titles that write one.
-_SENTENCE_END = rf"(?<=[.!?])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bSt\.)(?<!\bMrs\.)[{_MARKS})]*\s"
-# 300 characters at most: a model that repeats itself on one endless line must not cost its square.
-_VALUE = (
-    rf"(?=[\s:{_MARKS}]*(?![.,;!?]+(?:\s|\Z))([^\s:{_MARKS}].{{0,300}}?)"
-    rf"[\s.,;:!?{_MARKS}]*(?:[\r\n]|\Z|{_SENTENCE_END}))"
+from flowgraph.errors import NoAnswerError, RegionError
+from flowgraph.masks import Mask, MaskLike, read_mask
+from flowgraph.selectors import (
+    AUTO_ANSWER,
+    NUMBER_SIGN,
+    PHRASE,
+    TAG,
+    Answer,
+    Boxed,
+    LastLine,
+    Part,
+    Prompt,
+    Question,
+    Regex,
+    Role,
+    Selector,
+    Span,
+    Tokens,
+    as_selector,
+    part_mask,
 )
-NUMBER_SIGN = Regex(r"(?m)(?<!#)####[ \t]*(-?\$?\d(?:[\d,./ ]*\d)?%?(?=[.\s]*$)|[^\s#](?:.{0,300}\S)?(?=\s*\Z))")
-TAG = Regex(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>")
-PHRASE = Regex(
-    rf"(?im)(?:\banswer\b[ \t{_MARKS}]*(?:(?:to|for)\b[^\n.:=]{{1,80}}?\s)?(?:is\b|are\b|was\b|[:=])"
-    rf"|^[ \t#{_MARKS}]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t{_MARKS}]*\r?\n){_VALUE}"
-)
-AUTO_ANSWER: dict[str, Selector] = {
-    "Boxed()": Boxed(),
-    "NUMBER_SIGN": NUMBER_SIGN,
-    "TAG": TAG,
-    "PHRASE": PHRASE,
-    "LastLine()": LastLine(),
-}
-"""What an answer is looked for as, in this order, when nobody says; the first that finds something wins.
-The keys are the values' names in this module, which is how regions report the choice."""
+from flowgraph.text import EncodedText, shorten
 
-Question = str | Selector | tuple[int, int | None] | Sequence[int] | Tensor | None
-Answer = Question
+# Users find the selectors here, beside the regions that they select.
+__all__ = [
+    "AUTO_ANSWER",
+    "NUMBER_SIGN",
+    "PHRASE",
+    "TAG",
+    "Answer",
+    "Boxed",
+    "LastLine",
+    "Mask",
+    "Part",
+    "Prompt",
+    "Question",
+    "Regex",
+    "Regions",
+    "Role",
+    "Selector",
+    "Span",
+    "Tokens",
+    "find_regions",
+    "validate_regions",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -300,17 +121,17 @@ class Regions:
             [False, False, True, True, False]
         """
         size = num_tokens if num_tokens is not None else _mask_length(question, answer, reasoning, generated)
-        asked = _read_mask(question, size, "question")
-        answered = _read_mask(answer, size, "answer")
+        asked = read_mask(question, size, "question")
+        answered = read_mask(answer, size, "answer")
         position = torch.arange(size)
         if generated is None:
             emitted = position > _last(asked)
         else:
-            emitted = _read_mask(generated, size, "generated")
+            emitted = read_mask(generated, size, "generated")
         if reasoning is None:
             reasoned = emitted & (position < _first(answered)) & ~asked
         else:
-            reasoned = _read_mask(reasoning, size, "reasoning")
+            reasoned = read_mask(reasoning, size, "reasoning")
         return cls(question=asked, reasoning=reasoned, answer=answered, generated=emitted)
 
     def describe(self, tokens: Sequence[str] | None = None) -> str:
@@ -329,7 +150,7 @@ class Regions:
             indices: list[int] = mask.nonzero().flatten().tolist()
             line = f"{name}: {len(indices)} token{'s' * (len(indices) != 1)}"
             line += f" ({_ranges(indices)})" if indices else ""
-            line += f" {_shorten(''.join(tokens[index] for index in indices))!r}" if tokens and indices else ""
+            line += f" {shorten(''.join(tokens[index] for index in indices))!r}" if tokens and indices else ""
             lines.append(line + (f" by {selectors[name]}" if name in selectors else ""))
         return "\n".join(lines)
 
@@ -360,16 +181,16 @@ def find_regions(encoded: EncodedText, question: Question = None, answer: Answer
         asked_by: Selector = Role("user") if encoded.roles else Prompt()
         question_selector = f"auto: {asked_by!r}"
     else:
-        asked_by = _as_selector(question, "prompt", encoded)
+        asked_by = as_selector(question, "prompt", encoded)
         question_selector = repr(asked_by)
     asked = asked_by.select(encoded, "prompt")
     if not bool(asked.any()):
         raise RegionError(
             f"question: {asked_by!r} must select a visible, non-special character of the prompt, got none in "
-            f"{_shorten(encoded.prompt_text)!r}; pass another Regex, Span(start, end), Role, Prompt() or token indices"
+            f"{shorten(encoded.prompt_text)!r}; pass another Regex, Span(start, end), Role, Prompt() or token indices"
         )
     answered, answer_selector = _find_answer(encoded, answer)
-    generated = _part_mask(encoded, "response")
+    generated = part_mask(encoded, "response")
     before = torch.arange(encoded.num_tokens) < _first(answered)
     return Regions(
         question=asked,
@@ -424,7 +245,7 @@ def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:
     if _is_auto(answer):
         tried = {f"auto: {name}": selector for name, selector in AUTO_ANSWER.items()}
     else:
-        only = _as_selector(answer, "response", encoded)
+        only = as_selector(answer, "response", encoded)
         tried = {repr(only): only}
     for name, selector in tried.items():
         mask = selector.select(encoded, "response")
@@ -438,53 +259,6 @@ def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:
 
 def _is_auto(choice: Question) -> bool:
     return choice is None or (isinstance(choice, str) and choice == "auto")
-
-
-def _as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
-    """A selector, from one or from the short form of one."""
-    # Tensors first: they have a method named select, too.
-    if isinstance(choice, Tensor):
-        return Tokens(choice)
-    if isinstance(choice, Selector):
-        return choice
-    if isinstance(choice, str):
-        if part == "prompt" and choice == "prompt":
-            return Prompt()
-        roles = ROLES.union(role.role for role in encoded.roles)
-        return Role(choice) if part == "prompt" and choice in roles else Regex(choice)
-    if isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(c, int | None) for c in choice):
-        start, end = choice
-        return Span(start or 0, end)
-    values = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
-    if isinstance(values, list) and all(isinstance(value, int) for value in values):
-        return Tokens(values)
-    raise InvalidInputError(
-        f"{ARGUMENT[part]}: must be a selector, a string, (start, end) characters, token indices or a bool mask, "
-        f"got {choice!r:.80}; see flowgraph.regions.find_regions"
-    )
-
-
-def _window(encoded: EncodedText, part: Part) -> Offsets:
-    """First and last (exclusive) character of the prompt, or of the response up to its special ending."""
-    return (0, encoded.response_start) if part == "prompt" else (encoded.response_start, encoded.response_end)
-
-
-def _part_mask(encoded: EncodedText, part: Part) -> Mask:
-    in_prompt = torch.arange(encoded.num_tokens) < encoded.prompt_length
-    return in_prompt if part == "prompt" else ~in_prompt
-
-
-def _tokens_in(encoded: EncodedText, selected: Sequence[Offsets], part: Part) -> Mask:
-    """Tokens of a part with a visible character in a selected range, special and template ones left out."""
-    return covers(encoded.spans, encoded.text, selected) & _part_mask(encoded, part) & ~encoded.special
-
-
-def _read_mask(region: MaskLike, num_tokens: int, name: str) -> Mask:
-    """As :func:`as_mask`; an empty list selects nothing, and results live on the CPU."""
-    if isinstance(region, slice):
-        return as_mask(region, num_tokens, name)
-    values = torch.as_tensor(region)
-    return as_mask(values if values.numel() else values.long(), num_tokens, name, values.device).cpu()
 
 
 def _mask_length(*regions: MaskLike | None) -> int:
@@ -529,10 +303,6 @@ def _ranges(indices: Sequence[int]) -> str:
             runs.append([index, index])
     shown = [f"{low}..{high}" if low < high else str(low) for low, high in runs[:4]]
     return ", ".join(shown + ["..."] * (len(runs) > 4))
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
 
 
 def _ending(text: str) -> str:

@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from flowgraph.chat import Messages, RoleSpan, render_chat
+from flowgraph.decoding import decode, special_ids, token_name
 from flowgraph.errors import InvalidInputError, RegionError
+from flowgraph.spans import Offsets, align, close_gaps, inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Messages = Sequence[Mapping[str, Any]]
-Offsets = tuple[int, int]
-
-REPLACEMENT = "\ufffd"  # what every decoder writes for bytes that are no complete character (yet)
-CONTEXT = 8  # prompt tokens decoded in front of the response, so that its first space is not taken for padding
-PENDING = 16  # tokens that may wait for one character to become complete; bounds the decoding window
-ANCHOR = 4  # characters that have to agree before a difference between decoded and given text is over
-RESYNC = 64  # longest such difference, in characters
-
-
-class RoleSpan(NamedTuple):
-    """Where the content of one chat message lies in the text; several spans where a template splits it."""
-
-    role: str
-    start: int
-    end: int
-    message: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,8 +64,9 @@ class EncodedText:
 
     def __repr__(self) -> str:
         """Sizes and both ends of the text; the tensors would fill a screen."""
-        text = self.text if len(self.text) <= 60 else f"{self.text[:28]}...{self.text[-28:]}"
-        return f"EncodedText({self.num_tokens} tokens, {self.prompt_length} of them prompt, text={text!r})"
+        return (
+            f"EncodedText({self.num_tokens} tokens, {self.prompt_length} of them prompt, text={shorten(self.text)!r})"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -160,12 +141,15 @@ def encode(
             f"tokenizer: must be a Hugging Face tokenizer, got {type(tokenizer).__name__}; "
             "load it with transformers.AutoTokenizer"
         )
-    is_chat = not isinstance(prompt, str)
-    prompt_text, roles, response = _read_prompt(tokenizer, prompt, response)
+    is_plain = isinstance(prompt, str)
+    if is_plain:
+        prompt_text, roles = prompt, ()
+    else:
+        prompt_text, roles, response = render_chat(tokenizer, prompt, response)
     if not prompt_text.strip():
         raise RegionError(f"prompt: must hold visible text, got {prompt_text!r}; pass the question the model was asked")
     bos = getattr(tokenizer, "bos_token", None)
-    own_specials = not is_chat and not (bos and prompt_text.startswith(bos))
+    own_specials = is_plain and not (bos and prompt_text.startswith(bos))
     head = _tokenize(tokenizer, prompt_text, own_specials)
     if isinstance(response, str):
         response_text = response
@@ -175,15 +159,15 @@ def encode(
 
     shift, text = len(prompt_text), prompt_text + response_text
     ids, added = head.ids + tail.ids, head.added + tail.added
-    prompt_spans = _close_gaps(head.spans, text, 0)
-    spans = prompt_spans + _close_gaps([(s + shift, e + shift) for s, e in tail.spans], text, shift)
+    prompt_spans = close_gaps(head.spans, text, 0)
+    spans = prompt_spans + close_gaps([(s + shift, e + shift) for s, e in tail.spans], text, shift)
     special = _special(tokenizer, ids, spans, added, text)
-    if is_chat:
+    if not is_plain:
         contents = [(role.start, role.end) for role in roles]
-        special[: len(prompt_spans)] |= ~_inside(prompt_spans, text, contents)
+        special[: len(prompt_spans)] |= ~inside(prompt_spans, text, contents)
     return EncodedText(
         input_ids=torch.tensor(ids, dtype=torch.long),
-        tokens=tuple(text[s:e] or _name(tokenizer, index) for index, (s, e) in zip(ids, spans, strict=True)),
+        tokens=tuple(text[s:e] or token_name(tokenizer, index) for index, (s, e) in zip(ids, spans, strict=True)),
         spans=tuple(spans),
         text=text,
         prompt_length=len(head.ids),
@@ -209,7 +193,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, own_specials: bool)
     encoding = tokenizer(text, add_special_tokens=own_specials, verbose=False, **wanted)
     ids = [int(index) for index in encoding["input_ids"]]
     if not fast:
-        return _Tokens(ids, _align(*_decode(tokenizer, ids, []), text), [False] * len(ids))
+        return _Tokens(ids, align(*decode(tokenizer, ids, []), text), [False] * len(ids))
     added = [bool(flag) for flag in encoding["special_tokens_mask"]]
     return _Tokens(ids, [(int(start), int(end)) for start, end in encoding["offset_mapping"]], added)
 
@@ -252,295 +236,28 @@ def _decode_response(tokenizer: PreTrainedTokenizerBase, head: _Tokens, response
         raise RegionError("response: must hold at least one token, got 0 ids; pass the ids the model generated")
     # A model does not generate the special tokens that open its own prompt: these ids are prompt + response.
     repeated = len(values) > len(head.ids) and values[: len(head.ids)] == head.ids
-    if repeated and set(head.ids) & _special_ids(tokenizer):
+    if repeated and set(head.ids) & special_ids(tokenizer):
         raise InvalidInputError(
             f"response: ids must not repeat the prompt, got its {len(head.ids)} ids in front; "
             f"pass generated[0, {len(head.ids)}:]"
         )
-    text, spans = _decode(tokenizer, values, head.ids[-CONTEXT:])
+    text, spans = decode(tokenizer, values, head.ids)
     return _Tokens(values, spans, [False] * len(values)), text
-
-
-def _read_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, response: Any
-) -> tuple[str, tuple[RoleSpan, ...], Any]:
-    """The prompt's text, where its messages lie, and the response, which the messages may end with."""
-    if isinstance(prompt, str):
-        return prompt, (), response
-    messages, response = _split_messages(prompt, response)
-    return *_render(tokenizer, messages), response
-
-
-def _split_messages(prompt: Messages, response: Any) -> tuple[list[dict[str, Any]], Any]:
-    """Check chat messages; without a response, take the final assistant message for it."""
-    is_list = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
-    if not is_list or not all(isinstance(message.get("role"), str) for message in prompt):
-        raise InvalidInputError(
-            "prompt: must be text or a list of chat messages, each a dict with 'role' and 'content', "
-            f"got {prompt!r:.80}; pass one conversation, such as [{{'role': 'user', 'content': '...'}}]"
-        )
-    messages = [dict(message) for message in prompt]
-    if response is None and messages and messages[-1]["role"] == "assistant":
-        final = messages.pop()
-        beside = sorted(key for key in final.keys() - {"role", "content", "name"} if final[key])
-        if beside:
-            raise InvalidInputError(
-                f"prompt: the final assistant message must hold the whole response in 'content', got "
-                f"{beside} beside it; pass response= with the text as the model generated it"
-            )
-        response = "".join(part for _, part in _contents(final))
-    if not messages:
-        raise RegionError("prompt: must hold a message before the response, got none; pass the user's message too")
-    return messages, response
-
-
-def _contents(message: Mapping[str, Any]) -> Iterable[tuple[int | None, str]]:
-    """The texts in a message: its content, or with their places the texts of its parts."""
-    content = message.get("content")
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return [(None, content)]
-    parts: Sequence[Any] = content if isinstance(content, Sequence) else [None]
-    if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        return [(place, part["text"]) for place, part in enumerate(parts)]
-    raise InvalidInputError(
-        f"prompt: message content must be text or a list of text parts, got {content!r:.80}; only text can be traced"
-    )
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[str, tuple[RoleSpan, ...]]:
-    """Apply the chat template and find every message's content in what it wrote.
-
-    Searching for the content itself would find it in a system prompt, a role name or an earlier message that
-    says the same. So the template is applied twice, the second time with a marker for every content: what
-    stands between the markers is the template's own text, which fixes where the contents lie.
-    """
-    slots = [(index, place, text) for index, message in enumerate(messages) for place, text in _contents(message)]
-    salt = 0
-    while any(f"flowgraph{salt}x" in text for _, _, text in slots):
-        salt += 1
-    marked = [dict(message) for message in messages]
-    for number, (index, place, _) in enumerate(slots):
-        marker = f"flowgraph{salt}x{number}y"
-        if place is None:
-            marked[index]["content"] = marker
-        else:
-            parts = marked[index]["content"]
-            marked[index]["content"] = [*parts[:place], {**parts[place], "text": marker}, *parts[place + 1 :]]
-    text = _apply_template(tokenizer, messages)
-    pieces = re.split(rf"flowgraph{salt}x(\d+)y", _apply_template(tokenizer, marked))
-    found = [slots[int(number)] for number in pieces[1::2]]
-    spans = _locate(text, pieces[::2], [content for _, _, content in found])
-    if spans is None:
-        raise InvalidInputError(
-            "prompt: the chat template must keep each message's text in one piece, got one that rewrites it "
-            "by what it says; pass the rendered prompt as a string, with question= a Regex or a Span"
-        )
-    roles = [RoleSpan(messages[slot[0]]["role"], *span, slot[0]) for slot, span in zip(found, spans, strict=True)]
-    return text, tuple(roles)
-
-
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
-    """The rendered prompt, open at its end for the assistant to speak or to go on speaking."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidInputError(
-            "prompt: chat messages need a tokenizer with a chat template, got one without; "
-            "set tokenizer.chat_template, or pass the prompt as a string"
-        )
-    prefilled = messages[-1]["role"] == "assistant"
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InvalidInputError(
-            f"prompt: the messages must fit the tokenizer's chat template, got its error {str(error)!r}; "
-            "change the messages, or pass the rendered prompt as a string"
-        ) from error
-    return str(rendered)
-
-
-def _locate(text: str, between: Sequence[str], contents: Sequence[str]) -> list[Offsets] | None:
-    """Place contents in ``text`` = between[0] + content + between[1] + ..., None where that cannot be."""
-    if not text.startswith(between[0]):
-        return None
-    spans, cursor = [], len(between[0])
-    for number, (content, after) in enumerate(zip(contents, between[1:], strict=True), 1):
-        last = number == len(contents)
-        for kept in (content, content.strip(), content.lstrip(), content.rstrip()):
-            end = cursor + len(kept)
-            if text.startswith(kept + after, cursor) and (not last or end + len(after) == len(text)):
-                break
-        else:  # The template changed the content (dropped old reasoning, say): up to its own next words.
-            end = len(text) - len(after) if last else text.find(after, cursor)
-            if not after or end < cursor or not text.startswith(after, end):
-                return None
-        spans.append((cursor, end))
-        cursor = end + len(after)
-    return spans
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], context: list[int]) -> tuple[str, list[Offsets]]:
-    """Text of ``ids`` behind ``context`` and each id's characters in it, by a window as inference servers do.
-
-    A token ends where the decoded window ends without a replacement character. Until then its characters are
-    incomplete, and all tokens that bring a part of a character share it. Two short decodes a token.
-    """
-    known = _vocabulary_size(tokenizer)
-    everything = context + ids
-    pieces: list[str] = []
-    spans: list[Offsets] = []
-    length = start = 0
-    read, before, stable = len(context), "", 0
-    head = _text(tokenizer, context, known)
-    for index in range(len(context), len(everything)):
-        now = _text(tokenizer, everything[start : index + 1], known)[len(head) :]
-        partial = now.endswith(REPLACEMENT)
-        if before and not partial and now.startswith(before):
-            # What looked incomplete was meant, or no character at all: it belongs to the tokens so far.
-            stable = len(before)
-            spans[-1] = (spans[-1][0], length + stable)
-        reached = len(now.rstrip(REPLACEMENT)) if partial else len(now)
-        complete = (now and not partial) or index - read + 1 >= PENDING or index + 1 == len(everything)
-        spans.append((length + stable, length + max(stable, len(now) if complete else reached + partial)))
-        before, stable = now, max(stable, reached)
-        if complete:
-            pieces.append(now)
-            length += len(now)
-            start, read, before, stable = read, index + 1, "", 0
-            head = _text(tokenizer, everything[start:read], known)
-    return "".join(pieces), spans
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], known: int) -> str:
-    """Decoded text with its special tokens; ids beyond the vocabulary (a padded embedding) write nothing."""
-    written = [index for index in ids if index < known]
-    return str(tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
-    """Tokens added to the vocabulary, by id; a backend that does not list them says so with a method."""
-    added = getattr(tokenizer, "added_tokens_decoder", None)
-    return added if isinstance(added, Mapping) else {}
-
-
-def _vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(len(tokenizer), *(index + 1 for index in _added_tokens(tokenizer)), 0)
-
-
-def _name(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
-    """A token that covers no character, by its name in the vocabulary."""
-    name = tokenizer.convert_ids_to_tokens(index) if index < _vocabulary_size(tokenizer) else None
-    return str(name or f"<id {index}>")
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of special tokens: the named ones, and the added ones that are marked so (chat headers)."""
-    marked = {index for index, token in _added_tokens(tokenizer).items() if token.special}
-    return marked | set(tokenizer.all_special_ids)
 
 
 def _special(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[Offsets], added: list[bool], text: str
 ) -> Bool[Tensor, " tokens"]:
     """Special ids, but for an unknown-token that stands for characters of the text: those are content."""
-    special_ids = _special_ids(tokenizer)
+    known = special_ids(tokenizer)
     unknown, name = getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "unk_token", None)
     flags = [
-        extra or (index in special_ids and not (index == unknown and text[s:e].strip() not in ("", name)))
+        extra or (index in known and not (index == unknown and text[s:e].strip() not in ("", name)))
         for index, (s, e), extra in zip(ids, spans, added, strict=True)
     ]
     return torch.tensor(flags, dtype=torch.bool)
 
 
-def _inside(spans: Sequence[Offsets], text: str, contents: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
-    """Tokens within a content, or with a visible character in one."""
-    visible = covers(spans, text, contents)
-    within = [any(low <= s < e <= high for low, high in contents) for s, e in spans]
-    return visible | torch.tensor(within, dtype=torch.bool)
-
-
-def covers(spans: Sequence[Offsets], text: str, selected: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
-    """Which tokens have at least one visible (not whitespace) character in one of the selected ranges.
-
-    Example:
-        >>> covers([(0, 3), (3, 5), (5, 8)], "one  two", [(2, 5)]).tolist()
-        [True, False, False]
-    """
-    seen = [0, *accumulate(not character.isspace() for character in text)]
-    hit = torch.zeros(len(spans), dtype=torch.bool)
-    for low, high in selected:
-        hit |= torch.tensor([seen[min(e, high)] > seen[max(s, low)] for s, e in spans], dtype=torch.bool)
-    return hit
-
-
-def _close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]:
-    """Give whitespace that no token reports to the token after it, and empty spans a place in the order."""
-    closed: list[Offsets] = []
-    reached = start
-    for low, high in spans:
-        low, high = max(low, start), max(high, start)
-        if low >= high and low < reached:  # A special token that the tokenizer added reports (0, 0).
-            low = high = reached
-        elif reached < low and not text[reached:low].strip():
-            low = reached
-        closed.append((low, high))
-        reached = max(reached, high)
-    return closed
-
-
-def _align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:
-    """Carry spans in a decoded text over to the text that was tokenised.
-
-    Only visible characters are compared, without regard to case and compatibility forms, because tokenizers
-    normalise both. Where the two still differ (an unknown-token; a BOS that only the decoded text has), every
-    decoded character of the difference stands for all of it.
-    """
-    if decoded == text:
-        return list(spans)
-    source, places = _visible(decoded)
-    target, origin = _visible(text)
-    reach: list[Offsets] = []
-    here = there = 0
-    while here < len(source):
-        skipped, passed = 1, 1
-        if source[here] != target[there : there + 1]:
-            window = RESYNC + ANCHOR
-            skipped, passed = _difference(source[here : here + window], target[there : there + window])
-        reach += [(there, there + passed)] * skipped
-        here, there = here + skipped, there + passed
-    origin.append(len(text))
-    carried: list[Offsets] = []
-    high = 0
-    for start, end in spans:
-        first, last = bisect_left(places, start), bisect_left(places, end)
-        if first == last and 0 < first < len(reach) and reach[first - 1] == reach[first]:
-            first -= 1  # Only a space, but between two characters of one difference.
-        parts = reach[first:last]
-        low, high = (parts[0][0], parts[-1][1]) if parts else (high, high)
-        carried.append((origin[low], origin[high - 1] + 1) if low < high else (origin[low], origin[low]))
-    return carried
-
-
-def _visible(text: str) -> tuple[str, list[int]]:
-    """The characters of a text that survive any tokenizer's normalisation, and where each comes from."""
-    kept = [
-        (part, place)
-        for place, character in enumerate(text)
-        for part in unicodedata.normalize("NFKD", character).casefold()
-        if not part.isspace()
-    ]
-    return "".join(part for part, _ in kept), [place for _, place in kept]
-
-
-def _difference(source: str, target: str) -> Offsets:
-    """How many characters of either text to pass, at least one, until both agree again."""
-    for total in range(1, 2 * RESYNC + 1):
-        for skipped in range(max(0, total - min(RESYNC, len(target))), min(total, RESYNC, len(source)) + 1):
-            if source[skipped : skipped + ANCHOR] == target[total - skipped : total - skipped + ANCHOR]:
-                return skipped, total - skipped
-    raise InvalidInputError(
-        f"tokenizer: what it decodes must agree with the text it read, got {source[:20]!r} for "
-        f"{target[:20]!r}; pass input_ids, with question and answer as token masks"
-    )
+def shorten(text: str) -> str:
+    """Both ends of a long text, for messages."""
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
