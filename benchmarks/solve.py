@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import interleaved, save
-from flowgraph.flow import solve
+from flowgraph.solving import solve
 from flowgraph.graph import FlowGraph
 
 

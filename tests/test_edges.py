@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgraph.edges import EdgeRows, EdgeRules, MatrixRows, collect_edges, edges_kept
+from flowgraph.collecting import collect_edges, edges_kept
+from flowgraph.edges import EdgeRows, EdgeRules, MatrixRows
 from flowgraph.errors import GraphError, InvalidInputError, MemoryLimitError
-from flowgraph.flow import solve
 from flowgraph.graph import FlowGraph
 from flowgraph.routes import kept_share
+from flowgraph.solving import solve
 from tests.reference.edges import edges_from_attention
 from tests.strategies import attention_matrices
 
@@ -36,19 +37,19 @@ def test_every_convention_against_the_reference(rules: EdgeRules, matrix: list, 
     generated = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
     slow = edges_from_attention(matrix, generated, rules.rows, rules.self_attention, rules.first_token)
     dense = torch.tensor([[float(x) for x in row] for row in matrix], dtype=torch.float64)
-    rows = EdgeRows(MatrixRows(dense), rules, torch.tensor(generated))
+    rows = EdgeRows(MatrixRows(dense[None]), rules, torch.tensor([generated]), torch.zeros(1).long())
     for start, stop in {(0, size), (0, 1), (1, size), (size // 2, size)}:
-        block = rows.block(start, stop)
-        exact = [[float(slow.get((s, t), 0)) for s in range(size)] for t in range(start, stop)]
+        block = rows.block(start, stop)[0]
+        exact = [[float(slow.get((s, t), 0)) for s in range(stop)] for t in range(start, stop)]
         assert torch.allclose(block, torch.tensor(exact, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_blocks_are_parts_of_the_whole():
     attention, generated = random_attention(300), torch.arange(300) > 40
-    rows = EdgeRows(MatrixRows(attention), EdgeRules(), generated)
+    rows = EdgeRows(MatrixRows(attention[None]), EdgeRules(), generated[None], torch.zeros(1).long())
     whole = rows.block(0, 300)
     for start, stop in ((0, 128), (127, 129), (128, 256), (299, 300)):
-        assert torch.equal(rows.block(start, stop), whole[start:stop])
+        torch.testing.assert_close(rows.block(start, stop), whole[:, start:stop, :stop], rtol=1e-6, atol=0)
 
 
 def test_emission_gives_a_generated_token_the_row_that_produced_it():
@@ -83,6 +84,10 @@ def test_keeping_edges_by_flow_records_what_it_lost():
         (limited.capacity.sum() / whole.capacity.sum()).item(), rel=1e-5
     )
     assert 0 < limited.kept_flow.item() < 1
+    change = (solve(limited).throughput - flow.throughput).abs().max()
+    assert limited.throughput_error.item() == pytest.approx(change.item(), rel=1e-9)
+    assert 0 < change < 0.2
+    assert whole.throughput_error.item() == 0
     assert whole.kept_flow.item() == whole.kept_attention.item() == 1
 
 
@@ -91,6 +96,11 @@ def test_a_limit_on_a_graph_without_flow_keeps_nothing():
     graph = FlowGraph.from_rows(attention, question=[1], answer=[5], rules=EdgeRules(rows="literal"), max_edges=3)
     assert graph.num_edges == 0
     assert not bool(solve(graph).feasible)
+
+
+def test_rows_of_several_sequences_are_no_graph():
+    with pytest.raises(GraphError, match=r"rows: must be those of one sequence, got a batch of 2; .* solve_rows"):
+        FlowGraph.from_rows(random_attention(5).expand(2, 5, 5), question=[1], answer=[4])
 
 
 def test_limits():
@@ -123,7 +133,7 @@ def broken(row: int, column: int, value: float) -> torch.Tensor:
         (broken(200, 3, -0.5), r"attention: must be non-negative, got -0.5 at \[200, 3\]"),
         (broken(200, 250, 0.1), r"attention: must be causal \(zero above the diagonal\), got 0.1 at \[200, 250\]"),
         (broken(200, 3, 5.0), r"attention: a row must sum to at most 1, got [56].* in row 200"),
-        (torch.ones(3, 4), r"rows: must be a square matrix \[tokens, tokens\], got shape \(3, 4\)"),
+        (torch.ones(3, 4), r"rows: must be a square matrix \[tokens, tokens\] or a batch of them, got shape \(3, 4\)"),
         (torch.ones(3, 3).long(), r"rows: must be floating point, got torch.int64"),
     ],
 )

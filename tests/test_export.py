@@ -6,9 +6,9 @@ from torch_geometric.data import Batch
 
 from flowgraph.errors import InvalidInputError
 from flowgraph.export import to_igraph, to_networkx
-from flowgraph.flow import solve
 from flowgraph.flowtrace import FlowTrace
 from flowgraph.graph import FlowGraph
+from flowgraph.solving import solve
 
 WEIGHTS = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
 GRAPH = FlowGraph.from_dense(WEIGHTS, question=[0], answer=[3])

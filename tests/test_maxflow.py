@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
 from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError, TooLargeError
-from flowgraph.flow import solve
 from flowgraph.graph import FlowGraph
 from flowgraph.maxflow import MaxFlow, Network, max_flow, max_flow_through
+from flowgraph.solving import solve
 from tests.fixtures.convert import to_graph
 from tests.fixtures.graphs import DIAMOND, RELAY_PASS_THROUGH, WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference

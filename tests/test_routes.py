@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.flow import Flow, solve
+from flowgraph.flow import Flow
 from flowgraph.graph import FlowGraph
 from flowgraph.routes import backbone, checkpoints, decompose, hubs, kept_share, widest_routes
+from flowgraph.solving import solve
 from tests.fixtures.convert import to_graph
 from tests.reference import flow as reference
 from tests.strategies import FlowGraph as Case

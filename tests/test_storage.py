@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from flowgraph.errors import OutputError, TraceFileError
 from flowgraph.files import atomic_write, check_writable, write_text
-from flowgraph.flow import solve
 from flowgraph.flowtrace import FlowTrace, load_trace
 from flowgraph.graph import FlowGraph
+from flowgraph.solving import solve
 
 
 def small_trace(text: str = "abcd") -> FlowTrace:

@@ -138,7 +138,7 @@ def test_repr_says_what_a_person_asks_first(example: FlowTrace):
 def test_an_unreachable_answer_is_said_plainly():
     identity = torch.eye(6)
     graph = FlowGraph.from_rows(identity, question=[1], answer=[5], preset="paper")
-    from flowgraph.flow import solve
+    from flowgraph.solving import solve
 
     made = FlowTrace(
         tuple("abcdef"),

@@ -23,7 +23,6 @@ from .errors import TraceFileError as TraceFileError
 from .export import to_igraph as to_igraph
 from .export import to_networkx as to_networkx
 from .flow import Flow as Flow
-from .flow import solve as solve
 from .flowtrace import FlowTrace as FlowTrace
 from .flowtrace import load_trace as load_trace
 from .graph import FlowGraph as FlowGraph
@@ -38,4 +37,7 @@ from .routes import checkpoints as checkpoints
 from .routes import decompose as decompose
 from .routes import hubs as hubs
 from .routes import widest_routes as widest_routes
+from .rowflow import RowFlow as RowFlow
+from .rowflow import solve_rows as solve_rows
+from .solving import solve as solve
 from .tracing import trace as trace

@@ -32,7 +32,7 @@ from flowgraph.errors import InvalidInputError
 from flowgraph.flow import Flow
 from flowgraph.maxflow import MAX_EDGES, Network
 
-_NODE_VECTORS = ("h", "g", "throughput", "source", "demand", "absorbing")
+_NODE_VECTORS = ("h", "g", "exponent", "throughput", "source", "demand", "absorbing")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def certify(
 
     Example:
         >>> import torch
-        >>> from flowgraph.flow import solve
+        >>> from flowgraph.solving import solve
         >>> from flowgraph.graph import FlowGraph
         >>> weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.25, 0.75, 0]])
         >>> certificate = certify(solve(FlowGraph.from_dense(weights, question=[0], answer=[3])))
@@ -144,12 +144,12 @@ def certify(
         (True, 0.5, 0.8333)
     """
     _check_options(flow, exact, num_through)
-    alpha = float(flow.alpha)
     fault = _fault(flow)
     graph_check = check("graph", bool(fault), 0, fault)
     if fault:
         note = "nothing else was checked: the statements are about valid graphs"
-        return Certificate((graph_check,), None, alpha, None, (note,))
+        return Certificate((graph_check,), None, math.nan, None, (note,))
+    alpha = float(flow.alpha)
     with np.errstate(all="ignore"):  # a corrupted flow may hold anything; NaN fails every comparison
         books = Books(flow)
         checks = [graph_check, *structure(books)]
@@ -179,7 +179,7 @@ def certify_each(flow: Flow, **options: Any) -> list[Certificate]:
     Example:
         >>> import torch
         >>> from torch_geometric.data import Batch
-        >>> from flowgraph.flow import solve
+        >>> from flowgraph.solving import solve
         >>> from flowgraph.graph import FlowGraph
         >>> graph = FlowGraph.from_dense(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), question=[0], answer=[1])
         >>> [certificate.ok for certificate in certify_each(solve(Batch.from_data_list([graph, graph])))]
@@ -190,10 +190,9 @@ def certify_each(flow: Flow, **options: Any) -> list[Certificate]:
     ptr = flow.graph.ptr.tolist()
     certificates = []
     for number, graph in enumerate(flow.graph.to_data_list()):
-        nodes, this = slice(ptr[number], ptr[number + 1]), slice(number, number + 1)
+        nodes = slice(ptr[number], ptr[number + 1])
         parts = {name: getattr(flow, name)[nodes] for name in _NODE_VECTORS}
-        single = replace(flow, graph=graph, feasible=flow.feasible[this], alpha=flow.alpha[this], **parts)
-        certificates.append(certify(single, **options))
+        certificates.append(certify(replace(flow, graph=graph, **parts), **options))
     return certificates
 
 

@@ -88,12 +88,17 @@ class Books:
         self.flow, self.feasible, self.alpha = flow, bool(flow.feasible), float(flow.alpha)
         self.tail, self.head = graph.edge_index.cpu().numpy()
         self.h, self.g, self.f, self.source, self.demand = (
-            vector.double().cpu().numpy() for vector in (flow.h, flow.g, flow.throughput, flow.source, flow.demand)
+            vector.detach().double().cpu().numpy()
+            for vector in (flow.h, flow.g, flow.throughput, flow.source, flow.demand)
         )
-        self.absorbed = flow.absorbed().cpu().numpy()
-        self.edge_flow = flow.edge_flow().cpu().numpy()
+        self.absorbed = flow.absorbed().detach().cpu().numpy()
+        self.edge_flow = flow.edge_flow().detach().cpu().numpy()
         self.absorbing = graph.answer_mask.cpu().numpy() & (flow.absorption == "absorb")
-        self.weight = graph.capacity.double().cpu().numpy() * ~self.absorbing[self.tail] * flow.damping
+        self.weight = graph.capacity.detach().double().cpu().numpy() * ~self.absorbing[self.tail] * flow.damping
+        # h and g count in powers of two; the same system in those units has these weights and this demand.
+        unit = flow.exponent.cpu().numpy()
+        self.unit_change = unit[self.head] - unit[self.tail]
+        self.balanced, self.unit_demand = np.ldexp(self.weight, self.unit_change), np.ldexp(self.demand, -unit)
         self.question = graph.question_mask.cpu().numpy()
         self.enters, self.leaves = source_tokens(flow).cpu().numpy(), self.demand > 0
         self.reaches = self._reaches_demand()
@@ -136,7 +141,7 @@ def structure(books: Books) -> list[Check]:
     h, absorbing, reaches = books.h, books.absorbing, books.reaches
     wrong_mask = (books.flow.absorbing.cpu().numpy() != absorbing).sum()
     possible = bool((books.enters & reaches).any())
-    handed_on = books.demand + books.out_of(books.weight * h[books.head])
+    handed_on = books.unit_demand + books.out_of(books.balanced * h[books.head])
     return [
         check("absorbing", wrong_mask, 0, f"{books.flow.absorption}: {absorbing.sum()} of {h.size} tokens"),
         check("reachability", ((h > 0) != reaches).sum(), 0, f"{reaches.sum()} of {h.size} tokens"),
@@ -150,7 +155,7 @@ def conservation(books: Books) -> list[Check]:
     h, g, f, F, source = books.h, books.g, books.f, books.edge_flow, books.source
     q = np.divide(source, h, out=np.zeros_like(h), where=source != 0)
     misplaced = max(_difference(source, _named_source(books)), abs(float(source.sum()) - 1))
-    received = q + books.into(books.weight * g[books.tail])
+    received = q + books.into(books.balanced * g[books.tail])
     arriving, leaving, length = float(np.sum(q * h)), float(books.absorbed.sum()), float(F.sum())
     outside = max(float(f.max()) - 1, -float(f.min()))
     local, whole = books.local, books.whole
@@ -169,7 +174,10 @@ def conservation(books: Books) -> list[Check]:
 
 def _named_source(books: Books) -> NDArray:
     """The distribution that the rule names; of a vector only its support and its sum can be checked."""
-    rules = {"uniform": books.question, "potential": books.question * books.h}
+    unit = books.flow.exponent.cpu().numpy()
+    asked = books.question & books.reaches
+    potential = np.where(asked, np.ldexp(books.h, np.minimum(unit - unit[asked].max(initial=unit.min()), 0)), 0.0)
+    rules = {"uniform": books.question, "potential": potential}
     weights = rules.get(books.flow.source_rule, books.source)
     share = np.where(books.reaches, np.maximum(weights, 0.0), 0.0)
     return share / share.sum()
@@ -209,7 +217,7 @@ def net_flow_across_cuts(books: Books, sides: list[NDArray], rng: np.random.Gene
 
 def scaling(books: Books) -> list[Check]:
     """Item 5: congestion is rank one, and alpha fills the fullest edge."""
-    rank_one = books.g[books.tail] * books.h[books.head]
+    rank_one = np.ldexp(books.g[books.tail] * books.h[books.head], books.unit_change)
     used = np.where(books.weight > 0, rank_one, 0.0)
     residual, full = float(not math.isinf(books.alpha)), "no edge carries flow"
     if used.any():
@@ -218,7 +226,7 @@ def scaling(books: Books) -> list[Check]:
     return [
         check(
             "congestion",
-            _difference(books.edge_flow, books.g[books.tail] * books.weight * books.h[books.head]),
+            _difference(books.edge_flow, books.g[books.tail] * books.balanced * books.h[books.head]),
             4 * EPS,
         ),
         check("alpha", residual, 4 * EPS, full),

@@ -8,30 +8,24 @@ rows: the first token (an attention sink that holds mass without information) an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.memory import require_memory
-from flowgraph.propagation.operators import BatchLayout, RowSource, SparseOperator, StreamedOperator
-from flowgraph.propagation.sweeps import influence, potential
+from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.sweeps import BLOCK
 
 RowRule = Literal["emission", "emission_all", "literal"]
 SelfRule = Literal["drop", "renormalize"]
 FirstTokenRule = Literal["exclude", "keep"]
 Preset = Literal["default", "paper"]
 
-BLOCK = 128
-AUTO_ALL_TOKENS = 2048
-"""Up to here a trace keeps every edge (2 million of them); beyond it, the edges with most flow."""
-AUTO_EDGES_PER_TOKEN = 64
 _ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 3e-2  # a bfloat16 row of a thousand rounded weights
-BYTES_PER_EDGE = 60  # edge_index and capacity, twice while they are joined, and one sort key
 
 
 @dataclass(frozen=True)
@@ -79,47 +73,70 @@ class EdgeRules:
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """A whole attention matrix in the shape of :class:`RowSource`."""
+    """Whole attention matrices in the shape of :class:`RowSource`."""
 
-    matrix: Float[Tensor, "tokens tokens"]
+    matrix: Float[Tensor, "graphs tokens tokens"]
 
     @property
     def num_tokens(self) -> int:
-        return self.matrix.shape[0]
+        return self.matrix.shape[-1]
 
     @property
     def device(self) -> torch.device:
         return self.matrix.device
 
-    def block(self, start: int, stop: int) -> Float[Tensor, "block tokens"]:
-        return self.matrix[start:stop]
+    def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
+        """A view."""
+        return self.matrix[:, start:stop, :stop]
 
 
 def as_row_source(rows: RowSource | Tensor) -> RowSource:
-    """Accept a matrix wherever streamed rows are accepted.
+    """Accept a matrix ``[T, T]``, or a batch of them, wherever streamed rows are accepted.
 
     Raises:
-        GraphError: the tensor is not a square floating point matrix.
+        GraphError: no square floating point matrix, or one with weights above the diagonal.
     """
     if not isinstance(rows, Tensor):
         return rows
-    if rows.ndim != 2 or rows.shape[0] != rows.shape[1]:
+    if rows.ndim not in (2, 3) or rows.shape[-1] != rows.shape[-2]:
         raise GraphError(
-            f"rows: must be a square matrix [tokens, tokens], got shape {tuple(rows.shape)}; "
-            "aggregate heads and layers first, and pass one sequence at a time"
+            f"rows: must be a square matrix [tokens, tokens] or a batch of them, got shape {tuple(rows.shape)}; "
+            "aggregate heads and layers first"
         )
     if not rows.is_floating_point():
         raise GraphError(f"rows: must be floating point, got {rows.dtype}; call .float() on them")
-    return MatrixRows(rows)
+    matrix = rows[None] if rows.ndim == 2 else rows
+    _refuse_future(matrix)
+    return MatrixRows(matrix)
+
+
+def _refuse_future(matrix: Tensor) -> None:
+    """Columns to the right of a block are never read, so a whole matrix is checked when it comes in."""
+    for start in range(0, matrix.shape[-1], BLOCK):
+        rows = matrix[:, start : start + BLOCK, start:].triu(1)
+        if bool(rows.any()):
+            _, row, column = rows.nonzero()[0].tolist()
+            raise GraphError(
+                f"attention: must be causal (zero above the diagonal), got {rows[rows != 0][0].item():g} at "
+                f"[{start + row}, {start + column}]; row t is the reader t, and it reads tokens 0..t"
+            )
 
 
 @dataclass(frozen=True)
 class EdgeRows:
-    """The capacity matrix N of one sequence as a :class:`RowSource`: attention rows seen through the rules."""
+    """The capacities C of each sequence of a batch as a :class:`RowSource`: attention rows seen through the rules.
+
+    Attributes:
+        attention: attention rows.
+        rules: which row belongs to a token, and what is left out.
+        generated: ``[B, T]`` tokens that the model produced.
+        first: ``[B]`` position of the first token of each sequence (0 unless padded on the left).
+    """
 
     attention: RowSource
     rules: EdgeRules
-    generated: Bool[Tensor, " tokens"]
+    generated: Bool[Tensor, "graphs tokens"]
+    first: Int64[Tensor, " graphs"]
 
     @property
     def num_tokens(self) -> int:
@@ -129,184 +146,106 @@ class EdgeRows:
     def device(self) -> torch.device:
         return self.attention.device
 
-    def block(self, start: int, stop: int) -> Float[Tensor, "block tokens"]:
-        """Capacities into the tokens ``[start, stop)``: ``E[k, s]`` for every s, zero unless s < k.
+    def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
+        """Capacities into the tokens ``[start, stop)``: ``E[k, s]`` for every s < stop, zero unless s < k.
 
         Raises:
             GraphError: the attention holds NaN, negative or non-causal weights, or rows that sum to more than 1.
         """
-        first = max(start - 1, 0)
-        weights = self.attention.block(first, stop)
-        position = torch.arange(first, stop, device=self.device)
-        check_attention_rows(weights, position)
+        earlier = max(start - 1, 0)
+        weights = self.attention.block(earlier, stop)
+        sums = check_attention_rows(weights, earlier)
         if self.rules.first_token == "exclude":
-            weights = weights.clone()
-            weights[:, 0] = 0
-            weights /= weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            weights, sums = self._without_first(weights, sums)
         token = torch.arange(start, stop, device=self.device)
-        shifted = self._takes_previous_row(token)
-        weights = weights[token - shifted.long() - first]
-        columns = torch.arange(self.num_tokens, device=self.device)
-        own = columns[None] == token[:, None]  # in a shifted row this column is causally empty already
+        row = token - self._takes_previous_row(token).long() - earlier
+        weights = weights.gather(1, row[..., None].expand(-1, -1, stop))
+        own = torch.arange(stop, device=self.device)[None] == token[:, None]  # in a shifted row it is empty already
         if self.rules.self_attention == "renormalize":
-            total = weights.sum(-1, keepdim=True)
+            total = sums.gather(1, row)[..., None]
             rest = weights.masked_fill(own, 0).sum(-1, keepdim=True)
             weights = weights * torch.where(rest > 0, total / rest.clamp_min(torch.finfo(rest.dtype).tiny), 0)
         return weights.masked_fill(own, 0)
 
-    def _takes_previous_row(self, token: Int64[Tensor, " block"]) -> Bool[Tensor, " block"]:
+    def _without_first(self, weights: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """No edge leaves the first token, and what is left of a row sums to 1."""
+        at = self.first.clamp_max(weights.shape[-1] - 1)[:, None, None].expand(-1, weights.shape[1], 1)
+        weights = weights.scatter(2, at, 0.0)
+        sums = weights.sum(-1)
+        weights /= sums.clamp_min(torch.finfo(weights.dtype).tiny)[..., None]
+        return weights, (sums > 0).to(sums.dtype)
+
+    def _takes_previous_row(self, token: Int64[Tensor, " block"]) -> Bool[Tensor, "graphs block"]:
+        later = token[None] > self.first[:, None]
         if self.rules.rows == "literal":
-            return torch.zeros_like(token, dtype=torch.bool)
-        emitted = (
-            self.generated.to(token.device)[token] if self.rules.rows == "emission" else torch.ones_like(token).bool()
-        )
-        return emitted & (token > 0)
+            return torch.zeros_like(later)
+        return later if self.rules.rows == "emission_all" else later & self.generated[:, token]
 
 
-def check_attention_rows(weights: Float[Tensor, "block tokens"], position: Int64[Tensor, " block"]) -> None:
+def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int) -> Float[Tensor, "graphs block"]:
     """Attention as a causal LM must have it; a row may sum to less than 1 (padding, learned sinks).
+
+    Returns:
+        The row sums.
 
     Raises:
         GraphError: NaN or infinite, negative, non-causal, or more than a whole row.
     """
-    if not bool(torch.isfinite(weights).all()):
-        row = int((~torch.isfinite(weights)).any(-1).nonzero()[0])
+    low, high = torch.aminmax(weights)  # both are NaN if any weight is
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        row = int((~torch.isfinite(weights)).any(-1).nonzero()[0][-1])
         raise GraphError(
-            f"attention: must be finite, got NaN or infinity in row {int(position[row])}; "
+            f"attention: must be finite, got NaN or infinity in row {start + row}; "
             "run the model in float32 or bfloat16 and check its output for NaN"
         )
-    if bool((weights < 0).any()):
-        row, column = (weights < 0).nonzero()[0].tolist()
+    if bool(low < 0):
+        _, row, column = (weights < 0).nonzero()[0].tolist()
         raise GraphError(
-            f"attention: must be non-negative, got {weights[row, column].item():g} at "
-            f"[{int(position[row])}, {column}]; pass softmax weights, not logits"
+            f"attention: must be non-negative, got {low.item():g} at [{start + row}, {column}]; "
+            "pass softmax weights, not logits"
         )
-    future = torch.arange(weights.shape[1], device=weights.device)[None] > position[:, None]
-    if bool((weights.masked_fill(~future, 0) != 0).any()):
-        row, column = (weights.masked_fill(~future, 0) != 0).nonzero()[0].tolist()
+    future = weights[..., start:].triu(1)
+    if bool(future.any()):
+        _, row, column = future.nonzero()[0].tolist()
         raise GraphError(
-            f"attention: must be causal (zero above the diagonal), got {weights[row, column].item():g} at "
-            f"[{int(position[row])}, {column}]; row t is the reader t, and it reads tokens 0..t"
+            f"attention: must be causal (zero above the diagonal), got {future[future != 0][0].item():g} at "
+            f"[{start + row}, {start + column}]; row t is the reader t, and it reads tokens 0..t"
         )
-    sums = weights.sum(-1, dtype=torch.float64)
+    sums = weights.sum(-1)
     tolerance = _ROW_SUM_TOLERANCE.get(weights.dtype, _HALF_TOLERANCE)
     if bool((sums > 1 + tolerance).any()):
-        row = int((sums > 1 + tolerance).nonzero()[0])
+        over = (sums > 1 + tolerance).nonzero()[0]
         raise GraphError(
-            f"attention: a row must sum to at most 1, got {sums[row].item():g} in row {int(position[row])}; "
+            f"attention: a row must sum to at most 1, got {sums[tuple(over)].item():g} in row {start + int(over[-1])}; "
             "average over heads and layers, do not sum them (or build with FlowGraph.from_dense)"
         )
+    return sums
 
 
-@dataclass(frozen=True)
-class CollectedEdges:
-    """Edges in (target, source) order, with the shares of attention mass and of flow that they hold."""
+@dataclass
+class KeptRows:
+    """Rows that are remembered as long as they fit: later sweeps over a short text recompute nothing.
 
-    edge_index: Int64[Tensor, "2 edges"]
-    capacity: Float[Tensor, " edges"]
-    kept_attention: float
-    kept_flow: float
-
-
-def collect_edges(
-    rows: RowSource | Tensor,
-    rules: EdgeRules,
-    generated: Bool[Tensor, " tokens"],
-    question: Bool[Tensor, " tokens"],
-    answer: Bool[Tensor, " tokens"],
-    *,
-    max_edges: int | str = "auto",
-) -> CollectedEdges:
-    """Read the rows block by block and keep all edges, or the ``max_edges`` of them with most flow.
-
-    Raises:
-        GraphError: the rows are not causal attention.
-        InvalidInputError: ``max_edges`` is neither "auto", "all" nor a positive number.
-        MemoryLimitError: the edges would not fit.
-
-    Cost: one read of the rows, or four with a limit; memory O(block x T + edges).
+    What is kept is decided by position alone, the first blocks that fit into ``budget`` bytes, so that both
+    directions of reading find the same ones.
     """
-    source = as_row_source(rows)
-    num_tokens, device = source.num_tokens, source.device
-    edge_rows = EdgeRows(source, rules, generated)
-    kept = edges_kept(max_edges, num_tokens)
-    require_memory(
-        BYTES_PER_EDGE * kept + 40 * BLOCK * num_tokens,
-        f"edges of {num_tokens} tokens",
-        "pass max_edges=, which keeps the edges with most flow",
-        device,
-    )
-    if kept == num_tokens * (num_tokens - 1) // 2:
-        edge_index, capacity, _ = _gather(edge_rows, lambda start, weights: weights)
-        return CollectedEdges(edge_index, capacity, kept_attention=1.0, kept_flow=1.0)
-    return _strongest_by_flow(edge_rows, question.to(device), answer.to(device), kept)
 
+    source: RowSource
+    budget: int = 2**28
+    _kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-def edges_kept(max_edges: int | str, num_tokens: int) -> int:
-    """The most edges that a graph of this many tokens will hold.
+    @property
+    def num_tokens(self) -> int:
+        return self.source.num_tokens
 
-    Raises:
-        InvalidInputError: ``max_edges`` is neither "auto", "all" nor a positive number.
-    """
-    possible = num_tokens * (num_tokens - 1) // 2
-    if max_edges == "all" or (max_edges == "auto" and num_tokens <= AUTO_ALL_TOKENS):
-        return possible
-    if max_edges == "auto":
-        return min(AUTO_EDGES_PER_TOKEN * num_tokens, possible)
-    if isinstance(max_edges, bool) or not isinstance(max_edges, int) or max_edges < 1:
-        raise InvalidInputError(
-            f"max_edges: must be 'auto', 'all' or a positive number, got {max_edges!r}; 64 per token keeps most flow"
-        )
-    return min(max_edges, possible)
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
 
-
-def _gather(edge_rows: EdgeRows, importance, limit: int | None = None) -> tuple[Tensor, Tensor, float]:
-    """Stream the rows and keep the edges of positive importance, the ``limit`` most important if given.
-
-    Returns edge_index and capacity in (target, source) order, and the total capacity seen.
-    """
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # key = target * T + source, capacity, importance
-    num_tokens, total = edge_rows.num_tokens, 0.0
-    for start in range(0, num_tokens, BLOCK):
-        weights = edge_rows.block(start, min(start + BLOCK, num_tokens))
-        total += float(weights.sum(dtype=torch.float64))
-        scores = importance(start, weights)
-        target, source = (scores > 0).nonzero(as_tuple=True)
-        kept.append(((target + start) * num_tokens + source, weights[target, source], scores[target, source]))
-        if limit is not None and sum(key.numel() for key, _, _ in kept) > 2 * limit:
-            kept = [_top(kept, limit)]
-    if limit is not None:
-        kept = [_top(kept, limit)]
-    key, capacity = torch.cat([k for k, _, _ in kept]), torch.cat([c for _, c, _ in kept])
-    if limit is not None:
-        order = torch.argsort(key)
-        key, capacity = key[order], capacity[order]
-    return torch.stack([key % num_tokens, key // num_tokens]), capacity, total
-
-
-def _top(parts: list[tuple[Tensor, Tensor, Tensor]], limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    key, capacity, score = (torch.cat(column) for column in zip(*parts, strict=True))
-    best = torch.topk(score, min(limit, score.numel())).indices
-    return key[best], capacity[best], score[best]
-
-
-def _strongest_by_flow(edge_rows: EdgeRows, question: Tensor, answer: Tensor, limit: int) -> CollectedEdges:
-    """Solve exactly on the streamed rows, then keep the edges with most flow.
-
-    The kept share of the flow is exact too: with the potential of the *unpruned* graph, influence pushed along
-    kept edges alone arrives in proportion to the routes that lie wholly inside them.
-    """
-    operator = StreamedOperator(edge_rows, answer)
-    h = potential(operator, answer.double()[None])
-    sources = question & (h[0] > 0)
-    inflow = torch.where(sources, 1 / (h[0] * max(int(sources.sum()), 1)), 0.0)
-    g = influence(operator, inflow[None])
-
-    def flow(start: int, weights: Tensor) -> Float64[Tensor, "block tokens"]:
-        return weights.double() * (g[0] * ~answer)[None] * h[0, start : start + weights.shape[0], None]
-
-    edge_index, capacity, total = _gather(edge_rows, flow, limit)
-    ptr = torch.tensor([0, edge_rows.num_tokens], device=h.device)
-    arrived = influence(SparseOperator(edge_index, capacity, BatchLayout(ptr), answer), inflow[None])[0, answer].sum()
-    kept_attention = float(capacity.sum(dtype=torch.float64)) / total if total else 1.0
-    return CollectedEdges(edge_index, capacity, kept_attention=kept_attention, kept_flow=min(float(arrived), 1.0))
+    def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
+        rows = self._kept.get((start, stop))
+        if rows is None:
+            rows = self.source.block(start, stop)
+            if rows.shape[0] * stop * (stop + 1) // 2 * rows.element_size() <= self.budget:  # it and all before it
+                self._kept[start, stop] = rows
+        return rows

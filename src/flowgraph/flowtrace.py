@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from flowgraph.certificate import Certificate, certify
-from flowgraph.errors import GraphError, TraceFileError
+from flowgraph.errors import TraceFileError
 from flowgraph.files import PathLike
 from flowgraph.flow import Flow
 from flowgraph.graph import FlowGraph
@@ -31,6 +31,7 @@ _TENSORS = {
     "absorbing": (torch.bool, 1),
     "h": (torch.float64, 1),
     "g": (torch.float64, 1),
+    "exponent": (torch.int64, 1),
     "source": (torch.float64, 1),
     "demand": (torch.float64, 1),
 }
@@ -137,6 +138,7 @@ class FlowTrace:
             "absorbing": flow.absorbing,
             "h": flow.h,
             "g": flow.g,
+            "exponent": flow.exponent,
             "source": flow.source,
             "demand": flow.demand,
         }
@@ -149,6 +151,7 @@ class FlowTrace:
                 "rules": graph.rules,
                 "kept_attention": float(graph.kept_attention),
                 "kept_flow": float(graph.kept_flow),
+                "throughput_error": float(graph.throughput_error),
             },
         }
         write_record(path, tensors, record)
@@ -194,7 +197,8 @@ class FlowTrace:
         if self.graph.kept_flow.item() < 1:
             lines.append(
                 f"  pruned: {self.graph.kept_flow.item():.1%} of the flow and "
-                f"{self.graph.kept_attention.item():.1%} of the attention kept"
+                f"{self.graph.kept_attention.item():.1%} of the attention kept, "
+                f"no throughput changed by more than {self.graph.throughput_error.item():.1g}"
             )
         return "\n".join(lines)
 
@@ -219,7 +223,7 @@ def load_trace(path: PathLike) -> FlowTrace:
             answer=tensors["answer"],
             rules=str(record["graph"]["rules"]),
         )
-        for name in ("kept_attention", "kept_flow"):
+        for name in ("kept_attention", "kept_flow", "throughput_error"):
             graph[name] = torch.tensor([float(record["graph"][name])], dtype=torch.float64)
         facts = {name: record["flow"][name] for name in _FLOW_FACTS}
         text, provenance = str(record["text"]), dict(record["provenance"])
@@ -243,11 +247,8 @@ def load_trace(path: PathLike) -> FlowTrace:
 
 
 def _restored_flow(path: PathLike, graph: FlowGraph, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Flow:
-    vectors = {name: tensors[name] for name in ("h", "g", "source", "demand", "absorbing")}
+    vectors = {name: tensors[name] for name in ("h", "g", "exponent", "source", "demand", "absorbing")}
     for name, vector in vectors.items():
         if not bool(torch.isfinite(vector.double()).all()):
             raise TraceFileError(f"path: {name} must be finite, got NaN or infinity in {path}; write it again")
-    try:
-        return Flow.from_potentials(graph, **vectors, **facts)
-    except (GraphError, TypeError) as error:
-        raise TraceFileError(f"path: must hold a consistent flow, got {path} ({error}); write it again") from error
+    return Flow(graph=graph, throughput=vectors["g"] * vectors["h"], **vectors, **facts)

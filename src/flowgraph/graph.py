@@ -9,10 +9,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch_geometric.data import Data
 
-from flowgraph.edges import EdgeRules, collect_edges
+from flowgraph.collecting import collect_edges
+from flowgraph.edges import EdgeRules
 from flowgraph.errors import GraphError, RegionError
 from flowgraph.masks import MaskLike, as_mask, between
 from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.topology import CACHE
 
 REGIONS = ("question", "reasoning", "answer")
 
@@ -28,6 +30,8 @@ class FlowGraph(Data):
             generated tokens before the answer, where flow leaves. A token may be in none of them.
         kept_attention: ``[1]`` float, share of the edge mass before pruning that the graph still holds.
         kept_flow: ``[1]`` float, share of the unpruned unit flow whose whole route survived pruning.
+        throughput_error: ``[1]`` float, largest change of any token's throughput that pruning caused, against the
+            exact solution before it.
         rules: one line naming the choices that turned attention into edges ("" for edges given as they are).
 
     Token order is a topological order, so nothing here can contain a cycle. Every tensor follows PyG's
@@ -50,6 +54,7 @@ class FlowGraph(Data):
     answer_mask: Bool[Tensor, " tokens"]
     kept_attention: Float[Tensor, 1]
     kept_flow: Float[Tensor, 1]
+    throughput_error: Float[Tensor, 1]
     rules: str
 
     @classmethod
@@ -169,15 +174,15 @@ class FlowGraph(Data):
             rules: the same choices one by one; overrides ``preset``.
             max_edges: ``"all"``, a number, or ``"auto"``: all up to 2,048 tokens, else 64 per token. A limit
                 keeps the edges with most *flow*, found by an exact solve over the streamed rows, and
-                records ``kept_attention`` and ``kept_flow``.
+                records ``kept_attention``, ``kept_flow`` and ``throughput_error``.
 
         Raises:
             GraphError: NaN, negative, non-causal rows, or rows that sum to more than 1.
             RegionError: see :meth:`from_edges`.
 
-        Cost: one read of the rows, and three more with a limit; memory O(block x T + E).
+        Cost: one read of the rows, and two more with a limit; memory O(block x T + E).
         """
-        num_nodes = rows.num_tokens if not isinstance(rows, Tensor) else rows.shape[0]
+        num_nodes = rows.num_tokens if not isinstance(rows, Tensor) else rows.shape[-1]
         question_mask = as_mask(question, num_nodes, "question")
         answer_mask = as_mask(answer, num_nodes, "answer")
         if generated is None:
@@ -191,6 +196,7 @@ class FlowGraph(Data):
         graph = cls._assemble(edges.edge_index, edges.capacity, num_nodes, question, reasoning, answer, str(rules))
         graph.kept_attention = graph.kept_attention * edges.kept_attention
         graph.kept_flow = graph.kept_flow * edges.kept_flow
+        graph.throughput_error = graph.throughput_error + edges.throughput_error
         graph.validate()
         return graph
 
@@ -220,6 +226,7 @@ class FlowGraph(Data):
             answer_mask=answer_mask,
             kept_attention=torch.ones(1, dtype=torch.float64, device=device),
             kept_flow=torch.ones(1, dtype=torch.float64, device=device),
+            throughput_error=torch.zeros(1, dtype=torch.float64, device=device),
             rules=rules,
             num_nodes=num_nodes,
         )
@@ -244,6 +251,12 @@ class FlowGraph(Data):
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Batching shifts node ids and nothing else (PyG's default also shifts any name with ``index`` in it)."""
         return self.num_nodes if key == "edge_index" else super().__inc__(key, value, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies leave the cached topology behind: it is quicker made than read."""
+        state = super().__getstate__()
+        state.pop(CACHE, None)
+        return state
 
 
 def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:

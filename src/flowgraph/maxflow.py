@@ -27,8 +27,9 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError, TooLargeError
-from flowgraph.flow import Absorption, Flow
+from flowgraph.flow import Flow
 from flowgraph.graph import FlowGraph
+from flowgraph.solving import Absorption
 
 Backend = Literal["igraph", "networkx"]
 MAX_EDGES = 1_000_000

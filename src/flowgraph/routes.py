@@ -16,8 +16,9 @@ from torch_geometric.utils import scatter
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.flow import Flow
 from flowgraph.graph import FlowGraph
-from flowgraph.propagation.operators import BatchLayout, SparseOperator
-from flowgraph.propagation.sweeps import influence
+from flowgraph.propagation.backends import EdgeSweeps
+from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.topology import topology_of
 
 RoleRegion = Literal["reasoning", "all"]
 _NEGLIGIBLE = 1e-12
@@ -131,16 +132,17 @@ def backbone(flow: Flow, keep: float = 0.9) -> Backbone:
 
 
 def kept_share(flow: Flow, edges: Tensor) -> float:
-    """Share of the unit flow whose whole route uses only the given edges (indices or mask), exactly."""
-    graph = flow.graph
-    if edges.dtype != torch.bool:
-        edges = edges.sort().values  # blocks are slices of edges sorted by target
-    ptr = torch.tensor([0, int(graph.num_nodes or 0)], device=graph.capacity.device)
-    operator = SparseOperator(
-        graph.edge_index[:, edges], graph.capacity[edges], BatchLayout(ptr), flow.absorbing, flow.damping
-    )
+    """Share of the unit flow whose whole route uses only the given edges (indices or mask), exactly.
+
+    One influence sweep with the potential of the whole graph over the weights that are left.
+    """
+    kept = torch.zeros(flow.graph.num_edges, dtype=torch.float64, device=flow.h.device)
+    kept[edges] = 1.0
+    leaves = (~flow.absorbing).double() * flow.damping
+    sweeps = EdgeSweeps(topology_of(flow.graph), leaves, "auto")
     inflow = torch.where(flow.source > 0, flow.source / flow.h, 0.0)
-    return float((influence(operator, inflow[None])[0] * flow.demand).sum())
+    g = sweeps.influence(flow.in_units(flow.graph.capacity.double()) * kept, inflow)
+    return float((g * scaled(flow.demand, -flow.exponent)).sum())
 
 
 def widest_routes(flow: Flow, k: int = 10) -> list[Route]:

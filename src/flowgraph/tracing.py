@@ -15,14 +15,16 @@ from flowgraph.attention.capture import capture
 from flowgraph.attention.modules import base_model
 from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.attention.selection import HeadSelector, LayerRule, resolve_layers
-from flowgraph.edges import EdgeRules, edges_kept
+from flowgraph.collecting import edges_kept
+from flowgraph.edges import EdgeRules
 from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.files import PathLike, check_writable
-from flowgraph.flow import Absorption, Backend, SourceRule, check_options, solve
 from flowgraph.flowtrace import FlowTrace
 from flowgraph.graph import FlowGraph
 from flowgraph.memory import require_memory
+from flowgraph.propagation.backends import Backend
 from flowgraph.regions import Regex, Regions, find_regions
+from flowgraph.solving import Absorption, SourceRule, check_options, solve
 from flowgraph.text import EncodedText, encode
 
 if TYPE_CHECKING:

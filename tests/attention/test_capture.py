@@ -55,7 +55,7 @@ def eager_weights(text: Tensor = TEXT, name: str = LLAMA) -> Tensor:
 
 def rows_of(rows: AttentionRows, item: int = 0) -> Tensor:
     sequence = rows.sequence(item)
-    return sequence.block(0, sequence.num_tokens)
+    return sequence.block(0, sequence.num_tokens)[0]
 
 
 def assert_same(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
@@ -197,13 +197,15 @@ def test_any_block_is_the_same_part_of_the_dense_rows(name: str, monkeypatch: py
     rows = capture(family(name), ids, mask, layers="all")
     dense = rows.dense()
     for start, stop in ((0, 1), (0, 24), (3, 4), (5, 18), (17, 24), (23, 24)):
-        assert_same(rows.block(start, stop), dense[:, start:stop], 1e-6)
+        assert_same(rows.block(start, stop), dense[:, start:stop, :stop], 1e-6)
     for size in (1, 5, 7, 128):
         parts = list(rows.blocks(size))
         assert [start for start, _ in parts] == list(range(0, 24, size))
-        assert_same(torch.cat([block for _, block in parts], 1), dense, 1e-6)
+        for start, block in parts:
+            stop = start + block.shape[1]
+            assert_same(block, dense[:, start:stop, :stop], 1e-6)
     monkeypatch.setattr(rows_module, "_SCRATCH_BYTES", 4 * 2 * 4 * 24 * 3)  # three rows at a time
-    assert_same(rows.block(2, 21), dense[:, 2:21], 1e-6)
+    assert_same(rows.block(2, 21), dense[:, 2:21, :21], 1e-6)
 
 
 def test_texts_longer_than_a_block():
@@ -217,7 +219,7 @@ def test_texts_longer_than_a_block():
     distance = torch.arange(300)[:, None] - torch.arange(300)
     expected = [a[0, (a[0] * distance).sum((-1, -2)).argmax()] for a in attentions]
     assert_same(rows.dense()[0], torch.stack(expected).mean(0))
-    assert_same(rows.sequence().block(120, 131), torch.stack(expected).mean(0)[120:131])
+    assert_same(rows.sequence().block(120, 131)[0], torch.stack(expected).mean(0)[120:131, :131])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -229,8 +231,8 @@ def test_a_sequence_leaves_its_padding_behind(side: str):
         inside = mask[item].bool()
         assert sequence.num_tokens == len(text)
         assert sequence.device == torch.device("cpu")
-        assert_same(sequence.block(0, len(text)), rows.dense()[item][inside][:, inside], 1e-6)
-        assert_same(sequence.block(4, 9), rows_of(rows, item)[4:9], 1e-6)
+        assert_same(sequence.block(0, len(text))[0], rows.dense()[item][inside][:, inside], 1e-6)
+        assert_same(sequence.block(4, 9)[0], rows_of(rows, item)[4:9, :9], 1e-6)
     with pytest.raises(InvalidInputError, match=r"item: must lie in 0\.\.1, got 2; the batch has 2 sequences"):
         rows.sequence(2)
 
@@ -240,7 +242,7 @@ def test_dense_rows_that_would_not_fit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2000))
     with pytest.raises(MemoryLimitError, match=r"dense rows of 1 x 24 tokens: .* read them with \.blocks\(\) instead"):
         rows.dense()
-    assert_same(rows.sequence().block(0, 24), eager_weights()[1].mean(0))
+    assert_same(rows.sequence().block(0, 24)[0], eager_weights()[1].mean(0))
 
 
 @pytest.mark.parametrize("name", [LLAMA, "gpt_oss", "falcon", "bloom", "gemma3"])

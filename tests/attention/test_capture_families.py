@@ -118,7 +118,7 @@ def joined(layers: list[Tensor]) -> Tensor:
 
 def rows_of(rows: AttentionRows, item: int) -> Tensor:
     sequence = rows.sequence(item)
-    return sequence.block(0, sequence.num_tokens)
+    return sequence.block(0, sequence.num_tokens)[0]
 
 
 # The model, as it stands ----------------------------------------------------------------------------------

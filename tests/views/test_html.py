@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from flowgraph.errors import OutputError
-from flowgraph.flow import solve
 from flowgraph.graph import FlowGraph
 from flowgraph.payload import trace_payload
+from flowgraph.solving import solve
 from flowgraph.views.html import render_html, write_html
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -65,7 +65,7 @@ def capture(
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
     with _evaluating(inner), torch.no_grad(), recorder:
         inner(**inputs, **_forward_arguments(inner, inputs["attention_mask"]), use_cache=False)
-    return recorder.rows(attention_mask)
+    return recorder.rows(attention_mask, input_ids)
 
 
 def _forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor | int]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from flowgraph.attention.heads import HeadAggregator
@@ -99,11 +99,17 @@ class AttentionRecorder:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def rows(self, attention_mask: Shaped[Tensor, "batch tokens"] | None = None) -> AttentionRows:
+    def rows(
+        self,
+        attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
+    ) -> AttentionRows:
         """The aggregated attention of the last forward pass.
 
         Args:
             attention_mask: 1 on tokens, 0 on padding; by default the mask that the pass was given.
+            input_ids: the ids of the pass, positions counted from the mask: rows of prompts that several sequences
+                share are then computed once.
 
         Raises:
             CaptureError: no pass was made, or a chosen layer did not run as attention.
@@ -116,7 +122,7 @@ class AttentionRecorder:
             )
         mask = self._mask if attention_mask is None else attention_mask
         records = [self._records[index] for index in self.layers]
-        return AttentionRows(records, self.layers, HeadAggregator(self.heads), mask)
+        return AttentionRows(records, self.layers, HeadAggregator(self.heads), mask, input_ids)
 
     def wants(self, module: nn.Module) -> bool:
         """Whether this module's attention is to be recorded now (not when a checkpoint is recomputed)."""

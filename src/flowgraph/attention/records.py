@@ -56,19 +56,19 @@ class LayerRecord:
     def device(self) -> torch.device:
         return self.query.device
 
-    def select(self, item: int) -> LayerRecord:
-        """The record of one sequence of the batch, as a view."""
-        batch, here = self.shape[0], slice(item, item + 1)
+    def select(self, items: slice | Tensor) -> LayerRecord:
+        """The record of some sequences of the batch; a slice gives views."""
+        batch = self.shape[0]
 
         def cut(entry: Any) -> Any:
             spans_batch = isinstance(entry, Tensor) and entry.ndim >= 2 and entry.shape[0] == batch
-            return entry[here] if spans_batch else entry
+            return entry[items] if spans_batch else entry
 
         return replace(
             self,
-            query=self.query[here],
-            key=self.key[here],
-            value_norm=None if self.value_norm is None else self.value_norm[here],
+            query=self.query[items],
+            key=self.key[items],
+            value_norm=None if self.value_norm is None else self.value_norm[items],
             mask=cut(self.mask),
             options={name: cut(option) for name, option in self.options.items()},
         )

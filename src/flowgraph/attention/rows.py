@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowgraph.attention.heads import HeadAggregator
 from flowgraph.attention.records import LayerRecord
+from flowgraph.attention.selection import HeadSelector
 from flowgraph.errors import InvalidInputError
 from flowgraph.memory import require_memory
 
@@ -44,8 +45,8 @@ class WeightedLayer:
     def device(self) -> torch.device:
         return self.matrix.device
 
-    def select(self, item: int) -> WeightedLayer:
-        return WeightedLayer(self.matrix[item : item + 1])
+    def select(self, items: slice | Tensor) -> WeightedLayer:
+        return WeightedLayer(self.matrix[items])
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         return self.matrix[:, start:stop, :stop]
@@ -66,9 +67,9 @@ class RecomputedLayer:
         with torch.no_grad():
             return cls(record, aggregator, aggregator.choose(_all_weights(record), readable, record.num_heads))
 
-    def select(self, item: int) -> RecomputedLayer:
-        chosen = None if self.chosen is None else self.chosen[item : item + 1]
-        return RecomputedLayer(self.record.select(item), self.aggregator, chosen)
+    def select(self, items: slice | Tensor) -> RecomputedLayer:
+        chosen = None if self.chosen is None else self.chosen[items]
+        return RecomputedLayer(self.record.select(items), self.aggregator, chosen)
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         out = torch.zeros(self.record.shape[0], stop - start, stop, device=self.record.device)
@@ -110,7 +111,8 @@ class AttentionRows:
 
     Nothing of size T x T is held, except for architectures that hand out their weights and no queries: a block is
     recomputed from the layers' queries and keys each time it is asked for, so read a block once per use. Rows of
-    padding are zero.
+    padding are zero. Sequences that agree up to the end of a block (many responses of one prompt) have the same rows
+    there: with ``input_ids`` they are computed once and handed to each.
 
     Attributes:
         num_tokens, batch_size: shape of the padded batch.
@@ -125,6 +127,7 @@ class AttentionRows:
         layers: Sequence[int],
         aggregator: HeadAggregator,
         attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
     ) -> None:
         (self.batch_size, self.num_tokens), self.device = records[0].shape, records[0].device
         if attention_mask is None:
@@ -142,19 +145,41 @@ class AttentionRows:
             else RecomputedLayer.of(record, aggregator, self.attention_mask.to(record.device))
             for record in records
         ]
+        # Heads chosen per sequence depend on all of it, so nothing can be shared then.
+        self._prefixes = None
+        if input_ids is not None and self.batch_size > 1 and not isinstance(aggregator.heads, HeadSelector):
+            self._prefixes = SharedPrefixes(input_ids, self.attention_mask)
+        self._shared: tuple[list[int], list[Layer]] = ([], [])
 
-    def block(self, start: int, stop: int) -> Float[Tensor, "batch block tokens"]:
-        """Rows of the queries ``[start, stop)``, float32, over all keys. Cost: heads x layers x block x stop x dim."""
+    def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
+        """Rows of the queries ``[start, stop)``, float32, over the keys ``[0, stop)``: causality leaves no others.
+
+        Cost: heads x layers x block x stop x dim, for each sequence that differs from the others before ``stop``.
+        """
         if not 0 <= start < stop <= self.num_tokens:
             raise InvalidInputError(
                 f"start, stop: must satisfy 0 <= start < stop <= {self.num_tokens} tokens, got {start} and {stop}; "
                 "use .blocks() to read them all"
             )
-        rows = torch.zeros(self.batch_size, stop - start, self.num_tokens, device=self.device)
-        rows[..., :stop] = _mean_block(self._layers, start, stop, self.device)
-        return rows * self.attention_mask[:, start:stop, None]
+        layers, copies = self._layers_for(stop)
+        rows = _mean_block(layers, start, stop, self.device)
+        if copies is not None:
+            rows = rows[copies]
+        return rows.mul_(self.attention_mask[:, start:stop, None])
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Float[Tensor, "batch block tokens"]]]:
+    def _layers_for(self, stop: int) -> tuple[Sequence[Layer], Tensor | None]:
+        """The layers of the sequences that differ before ``stop``, and which of them each sequence is like."""
+        if self._prefixes is None:
+            return self._layers, None
+        different, copies = self._prefixes.before(stop)
+        if len(different) == self.batch_size:
+            return self._layers, None
+        if self._shared[0] != different:
+            items = slice(different[0], different[0] + 1) if len(different) == 1 else torch.tensor(different)
+            self._shared = (different, [layer.select(items) for layer in self._layers])
+        return self._shared[1], copies.to(self.device)
+
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Float[Tensor, "batch block stop"]]]:
         """All rows in order, as (first row, block)."""
         for start in range(0, self.num_tokens, size):
             yield start, self.block(start, min(start + size, self.num_tokens))
@@ -168,9 +193,9 @@ class AttentionRows:
         what = f"dense rows of {self.batch_size} x {self.num_tokens} tokens"
         needed = 4 * self.batch_size * self.num_tokens**2
         require_memory(needed, what, "read them with .blocks() instead", self.device)
-        matrix = torch.empty(self.batch_size, self.num_tokens, self.num_tokens, device=self.device)
+        matrix = torch.zeros(self.batch_size, self.num_tokens, self.num_tokens, device=self.device)
         for start, rows in self.blocks():
-            matrix[:, start : start + rows.shape[1]] = rows
+            matrix[:, start : start + rows.shape[1], : rows.shape[2]] = rows
         return matrix
 
     def sequence(self, item: int = 0) -> SequenceRows:
@@ -183,7 +208,7 @@ class AttentionRows:
             raise InvalidInputError(
                 f"item: must lie in 0..{self.batch_size - 1}, got {item}; the batch has {self.batch_size} sequences"
             )
-        layers = [layer.select(item) for layer in self._layers]
+        layers = [layer.select(slice(item, item + 1)) for layer in self._layers]
         return SequenceRows(layers, self.attention_mask[item].nonzero().flatten(), self.device)
 
     def __repr__(self) -> str:
@@ -202,10 +227,30 @@ class SequenceRows:
     def num_tokens(self) -> int:
         return self.positions.numel()
 
-    def block(self, start: int, stop: int) -> Float[Tensor, "block tokens"]:
-        """Rows of the queries ``[start, stop)`` over all keys of the sequence."""
+    def block(self, start: int, stop: int) -> Float[Tensor, "1 block stop"]:
+        """Rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
         first, last = int(self.positions[start]), int(self.positions[stop - 1]) + 1
-        block = _mean_block(self.layers, first, last, self.device)[0]
-        rows = torch.zeros(stop - start, self.num_tokens, device=self.device)
-        rows[:, :stop] = block[self.positions[start:stop] - first][:, self.positions[:stop]]
-        return rows
+        block = _mean_block(self.layers, first, last, self.device)
+        return block[:, self.positions[start:stop] - first][:, :, self.positions[:stop]]
+
+
+class SharedPrefixes:
+    """Which sequences of a batch are the same up to a position: they stand together once sorted."""
+
+    def __init__(self, input_ids: Int[Tensor, "batch tokens"], readable: Bool[Tensor, "batch tokens"]) -> None:
+        ids = torch.where(readable.cpu(), input_ids.cpu().long(), -1)  # what padding holds is of no account
+        rows = ids.tolist()
+        self.order = sorted(range(len(rows)), key=rows.__getitem__)
+        ordered = ids[self.order]
+        differ = ordered[1:] != ordered[:-1]
+        first_difference = torch.where(differ.any(-1), differ.long().argmax(-1), ids.shape[1])
+        self.agree = torch.cat([torch.zeros(1, dtype=torch.int64), first_difference])
+        """Tokens that a sequence shares with the one sorted before it."""
+
+    def before(self, stop: int) -> tuple[list[int], Int[Tensor, " batch"]]:
+        """One sequence of each kind, and for every sequence the number of its kind."""
+        new = self.agree < stop
+        new[0] = True
+        kind = torch.empty(len(self.order), dtype=torch.int64)
+        kind[self.order] = new.cumsum(0) - 1
+        return [self.order[at] for at in new.nonzero().flatten().tolist()], kind

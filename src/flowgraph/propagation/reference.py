@@ -7,32 +7,39 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 
-def potential_reference(
-    edge_index: Int64[Tensor, "2 edges"], weight: Float[Tensor, " edges"], demand: Float64[Tensor, " nodes"]
+def potential(
+    edge_index: Int64[Tensor, "2 edges"],
+    weight: Float[Tensor, " edges"],
+    leaves: Float64[Tensor, " nodes"],
+    demand: Float64[Tensor, " nodes"],
 ) -> Float64[Tensor, " nodes"]:
-    """``h[s] = b[s] + sum over edges s -> t of N[t, s] * h[t]``, last token first.
+    """``h[s] = b[s] + sum over edges s -> t of d[s] * C[t, s] * h[t]``, last token first.
 
     Args:
         edge_index: ``[2, E]`` sorted by target; several graphs may stand one after the other.
-        weight: ``[E]``.
+        weight: ``[E]`` C.
+        leaves: d, what each token hands on.
         demand: b.
 
     Returns:
         h in float64. Cost: E Python steps.
     """
-    h = demand.double().tolist()
+    h, d = demand.double().tolist(), leaves.tolist()
     for s, t, w in reversed(_edges(edge_index, weight)):
-        h[s] += w * h[t]  # every edge out of t has a later target, so h[t] is final here
+        h[s] += d[s] * w * h[t]  # every edge out of t has a later target, so h[t] is final here
     return torch.tensor(h, dtype=torch.float64, device=weight.device)
 
 
-def influence_reference(
-    edge_index: Int64[Tensor, "2 edges"], weight: Float[Tensor, " edges"], inflow: Float64[Tensor, " nodes"]
+def influence(
+    edge_index: Int64[Tensor, "2 edges"],
+    weight: Float[Tensor, " edges"],
+    leaves: Float64[Tensor, " nodes"],
+    inflow: Float64[Tensor, " nodes"],
 ) -> Float64[Tensor, " nodes"]:
-    """``g[t] = q[t] + sum over edges s -> t of N[t, s] * g[s]``, first token first; arguments as above."""
-    g = inflow.double().tolist()
+    """``g[t] = q[t] + sum over edges s -> t of C[t, s] * d[s] * g[s]``, first token first; arguments as above."""
+    g, d = inflow.double().tolist(), leaves.tolist()
     for s, t, w in _edges(edge_index, weight):
-        g[t] += w * g[s]
+        g[t] += w * d[s] * g[s]
     return torch.tensor(g, dtype=torch.float64, device=weight.device)
 
 

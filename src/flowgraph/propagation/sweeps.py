@@ -1,17 +1,19 @@
 r"""The two sweeps of the method, by block forward substitution.
 
-With :math:`N` the (strictly lower triangular) matrix of capacities, absorbing columns zeroed,
+With :math:`N = C D` (capacities C, strictly lower triangular; D the diagonal of what each token hands on: damping,
+or 0 where it absorbs),
 
 .. math:: h = b + N^\top h \qquad\text{and}\qquad g = q + N g .
 
 Both are triangular systems, so they are solved exactly in one pass over the rows: for a block of tokens
 ``[i, j)`` everything that comes from outside the block is one product (pull) or one scatter (push), and what
-remains is a unit triangular system of the block's size. There is no iteration count and no tolerance. Every
-term is non-negative, so nothing cancels and each entry is accurate to a few units in its own last place.
+remains is a unit triangular system of the block's size. There is no iteration count and no tolerance. With
+non-negative terms nothing cancels, and each entry is accurate to a few units in its own last place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -19,72 +21,92 @@ from jaxtyping import Float64
 from torch import Tensor
 
 BLOCK = 128
-"""Tokens per block: large enough to amortise a kernel call, small enough that in-block work stays minor."""
+"""Tokens per dense block: large enough to amortise a kernel call, small enough that in-block work stays minor."""
 
 
 class BlockRows(Protocol):
-    """The rows of N for the tokens ``[start, stop)`` of every graph of a batch."""
+    """The rows of C for the tokens ``[start, stop)`` of every graph of a batch."""
 
     inner: Float64[Tensor, "graphs block block"]
-    """``N[start:stop, start:stop]``, strictly lower triangular."""
+    """``C[start:stop, start:stop]``, strictly lower triangular."""
 
     def pull(self, x: Float64[Tensor, "graphs tokens"]) -> Float64[Tensor, "graphs block"]:
-        """``N[start:stop, :start] @ x[:start]``: what the block receives from earlier tokens."""
+        """``C[start:stop, :start] @ x[:start]``; x is zero from ``start`` on."""
         ...
 
     def push(self, y: Float64[Tensor, "graphs block"], out: Float64[Tensor, "graphs tokens"]) -> None:
-        """``out[:start] += N[start:stop, :start].T @ y``: what the block's readers hand back to earlier tokens."""
+        """``out[:start] += C[start:stop, :start].T @ y``; what it does to ``out[start:]`` is of no account."""
         ...
 
 
 class BlockOperator(Protocol):
-    """A batch of causal matrices N that can be read in blocks of rows; see :mod:`.operators`."""
+    """A batch of causal matrices C that can be read in blocks of rows; see :mod:`.operators`."""
 
-    num_graphs: int
     num_tokens: int
     block: int
-    device: torch.device
 
     def rows(self, start: int, stop: int) -> BlockRows:
         """Read the rows of the tokens ``[start, stop)``."""
         ...
 
 
-def potential(operator: BlockOperator, demand: Float64[Tensor, "graphs tokens"]) -> Float64[Tensor, "graphs tokens"]:
-    r"""Backward potential :math:`h = b + N^\top h` (total influence of each token that reaches the demand).
+def potential(
+    operator: BlockOperator, leaves: Float64[Tensor, "graphs tokens"], demand: Float64[Tensor, "graphs tokens"]
+) -> Float64[Tensor, "graphs tokens"]:
+    r"""Backward potential :math:`h = b + D C^\top h` (total influence of each token that reaches the demand).
 
     Args:
-        operator: N in blocks of rows.
-        demand: b, non-negative.
+        operator: C in blocks of rows.
+        leaves: the diagonal of D.
+        demand: b.
 
     Returns:
-        h, same shape. Cost: one read of N.
+        h, same shape. Cost: one read of C.
     """
-    h = demand.clone()
+    h, handed_back = demand.clone(), torch.zeros_like(demand)
     for start in reversed(range(0, operator.num_tokens, operator.block)):
-        stop = min(start + operator.block, operator.num_tokens)
-        rows = operator.rows(start, stop)
-        h[:, start:stop] = _solve(rows.inner.mT, h[:, start:stop], upper=True)
-        rows.push(h[:, start:stop], h)
+        here = slice(start, min(start + operator.block, operator.num_tokens))
+        rows = operator.rows(here.start, here.stop)
+        known = demand[:, here] + leaves[:, here] * handed_back[:, here]
+        h[:, here] = _solve((rows.inner * leaves[:, None, here]).mT, known, upper=True)
+        rows.push(h[:, here], handed_back)
     return h
 
 
-def influence(operator: BlockOperator, inflow: Float64[Tensor, "graphs tokens"]) -> Float64[Tensor, "graphs tokens"]:
-    r"""Forward influence :math:`g = q + N g` (influence arriving at each token per unit of its potential).
+def influence(
+    operator: BlockOperator, leaves: Float64[Tensor, "graphs tokens"], inflow: Float64[Tensor, "graphs tokens"]
+) -> Float64[Tensor, "graphs tokens"]:
+    r"""Forward influence :math:`g = q + C D g` (influence arriving at each token per unit of its potential).
 
     Args:
-        operator: N in blocks of rows.
-        inflow: q = source / h, non-negative.
+        operator: C in blocks of rows.
+        leaves: the diagonal of D.
+        inflow: q = source / h.
 
     Returns:
-        g, same shape. Cost: one read of N.
+        g, same shape. Cost: one read of C.
     """
     g = inflow.clone()
-    for start in range(0, operator.num_tokens, operator.block):
-        stop = min(start + operator.block, operator.num_tokens)
-        rows = operator.rows(start, stop)
-        g[:, start:stop] = _solve(rows.inner, g[:, start:stop] + rows.pull(g), upper=False)
+    for _ in influence_steps(operator, leaves, g):
+        pass
     return g
+
+
+def influence_steps(
+    operator: BlockOperator, leaves: Float64[Tensor, "graphs tokens"], g: Float64[Tensor, "graphs tokens"]
+) -> Iterator[tuple[slice, BlockRows]]:
+    """The same sweep in place, ``g`` holding the inflow at first, one block at a time.
+
+    What is yielded is the block just finished and its rows, for callers that use each row while it is in memory.
+    """
+    handed_on = torch.zeros_like(g)
+    for start in range(0, operator.num_tokens, operator.block):
+        here = slice(start, min(start + operator.block, operator.num_tokens))
+        rows = operator.rows(here.start, here.stop)
+        known = g[:, here] + rows.pull(handed_on)
+        g[:, here] = _solve(rows.inner * leaves[:, None, here], known, upper=False)
+        handed_on[:, here] = leaves[:, here] * g[:, here]
+        yield here, rows
 
 
 def _solve(inner: Tensor, rhs: Tensor, *, upper: bool) -> Tensor:

@@ -1,0 +1,177 @@
+"""From streamed rows to a list of edges: all of them, or those with most flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from flowgraph.edges import EdgeRows, EdgeRules, KeptRows, as_row_source
+from flowgraph.errors import GraphError, InvalidInputError
+from flowgraph.memory import require_memory
+from flowgraph.propagation.backends import EdgeSweeps
+from flowgraph.propagation.conservation import ConservedFlow, conserve
+from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.rows import StreamSweeps
+from flowgraph.propagation.sweeps import BLOCK
+from flowgraph.propagation.topology import Topology
+
+AUTO_ALL_TOKENS = 2048
+"""Up to here a trace keeps every edge (2 million of them); beyond it, the edges with most flow."""
+AUTO_EDGES_PER_TOKEN = 64
+BYTES_PER_EDGE = 60  # edge_index and capacity, twice while they are joined, and one sort key
+_EVERYTHING_KEPT = (1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class CollectedEdges:
+    """Edges in (target, source) order, and what they hold of the rows they were taken from.
+
+    Attributes:
+        kept_attention: share of the edge mass.
+        kept_flow: share of the unit flow whose whole route is kept.
+        throughput_error: largest difference of a token's throughput between all edges and these.
+    """
+
+    edge_index: Int64[Tensor, "2 edges"]
+    capacity: Float[Tensor, " edges"]
+    kept_attention: float
+    kept_flow: float
+    throughput_error: float
+
+
+def collect_edges(
+    rows: RowSource | Tensor,
+    rules: EdgeRules,
+    generated: Bool[Tensor, " tokens"],
+    question: Bool[Tensor, " tokens"],
+    answer: Bool[Tensor, " tokens"],
+    *,
+    max_edges: int | str = "auto",
+) -> CollectedEdges:
+    """Read the rows of one sequence block by block and keep all edges, or the ``max_edges`` of them with most flow.
+
+    Raises:
+        GraphError: the rows are not causal attention, or those of several sequences.
+        InvalidInputError: ``max_edges`` is neither "auto", "all" nor a positive number.
+        MemoryLimitError: the edges would not fit.
+
+    Cost: one read of the rows, or three with a limit; memory O(block x T + edges), and rows of up to 256 MiB that
+    are kept between the reads.
+    """
+    source = as_row_source(rows)
+    num_tokens, device = source.num_tokens, source.device
+    batch = source.block(0, 1).shape[0]
+    if batch != 1:
+        raise GraphError(
+            f"rows: must be those of one sequence, got a batch of {batch}; "
+            "build a graph for each rows.sequence(i), or solve them all at once with solve_rows"
+        )
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    edge_rows = EdgeRows(source, rules, generated.to(device)[None], start)
+    kept = edges_kept(max_edges, num_tokens)
+    require_memory(
+        BYTES_PER_EDGE * kept + 40 * BLOCK * num_tokens,
+        f"edges of {num_tokens} tokens",
+        "pass max_edges=, which keeps the edges with most flow",
+        device,
+    )
+    if kept == num_tokens * (num_tokens - 1) // 2:
+        edge_index, capacity, _ = _gather(edge_rows, lambda start, weights: weights)
+        return CollectedEdges(edge_index, capacity, *_EVERYTHING_KEPT)
+    return _strongest_by_flow(KeptRows(edge_rows), question.to(device), answer.to(device), kept)
+
+
+def edges_kept(max_edges: int | str, num_tokens: int) -> int:
+    """The most edges that a graph of this many tokens will hold.
+
+    Raises:
+        InvalidInputError: ``max_edges`` is neither "auto", "all" nor a positive number.
+    """
+    possible = num_tokens * (num_tokens - 1) // 2
+    if max_edges == "all" or (max_edges == "auto" and num_tokens <= AUTO_ALL_TOKENS):
+        return possible
+    if max_edges == "auto":
+        return min(AUTO_EDGES_PER_TOKEN * num_tokens, possible)
+    if isinstance(max_edges, bool) or not isinstance(max_edges, int) or max_edges < 1:
+        raise InvalidInputError(
+            f"max_edges: must be 'auto', 'all' or a positive number, got {max_edges!r}; 64 per token keeps most flow"
+        )
+    return min(max_edges, possible)
+
+
+def _gather(
+    edge_rows: RowSource, importance: Callable[[int, Tensor], Tensor], limit: int | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Stream the rows and keep the edges of positive importance, the ``limit`` most important if given.
+
+    Returns edge_index and capacity in (target, source) order, and the total capacity seen.
+    """
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # key = target * T + source, capacity, importance
+    num_tokens, total, threshold = edge_rows.num_tokens, 0.0, 0.0
+    for start in range(0, num_tokens, BLOCK):
+        weights = edge_rows.block(start, min(start + BLOCK, num_tokens))[0]
+        total += float(weights.sum(dtype=torch.float64))
+        scores = importance(start, weights)
+        target, source = (scores > threshold).nonzero(as_tuple=True)
+        kept.append(((target + start) * num_tokens + source, weights[target, source], scores[target, source]))
+        if limit is not None and sum(key.numel() for key, _, _ in kept) > 2 * limit:
+            kept = [_top(kept, limit)]
+            threshold = float(kept[0][2].min())  # what does not exceed it can never be among the strongest
+    if limit is not None:
+        kept = [_top(kept, limit)]
+    key, capacity = torch.cat([k for k, _, _ in kept]), torch.cat([c for _, c, _ in kept])
+    if limit is not None:
+        order = torch.argsort(key)
+        key, capacity = key[order], capacity[order]
+    return torch.stack([key % num_tokens, key // num_tokens]), capacity, total
+
+
+def _top(parts: list[tuple[Tensor, Tensor, Tensor]], limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    key, capacity, score = (torch.cat(column) for column in zip(*parts, strict=True))
+    best = torch.topk(score, min(limit, score.numel())).indices
+    return key[best], capacity[best], score[best]
+
+
+def _strongest_by_flow(rows: RowSource, question: Tensor, answer: Tensor, limit: int) -> CollectedEdges:
+    """Solve exactly on the streamed rows, then keep the edges with most flow, and measure what that loses."""
+    leaves = (~answer).double()
+    sweeps = StreamSweeps(leaves[None])
+    whole = conserve(sweeps, rows, demand=answer.double()[None], question=question[None], source="uniform")
+    units = whole.exponent[0]
+
+    def flow(start: int, weights: Tensor) -> Float64[Tensor, "block stop"]:
+        here = slice(start, start + weights.shape[0])
+        stop = weights.shape[1]
+        wide = weights.double()
+        if bool(units.any()):
+            wide = scaled(wide, units[here, None] - units[None, :stop])
+        return wide * (whole.g[0] * leaves)[None, :stop] * whole.h[0, here, None]
+
+    edge_index, capacity, total = _gather(rows, flow, limit)
+    kept_flow, error = _losses(edge_index, capacity, whole, question, answer)
+    kept_attention = float(capacity.sum(dtype=torch.float64)) / total if total else 1.0
+    return CollectedEdges(edge_index, capacity, kept_attention, kept_flow, error)
+
+
+def _losses(
+    edge_index: Tensor, capacity: Tensor, whole: ConservedFlow, question: Tensor, answer: Tensor
+) -> tuple[float, float]:
+    """Kept share of the flow, and the largest change of a throughput, both exact.
+
+    With the potential of *all* edges, influence pushed along the kept ones alone arrives in proportion to the routes
+    that lie wholly among them; solved anew, the kept edges give the throughput that users of the graph will see.
+    """
+    topology = Topology(edge_index, torch.tensor([0, answer.numel()], device=answer.device))
+    sweeps = EdgeSweeps(topology, (~answer).double())
+    h, units, demand = whole.h[0], whole.exponent[0], answer.double()
+    inflow = torch.where(whole.source[0] > 0, whole.source[0] / torch.where(h > 0, h, 1.0), 0.0)
+    g = sweeps.influence(sweeps.balanced(capacity, units), inflow)
+    arrived = float((g * scaled(demand, -units)).sum())
+    pruned = conserve(sweeps, capacity, demand=demand, question=question, source="uniform")
+    error = float((pruned.g * pruned.h - whole.g[0] * h).abs().max())
+    return min(arrived, 1.0), error

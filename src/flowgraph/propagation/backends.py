@@ -1,0 +1,152 @@
+"""What every way of running the two sweeps offers, and the ways over the edges of a graph or batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from flowgraph.propagation import compiled, reference, sweeps
+from flowgraph.propagation.operators import DenseOperator, SparseOperator
+from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.topology import Topology
+
+Backend = Literal["auto", "dense", "scatter", "numba", "reference"]
+DENSE_FILL = 0.2
+"""Share of all possible edges above which dense tiles beat gather and scatter (benchmarks/engine.py)."""
+_DENSE_MAX_BYTES = 2**30
+
+
+def in_token_order(count: int, last_first: bool, step: int = 1) -> Sequence[int]:
+    """Tokens, or the first ones of blocks, forwards or backwards."""
+    return range(0, count, step)[:: -1 if last_first else 1]
+
+
+class Sweeps(Protocol):
+    """Both sweeps with N = C D: C the weights, the same shape in every call, and D = diag(``leaves``).
+
+    Vectors are ``[N]`` over the nodes of a batch, or ``[B, T]`` over sequences.
+    """
+
+    leaves: Float64[Tensor, ...]
+
+    def potential(self, weight: Any, demand: Tensor) -> Tensor:
+        """``h = b + D C^T h``."""
+        ...
+
+    def influence(self, weight: Any, inflow: Tensor) -> Tensor:
+        """``g = q + C D g``."""
+        ...
+
+    def total(self, x: Tensor) -> Float64[Tensor, " graphs"]:
+        """Sum over each graph."""
+        ...
+
+    def largest(self, x: Int64[Tensor, ...]) -> Int64[Tensor, " graphs"]:
+        """Maximum over each graph."""
+        ...
+
+    def spread(self, x: Tensor) -> Tensor:
+        """One value per graph to all of its tokens."""
+        ...
+
+    def weights_into(self, weight: Any, *, last_first: bool) -> Iterator[tuple[int, Any, np.ndarray]]:
+        """Token by token: (its flat number, the flat numbers of what it reads, the weights of that)."""
+        ...
+
+    def balanced(self, weight: Any, exponent: Int64[Tensor, ...]) -> Any:
+        """``C[t, s] * 2**(exponent[t] - exponent[s])``, as exact as the range of float64 allows."""
+        ...
+
+    def any_weight(self, weight: Any, target: Bool[Tensor, ...], source: Bool[Tensor, ...]) -> bool:
+        """Whether any of these sources hands anything to any of these targets (D left aside)."""
+        ...
+
+
+class DifferentiableSweeps(Sweeps, Protocol):
+    """Sweeps whose weights are one tensor."""
+
+    def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
+        """``at_target[t] * (D at_source)[s]`` for each weight ``C[t, s]``: the shape of every gradient of C."""
+        ...
+
+
+class EdgeSweeps:
+    """Sweeps over the edges of a graph or batch, by a named backend.
+
+    Raises:
+        MissingExtraError: the backend's package is not installed.
+        InvalidInputError: a backend that does not run where the graph is.
+    """
+
+    def __init__(self, topology: Topology, leaves: Float64[Tensor, " nodes"], backend: Backend = "auto") -> None:
+        self.topology, self.leaves = topology, leaves
+        self.backend = choose_backend(topology) if backend == "auto" else backend
+        if self.backend == "numba":
+            compiled.require(topology.device)
+        self.total, self.largest, self.spread = topology.total, topology.largest, topology.spread
+
+    def potential(self, weight: Tensor, demand: Tensor) -> Tensor:
+        return self._run("potential", weight, demand)
+
+    def influence(self, weight: Tensor, inflow: Tensor) -> Tensor:
+        return self._run("influence", weight, inflow)
+
+    def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
+        source, target = self.topology.edge_index
+        return at_target[target] * (self.leaves * at_source)[source]
+
+    def weights_into(self, weight: Tensor, *, last_first: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        source = self.topology.edge_index[0].cpu().numpy()
+        weights = weight.detach().double().cpu().numpy()
+        first = self.topology.row_ptr.tolist()
+        for node in in_token_order(self.topology.num_nodes, last_first):
+            into = slice(first[node], first[node + 1])
+            yield node, source[into], weights[into]
+
+    def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
+        source, target = self.topology.edge_index
+        return scaled(weight, exponent[target] - exponent[source])
+
+    def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
+        source = source & self.topology.has_outgoing
+        if not bool(source.any()):
+            return False
+        start, end = self.topology.edge_index
+        return bool((source[start] & target[end] & (weight > 0)).any())
+
+    def _run(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
+        topology, leaves = self.topology, self.leaves
+        if self.backend == "reference":
+            return getattr(reference, name)(topology.edge_index, weight, leaves, x)
+        if self.backend == "numba":
+            return compiled.over_edges(name, topology, weight, leaves, x)
+        if self.backend == "dense":
+            operator = DenseOperator(_matrices(topology, weight))
+        else:
+            operator = SparseOperator(topology, weight)
+        tokens = operator.num_tokens
+        solved = getattr(sweeps, name)(operator, topology.pad(leaves, tokens), topology.pad(x, tokens))
+        return topology.unpad(solved)
+
+
+def choose_backend(topology: Topology) -> Backend:
+    """Compiled code where it runs; else dense tiles when the batch is nearly full, and small enough for them."""
+    if topology.device.type == "cpu" and compiled.available():
+        return "numba"
+    sizes = topology.ptr.diff().double()
+    possible = float((sizes * (sizes - 1)).sum()) / 2
+    cells = topology.num_graphs * float(topology.num_tokens) ** 2
+    edges = topology.edge_index.shape[1]
+    return "dense" if 8 * cells <= _DENSE_MAX_BYTES and edges >= DENSE_FILL * max(possible, cells / 4) else "scatter"
+
+
+def _matrices(topology: Topology, weight: Tensor) -> Float[Tensor, "graphs tokens tokens"]:
+    size = topology.num_tokens
+    source, target = topology.edge_index
+    matrix = weight.new_zeros(topology.num_graphs, size, size)
+    matrix[topology.graph_of_node[target], topology.local[target], topology.local[source]] = weight
+    return matrix
