@@ -52,6 +52,7 @@ PUBLIC = {
     "load_trace",
     "max_flow",
     "max_flow_through",
+    "prune",
     "solve",
     "solve_rows",
     "to_igraph",

@@ -1,18 +1,16 @@
-"""Backbone, widest routes, hubs and checkpoints against exhaustive enumeration."""
+"""Widest routes, decomposition, hubs and checkpoints against exhaustive enumeration."""
 
-from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.flow import Flow
 from flowgraph.graph import FlowGraph
-from flowgraph.routes import backbone, checkpoints, decompose, hubs, kept_share, widest_routes
+from flowgraph.routes import checkpoints, decompose, hubs, widest_routes
 from flowgraph.solving import solve
 from tests.fixtures.convert import to_graph
 from tests.reference import flow as reference
@@ -31,34 +29,6 @@ def solved(case: Case) -> Flow:
 def exact(case: Case):
     edges = reference.effective_edges(case.edges, case.answer)
     return edges, reference.solve(case.num_nodes, edges, case.question, case.answer)
-
-
-@given(case=flow_graphs(max_nodes=7, min_nodes=2), keep=st.sampled_from([0.1, 0.37, 0.77, 0.93]))
-@some
-def test_the_backbone_is_the_smallest_that_carries_its_share(case: Case, keep: float):
-    flow = solved(case)
-    edges, solution = exact(case)
-    chosen, share = reference.smallest_backbone(case.num_nodes, edges, solution.source, case.answer, Fraction(keep))
-    bone = backbone(flow, keep)
-    assert bone.share >= keep * (1 - 1e-9)
-    strengths = sorted(solution.edge_flow, reverse=True)
-    boundary = strengths[len(chosen) - 1 : len(chosen) + 1]
-    if len(boundary) < 2 or abs(boundary[0] - boundary[1]) > Fraction(1, 10**9):  # float ties break anywhere
-        assert abs(bone.share - float(share)) < 1e-9
-        assert bone.num_edges == len(chosen)
-
-
-@given(case=flow_graphs(max_nodes=7, min_nodes=2), data=st.data())
-@some
-def test_kept_share_is_the_probability_of_staying_inside(case: Case, data: st.DataObject):
-    flow = solved(case)
-    edges, solution = exact(case)
-    kept = data.draw(st.sets(st.sampled_from(range(len(edges))))) if edges else set()
-    share = reference.kept_share(case.num_nodes, edges, solution.source, case.answer, kept)
-    pairs = {(s, t) for k, (s, t, _) in enumerate(edges) if k in kept}
-    mask = torch.tensor([pair in pairs for pair in zip(*flow.graph.edge_index.tolist(), strict=True)], dtype=torch.bool)
-    assert kept_share(flow, mask) == pytest.approx(float(share), abs=1e-12)
-    assert kept_share(flow, mask.nonzero().flatten().flip(0)) == pytest.approx(float(share), abs=1e-12)
 
 
 @given(case=flow_graphs(max_nodes=8, min_nodes=2))
@@ -98,23 +68,12 @@ def diamond() -> Flow:
 
 
 def test_a_diamond_worked_by_hand():
-    """Two routes, 2/3 through token 1 and 1/3 through token 2; keeping 60 % takes the first alone."""
+    """Two routes, 2/3 through token 1 and 1/3 through token 2."""
     flow = diamond()
     assert [(route.tokens, round(route.flow, 12)) for route in widest_routes(flow, 5)] == [
         ((0, 1, 3), round(2 / 3, 12)),
         ((0, 2, 3), round(1 / 3, 12)),
     ]
-    bone = backbone(flow, 0.6)
-    assert bone.share == pytest.approx(2 / 3)
-    assert flow.graph.edge_index[:, bone.edge_mask].tolist() == [[0, 1], [1, 3]]
-    assert repr(bone) == "Backbone(2 of 4 edges carry 66.7% of the flow)"
-    assert backbone(flow, 0.7).num_edges == 4
-    assert backbone(flow, 1.0).share == 1
-    part = bone.subgraph()
-    assert part.num_nodes == 4
-    assert part.num_edges == 2
-    assert part.kept_flow.item() == pytest.approx(2 / 3)
-    assert part.kept_attention.item() == pytest.approx(1 / 1.75)
 
 
 def test_hubs_and_checkpoints_worked_by_hand():
@@ -130,8 +89,6 @@ def test_hubs_and_checkpoints_worked_by_hand():
 
 def test_bad_requests():
     flow = diamond()
-    with pytest.raises(InvalidInputError, match=r"keep: must lie in \(0, 1\], got 0"):
-        backbone(flow, 0)
     with pytest.raises(InvalidInputError, match=r"share: must lie in \(0, 1\], got 1.5"):
         decompose(flow, share=1.5)
     with pytest.raises(InvalidInputError, match=r"k: must be at least 1, got 0"):
@@ -141,7 +98,7 @@ def test_bad_requests():
     with pytest.raises(InvalidInputError, match=r"region: must be 'reasoning' or 'all', got 'answer'"):
         checkpoints(flow, region="answer")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"flow: must be the flow of one graph, got a batch of 2"):
-        backbone(solve(Batch.from_data_list([diamond_graph()] * 2)))
+        hubs(solve(Batch.from_data_list([diamond_graph()] * 2)))
     cut = FlowGraph.from_edges(torch.tensor([[0], [1]]), torch.ones(1), num_nodes=3, question=[0], answer=[2])
     with pytest.raises(InfeasibleFlowError, match=r"flow: must be feasible, got none: no question token reaches"):
         hubs(solve(cut))

@@ -29,10 +29,11 @@ from .graph import FlowGraph as FlowGraph
 from .maxflow import MaxFlow as MaxFlow
 from .maxflow import max_flow as max_flow
 from .maxflow import max_flow_through as max_flow_through
-from .routes import Backbone as Backbone
+from .pruning import Backbone as Backbone
+from .pruning import backbone as backbone
+from .pruning import prune as prune
 from .routes import Route as Route
 from .routes import TokenRole as TokenRole
-from .routes import backbone as backbone
 from .routes import checkpoints as checkpoints
 from .routes import decompose as decompose
 from .routes import hubs as hubs

@@ -8,8 +8,10 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
+from torch_geometric.data import Batch
 from torch_geometric.utils import scatter
 
+from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.graph import FlowGraph
 from flowgraph.propagation.powers import scaled
 from flowgraph.propagation.topology import topology_of
@@ -103,4 +105,23 @@ class Flow:
         return (
             f"Flow({self.graph.num_nodes} tokens, {self.graph.num_edges} edges, {feasible}, source={self.source_rule}, "
             f"absorption={self.absorption}, damping={self.damping:g}, backend={self.backend})"
+        )
+
+
+def require_single_feasible(flow: Flow) -> None:
+    """Refuse what has no routes to speak of.
+
+    Raises:
+        InvalidInputError: the flow of a batch.
+        InfeasibleFlowError: no flow.
+    """
+    if isinstance(flow.graph, Batch):
+        raise InvalidInputError(
+            f"flow: must be the flow of one graph, got a batch of {flow.feasible.numel()}; "
+            "solve(batch.get_example(i)) gives one"
+        )
+    if not bool(flow.feasible):
+        raise InfeasibleFlowError(
+            "flow: must be feasible, got none: no question token reaches the answer; check the regions, and whether "
+            "pruning or excluded tokens cut them apart"
         )

@@ -16,7 +16,8 @@ from flowgraph.files import PathLike
 from flowgraph.flow import Flow
 from flowgraph.graph import FlowGraph
 from flowgraph.payload import trace_payload, write_json
-from flowgraph.routes import Backbone, Route, TokenRole, backbone, checkpoints, hubs, widest_routes
+from flowgraph.pruning import Backbone, backbone
+from flowgraph.routes import Route, TokenRole, checkpoints, hubs, widest_routes
 from flowgraph.storage import read_record, require_tensors, write_record
 from flowgraph.views.html import write_html
 

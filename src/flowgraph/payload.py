@@ -30,7 +30,8 @@ from torch import Tensor
 
 from flowgraph.files import PathLike, write_text
 from flowgraph.flow import Flow
-from flowgraph.routes import backbone, checkpoints, hubs, widest_routes
+from flowgraph.pruning import backbone
+from flowgraph.routes import checkpoints, hubs, widest_routes
 
 SCHEMA = "flowgraph-trace/1"
 _NUM_ROUTES = 20

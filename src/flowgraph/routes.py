@@ -1,4 +1,4 @@
-"""The dominant multi-hop routes: flow-kept backbone, widest routes, hubs and aggregation checkpoints."""
+"""The dominant multi-hop routes: widest routes, flow decomposition, hubs and aggregation checkpoints."""
 
 from __future__ import annotations
 
@@ -8,63 +8,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from torch import Tensor
-from torch_geometric.data import Batch
 from torch_geometric.utils import scatter
 
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.flow import Flow
-from flowgraph.graph import FlowGraph
-from flowgraph.propagation.backends import EdgeSweeps
-from flowgraph.propagation.powers import scaled
-from flowgraph.propagation.topology import topology_of
+from flowgraph.errors import InvalidInputError
+from flowgraph.flow import Flow, require_single_feasible
 
 RoleRegion = Literal["reasoning", "all"]
 _NEGLIGIBLE = 1e-12
 """Residual flow below which a route is rounding, not flow (the whole flow is 1)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Backbone:
-    """The fewest edges, strongest first, whose own routes carry a stated share of the flow.
-
-    Attributes:
-        flow: the flow it is a part of.
-        edge_mask: ``[E]`` bool over ``flow.graph.edge_index``.
-        keep: the share asked for.
-        share: the share of the unit flow whose *whole* route lies on kept edges; at least ``keep``.
-    """
-
-    flow: Flow
-    edge_mask: Bool[Tensor, " edges"]
-    keep: float
-    share: float
-
-    @property
-    def num_edges(self) -> int:
-        """Number of kept edges."""
-        return int(self.edge_mask.sum())
-
-    def subgraph(self) -> FlowGraph:
-        """The kept edges as a :class:`FlowGraph` over the same tokens, its kept shares recorded."""
-        whole = self.flow.graph
-        graph = FlowGraph.from_edges(
-            whole.edge_index[:, self.edge_mask],
-            whole.capacity[self.edge_mask],
-            num_nodes=int(whole.num_nodes or 0),
-            question=whole.question_mask,
-            answer=whole.answer_mask,
-            reasoning=whole.reasoning_mask,
-            rules=whole.rules,
-        )
-        total = whole.capacity.sum(dtype=torch.float64)
-        graph.kept_attention = whole.kept_attention * (graph.capacity.sum(dtype=torch.float64) / total)
-        graph.kept_flow = whole.kept_flow * self.share
-        return graph
-
-    def __repr__(self) -> str:
-        return f"Backbone({self.num_edges} of {self.flow.graph.num_edges} edges carry {self.share:.1%} of the flow)"
 
 
 @dataclass(frozen=True)
@@ -92,57 +45,6 @@ class TokenRole:
     inflows: float
     outflows: float
     score: float
-
-
-def backbone(flow: Flow, keep: float = 0.9) -> Backbone:
-    r"""The smallest set of strongest edges whose own routes carry the share ``keep`` of the flow.
-
-    Edges are taken in the order of their flow F (ties by position). The share of a set K is exact: it is the
-    probability that a route drawn from the flow, moving by :math:`P(s \to t)`, never leaves K. In the g-form,
-    with the potential of the whole graph, :math:`g_K = q + N_K g_K` and the share is
-    :math:`\langle g_K, b \rangle`.
-
-    Args:
-        flow: a feasible flow on one graph.
-        keep: share in (0, 1].
-
-    Raises:
-        InfeasibleFlowError: there is no flow.
-        InvalidInputError: ``keep`` outside (0, 1], or a batch.
-
-    Cost: log2(E) sweeps over the kept edges.
-    """
-    if not 0 < keep <= 1:
-        raise InvalidInputError(f"keep: must lie in (0, 1], got {keep!r}; 0.9 keeps the routes of 90 % of the flow")
-    _require_single_feasible(flow)
-    edge_flow = flow.edge_flow()
-    order = torch.argsort(edge_flow, descending=True, stable=True)[: int((edge_flow > 0).sum())]
-    low, high = 0, order.numel()
-    share_of_high = float(flow.absorbed().sum())
-    while low < high:  # smallest number of edges that reaches the share; the share grows with the set
-        middle = (low + high) // 2
-        share = kept_share(flow, order[:middle])
-        if share >= keep * (1 - _NEGLIGIBLE):
-            high, share_of_high = middle, share
-        else:
-            low = middle + 1
-    mask = torch.zeros_like(edge_flow, dtype=torch.bool)
-    mask[order[:high]] = True
-    return Backbone(flow=flow, edge_mask=mask, keep=keep, share=min(share_of_high, 1.0))
-
-
-def kept_share(flow: Flow, edges: Tensor) -> float:
-    """Share of the unit flow whose whole route uses only the given edges (indices or mask), exactly.
-
-    One influence sweep with the potential of the whole graph over the weights that are left.
-    """
-    kept = torch.zeros(flow.graph.num_edges, dtype=torch.float64, device=flow.h.device)
-    kept[edges] = 1.0
-    leaves = (~flow.absorbing).double() * flow.damping
-    sweeps = EdgeSweeps(topology_of(flow.graph), leaves, "auto")
-    inflow = torch.where(flow.source > 0, flow.source / flow.h, 0.0)
-    g = sweeps.influence(flow.in_units(flow.graph.capacity.double()) * kept, inflow)
-    return float((g * scaled(flow.demand, -flow.exponent)).sum())
 
 
 def widest_routes(flow: Flow, k: int = 10) -> list[Route]:
@@ -175,7 +77,7 @@ def decompose(flow: Flow, share: float = 0.9, max_routes: int = 1000) -> list[Ro
     """
     if not 0 < share <= 1:
         raise InvalidInputError(f"share: must lie in (0, 1], got {share!r}; 0.9 splits 90 % of the flow")
-    _require_single_feasible(flow)
+    require_single_feasible(flow)
     routes, carried = [], 0.0
     for route in _peel(flow):
         routes.append(route)
@@ -247,7 +149,7 @@ def checkpoints(flow: Flow, k: int = 10, region: RoleRegion = "reasoning") -> li
 
 
 def _ranked(flow: Flow, score: Float64[Tensor, " tokens"], k: int, region: str) -> list[TokenRole]:
-    _require_single_feasible(flow)
+    require_single_feasible(flow)
     if region not in ("reasoning", "all"):
         raise InvalidInputError(
             f"region: must be 'reasoning' or 'all', got {region!r}; 'all' includes question and answer"
@@ -273,16 +175,3 @@ def _flow_entropies(flow: Flow) -> tuple[Float64[Tensor, " tokens"], Float64[Ten
         share = torch.where(edge_flow > 0, edge_flow / total[end], 0.0)
         entropies.append(scatter(torch.special.entr(share), end, dim_size=flow.throughput.numel(), reduce="sum"))
     return entropies[0], entropies[1]
-
-
-def _require_single_feasible(flow: Flow) -> None:
-    if isinstance(flow.graph, Batch):
-        raise InvalidInputError(
-            f"flow: must be the flow of one graph, got a batch of {flow.feasible.numel()}; "
-            "solve(batch.get_example(i)) gives one"
-        )
-    if not bool(flow.feasible):
-        raise InfeasibleFlowError(
-            "flow: must be feasible, got none: no question token reaches the answer; check the regions, and whether "
-            "pruning or excluded tokens cut them apart"
-        )
