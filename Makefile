@@ -71,9 +71,16 @@ build/scatter/.done: $(VENV)/.dev
 test-scatter: build/scatter/.done  ## the propagation tests with torch-scatter built from source
 	FLOWGRAPH_EXPECT_SCATTER=1 PYTHONPATH=build/scatter $(TESTENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_flow.py tests/propagation tests/test_routes.py
 
-bench: $(VENV)/.dev  ## measure capture and solve, write benchmarks/results/
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) install --group bench
+	@touch $@
+
+bench: $(VENV)/.bench  ## measure capture, engine, long texts and a peer (an hour); write benchmarks/results/ and plots
 	$(BIN)/python -m benchmarks.capture
-	$(BIN)/python -m benchmarks.solve
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.streaming
+	$(BIN)/python -m benchmarks.peer_flashtrace
+	$(BIN)/python -m benchmarks.plots
 
 clean:  ## remove what was built (not the environment)
 	rm -rf build dist site out .hypothesis .ruff_cache .coverage

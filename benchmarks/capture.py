@@ -13,14 +13,11 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
-import time
 
-import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import interleaved, save
+from benchmarks.common import PeakMemory, interleaved, save
 from flowgraph.attention.capture import capture
 
 LAYERS = "6-9"
@@ -63,23 +60,12 @@ WAYS = {"forward": forward, "capture": captured, "eager": eager}
 
 def peak_mib(way: str, tokens: int) -> float:
     """Peak resident memory above the model of one way, in this process."""
-    model, process = build(), psutil.Process()
+    model = build()
     ids = torch.randint(0, 4096, (1, tokens))
     forward(model, ids[:, :8])
-    before, peak, done = process.memory_info().rss, 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    WAYS[way](model, ids)
-    done.set()
-    watcher.join()
-    return (peak - before) / 2**20
+    with PeakMemory() as memory:
+        WAYS[way](model, ids)
+    return memory.mib
 
 
 def main() -> None:
@@ -116,7 +102,11 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    save("capture", rows, "4 of 16 layers captured and read; ratios: capture/forward time, capture/eager memory above the forward pass")
+    save(
+        "capture",
+        rows,
+        "4 of 16 layers captured and read; ratios: capture/forward time, capture/eager memory above the forward pass",
+    )
 
 
 if __name__ == "__main__":

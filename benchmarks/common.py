@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import platform
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +47,36 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+class PeakMemory:
+    """Peak resident size of this process above what it was on entry, sampled every two milliseconds.
+
+    On Linux what the process had freed before is handed back first, so that it is counted again.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._before = self._peak = self._process.memory_info().rss
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    @property
+    def mib(self) -> float:
+        """The peak, in MiB."""
+        return (self._peak - self._before) / 2**20
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     return {
@@ -56,12 +90,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, rows: list[dict[str, Any]], notes: str) -> None:
-    """Write ``results/<name>.json`` and print the rows."""
+def save(name: str, rows: list[dict[str, Any]], notes: str, hide: Sequence[str] = ()) -> None:
+    """Write ``results/<name>.json`` and print the rows, without the columns to hide."""
     RESULTS.mkdir(exist_ok=True)
     result = {"benchmark": name, "notes": notes, "machine": machine(), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print_table(rows)
+    print_table([{key: value for key, value in row.items() if key not in hide} for row in rows])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,10 @@ from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.memory import require_memory
 from flowgraph.propagation.backends import EdgeSweeps
 from flowgraph.propagation.conservation import ConservedFlow, conserve
-from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.operators import RowSource, StreamedOperator
 from flowgraph.propagation.powers import scaled
-from flowgraph.propagation.rows import StreamSweeps
-from flowgraph.propagation.sweeps import BLOCK
+from flowgraph.propagation.rows import BalancedRows, StreamSweeps
+from flowgraph.propagation.sweeps import BLOCK, influence_steps
 from flowgraph.propagation.topology import Topology
 
 AUTO_ALL_TOKENS = 2048
@@ -60,7 +59,7 @@ def collect_edges(
         InvalidInputError: ``max_edges`` is neither "auto", "all" nor a positive number.
         MemoryLimitError: the edges would not fit.
 
-    Cost: one read of the rows, or three with a limit; memory O(block x T + edges), and rows of up to 256 MiB that
+    Cost: one read of the rows, or two with a limit; memory O(block x T + edges), and rows of up to 256 MiB that
     are kept between the reads.
     """
     source = as_row_source(rows)
@@ -81,9 +80,12 @@ def collect_edges(
         device,
     )
     if kept == num_tokens * (num_tokens - 1) // 2:
-        edge_index, capacity, _ = _gather(edge_rows, lambda start, weights: weights)
-        return CollectedEdges(edge_index, capacity, *_EVERYTHING_KEPT)
-    return _strongest_by_flow(KeptRows(edge_rows), question.to(device), answer.to(device), kept)
+        everything = _Strongest(num_tokens)
+        for start in range(0, num_tokens, BLOCK):
+            weights = edge_rows.block(start, min(start + BLOCK, num_tokens))[0]
+            everything.add(start, weights, weights)
+        return CollectedEdges(*everything.edges(), *_EVERYTHING_KEPT)
+    return _strongest_by_flow(edge_rows, question.to(device), answer.to(device), kept)
 
 
 def edges_kept(max_edges: int | str, num_tokens: int) -> int:
@@ -104,55 +106,73 @@ def edges_kept(max_edges: int | str, num_tokens: int) -> int:
     return min(max_edges, possible)
 
 
-def _gather(
-    edge_rows: RowSource, importance: Callable[[int, Tensor], Tensor], limit: int | None = None
-) -> tuple[Tensor, Tensor, float]:
-    """Stream the rows and keep the edges of positive importance, the ``limit`` most important if given.
+class _Strongest:
+    """Edges of positive importance, or the ``limit`` most important of them, out of blocks of rows in order."""
 
-    Returns edge_index and capacity in (target, source) order, and the total capacity seen.
+    def __init__(self, num_tokens: int, limit: int | None = None) -> None:
+        self.num_tokens, self.limit = num_tokens, limit
+        self.total_capacity, self._threshold = 0.0, 0.0
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # key = target * T + source, capacity, importance
+
+    def add(self, start: int, capacity: Float[Tensor, "block stop"], importance: Tensor) -> None:
+        self.total_capacity += float(capacity.sum(dtype=torch.float64))
+        target, source = (importance > self._threshold).nonzero(as_tuple=True)
+        chosen = importance[target, source]
+        self._kept.append(((target + start) * self.num_tokens + source, capacity[target, source], chosen))
+        if self.limit is not None and sum(key.numel() for key, _, _ in self._kept) > 2 * self.limit:
+            self._shorten(self.limit)
+            self._threshold = float(self._kept[0][2].min())  # nothing below it can be among the strongest
+
+    def edges(self) -> tuple[Int64[Tensor, "2 edges"], Float[Tensor, " edges"]]:
+        """edge_index and capacity in (target, source) order."""
+        if self.limit is not None:
+            self._shorten(self.limit)
+        key, capacity = (torch.cat([part[column] for part in self._kept]) for column in (0, 1))
+        if self.limit is not None:
+            order = torch.argsort(key)
+            key, capacity = key[order], capacity[order]
+        return torch.stack([key % self.num_tokens, key // self.num_tokens]), capacity
+
+    def _shorten(self, limit: int) -> None:
+        key, capacity, score = (torch.cat(column) for column in zip(*self._kept, strict=True))
+        best = torch.topk(score, min(limit, score.numel())).indices
+        self._kept = [(key[best], capacity[best], score[best])]
+
+
+class _CollectingSweeps(StreamSweeps):
+    """Streamed sweeps that take the strongest edges out of the rows while the second sweep has them in memory.
+
+    When a block is finished, g is known up to its end and h everywhere: that is the flow of each of its edges.
     """
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # key = target * T + source, capacity, importance
-    num_tokens, total, threshold = edge_rows.num_tokens, 0.0, 0.0
-    for start in range(0, num_tokens, BLOCK):
-        weights = edge_rows.block(start, min(start + BLOCK, num_tokens))[0]
-        total += float(weights.sum(dtype=torch.float64))
-        scores = importance(start, weights)
-        target, source = (scores > threshold).nonzero(as_tuple=True)
-        kept.append(((target + start) * num_tokens + source, weights[target, source], scores[target, source]))
-        if limit is not None and sum(key.numel() for key, _, _ in kept) > 2 * limit:
-            kept = [_top(kept, limit)]
-            threshold = float(kept[0][2].min())  # what does not exceed it can never be among the strongest
-    if limit is not None:
-        kept = [_top(kept, limit)]
-    key, capacity = torch.cat([k for k, _, _ in kept]), torch.cat([c for _, c, _ in kept])
-    if limit is not None:
-        order = torch.argsort(key)
-        key, capacity = key[order], capacity[order]
-    return torch.stack([key % num_tokens, key // num_tokens]), capacity, total
+
+    def __init__(self, leaves: Float64[Tensor, "1 tokens"], limit: int) -> None:
+        super().__init__(leaves)
+        self.limit = limit
+
+    def potential(self, weight: RowSource, demand: Tensor) -> Tensor:
+        self.h = super().potential(weight, demand)
+        return self.h
+
+    def influence(self, weight: RowSource, inflow: Tensor) -> Tensor:
+        g, self.strongest = inflow.clone(), _Strongest(weight.num_tokens, self.limit)
+        for here, rows in influence_steps(StreamedOperator(weight), self.leaves, g):
+            weights, stop = rows.weights[0], here.stop
+            flow = weights * (g * self.leaves)[0, :stop] * self.h[0, here, None]
+            if isinstance(weight, BalancedRows):  # the flow is the same in other units, the capacity is not
+                weights = weight.source.block(here.start, here.stop)[0]
+            self.strongest.add(here.start, weights, flow)
+        return g
 
 
-def _top(parts: list[tuple[Tensor, Tensor, Tensor]], limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    key, capacity, score = (torch.cat(column) for column in zip(*parts, strict=True))
-    best = torch.topk(score, min(limit, score.numel())).indices
-    return key[best], capacity[best], score[best]
-
-
-def _strongest_by_flow(rows: RowSource, question: Tensor, answer: Tensor, limit: int) -> CollectedEdges:
-    """Solve exactly on the streamed rows, then keep the edges with most flow, and measure what that loses."""
-    leaves = (~answer).double()
-    sweeps = StreamSweeps(leaves[None])
-    whole = conserve(sweeps, rows, demand=answer.double()[None], question=question[None], source="uniform")
-    units = whole.exponent[0]
-
-    def flow(start: int, weights: Tensor) -> Float64[Tensor, "block stop"]:
-        here = slice(start, start + weights.shape[0])
-        stop = weights.shape[1]
-        wide = weights.double()
-        if bool(units.any()):
-            wide = scaled(wide, units[here, None] - units[None, :stop])
-        return wide * (whole.g[0] * leaves)[None, :stop] * whole.h[0, here, None]
-
-    edge_index, capacity, total = _gather(rows, flow, limit)
+def _strongest_by_flow(rows: EdgeRows, question: Tensor, answer: Tensor, limit: int) -> CollectedEdges:
+    """Solve exactly on the streamed rows, keep the edges with most flow, and measure what that loses."""
+    leaves = (~answer).double()[None]
+    if rows.rules.first_token == "exclude":  # nothing leaves it, and the solver need not search for what it lost
+        leaves[:, 0] = 0.0
+    sweeps = _CollectingSweeps(leaves, limit)
+    whole = conserve(sweeps, KeptRows(rows), demand=answer.double()[None], question=question[None], source="uniform")
+    edge_index, capacity = sweeps.strongest.edges()
+    total = sweeps.strongest.total_capacity
     kept_flow, error = _losses(edge_index, capacity, whole, question, answer)
     kept_attention = float(capacity.sum(dtype=torch.float64)) / total if total else 1.0
     return CollectedEdges(edge_index, capacity, kept_attention, kept_flow, error)

@@ -90,8 +90,12 @@ class MatrixRows:
         return self.matrix[:, start:stop, :stop]
 
 
-def as_row_source(rows: RowSource | Tensor) -> RowSource:
+def as_row_source(rows: RowSource | Tensor, *, triangle_only: bool = False) -> RowSource:
     """Accept a matrix ``[T, T]``, or a batch of them, wherever streamed rows are accepted.
+
+    Args:
+        rows: a matrix, or what is a source already.
+        triangle_only: what stands above the diagonal is no business of the caller's.
 
     Raises:
         GraphError: no square floating point matrix, or one with weights above the diagonal.
@@ -106,7 +110,8 @@ def as_row_source(rows: RowSource | Tensor) -> RowSource:
     if not rows.is_floating_point():
         raise GraphError(f"rows: must be floating point, got {rows.dtype}; call .float() on them")
     matrix = rows[None] if rows.ndim == 2 else rows
-    _refuse_future(matrix)
+    if not triangle_only:
+        _refuse_future(matrix)
     return MatrixRows(matrix)
 
 

@@ -180,7 +180,7 @@ class FlowGraph(Data):
             GraphError: NaN, negative, non-causal rows, or rows that sum to more than 1.
             RegionError: see :meth:`from_edges`.
 
-        Cost: one read of the rows, and two more with a limit; memory O(block x T + E).
+        Cost: one read of the rows, or two with a limit; memory O(block x T + E).
         """
         num_nodes = rows.num_tokens if not isinstance(rows, Tensor) else rows.shape[-1]
         question_mask = as_mask(question, num_nodes, "question")

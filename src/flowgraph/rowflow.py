@@ -90,8 +90,8 @@ def solve_rows(
         answer: ``[B, T]`` bool, where flow leaves. A sequence without any has no flow: ``feasible`` is False there.
         generated: ``[B, T]`` bool, tokens that the model produced (for emission rows). Default: everything after the
             last question token.
-        preset: ``"default"`` or ``"paper"``, how rows become edges; None: ``rows`` are capacities already, taken as
-            they are, ``capacity[t, s]`` for s < t (then they may require gradients).
+        preset: ``"default"`` or ``"paper"``, how rows become edges; None: ``rows`` are capacities already,
+            ``capacity[t, s]`` for s < t, and what stands on and above the diagonal is not read.
         rules: the same choices one by one; overrides ``preset``.
         backend: for capacities in a matrix: ``"dense"`` or ``"numba"``; ``"auto"`` takes what is there.
         source: ``"uniform"``, ``"potential"`` or a vector ``[B, T]``; this and the rest: see :func:`flowgraph.solve`.
@@ -103,6 +103,8 @@ def solve_rows(
         GraphError: rows that are no causal attention, or no square matrix.
         RegionError: a region of another shape, or regions that overlap.
         InvalidInputError: an option outside its set.
+
+    Derivatives flow back to a matrix, ``source`` and ``demand`` where they require them, not through captured rows.
 
     Cost: two reads of the rows; streamed rows of up to 256 MiB are kept between the two.
 
@@ -145,7 +147,7 @@ def _prepared(
     rows: Any, masks: dict[str, Tensor], leaves: Tensor, rules: EdgeRules | None, backend: Backend
 ) -> tuple[DenseSweeps | StreamSweeps, Any]:
     """The sweeps, and the capacities in the form they take."""
-    source = as_row_source(rows)
+    source = as_row_source(rows, triangle_only=rules is None)
     if rules is None:
         if not isinstance(source, MatrixRows):
             raise InvalidInputError(
@@ -160,9 +162,11 @@ def _prepared(
         leaves.scatter_(1, first[:, None], 0.0)
     capacities = EdgeRows(source, rules, masks["generated"], first)
     num_tokens = source.num_tokens
-    if 4 * leaves.shape[0] * num_tokens**2 > _DENSE_BYTES:
+    differentiable = getattr(rows, "requires_grad", False) and torch.is_grad_enabled()
+    if not differentiable and 4 * leaves.shape[0] * num_tokens**2 > _DENSE_BYTES:
         return StreamSweeps(leaves), KeptRows(capacities)
-    matrix = torch.zeros(leaves.shape[0], num_tokens, num_tokens, device=source.device)
+    dtype = rows.dtype if isinstance(rows, Tensor) else torch.float32
+    matrix = torch.zeros(leaves.shape[0], num_tokens, num_tokens, dtype=dtype, device=source.device)
     for start in range(0, num_tokens, BLOCK):
         stop = min(start + BLOCK, num_tokens)
         matrix[:, start:stop, :stop] = capacities.block(start, stop)
@@ -170,9 +174,15 @@ def _prepared(
 
 
 def _refuse_bad_capacities(matrix: Tensor) -> None:
-    low, high = torch.aminmax(matrix.detach())
-    if not bool((low >= 0) & torch.isfinite(high)):
-        bad = ~(torch.isfinite(matrix) & (matrix >= 0))
+    """One read of the triangle; what stands on and above the diagonal is never read, here or later."""
+    tokens = matrix.shape[-1]
+    ends = [(start, min(start + 4 * BLOCK, tokens)) for start in range(0, tokens, 4 * BLOCK)]
+    extremes = [torch.aminmax(matrix.detach()[:, start:stop, :stop]) for start, stop in ends]
+    if not all(bool((low >= 0) & torch.isfinite(high)) for low, high in extremes):
+        below = matrix.detach().tril(-1)
+        bad = ~(torch.isfinite(below) & (below >= 0))
+        if not bool(bad.any()):
+            return
         graph, t, s = bad.nonzero()[0].tolist()
         raise GraphError(
             f"capacity: must be finite and non-negative, got {matrix[graph, t, s].item()} at [{graph}, {t}, {s}]; "

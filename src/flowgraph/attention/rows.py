@@ -16,7 +16,7 @@ from flowgraph.errors import InvalidInputError
 from flowgraph.memory import require_memory
 
 BLOCK = 128
-_SCRATCH_BYTES = 2**26
+_SCRATCH_BYTES = 2**25
 """Softmax weights of all heads held at once; small blocks stay in cache and were the fastest measured."""
 
 

@@ -72,7 +72,9 @@ def _in_range(sweeps: Any, weight: Any, h: Tensor) -> bool:
     """A token whose reader has influence must have some itself; if it has none, a product underflowed."""
     if not bool(torch.isfinite(h).all()):
         return False
-    vanished = (h < _SMALLEST_NORMAL) & (sweeps.leaves > 0)
+    position = torch.arange(h.shape[-1], device=h.device).expand_as(h)
+    last_reader = sweeps.spread(sweeps.largest(torch.where(h > 0, position, -1)))
+    vanished = (h < _SMALLEST_NORMAL) & (sweeps.leaves > 0) & (position < last_reader)
     return not bool(vanished.any()) or not sweeps.any_weight(weight, target=h > 0, source=vanished)
 
 

@@ -34,11 +34,10 @@ class RowSource(Protocol):
 
 
 class DenseRows:
-    """Rows ``[start, stop)`` of dense matrices, columns ``[0, stop)``, widened once for what is done with them."""
+    """Rows ``[start, stop)`` of dense matrices, columns ``[0, stop)``, in their own precision and in float64."""
 
-    def __init__(self, weights: Float[Tensor, "graphs block stop"]) -> None:
-        start = weights.shape[-1] - weights.shape[-2]
-        wide = weights.double()
+    def __init__(self, weights: Float[Tensor, "graphs block stop"], wide: Float64[Tensor, "graphs block stop"]) -> None:
+        self.weights, start = weights, weights.shape[-1] - weights.shape[-2]
         self._before = wide[..., :start]
         self.inner: Float64[Tensor, "graphs block block"] = wide[..., start:].tril(-1)
 
@@ -49,24 +48,49 @@ class DenseRows:
         out[:, : self._before.shape[-1]] += (y[:, None, :] @ self._before).squeeze(1)
 
 
+_BLOCK_NUMBERS, _FEWEST_ROWS = 2**21, 32
+"""Streamed blocks hold about this many numbers of each sequence: 16 MiB in float64."""
+
+
+class _Widening:
+    """Blocks of rows in float64, one at a time in the same memory: fresh pages cost more than the conversion."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens, self._scratch = num_tokens, torch.empty(0)
+
+    def rows(self, weights: Float[Tensor, "graphs block stop"]) -> DenseRows:
+        if weights.dtype == torch.float64:
+            return DenseRows(weights, weights)
+        graphs, block, stop = weights.shape
+        if self._scratch.shape[1:2] < (block,):
+            shape = (graphs, block, self.num_tokens)
+            self._scratch = torch.empty(shape, dtype=torch.float64, device=weights.device)
+        return DenseRows(weights, self._scratch[:, :block, :stop].copy_(weights))
+
+
 class DenseOperator:
     """C as a dense batch ``[graphs, tokens, tokens]``, read in place; the diagonal and what lies above are ignored."""
 
     def __init__(self, matrix: Float[Tensor, "graphs tokens tokens"], block: int = BLOCK) -> None:
         self.matrix, self.block, self.num_tokens = matrix, block, matrix.shape[-1]
+        self._widening = _Widening(self.num_tokens)
 
     def rows(self, start: int, stop: int) -> DenseRows:
-        return DenseRows(self.matrix[:, start:stop, :stop])
+        """The rows as a view; their float64 copy is valid until the next ones are read."""
+        return self._widening.rows(self.matrix[:, start:stop, :stop])
 
 
 class StreamedOperator:
-    """C whose rows are produced on demand and dropped after use: memory O(graphs x block x T)."""
+    """C whose rows are produced on demand and dropped after use: memory O(graphs x block x T), the block bounded."""
 
-    def __init__(self, source: RowSource, block: int = BLOCK) -> None:
-        self.source, self.block, self.num_tokens = source, block, source.num_tokens
+    def __init__(self, source: RowSource) -> None:
+        self.source, self.num_tokens = source, source.num_tokens
+        self.block = max(_FEWEST_ROWS, min(BLOCK, _BLOCK_NUMBERS // max(self.num_tokens, 1)))
+        self._widening = _Widening(self.num_tokens)
 
     def rows(self, start: int, stop: int) -> DenseRows:
-        return DenseRows(self.source.block(start, stop))
+        """The rows; their float64 copy is valid until the next ones are read."""
+        return self._widening.rows(self.source.block(start, stop))
 
 
 class SparseOperator:

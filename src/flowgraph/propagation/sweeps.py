@@ -14,7 +14,7 @@ non-negative terms nothing cancels, and each entry is accurate to a few units in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float64
@@ -39,13 +39,16 @@ class BlockRows(Protocol):
         ...
 
 
-class BlockOperator(Protocol):
+Rows_co = TypeVar("Rows_co", bound=BlockRows, covariant=True)
+
+
+class BlockOperator(Protocol[Rows_co]):
     """A batch of causal matrices C that can be read in blocks of rows; see :mod:`.operators`."""
 
     num_tokens: int
     block: int
 
-    def rows(self, start: int, stop: int) -> BlockRows:
+    def rows(self, start: int, stop: int) -> Rows_co:
         """Read the rows of the tokens ``[start, stop)``."""
         ...
 
@@ -93,8 +96,8 @@ def influence(
 
 
 def influence_steps(
-    operator: BlockOperator, leaves: Float64[Tensor, "graphs tokens"], g: Float64[Tensor, "graphs tokens"]
-) -> Iterator[tuple[slice, BlockRows]]:
+    operator: BlockOperator[Rows_co], leaves: Float64[Tensor, "graphs tokens"], g: Float64[Tensor, "graphs tokens"]
+) -> Iterator[tuple[slice, Rows_co]]:
     """The same sweep in place, ``g`` holding the inflow at first, one block at a time.
 
     What is yielded is the block just finished and its rows, for callers that use each row while it is in memory.

@@ -1,0 +1,116 @@
+"""Draw the committed results into docs/images/.
+
+pip install --group bench
+python -m benchmarks.plots
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.common import RESULTS
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+# Okabe and Ito's palette: told apart by colour-blind readers, and on white and grey.
+BLUE, ORANGE, GREEN, BLACK = "#0072b2", "#e69f00", "#009e73", "#444444"
+plt.rcParams |= {
+    "svg.hashsalt": "flowgraph",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def powers_of_two(axis: Axes, ticks: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
+    axis.set_xlabel("tokens")
+
+
+def streaming() -> None:
+    """Memory and time of a trace against its length."""
+    rows = rows_of("streaming")
+    tokens = [row["tokens"] for row in rows]
+    figure, (memory, time) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    memory.plot(tokens, [row["matrix_mib"] for row in rows], "--", color=BLACK, label="one T x T matrix, float32")
+    memory.plot(tokens, [row["trace_mib"] for row in rows], "o-", color=BLUE, label="trace, above the model")
+    memory.plot(tokens, [row["forward_mib"] for row in rows], "s-", color=GREEN, label="its forward pass alone")
+    memory.set_yscale("log", base=2)
+    memory.set_ylabel("MiB")
+    memory.legend(frameon=False)
+    time.plot(tokens, [row["trace_s"] for row in rows], "o-", color=BLUE, label="trace")
+    time.plot(tokens, [row["forward_s"] for row in rows], "s-", color=GREEN, label="its forward pass alone")
+    time.set_yscale("log", base=10)
+    time.set_ylabel("seconds, 2 cores")
+    time.legend(frameon=False)
+    for axis in (memory, time):
+        powers_of_two(axis, tokens)
+    write(figure, "streaming")
+
+
+def engine() -> None:
+    """Both sweeps as multiples of one read of what they solve."""
+    figure, (dense, batch) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for dtype, marker in (("float32", "o-"), ("float64", "s-")):
+        rows = [row for row in rows_of("engine_dense") if row["dtype"] == dtype]
+        tokens = [row["tokens"] for row in rows]
+        dense.plot(tokens, [row["numba_ratio"] for row in rows], marker, color=BLUE, label=f"numba, {dtype}")
+        dense.plot(tokens, [row["torch_ratio"] for row in rows], marker, color=ORANGE, label=f"torch, {dtype}")
+    powers_of_two(dense, tokens)
+    dense.set_yscale("log", base=2)
+    dense.axhline(2, color=BLACK, linestyle="--", linewidth=1)
+    dense.set_ylabel("both sweeps / one read of the triangle")
+    dense.legend(frameon=False)
+    rows = rows_of("engine_batch")
+    labels = [f"{row['graphs']} x {row['tokens']:,}\n{row['edges'] / 1e6:.1f}M edges" for row in rows]
+    for offset, name, colour in ((-0.2, "numba", BLUE), (0.2, "scatter", ORANGE)):
+        batch.bar(
+            [k + offset for k in range(len(rows))], [r[f"{name}_ratio"] for r in rows], 0.4, color=colour, label=name
+        )
+    batch.set_xticks(range(len(rows)), labels, fontsize=8)
+    batch.set_yscale("log", base=2)
+    batch.set_ylabel("whole solve / one read of the edges")
+    batch.legend(frameon=False)
+    write(figure, "engine")
+
+
+def peers() -> None:
+    """A trace by flowgraph and by FlashTrace."""
+    rows = rows_of("flashtrace")
+    tokens = [row["tokens"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, unit, label in ((axes[0], "s", "seconds, 2 cores"), (axes[1], "mib", "MiB above the model")):
+        axis.plot(tokens, [row[f"flowgraph_{unit}"] for row in rows], "o-", color=BLUE, label="flowgraph")
+        axis.plot(tokens, [row[f"flashtrace_{unit}"] for row in rows], "s-", color=ORANGE, label="FlashTrace 0.1.1")
+        axis.set_yscale("log", base=10)
+        axis.set_ylabel(label)
+        axis.legend(frameon=False)
+        powers_of_two(axis, tokens)
+    write(figure, "flashtrace")
+
+
+def write(figure: Any, name: str) -> None:
+    IMAGES.mkdir(exist_ok=True)
+    figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+    print(IMAGES / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    for draw in (streaming, engine, peers):
+        draw()
