@@ -69,7 +69,7 @@ def texts(tokens: int) -> tuple[str, str]:
 
 def ways(model: LlamaForCausalLM, tokenizer: Any, tokens: int) -> dict[str, Callable[[], object]]:
     """One call per tool."""
-    from flashtrace import FlashTrace
+    from flashtrace import FlashTrace  # pyright: ignore[reportMissingImports]
 
     prompt, response = texts(tokens)
     generated = tokens - 1 - tokens // 2

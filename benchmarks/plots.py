@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib  # pyright: ignore[reportMissingImports]
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
 
 from benchmarks.common import RESULTS
 

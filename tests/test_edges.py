@@ -7,12 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgraph.collecting import collect_edges, edges_kept
 from flowgraph.edges import EdgeRows, EdgeRules, MatrixRows
-from flowgraph.errors import GraphError, InvalidInputError, MemoryLimitError
+from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.graph import FlowGraph
-from flowgraph.routes import kept_share
-from flowgraph.solving import solve
+from tests.fixtures.convert import random_attention
 from tests.reference.edges import edges_from_attention
 from tests.strategies import attention_matrices
 
@@ -22,11 +20,6 @@ RULES = [
         ("emission", "emission_all", "literal"), ("drop", "renormalize"), ("exclude", "keep")
     )
 ]
-
-
-def random_attention(tokens: int, sharpness: float = 2.0, seed: int = 0) -> torch.Tensor:
-    logits = sharpness * torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(seed))
-    return torch.softmax(logits.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf), -1)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
@@ -70,56 +63,6 @@ def test_presets_and_the_line_of_provenance():
     assert graph.rules == "rows=literal, self_attention=drop, first_token=keep"
 
 
-def test_keeping_edges_by_flow_records_what_it_lost():
-    attention = random_attention(200, sharpness=4)
-    whole = FlowGraph.from_rows(attention, question=range(1, 40), answer=[199])
-    flow = solve(whole)
-    limited = FlowGraph.from_rows(attention, question=range(1, 40), answer=[199], max_edges=2000)
-    assert limited.num_edges == 2000
-    strongest = torch.topk(flow.edge_flow(), 2000).indices.sort().values
-    assert torch.equal(limited.edge_index, whole.edge_index[:, strongest])
-    assert torch.equal(limited.capacity, whole.capacity[strongest])
-    assert limited.kept_flow.item() == pytest.approx(kept_share(flow, strongest), rel=1e-12)
-    assert limited.kept_attention.item() == pytest.approx(
-        (limited.capacity.sum() / whole.capacity.sum()).item(), rel=1e-5
-    )
-    assert 0 < limited.kept_flow.item() < 1
-    change = (solve(limited).throughput - flow.throughput).abs().max()
-    assert limited.throughput_error.item() == pytest.approx(change.item(), rel=1e-9)
-    assert 0 < change < 0.2
-    assert whole.throughput_error.item() == 0
-    assert whole.kept_flow.item() == whole.kept_attention.item() == 1
-
-
-def test_a_limit_on_a_graph_without_flow_keeps_nothing():
-    attention = torch.eye(6)
-    graph = FlowGraph.from_rows(attention, question=[1], answer=[5], rules=EdgeRules(rows="literal"), max_edges=3)
-    assert graph.num_edges == 0
-    assert not bool(solve(graph).feasible)
-
-
-def test_rows_of_several_sequences_are_no_graph():
-    with pytest.raises(GraphError, match=r"rows: must be those of one sequence, got a batch of 2; .* solve_rows"):
-        FlowGraph.from_rows(random_attention(5).expand(2, 5, 5), question=[1], answer=[4])
-
-
-def test_limits():
-    assert edges_kept("all", 100) == edges_kept("auto", 100) == 4950
-    assert edges_kept("auto", 4096) == 64 * 4096
-    assert edges_kept(10**9, 100) == 4950
-    for value in (0, -3, True, "some", 2.5):
-        with pytest.raises(InvalidInputError, match="max_edges: must be 'auto', 'all' or a positive number, got"):
-            edges_kept(value, 10)  # type: ignore[arg-type]
-
-
-def test_memory_is_estimated_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flowgraph.memory.available_bytes", lambda device: 1000)
-    with pytest.raises(
-        MemoryLimitError, match=r"edges of 50 tokens: would need about .* GiB, got .* free on cpu; pass max_edges="
-    ):
-        FlowGraph.from_rows(random_attention(50), question=[1], answer=[49])
-
-
 def broken(row: int, column: int, value: float) -> torch.Tensor:
     attention = random_attention(300)
     attention[row, column] = value
@@ -154,13 +97,3 @@ def test_bad_attention(attention: torch.Tensor, message: str, max_edges: int | s
 def test_bad_rules(make, message: str):
     with pytest.raises(InvalidInputError, match=message):
         make()
-
-
-def test_rows_below_one_are_attention_too():
-    """Learned sinks take mass that no token holds: excluding sinks gives it back, keeping them does not."""
-    attention = 0.5 * random_attention(5)
-    masks = {"generated": torch.zeros(5).bool(), "question": torch.arange(5) == 1, "answer": torch.arange(5) == 4}
-    kept = collect_edges(attention, EdgeRules("literal", "renormalize", "keep"), **masks)
-    assert kept.capacity[kept.edge_index[1] == 4].sum().item() == pytest.approx(0.5)
-    excluded = collect_edges(attention, EdgeRules("literal", "renormalize", "exclude"), **masks)
-    assert excluded.capacity[excluded.edge_index[1] == 4].sum().item() == pytest.approx(1)

@@ -43,6 +43,9 @@ class Topology:
         same_graphs = ptr is None or ptr is self.ptr
         return edge_index is self.edge_index and same_graphs and _state(edge_index) == self._state
 
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied graph makes its own: a copied tensor counts its edits anew, so they could not be told apart."""
+
     @cached_property
     def graph_of_node(self) -> Int64[Tensor, " nodes"]:
         """Number of the graph that each node belongs to."""
