@@ -106,11 +106,9 @@ reads: dict[int, int] = {}
 def test_rows_are_remembered_as_long_as_they_fit():
     reads.clear()
     rows = KeptRows(CountedRows(random_attention(512)[None]), budget=4 * 256 * 257 // 2)
-    for _ in range(3):
-        for start in (0, 128, 256, 384):
-            assert torch.equal(
-                rows.block(start, start + 128)[0], random_attention(512)[start : start + 128, : start + 128]
-            )
+    for start in (0, 128, 256, 384) * 3:
+        stop = start + 128
+        assert torch.equal(rows.block(start, stop)[0], random_attention(512)[start:stop, :stop])
     assert reads == {0: 1, 128: 1, 256: 3, 384: 3}
 
 

@@ -217,16 +217,16 @@ def net_flow_across_cuts(books: Books, sides: list[NDArray], rng: np.random.Gene
 
 def scaling(books: Books) -> list[Check]:
     """Item 5: congestion is rank one, and alpha fills the fullest edge."""
-    rank_one = np.ldexp(books.g[books.tail] * books.h[books.head], books.unit_change)
-    used = np.where(books.weight > 0, rank_one, 0.0)
+    rank_one = books.g[books.tail] * books.balanced * books.h[books.head]
     residual, full = float(not math.isinf(books.alpha)), "no edge carries flow"
-    if used.any():
-        at = used.argmax()
-        residual, full = abs(books.alpha * used[at] - 1), f"{books.tail[at]} -> {books.head[at]} is full first"
+    if (rank_one > 0).any():
+        room = np.divide(books.weight, rank_one, out=np.full_like(rank_one, np.inf), where=rank_one > 0)
+        at = room.argmin()
+        residual, full = abs(books.alpha / room[at] - 1), f"{books.tail[at]} -> {books.head[at]} is full first"
     return [
         check(
             "congestion",
-            _difference(books.edge_flow, books.g[books.tail] * books.balanced * books.h[books.head]),
+            _difference(books.edge_flow, rank_one),
             4 * EPS,
         ),
         check("alpha", residual, 4 * EPS, full),

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch_geometric.data import Batch
-from torch_geometric.utils import scatter
 
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.graph import FlowGraph
@@ -61,15 +60,14 @@ class Flow:
     def alpha(self) -> Float64[Tensor, " graphs"]:
         r"""Per graph, the largest scaling of this flow that fits the capacities.
 
-        :math:`\alpha = 1 / \max g[s] h[t]` over the edges with flow: a lower bound of the max flow on N. Infinite
-        where no edge carries flow. Cost: one read of the edges, on first use.
+        :math:`\alpha = \min N[t, s] / F(s, t) = 1 / \max g[s] h[t]` over the edges with flow: a lower bound of the max
+        flow on N. Infinite where no edge carries flow. Cost: one read of the edges, on first use.
         """
-        topology = topology_of(self.graph)
-        start, end = self.graph.edge_index
-        congestion = self.in_units(torch.where(self.absorbing[start], 0.0, self.g[start] * self.h[end]))
-        graph_of_edge = topology.graph_of_node[start]
-        worst = scatter(congestion, graph_of_edge, dim_size=topology.num_graphs, reduce="max")
-        return torch.where(worst > 0, 1 / worst, torch.inf)
+        topology, edge_flow = topology_of(self.graph), self.edge_flow()
+        used = edge_flow > 0
+        room = torch.where(used, self.weight() / torch.where(used, edge_flow, 1.0), torch.inf)
+        unlimited = room.new_full((topology.num_graphs,), torch.inf)
+        return unlimited.scatter_reduce(0, topology.graph_of_node[self.graph.edge_index[0]], room, "amin")
 
     def weight(self) -> Float64[Tensor, " edges"]:
         """N on the edges: capacity times damping, zero where the source absorbs."""
@@ -87,7 +85,7 @@ class Flow:
 
     def log2_potential(self) -> Float64[Tensor, " nodes"]:
         """Binary logarithm of the true potential; minus infinity where the demand cannot be reached."""
-        return self.h.log2() + self.exponent
+        return log2_potential(self.h, self.exponent)
 
     def in_units(self, per_edge: Float64[Tensor, " edges"]) -> Float64[Tensor, " edges"]:
         """Weights of edges in the units of h and g: ``* 2**(exponent[target] - exponent[source])``."""
@@ -106,6 +104,11 @@ class Flow:
             f"Flow({self.graph.num_nodes} tokens, {self.graph.num_edges} edges, {feasible}, source={self.source_rule}, "
             f"absorption={self.absorption}, damping={self.damping:g}, backend={self.backend})"
         )
+
+
+def log2_potential(h: Tensor, exponent: Tensor) -> Tensor:
+    """``log2(h * 2**exponent)``; minus infinity, with a gradient of zero, where h is 0."""
+    return torch.where(h > 0, torch.where(h > 0, h, 1.0).log2() + exponent, -torch.inf)
 
 
 def require_single_feasible(flow: Flow) -> None:

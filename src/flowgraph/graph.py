@@ -14,7 +14,6 @@ from flowgraph.edges import EdgeRules
 from flowgraph.errors import GraphError, RegionError
 from flowgraph.masks import MaskLike, as_mask, between
 from flowgraph.propagation.operators import RowSource
-from flowgraph.propagation.topology import CACHE
 
 REGIONS = ("question", "reasoning", "answer")
 
@@ -251,12 +250,6 @@ class FlowGraph(Data):
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Batching shifts node ids and nothing else (PyG's default also shifts any name with ``index`` in it)."""
         return self.num_nodes if key == "edge_index" else super().__inc__(key, value, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickles and copies leave the cached topology behind: it is quicker made than read."""
-        state = super().__getstate__()
-        state.pop(CACHE, None)
-        return state
 
 
 def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:

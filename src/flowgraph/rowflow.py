@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowgraph.edges import EdgeRows, EdgeRules, KeptRows, MatrixRows, as_row_source
 from flowgraph.errors import GraphError, InvalidInputError, RegionError
+from flowgraph.flow import log2_potential
 from flowgraph.propagation.backends import Backend
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.operators import RowSource
@@ -53,7 +54,7 @@ class RowFlow:
 
     def log2_potential(self) -> Float64[Tensor, "batch tokens"]:
         """Binary logarithm of the true potential; minus infinity where the demand cannot be reached."""
-        return self.h.log2() + self.exponent
+        return log2_potential(self.h, self.exponent)
 
     def __repr__(self) -> str:
         batch, tokens = self.h.shape
@@ -121,8 +122,8 @@ def solve_rows(
         absorption = "absorb" if demand is None else "pass_through"
     leaves = (~(masks["answer"] & (absorption == "absorb"))).double() * damping
     shape, device = leaves.shape, leaves.device
-    b = masks["answer"].double() if demand is None else token_vector(demand, shape, device, "demand")
-    entry = source if isinstance(source, str) else token_vector(source, shape, device, "source")
+    b = masks["answer"].double() if demand is None else token_vector(_batched(demand), shape, device, "demand")
+    entry = source if isinstance(source, str) else token_vector(_batched(source), shape, device, "source")
     sweeps, weight = _prepared(rows, masks, leaves, rules or (EdgeRules.preset(preset) if preset else None), backend)
     solved = conserve(sweeps, weight, demand=b, question=masks["question"], source=entry)
     return RowFlow(
@@ -147,6 +148,7 @@ def _prepared(
     rows: Any, masks: dict[str, Tensor], leaves: Tensor, rules: EdgeRules | None, backend: Backend
 ) -> tuple[DenseSweeps | StreamSweeps, Any]:
     """The sweeps, and the capacities in the form they take."""
+    dense = DenseSweeps(leaves, backend)
     source = as_row_source(rows, triangle_only=rules is None)
     if rules is None:
         if not isinstance(source, MatrixRows):
@@ -155,7 +157,7 @@ def _prepared(
                 "use 'default' or 'paper', or pass rows.dense()"
             )
         _refuse_bad_capacities(source.matrix)
-        return DenseSweeps(leaves, backend), source.matrix
+        return dense, source.matrix
     readable = getattr(rows, "attention_mask", None)
     first = torch.zeros_like(leaves[:, 0], dtype=torch.int64) if readable is None else readable.long().argmax(-1)
     if rules.first_token == "exclude":  # nothing leaves it, and the solver need not search for what it lost
@@ -164,13 +166,23 @@ def _prepared(
     num_tokens = source.num_tokens
     differentiable = getattr(rows, "requires_grad", False) and torch.is_grad_enabled()
     if not differentiable and 4 * leaves.shape[0] * num_tokens**2 > _DENSE_BYTES:
+        if backend not in ("auto", "dense"):
+            raise InvalidInputError(
+                f"backend: {leaves.shape[0]} x {num_tokens} tokens are solved while their rows stream, in torch, got "
+                f"{backend!r}; use 'auto', or pass a matrix of capacities with preset=None"
+            )
         return StreamSweeps(leaves), KeptRows(capacities)
     dtype = rows.dtype if isinstance(rows, Tensor) else torch.float32
     matrix = torch.zeros(leaves.shape[0], num_tokens, num_tokens, dtype=dtype, device=source.device)
     for start in range(0, num_tokens, BLOCK):
         stop = min(start + BLOCK, num_tokens)
         matrix[:, start:stop, :stop] = capacities.block(start, stop)
-    return DenseSweeps(leaves, backend), matrix
+    return dense, matrix
+
+
+def _batched(vector: Tensor) -> Tensor:
+    """A vector over the tokens of one sequence as a batch of one."""
+    return vector[None] if isinstance(vector, Tensor) and vector.ndim == 1 else vector
 
 
 def _refuse_bad_capacities(matrix: Tensor) -> None:
@@ -196,12 +208,16 @@ def _masks(rows: Any, **regions: Tensor | None) -> dict[str, Bool[Tensor, "batch
         shape = (1, rows.shape[-1]) if rows.ndim == 2 else (rows.shape[0], rows.shape[-1])
     else:
         shape = (getattr(rows, "batch_size", 1), rows.num_tokens)
+    if 0 in shape:
+        raise GraphError(
+            f"rows: must hold at least one sequence of at least one token, got {shape[0]} of {shape[1]}; "
+            "leave empty batches out"
+        )
     masks = {}
     for name, region in regions.items():
         if region is None:
             continue
-        mask = torch.as_tensor(region, device=rows.device)
-        mask = mask[None] if mask.ndim == 1 else mask
+        mask = _batched(torch.as_tensor(region, device=rows.device))
         if mask.dtype != torch.bool or mask.shape != shape:
             raise RegionError(
                 f"{name}: must be a bool mask of shape {shape}, one entry per token of each sequence, got "

@@ -28,7 +28,9 @@ def in_token_order(count: int, last_first: bool, step: int = 1) -> Sequence[int]
 class Sweeps(Protocol):
     """Both sweeps with N = C D: C the weights, the same shape in every call, and D = diag(``leaves``).
 
-    Vectors are ``[N]`` over the nodes of a batch, or ``[B, T]`` over sequences.
+    Sweeps whose weights are one tensor also have ``outer(at_target, at_source)``, ``at_target[t] * (D at_source)[s]``
+    for each weight ``C[t, s]``: the shape of every gradient of C. Vectors are ``[N]`` over the nodes of a batch, or
+    ``[B, T]`` over sequences.
     """
 
     leaves: Float64[Tensor, ...]
@@ -58,19 +60,14 @@ class Sweeps(Protocol):
         ...
 
     def balanced(self, weight: Any, exponent: Int64[Tensor, ...]) -> Any:
-        """``C[t, s] * 2**(exponent[t] - exponent[s])``, as exact as the range of float64 allows."""
+        """``C[t, s] * 2**(exponent[t] - exponent[s])``, as exact as the range of float64 allows.
+
+        Zero where D is: what an absorbing token does not hand on may be of any size in other units.
+        """
         ...
 
     def any_weight(self, weight: Any, target: Bool[Tensor, ...], source: Bool[Tensor, ...]) -> bool:
         """Whether any of these sources hands anything to any of these targets (D left aside)."""
-        ...
-
-
-class DifferentiableSweeps(Sweeps, Protocol):
-    """Sweeps whose weights are one tensor."""
-
-    def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
-        """``at_target[t] * (D at_source)[s]`` for each weight ``C[t, s]``: the shape of every gradient of C."""
         ...
 
 
@@ -109,7 +106,7 @@ class EdgeSweeps:
 
     def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
         source, target = self.topology.edge_index
-        return scaled(weight, exponent[target] - exponent[source])
+        return scaled(weight * (self.leaves > 0)[source], exponent[target] - exponent[source])
 
     def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
         source = source & self.topology.has_outgoing

@@ -53,7 +53,7 @@ def conserve(
     if _in_range(sweeps, weight, h.detach()):
         entry = _entry(sweeps, h, units, question, source)
         g = _sweep("influence", sweeps, weight, _per_potential(entry, h))
-        if bool(torch.isfinite(g.detach()).all()):
+        if _influence_in_range(sweeps, weight, h.detach(), g.detach()):
             return ConservedFlow(h, g, units, entry)
     units = exponents(sweeps, weight, demand)
     weight, demand = sweeps.balanced(weight, units), scaled(demand, -units)
@@ -76,6 +76,20 @@ def _in_range(sweeps: Any, weight: Any, h: Tensor) -> bool:
     last_reader = sweeps.spread(sweeps.largest(torch.where(h > 0, position, -1)))
     vanished = (h < _SMALLEST_NORMAL) & (sweeps.leaves > 0) & (position < last_reader)
     return not bool(vanished.any()) or not sweeps.any_weight(weight, target=h > 0, source=vanished)
+
+
+def _influence_in_range(sweeps: Any, weight: Any, h: Tensor, g: Tensor) -> bool:
+    """The same for g, where it matters: what reads a token with influence, and reaches the demand, has some."""
+    if not bool(torch.isfinite(g).all()):
+        return False
+    position = torch.arange(g.shape[-1], device=g.device).expand_as(g)
+    first_source = -sweeps.spread(sweeps.largest(torch.where(g > 0, -position, -(2**40))))
+    vanished = (g < _SMALLEST_NORMAL) & (h > 0) & (position > first_source)
+    if not bool(vanished.any()):
+        return True
+    return not bool((vanished & (g > 0)).any()) and not sweeps.any_weight(
+        weight, target=vanished, source=(g > 0) & (sweeps.leaves > 0)
+    )
 
 
 def _entry(sweeps: Any, h: Tensor, units: Tensor, question: Tensor, rule: str | Tensor) -> Tensor:

@@ -14,47 +14,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgraph.propagation.backends import DifferentiableSweeps
+from flowgraph.propagation.backends import Sweeps
 
 
-def potential(sweeps: DifferentiableSweeps, weight: Tensor, demand: Tensor) -> Tensor:
+def potential(sweeps: Sweeps, weight: Any, demand: Tensor) -> Tensor:
     """Differentiable ``h = b + D C^T h``; see :meth:`Sweeps.potential`."""
     return _Potential.apply(sweeps, weight, demand)  # type: ignore[return-value]
 
 
-def influence(sweeps: DifferentiableSweeps, weight: Tensor, inflow: Tensor) -> Tensor:
+def influence(sweeps: Sweeps, weight: Any, inflow: Tensor) -> Tensor:
     """Differentiable ``g = q + C D g``; see :meth:`Sweeps.influence`."""
     return _Influence.apply(sweeps, weight, inflow)  # type: ignore[return-value]
 
 
 class _Potential(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sweeps: DifferentiableSweeps, weight: Tensor, demand: Tensor) -> Tensor:
+    def forward(ctx: Any, sweeps: Sweeps, weight: Any, demand: Tensor) -> Tensor:
         h = sweeps.potential(weight, demand)
-        ctx.sweeps = sweeps
-        ctx.save_for_backward(weight, h)
+        _save(ctx, sweeps, weight, h)
         return h
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor]:
-        weight, h = ctx.saved_tensors
+        weight, h = _saved(ctx)
         adjoint = influence(ctx.sweeps, weight, gradients[0])
         return None, _of_weight(ctx, weight, h, adjoint), adjoint
 
 
 class _Influence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sweeps: DifferentiableSweeps, weight: Tensor, inflow: Tensor) -> Tensor:
+    def forward(ctx: Any, sweeps: Sweeps, weight: Any, inflow: Tensor) -> Tensor:
         g = sweeps.influence(weight, inflow)
-        ctx.sweeps = sweeps
-        ctx.save_for_backward(weight, g)
+        _save(ctx, sweeps, weight, g)
         return g
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor]:
-        weight, g = ctx.saved_tensors
+        weight, g = _saved(ctx)
         adjoint = potential(ctx.sweeps, weight, gradients[0])
         return None, _of_weight(ctx, weight, adjoint, g), adjoint
+
+
+def _save(ctx: Any, sweeps: Sweeps, weight: Any, solution: Tensor) -> None:
+    """Rows on demand are no tensor and have no gradient; they are read again for that of the other argument."""
+    ctx.sweeps, ctx.rows = sweeps, None if isinstance(weight, Tensor) else weight
+    ctx.save_for_backward(*((weight, solution) if ctx.rows is None else (solution,)))
+
+
+def _saved(ctx: Any) -> tuple[Any, Tensor]:
+    return ctx.saved_tensors if ctx.rows is None else (ctx.rows, ctx.saved_tensors[0])
 
 
 def _of_weight(ctx: Any, weight: Tensor, at_target: Tensor, at_source: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError
@@ -65,7 +65,8 @@ class DenseSweeps(_SequenceSums):
                 yield first + t, slice(first, first + t), matrix[t, :t].double().cpu().numpy()
 
     def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
-        return scaled(weight.tril(-1), exponent[:, :, None] - exponent[:, None, :])
+        handed_on = weight.tril(-1) * (self.leaves > 0)[:, None, :]
+        return scaled(handed_on, exponent[:, :, None] - exponent[:, None, :])
 
     def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
         for matrix, readers, read in zip(weight.detach(), target, source, strict=True):
@@ -108,7 +109,7 @@ class StreamSweeps(_SequenceSums):
                     yield first + t, slice(first, first + t), matrix[row, :t]
 
     def balanced(self, weight: RowSource, exponent: Tensor) -> RowSource:
-        return BalancedRows(weight, exponent)
+        return BalancedRows(weight, exponent, self.leaves > 0)
 
     def any_weight(self, weight: RowSource, target: Tensor, source: Tensor) -> bool:
         columns = source.any(0).nonzero().flatten()
@@ -127,6 +128,7 @@ class BalancedRows:
 
     source: RowSource
     exponent: Int64[Tensor, "graphs tokens"]
+    leaves: Bool[Tensor, "graphs tokens"]
 
     @property
     def num_tokens(self) -> int:
@@ -138,4 +140,4 @@ class BalancedRows:
 
     def block(self, start: int, stop: int) -> Float64[Tensor, "graphs block stop"]:
         gap = self.exponent[:, start:stop, None] - self.exponent[:, None, :stop]
-        return scaled(self.source.block(start, stop), gap)
+        return scaled(self.source.block(start, stop) * self.leaves[:, None, :stop], gap)

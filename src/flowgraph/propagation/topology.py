@@ -36,15 +36,20 @@ class Topology:
         sizes = ptr.diff()
         self.num_graphs, self.num_nodes = sizes.numel(), int(ptr[-1])
         self.num_tokens = int(sizes.max()) if sizes.numel() else 0
-        self._state = _state(edge_index)
+        self._version = None if edge_index.is_inference() else edge_index._version
 
-    def describes(self, edge_index: Tensor, ptr: Tensor | None) -> bool:
-        """Whether these are the tensors it was made from, unchanged since (an edit in place counts)."""
-        same_graphs = ptr is None or ptr is self.ptr
-        return edge_index is self.edge_index and same_graphs and _state(edge_index) == self._state
+    def describes(self, edge_index: Tensor, ptr: Tensor | None, num_nodes: int) -> bool:
+        """Whether these are the tensors it was made from, unchanged since (an edit in place counts).
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copied graph makes its own: a copied tensor counts its edits anew, so they could not be told apart."""
+        Tensors made in inference mode keep no count of their edits, so they are never known to be unchanged.
+        """
+        if edge_index is not self.edge_index or num_nodes != self.num_nodes or edge_index.is_inference():
+            return False
+        return (ptr is None or ptr is self.ptr) and edge_index._version == self._version
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Copies and pickles of a graph hold None instead: their tensors count edits anew, and it is quickly made."""
+        return type(None), ()
 
     @cached_property
     def graph_of_node(self) -> Int64[Tensor, " nodes"]:
@@ -170,15 +175,10 @@ def topology_of(graph: Data) -> Topology:
     """The topology of a graph or batch, made on first use and kept on it until its edges change."""
     edge_index: Tensor = graph["edge_index"]
     ptr = graph["ptr"] if isinstance(graph, Batch) else None
-    known = vars(graph).get(CACHE)
-    if known is None or not known.describes(edge_index, ptr):
+    known, num_nodes = vars(graph).get(CACHE), int(graph.num_nodes or 0)
+    if known is None or not known.describes(edge_index, ptr, num_nodes):
         if ptr is None:
-            ptr = torch.tensor([0, int(graph.num_nodes or 0)], device=edge_index.device)
+            ptr = torch.tensor([0, num_nodes], device=edge_index.device)
         known = Topology(edge_index, ptr)
         object.__setattr__(graph, CACHE, known)  # PyG's own setattr would batch it and move it between devices
     return known
-
-
-def _state(edge_index: Tensor) -> int:
-    """Counts edits in place; tensors made in inference mode cannot be edited outside it and keep no count."""
-    return 0 if edge_index.is_inference() else edge_index._version
