@@ -21,7 +21,9 @@ from torch_geometric.utils import scatter
 
 from benchmarks.common import interleaved, save
 from flowgraph.graph import FlowGraph
-from flowgraph.propagation.topology import CACHE
+from flowgraph.propagation.backends import EdgeSweeps
+from flowgraph.propagation.rows import DenseSweeps
+from flowgraph.propagation.topology import CACHE, topology_of
 from flowgraph.rowflow import solve_rows
 from flowgraph.solving import solve
 
@@ -70,11 +72,27 @@ def dense(repeats: int) -> Rows:
                 return lambda: solve_rows(matrix, question=masks[0], answer=masks[1], preset=None, backend=backend)
 
             times = interleaved(
-                {"read": lambda m=matrix: m.sum(), "numba": run("numba"), "torch": run("dense")}, repeats
+                {
+                    "read": lambda m=matrix: m.sum(),
+                    "numba_sweeps": sweeps_alone(matrix, "numba"),
+                    "torch_sweeps": sweeps_alone(matrix, "dense"),
+                    "numba": run("numba"),
+                    "torch": run("dense"),
+                },
+                repeats,
             )
             times["read"] /= 2  # half of the matrix is above the diagonal and need not be read
             rows.append({"tokens": tokens, "dtype": str(dtype)[6:], **over(times, "read")})
     return rows
+
+
+def sweeps_alone(matrix: Tensor, backend: Any) -> Callable[[], object]:
+    """The two sweeps without what ``solve_rows`` does around them (most of it: one read to refuse bad capacities)."""
+    ones = torch.ones(1, matrix.shape[0], dtype=torch.float64)
+    end = torch.zeros_like(ones)
+    end[:, -1] = 1
+    engine = DenseSweeps(ones, backend)
+    return lambda: (engine.potential(matrix[None], end), engine.influence(matrix[None], end))
 
 
 def batch(repeats: int) -> Rows:
@@ -94,9 +112,12 @@ def batch(repeats: int) -> Rows:
         def again(backend: Any, together: Any = together) -> Callable[[], object]:
             return lambda: solve(together, backend=backend)
 
+        engine = EdgeSweeps(topology_of(together), torch.ones(together.num_nodes).double(), "numba")
+        end = together.answer_mask.double()
         times = interleaved(
             {
                 "read": lambda b=together: (b.capacity.sum(), b.edge_index.sum()),
+                "numba_sweeps": lambda w=together.capacity, b=end, e=engine: (e.potential(w, b), e.influence(w, b)),
                 "numba": again("numba"),
                 "scatter": again("scatter"),
             },

@@ -43,6 +43,11 @@ class Sweeps(Protocol):
         """``g = q + C D g``."""
         ...
 
+    @property
+    def hands_on(self) -> Bool[Tensor, ...]:
+        """Tokens that something may leave: D is positive there, and no edges are known to be missing."""
+        ...
+
     def total(self, x: Tensor) -> Float64[Tensor, " graphs"]:
         """Sum over each graph."""
         ...
@@ -84,7 +89,12 @@ class EdgeSweeps:
         self.backend = choose_backend(topology) if backend == "auto" else backend
         if self.backend == "numba":
             compiled.require(topology.device)
+        self._operator: tuple[Tensor, SparseOperator] | None = None
         self.total, self.largest, self.spread = topology.total, topology.largest, topology.spread
+
+    @property
+    def hands_on(self) -> Bool[Tensor, " nodes"]:
+        return (self.leaves > 0) & self.topology.has_outgoing
 
     def potential(self, weight: Tensor, demand: Tensor) -> Tensor:
         return self._run("potential", weight, demand)
@@ -109,9 +119,6 @@ class EdgeSweeps:
         return scaled(weight * (self.leaves > 0)[source], exponent[target] - exponent[source])
 
     def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
-        source = source & self.topology.has_outgoing
-        if not bool(source.any()):
-            return False
         start, end = self.topology.edge_index
         return bool((source[start] & target[end] & (weight > 0)).any())
 
@@ -124,10 +131,16 @@ class EdgeSweeps:
         if self.backend == "dense":
             operator = DenseOperator(_matrices(topology, weight))
         else:
-            operator = SparseOperator(topology, weight)
+            operator = self._sparse(weight)
         tokens = operator.num_tokens
         solved = getattr(sweeps, name)(operator, topology.pad(leaves, tokens), topology.pad(x, tokens))
         return topology.unpad(solved)
+
+    def _sparse(self, weight: Tensor) -> SparseOperator:
+        """The weights in block order; both sweeps of a solve share them."""
+        if self._operator is None or self._operator[0] is not weight:
+            self._operator = (weight, SparseOperator(self.topology, weight))
+        return self._operator[1]
 
 
 def choose_backend(topology: Topology) -> Backend:

@@ -85,6 +85,13 @@ def _in_threads(calls: list[Callable[[], None]], threads: int | None = None) -> 
         for call in calls:
             call()
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(call) for call in calls]:
-            done.result()
+    with ThreadPoolExecutor(threads - 1) as pool:  # the last share is this thread's own
+        others = [pool.submit(lambda part=part: [call() for call in part]) for part in _shares(calls, threads)[:-1]]
+        for call in _shares(calls, threads)[-1]:
+            call()
+        for other in others:
+            other.result()
+
+
+def _shares(calls: list[Callable[[], None]], parts: int) -> list[list[Callable[[], None]]]:
+    return [calls[part::parts] for part in range(parts)]

@@ -72,9 +72,11 @@ def _in_range(sweeps: Any, weight: Any, h: Tensor) -> bool:
     """A token whose reader has influence must have some itself; if it has none, a product underflowed."""
     if not bool(torch.isfinite(h).all()):
         return False
+    vanished = (h < _SMALLEST_NORMAL) & sweeps.hands_on
+    if not bool(vanished.any()):
+        return True
     position = torch.arange(h.shape[-1], device=h.device).expand_as(h)
-    last_reader = sweeps.spread(sweeps.largest(torch.where(h > 0, position, -1)))
-    vanished = (h < _SMALLEST_NORMAL) & (sweeps.leaves > 0) & (position < last_reader)
+    vanished &= position < sweeps.spread(sweeps.largest(torch.where(h > 0, position, -1)))  # someone later is read
     return not bool(vanished.any()) or not sweeps.any_weight(weight, target=h > 0, source=vanished)
 
 
@@ -88,7 +90,7 @@ def _influence_in_range(sweeps: Any, weight: Any, h: Tensor, g: Tensor) -> bool:
     if not bool(vanished.any()):
         return True
     return not bool((vanished & (g > 0)).any()) and not sweeps.any_weight(
-        weight, target=vanished, source=(g > 0) & (sweeps.leaves > 0)
+        weight, target=vanished, source=(g > 0) & sweeps.hands_on
     )
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
-from torch_geometric.utils import scatter
+from torch_geometric.utils import segment
 
 from flowgraph.propagation.sweeps import BLOCK
 from flowgraph.propagation.topology import Topology
@@ -107,13 +107,14 @@ class SparseOperator:
         self.weight = weight if self.blocks.order is None else weight[self.blocks.order]
 
     def rows(self, start: int, stop: int) -> _SparseRows:
-        at, blocks = start // self.block, self.blocks
+        at, blocks, rows = start // self.block, self.blocks, self.num_graphs * self.block
         edges = slice(blocks.ends[at], blocks.ends[at + 1])
         cells = slice(blocks.inner_ends[at], blocks.inner_ends[at + 1])
         inside = self.weight[blocks.inner_edge[cells]]
         return _SparseRows(
             source=blocks.source[edges],
             row=blocks.row[edges],
+            ptr=blocks.row_ptr[at * rows : (at + 1) * rows + 1] - edges.start,
             weight=self.weight[edges].double(),
             inner=_filled((self.num_graphs, self.block, self.block), blocks.inner_cell[cells], inside),
         )
@@ -129,14 +130,14 @@ def _filled(shape: tuple[int, ...], cell: Tensor, weight: Tensor) -> Float64[Ten
 class _SparseRows:
     source: Int64[Tensor, " edges"]
     row: Int64[Tensor, " edges"]
+    ptr: Int64[Tensor, " rows_plus_1"]
     weight: Float64[Tensor, " edges"]
     inner: Float64[Tensor, "graphs block block"]
 
     def pull(self, x: Tensor) -> Tensor:
-        graphs, block = self.inner.shape[:2]
-        received = self.weight * x.view(-1)[self.source]
-        return scatter(received, self.row, dim_size=graphs * block, reduce="sum").view(graphs, block)
+        received = self.weight * x.view(-1).index_select(0, self.source)
+        return segment(received, self.ptr, reduce="sum").view(self.inner.shape[:2])  # a scatter over sorted rows
 
     def push(self, y: Tensor, out: Tensor) -> None:
-        handed_back = self.weight * y.reshape(-1)[self.row]
+        handed_back = self.weight * y.reshape(-1).index_select(0, self.row)
         out.view(-1).scatter_add_(0, self.source, handed_back)

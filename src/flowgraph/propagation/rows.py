@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from flowgraph.errors import InvalidInputError
+from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.propagation import compiled, sweeps
 from flowgraph.propagation.backends import Backend, in_token_order
 from flowgraph.propagation.operators import DenseOperator, RowSource, StreamedOperator
@@ -22,6 +22,10 @@ class _SequenceSums:
     """Sums over vectors ``[B, T]``, one sequence a row."""
 
     leaves: Float64[Tensor, "graphs tokens"]
+
+    @property
+    def hands_on(self) -> Bool[Tensor, "graphs tokens"]:
+        return self.leaves > 0
 
     def total(self, x: Tensor) -> Float64[Tensor, " graphs"]:
         return x.sum(-1)
@@ -65,6 +69,7 @@ class DenseSweeps(_SequenceSums):
                 yield first + t, slice(first, first + t), matrix[t, :t].double().cpu().numpy()
 
     def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
+        refuse_bad_weights(weight)  # an infinite weight is one way to get here
         handed_on = weight.tril(-1) * (self.leaves > 0)[:, None, :]
         return scaled(handed_on, exponent[:, :, None] - exponent[:, None, :])
 
@@ -80,6 +85,22 @@ class DenseSweeps(_SequenceSums):
         if self.backend == "numba" and weight.dtype in (torch.float32, torch.float64):
             return compiled.over_rows(name, weight, self.leaves, x)
         return getattr(sweeps, name)(DenseOperator(weight), self.leaves, x)
+
+
+def refuse_bad_weights(matrix: Float[Tensor, "graphs tokens tokens"]) -> None:
+    """Say which capacity below the diagonal is none.
+
+    Raises:
+        GraphError: NaN, infinite or negative.
+    """
+    below = matrix.detach().tril(-1)
+    bad = ~(torch.isfinite(below) & (below >= 0))
+    if bool(bad.any()):
+        graph, t, s = bad.nonzero()[0].tolist()
+        raise GraphError(
+            f"capacity: must be finite and non-negative, got {below[graph, t, s].item()} at [{graph}, {t}, {s}]; "
+            "check the attention for NaN or overflow"
+        )
 
 
 class StreamSweeps(_SequenceSums):

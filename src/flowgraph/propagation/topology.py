@@ -128,6 +128,7 @@ class EdgeBlocks:
         order: ``[E]`` position in the graph of each edge in block order; None when they stand so already.
         source: ``[E]`` where a value is read: ``graph * num_tokens + source``.
         row: ``[E]`` where it is added up within the block: ``graph * block + target - start``.
+        row_ptr: first edge of each row, rows in the order (block, graph, target).
         ends: edge slice boundaries of the blocks.
         inner_edge: positions in block order of the edges inside a block.
         inner_cell: their cells in ``[graphs, block, block]``.
@@ -139,6 +140,7 @@ class EdgeBlocks:
     order: Int64[Tensor, " edges"] | None
     source: Int64[Tensor, " edges"]
     row: Int64[Tensor, " edges"]
+    row_ptr: Int64[Tensor, " rows_plus_1"]
     ends: list[int]
     inner_edge: Int64[Tensor, " inner"]
     inner_cell: Int64[Tensor, " inner"]
@@ -157,13 +159,16 @@ class EdgeBlocks:
         source, target = topology.local[start], topology.local[end] % block
         limits = torch.arange(num_blocks + 1, device=topology.device)
         inside = (source >= at * block).nonzero().flatten()
-        row = graph * block + target
+        row, rows_per_block = graph * block + target, topology.num_graphs * block
         return cls(
             block=block,
             num_tokens=num_blocks * block,
             order=order,
             source=graph * (num_blocks * block) + source,
             row=row,
+            row_ptr=torch.searchsorted(
+                at * rows_per_block + row, torch.arange(num_blocks * rows_per_block + 1, device=at.device)
+            ),
             ends=torch.searchsorted(at, limits).tolist(),
             inner_edge=inside,
             inner_cell=row[inside] * block + source[inside] % block,
