@@ -199,7 +199,7 @@ def through_networkx(network: nx.DiGraph) -> list[float]:
 
 
 def fill(repeats: int) -> Rows:
-    """Dense tiles against scatter by the share of possible edges: what ``auto`` decides by where numba is missing."""
+    """Dense tiles against scatter by the share of possible edges: what ``auto`` takes where numba is missing."""
     rows = []
     for tokens in (512, 2048):
         for share in (1.0, 0.5, 0.3, 0.2, 0.1, 0.05):

@@ -355,11 +355,11 @@ def test_no_stored_number_can_change_unseen(case: Case, name: str, data: st.Data
 
 def test_without_the_max_flow():
     flow = solve(built(DIAMOND))
-    certificate = certify(flow, exact=False)
+    certificate = certify(flow, level="fast")
     assert certificate.ok
     assert names(certificate) == BEFORE_MAX_FLOW
     assert certificate.max_flow_value is certificate.gap is None
-    assert "exact=False" in certificate.notes[0]
+    assert "level='fast'" in certificate.notes[0]
 
 
 def test_above_the_size_limit():
@@ -370,8 +370,8 @@ def test_above_the_size_limit():
         "max flow: not computed; 4 edges are above max_edges = 3; pass max_edges=4 to compute it",
     )
     with pytest.raises(TooLargeError, match="pass max_edges=4"):
-        certify(flow, exact=True, max_edges=3)
-    assert certify(flow, exact=True, max_edges=4).max_flow_value == 0.5
+        certify(flow, level="exact", max_edges=3)
+    assert certify(flow, level="exact", max_edges=4).max_flow_value == 0.5
 
 
 def test_through_can_be_left_out_and_is_absent_without_inner_tokens():
@@ -406,7 +406,7 @@ def test_a_batch_is_certified_graph_by_graph():
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"exact": "maybe"}, "exact: must be 'auto', True or False, got 'maybe'"),
+        ({"level": "maybe"}, "level: must be one of 'auto', 'fast', 'exact', 'rational', got 'maybe'"),
         ({"num_through": -1}, "num_through: must be at least 0, got -1"),
     ],
 )
@@ -420,7 +420,7 @@ def test_as_text():
     assert lines[:2] == ["Certificate: all 21 checks hold", "  alpha = 0.416667, max flow V = 0.5, alpha / V = 0.8333"]
     assert all(line.startswith("  ✓ ") for line in lines[2:])
     assert len({line.index("<=") for line in lines[2:] if "alpha <= V" not in line}) == 1
-    broken = str(certify(changed(solve(built(DIAMOND)), "throughput", at(1, 0.5)), exact=False))
+    broken = str(certify(changed(solve(built(DIAMOND)), "throughput", at(1, 0.5)), level="fast"))
     assert broken.startswith("Certificate: 3 of 17 checks FAIL: inflow, outflow, path length\n")
     assert "  ✗ inflow " in broken
     assert broken.splitlines()[-1].startswith("  note: max flow: not computed")

@@ -12,7 +12,8 @@ from torch_geometric.data import Batch
 
 from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError, TooLargeError
 from flowgraph.graph import FlowGraph
-from flowgraph.maxflow import MaxFlow, Network, max_flow, max_flow_through
+from flowgraph.maxflow import dominators, max_flow, max_flow_bracket, max_flow_through, max_flow_without
+from flowgraph.network import MaxFlow, Network
 from flowgraph.solving import solve
 from tests.fixtures.convert import to_graph
 from tests.fixtures.graphs import DIAMOND, RELAY_PASS_THROUGH, WORKED_GRAPHS, WorkedGraph
@@ -307,3 +308,95 @@ def test_max_flow_is_frozen():
     best = max_flow(built(DIAMOND))
     with pytest.raises(dataclasses.FrozenInstanceError):
         best.value = 1.0  # type: ignore[misc]
+
+
+# Both ends of the min cuts, brackets, what a token is worth ------------------------------------------------
+
+
+def all_cuts(case: Case) -> list[tuple[Fraction, tuple[bool, ...]]]:
+    """Every separating cut of a small graph: capacity and source side."""
+    edges = [(s, t, c) for s, t, c in case.edges if not case.answer[s]]
+    cuts = []
+    for bits in range(2**case.num_nodes):
+        side = tuple(bool(bits >> v & 1) for v in range(case.num_nodes))
+        if all(side[v] for v in where(case.question)) and not any(side[v] for v in where(case.answer)):
+            cuts.append((sum((c for s, t, c in edges if side[s] and not side[t]), Fraction(0)), side))
+    return cuts
+
+
+@given(case=flow_graphs(max_nodes=8, min_nodes=2))
+@some
+def test_the_min_cuts_nearest_to_either_end(case: Case):
+    """Min cuts form a lattice: the intersection of all source sides is one, and so is their union."""
+    best = max_flow(built(case))
+    smallest = min(capacity for capacity, _ in all_cuts(case))
+    sides = [side for capacity, side in all_cuts(case) if capacity == smallest]
+    assert best.source_side.tolist() == [all(side[v] for side in sides) for v in range(case.num_nodes)]
+    assert best.sink_side.tolist() == [not any(side[v] for side in sides) for v in range(case.num_nodes)]
+    assert best.unique_cut == (len(sides) == 1)
+
+
+@given(case=flow_graphs(max_nodes=9, min_nodes=2))
+@some
+def test_the_bracket_contains_the_exact_value(case: Case):
+    edges = reference.effective_edges(case.edges, case.answer)
+    exact = reference.max_flow_value(case.num_nodes, edges, where(case.question), where(case.answer))
+    low, high = max_flow_bracket(built(case))
+    assert Fraction(low) <= exact <= Fraction(high)
+    assert high - low <= 1e-12 * max(float(exact), 1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-20, 1.0, 1e20, 1e300])
+def test_the_bracket_of_capacities_of_any_size(scale: float):
+    graph = random_graph(40, seed=1)
+    graph.capacity = graph.capacity * scale
+    low, high = max_flow_bracket(graph)
+    value = max_flow(graph).value
+    assert low * (1 - 1e-12) <= value <= high * (1 + 1e-12)
+    assert high - low <= 1e-9 * value
+
+
+def test_the_bracket_of_nothing():
+    assert max_flow_bracket(FlowGraph.from_dense(torch.zeros(3, 3), question=[0], answer=[2])) == (0.0, 0.0)
+
+
+@given(case=flow_graphs(max_nodes=8, min_nodes=3), data=st.data())
+@some
+def test_a_token_taken_out(case: Case, data: st.DataObject):
+    inner = [v for v in range(case.num_nodes) if not case.question[v] and not case.answer[v]]
+    if not inner:
+        return
+    token = data.draw(st.sampled_from(inner))
+    left = [(s, t, c) for s, t, c in reference.effective_edges(case.edges, case.answer) if token not in (s, t)]
+    exact = reference.max_flow_value(case.num_nodes, left, where(case.question), where(case.answer))
+    graph = built(case)
+    assert max_flow_without(graph, token) == pytest.approx(float(exact), rel=1e-12)
+    drop = max_flow(graph).value - max_flow_without(graph, token)
+    assert -1e-12 <= drop <= max_flow_through(graph, token) + 1e-12
+
+
+@given(case=flow_graphs(max_nodes=9, min_nodes=2), absorption=st.sampled_from(["absorb", "pass_through"]))
+@some
+def test_dominators_are_the_tokens_whose_loss_cuts_the_answer_off(case: Case, absorption: str):
+    edges = reference.effective_edges(case.edges, case.answer, absorption)
+    graph = built(case)
+
+    def reachable(without: int | None) -> bool:
+        seen = {v for v in where(case.question) if v != without}
+        for s, t, _ in edges:
+            if s in seen and t != without:
+                seen.add(t)
+        return any(v in seen for v in where(case.answer))
+
+    exists = reachable(None)
+    wanted = [exists and not reachable(v) for v in range(case.num_nodes)]
+    assert dominators(graph, absorption=absorption).tolist() == wanted
+    if exists and absorption == "absorb":  # every route passes them, whatever the capacities
+        through = solve(graph).throughput[torch.tensor(wanted)]
+        assert torch.allclose(through, torch.ones_like(through), rtol=1e-12)
+
+
+@pytest.mark.parametrize("token", [-1, 0, 3, 4])
+def test_only_a_token_in_between_can_be_taken_out(token: int):
+    with pytest.raises(InvalidInputError, match=r"token: must lie in 0\.\.3 and be neither source nor sink, got"):
+        max_flow_without(built(DIAMOND), token)

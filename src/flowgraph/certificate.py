@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch_geometric.data import Batch
@@ -30,7 +30,10 @@ from flowgraph.checks import (
 )
 from flowgraph.errors import InvalidInputError
 from flowgraph.flow import Flow
-from flowgraph.maxflow import MAX_EDGES, Network
+from flowgraph.network import MAX_EDGES, Network
+from flowgraph.rational import RATIONAL_EDGES, against_fractions, require_rational_size
+
+Level = Literal["auto", "fast", "exact", "rational"]
 
 _NODE_VECTORS = ("h", "g", "exponent", "throughput", "source", "demand", "absorbing")
 
@@ -102,8 +105,8 @@ class Certificate:
 def certify(
     flow: Flow,
     *,
-    exact: Literal["auto"] | bool = "auto",
-    max_edges: int = MAX_EDGES,
+    level: Level = "auto",
+    max_edges: int | None = None,
     num_through: int = 8,
     seed: int = 0,
 ) -> Certificate:
@@ -116,8 +119,9 @@ def certify(
 
     Args:
         flow: of one graph; for a batch see :func:`certify_each`.
-        exact: compute the max flow: ``True``, ``False``, or ``"auto"``: when the graph has at most ``max_edges``.
-        max_edges: size limit of the exact max flow.
+        level: ``"fast"``, everything but the max flow; ``"exact"``, with it; ``"rational"``, with it and with every
+            number recomputed in exact fractions; ``"auto"``, exact where the graph is small enough, else fast.
+        max_edges: size limit; default a million edges for the max flow, 5,000 for fractions.
         num_through: for how many tokens M[v] is computed: those with most throughput among the tokens that are
             neither source nor demand.
         seed: of the random cuts.
@@ -129,7 +133,7 @@ def certify(
 
     Raises:
         InvalidInputError: a flow over a Batch, or an option outside its range.
-        TooLargeError: ``exact=True`` on a graph above ``max_edges``.
+        TooLargeError: level ``"exact"`` or ``"rational"`` on a graph above ``max_edges``.
         NumericalRangeError: the max flow solver failed its re-check.
 
     Cost: some 40 reads of the edges and 1 + 2 num_through max flows. Source: method, section 4; arXiv 2606.10646.
@@ -143,13 +147,15 @@ def certify(
         >>> certificate.ok, certificate.max_flow_value, round(certificate.gap, 4)
         (True, 0.5, 0.8333)
     """
-    _check_options(flow, exact, num_through)
+    _check_options(flow, level, num_through)
     fault = _fault(flow)
     graph_check = check("graph", bool(fault), 0, fault)
     if fault:
         note = "nothing else was checked: the statements are about valid graphs"
         return Certificate((graph_check,), None, math.nan, None, (note,))
     alpha = float(flow.alpha)
+    if level == "rational":  # before the max flow, which would be for nothing
+        require_rational_size(flow.graph.num_edges, RATIONAL_EDGES if max_edges is None else max_edges)
     with np.errstate(all="ignore"):  # a corrupted flow may hold anything; NaN fails every comparison
         books = Books(flow)
         checks = [graph_check, *structure(books)]
@@ -162,13 +168,15 @@ def certify(
         else:
             checks.append(nothing_flows(books))
             notes.append("no flow: no source token reaches the demand, so conservation and scaling say nothing")
-        network = _network(books, exact, max_edges, notes)
+        network = _network(books, level, MAX_EDGES if max_edges is None else max_edges, notes)
         value = None
         if network is not None:
             value, exact_checks = against_max_flow(books, network, sides, num_through, notes)
             checks += exact_checks
         elif sides:
             checks.append(smallest_cut(books, sides, books.alpha))
+        if level == "rational":
+            checks += against_fractions(books, value, max_edges=RATIONAL_EDGES if max_edges is None else max_edges)
     gap = alpha / value if value and math.isfinite(alpha) else None
     return Certificate(tuple(checks), value, alpha, gap, tuple(notes))
 
@@ -196,14 +204,15 @@ def certify_each(flow: Flow, **options: Any) -> list[Certificate]:
     return certificates
 
 
-def _check_options(flow: Flow, exact: object, num_through: int) -> None:
+def _check_options(flow: Flow, level: str, num_through: int) -> None:
     if isinstance(flow.graph, Batch):
         raise InvalidInputError(
             f"flow: a certificate is about one graph, got a flow over a Batch of {flow.graph.num_graphs}; "
             "use certify_each(flow)"
         )
-    if exact not in ("auto", True, False):
-        raise InvalidInputError(f"exact: must be 'auto', True or False, got {exact!r}; 'auto' is the default")
+    if level not in get_args(Level):
+        allowed = ", ".join(map(repr, get_args(Level)))
+        raise InvalidInputError(f"level: must be one of {allowed}, got {level!r}; 'auto' is the default")
     if num_through < 0:
         raise InvalidInputError(f"num_through: must be at least 0, got {num_through}; 0 leaves the check out")
 
@@ -225,14 +234,14 @@ def _fault(flow: Flow) -> str:
     return ""
 
 
-def _network(books: Books, exact: Literal["auto"] | bool, max_edges: int, notes: list[str]) -> Network | None:
+def _network(books: Books, level: Level, max_edges: int, notes: list[str]) -> Network | None:
     """The max flow problem between the flow's own source and demand tokens, or a note that says why not."""
     num_edges = books.weight.size
     if (books.enters & books.leaves).any():
         notes.append("max flow: not computed; a token is both source and demand, so no edge limits what passes there")
-    elif exact is False:
-        notes.append("max flow: not computed, as asked (exact=False); alpha is a lower bound of it")
-    elif exact == "auto" and num_edges > max_edges:
+    elif level == "fast":
+        notes.append("max flow: not computed, as asked (level='fast'); alpha is a lower bound of it")
+    elif level == "auto" and num_edges > max_edges:
         notes.append(
             f"max flow: not computed; {num_edges:,} edges are above max_edges = {max_edges:,}; "
             f"pass max_edges={num_edges} to compute it"

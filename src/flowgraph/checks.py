@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowgraph.flow import Flow
-from flowgraph.maxflow import TOLERANCE, Network, source_tokens
+from flowgraph.network import TOLERANCE, Network, source_tokens
 
 EPS = float(np.finfo(np.float64).eps)
 _NOTHING = 2.0**-900
@@ -49,6 +49,12 @@ _STATEMENTS = {
     "alpha <= V": "the scaled flow fits, so it is no larger than the max flow",
     "support": "a max flow uses only edges that carry flow",
     "through": "alpha f[v] is at most what could pass through v",
+    "rational h": "h is the exact potential, up to rounding",
+    "rational g": "g is the exact influence, up to rounding",
+    "rational throughput": "throughput is exact, up to rounding",
+    "rational alpha": "alpha is exact, up to rounding",
+    "rational alpha <= V": "the exact alpha is at most the exact max flow, without tolerance",
+    "rational V": "V is the exact max flow, up to rounding",
 }
 """Every check, in the words of the table."""
 
@@ -94,7 +100,8 @@ class Books:
         self.absorbed = flow.absorbed().detach().cpu().numpy()
         self.edge_flow = flow.edge_flow().detach().cpu().numpy()
         self.absorbing = graph.answer_mask.cpu().numpy() & (flow.absorption == "absorb")
-        self.weight = graph.capacity.detach().double().cpu().numpy() * ~self.absorbing[self.tail] * flow.damping
+        self.capacity = graph.capacity.detach().double().cpu().numpy()
+        self.weight = self.capacity * ~self.absorbing[self.tail] * flow.damping
         # h and g count in powers of two; the same system in those units has these weights and this demand.
         unit = flow.exponent.cpu().numpy()
         self.unit_change = unit[self.head] - unit[self.tail]

@@ -180,10 +180,13 @@ def show(
 @app.command()
 def certify(
     file: Annotated[Path, typer.Argument(help="A saved trace.")],
-    exact: Annotated[
-        bool | None,
-        typer.Option("--exact/--no-exact", help="Exact max flow by igraph; default: when the graph is small enough."),
-    ] = None,
+    level: Annotated[
+        str,
+        typer.Option(
+            help="fast: without the max flow; exact: with it; rational: recomputed in fractions too; auto: exact "
+            "where the graph is small enough."
+        ),
+    ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the certificate here.")] = None,
 ) -> None:
     """Check everything that is provable about a saved trace; exit code 1 when a check fails."""
@@ -196,7 +199,7 @@ def certify(
         check_writable(json_file)
     with _progress() as say:
         say("checking the flow")
-        certificate = load_trace(file).certify(exact="auto" if exact is None else exact)
+        certificate = load_trace(file).certify(level=level)
     _console().print(certificate_table(certificate))
     if json_file is not None:
         write_json(json_file, certificate.to_dict())

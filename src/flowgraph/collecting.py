@@ -115,13 +115,19 @@ class _Strongest:
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # key = target * T + source, capacity, importance
 
     def add(self, start: int, capacity: Float[Tensor, "block stop"], importance: Tensor) -> None:
+        """Take in a block of rows, a few at a time: what is not yet sorted out stays a fraction of the limit."""
         self.total_capacity += float(capacity.sum(dtype=torch.float64))
-        target, source = (importance > self._threshold).nonzero(as_tuple=True)
-        chosen = importance[target, source]
-        self._kept.append(((target + start) * self.num_tokens + source, capacity[target, source], chosen))
-        if self.limit is not None and sum(key.numel() for key, _, _ in self._kept) > 2 * self.limit:
-            self._shorten(self.limit)
-            self._threshold = float(self._kept[0][2].min())  # nothing below it can be among the strongest
+        rows, stop = capacity.shape
+        few = rows if self.limit is None else max(1, self.limit // (4 * stop))
+        for first in range(0, rows, few):
+            some = slice(first, first + few)
+            target, source = (importance[some] > self._threshold).nonzero(as_tuple=True)
+            target += first
+            chosen = importance[target, source]
+            self._kept.append(((target + start) * self.num_tokens + source, capacity[target, source], chosen))
+            if self.limit is not None and sum(key.numel() for key, _, _ in self._kept) > 1.5 * self.limit:
+                self._shorten(self.limit)
+                self._threshold = float(self._kept[0][2].min())  # nothing below it can be among the strongest
 
     def edges(self) -> tuple[Int64[Tensor, "2 edges"], Float[Tensor, " edges"]]:
         """edge_index and capacity in (target, source) order."""
@@ -135,7 +141,7 @@ class _Strongest:
 
     def _shorten(self, limit: int) -> None:
         key, capacity, score = (torch.cat(column) for column in zip(*self._kept, strict=True))
-        best = torch.topk(score, min(limit, score.numel())).indices
+        best = torch.topk(score, min(limit, score.numel()), sorted=False).indices
         self._kept = [(key[best], capacity[best], score[best])]
 
 

@@ -43,7 +43,7 @@ def solve(
         backend: ``"scatter"``, blocked substitution over PyG scatter (canonical, any device); ``"numba"``, the same
             sums compiled, in threads over the graphs of a batch (CPU; extra ``numba``); ``"dense"``, blocked
             substitution over a dense matrix; ``"reference"``, one token at a time in Python; ``"auto"``, compiled
-            where it runs, else dense when a fifth of all possible edges exist and the matrix is small, else scatter.
+            where it runs, else scatter.
         source: where the unit enters: ``"uniform"`` over the question tokens that reach the answer (paper),
             ``"potential"`` in proportion to h over question tokens, or a non-negative vector ``[N]``, normalised
             per graph over the tokens that reach the demand.

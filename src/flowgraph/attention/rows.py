@@ -211,6 +211,30 @@ class AttentionRows:
         layers = [layer.select(slice(item, item + 1)) for layer in self._layers]
         return SequenceRows(layers, self.attention_mask[item].nonzero().flatten(), self.device)
 
+    def layer_rows(self, item: int = 0) -> Float[Tensor, "layers tokens tokens"]:
+        """The rows of one sequence, padding removed, for each chosen layer apart, in the order of ``layers``.
+
+        Their mean over layers is ``sequence(item)``. From ``capture(..., layers="all")`` it is what
+        :func:`flowgraph.attention_rollout` takes.
+
+        Raises:
+            InvalidInputError: no such sequence.
+            MemoryLimitError: ``4 * layers * tokens ** 2`` bytes would not fit.
+
+        Cost: as much as reading every row once.
+        """
+        rows = self.sequence(item)
+        layers, tokens = len(rows.layers), rows.num_tokens
+        what = f"rows of {layers} layers x {tokens} tokens"
+        require_memory(4 * layers * tokens**2, what, "capture fewer layers at a time", self.device)
+        out = torch.zeros(layers, tokens, tokens, device=self.device)
+        for layer, of_layer in zip(rows.layers, out, strict=True):
+            alone = SequenceRows([layer], rows.positions, rows.device)
+            for start in range(0, tokens, BLOCK):
+                stop = min(start + BLOCK, tokens)
+                of_layer[start:stop, :stop] = alone.block(start, stop)[0]
+        return out
+
     def __repr__(self) -> str:
         return f"AttentionRows({self.batch_size} x {self.num_tokens} tokens, layers {list(self.layers)})"
 

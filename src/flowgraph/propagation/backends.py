@@ -15,9 +15,6 @@ from flowgraph.propagation.powers import scaled
 from flowgraph.propagation.topology import Topology
 
 Backend = Literal["auto", "dense", "scatter", "numba", "reference"]
-DENSE_FILL = 0.2
-"""Share of all possible edges above which dense tiles beat gather and scatter (benchmarks/engine.py)."""
-_DENSE_MAX_BYTES = 2**30
 
 
 def in_token_order(count: int, last_first: bool, step: int = 1) -> Sequence[int]:
@@ -144,14 +141,8 @@ class EdgeSweeps:
 
 
 def choose_backend(topology: Topology) -> Backend:
-    """Compiled code where it runs; else dense tiles when the batch is nearly full, and small enough for them."""
-    if topology.device.type == "cpu" and compiled.available():
-        return "numba"
-    sizes = topology.ptr.diff().double()
-    possible = float((sizes * (sizes - 1)).sum()) / 2
-    cells = topology.num_graphs * float(topology.num_tokens) ** 2
-    edges = topology.edge_index.shape[1]
-    return "dense" if 8 * cells <= _DENSE_MAX_BYTES and edges >= DENSE_FILL * max(possible, cells / 4) else "scatter"
+    """Compiled code where it runs, else scatter: dense tiles first have to be written, and never won that back."""
+    return "numba" if topology.device.type == "cpu" and compiled.available() else "scatter"
 
 
 def _matrices(topology: Topology, weight: Tensor) -> Float[Tensor, "graphs tokens tokens"]:
