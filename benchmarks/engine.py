@@ -20,6 +20,8 @@ from torch_geometric.data import Batch
 from torch_geometric.utils import scatter
 
 from benchmarks.common import interleaved, save
+from benchmarks.streaming import LAYERS, build
+from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.graph import FlowGraph
 from flowgraph.propagation.backends import EdgeSweeps
 from flowgraph.propagation.rows import DenseSweeps
@@ -220,8 +222,38 @@ def fill(repeats: int) -> Rows:
     return rows
 
 
+def shared(repeats: int) -> Rows:
+    """Scoring 16 responses of one prompt from a recorded pass: prompt rows computed once, or for each response."""
+    model, rows = build(), []
+    for prompt, response in ((128, 128), (512, 128), (128, 512), (1024, 256)):
+        tokens = prompt + response
+        ids = torch.randint(0, 4096, (16, tokens), generator=torch.Generator().manual_seed(0))
+        ids[:, :prompt] = ids[:1, :prompt]
+        mask, position = torch.ones_like(ids), torch.arange(tokens).expand_as(ids)
+        masks = {"question": (position > 0) & (position < prompt), "answer": position >= tokens - 8}
+
+        def forward(ids: Tensor = ids, mask: Tensor = mask) -> None:
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+        with AttentionRecorder(model, layers=LAYERS) as recorder:
+            forward()
+        once, each = recorder.rows(mask, ids), recorder.rows(mask)
+        times = interleaved(
+            {
+                "forward": forward,
+                "once": lambda rows=once, masks=masks: solve_rows(rows, **masks),
+                "each": lambda rows=each, masks=masks: solve_rows(rows, **masks),
+            },
+            repeats,
+        )
+        apart = (solve_rows(once, **masks).throughput - solve_rows(each, **masks).throughput).abs().max()
+        rows.append({"prompt": prompt, "response": response, **over(times, "forward"), "difference": float(apart)})
+    return rows
+
+
 def main() -> None:
-    sections = {"dense": dense, "batch": batch, "peers": peers, "fill": fill}
+    sections = {"dense": dense, "batch": batch, "peers": peers, "fill": fill, "shared": shared}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="all of them if none is named")
     parser.add_argument("--repeats", type=int, default=7)

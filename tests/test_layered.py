@@ -1,4 +1,4 @@
-"""Rollout and attention flow: worked by hand, then from their definitions, then on a real model; then what is refused."""
+"""Rollout and attention flow: worked by hand, from their definitions, on a real model; then what is refused."""
 
 from fractions import Fraction
 
@@ -142,7 +142,7 @@ def test_the_residual_share():
     assert attention_flow(BOTH_WAYS, residual=1).tolist() == identity
     rows = attention_rollout(BOTH_WAYS, residual=0)
     assert (4 * rows[[0, 2]]).tolist() == [[1, 0, 3], [2, 1, 1]]
-    assert layered_graph(BOTH_WAYS, question=[0], answer=[2], residual=0).num_edges == 6 + 7
+    assert layered_graph(BOTH_WAYS, question=[0], answer=[2], residual=0).num_edges == 6 + 6  # zeros are no edges
 
 
 # From the definitions -----------------------------------------------------------------------------------
@@ -156,8 +156,7 @@ def test_rollout_is_the_product_and_the_sum_over_paths(units: list[list[list[int
     assert exact == reference.rollout_of_paths(layers)
     attention = torch.tensor(units, dtype=torch.float64) / UNITS
     found = attention_rollout(attention, residual=float(residual))
-    assert torch.allclose(found, torch.tensor(floats(exact), dtype=torch.float64), rtol=1e-15, atol=0)
-    assert torch.equal(found > 0, torch.tensor(floats(exact)) > 0)
+    assert found.tolist() == floats(exact)
 
 
 @settings(max_examples=80)
@@ -187,9 +186,7 @@ def test_flow_is_that_of_networkx_in_the_direction_of_the_paper(causal: bool):
         for t in range(tokens):
             for s in range(tokens):
                 downwards.add_edge((level, t), (level - 1, s), capacity=layer[t, s].item())
-    expected = [
-        [nx.maximum_flow_value(downwards, (layers, t), (0, s)) for s in range(tokens)] for t in range(tokens)
-    ]
+    expected = [[nx.maximum_flow_value(downwards, (layers, t), (0, s)) for s in range(tokens)] for t in range(tokens)]
     found = attention_flow(attention)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15)
 
@@ -249,12 +246,12 @@ def test_derivatives_reach_the_attention():
     assert not attention_flow(logits.softmax(-1)).requires_grad
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-7), (torch.bfloat16, 1e-2)])
-def test_other_precisions_are_mixed_in_float64(dtype: torch.dtype, tolerance: float):
-    attention = random_attention(2, 4)
-    rows = attention_rollout(attention.to(dtype))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions_are_mixed_in_float64(dtype: torch.dtype):
+    attention = random_attention(2, 4).to(dtype)
+    rows = attention_rollout(attention, residual=0.3)
     assert rows.dtype == torch.float64
-    assert torch.allclose(rows, product_of(attention), rtol=0, atol=tolerance)
+    assert torch.allclose(rows, product_of(attention, 0.3), rtol=1e-14, atol=0)
 
 
 # A model ------------------------------------------------------------------------------------------------
@@ -280,34 +277,44 @@ def test_every_layer_of_one_capture(name: str):
     assert torch.allclose(some, attention_flow(expected, targets=[len(text) - 1], sources=[0, 1]), atol=1e-5)
 
 
+def test_a_learned_sink_has_to_be_divided_out():
+    layers = capture(family("gpt_oss"), sequences()[0], layers="all").layer_rows()
+    with pytest.raises(GraphError, match=r"every row must sum to 1, got 0\.\d+ at .*a sink that is no token"):
+        attention_rollout(layers)
+    divided = layers / layers.sum(-1, keepdim=True)
+    assert torch.allclose(attention_rollout(divided), product_of(divided), rtol=1e-12)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_layers_of_a_padded_sequence(side: str):
-    model, texts = family("llama"), sequences()
-    ids, mask = padded(texts, side)
-    rows = capture(model, ids, mask, layers=[2, 0])
+    rows = capture(family("llama"), *padded(side), layers=[2, 0])
     assert rows.layers == (0, 2)
-    for item, text in enumerate(texts):
+    for item, text in enumerate(sequences()):
         assert torch.allclose(rows.layer_rows(item), by_layer(text)[[0, 2]], atol=1e-5)
 
 
-def test_layers_of_texts_longer_than_a_block():
-    text = torch.arange(3, 63).repeat(3)[:150]
-    model = family("llama")
-    rows = capture(model, text[:40], layers="all")
-    assert rows.layer_rows().shape == (3, 40, 40)
-    # Blocks of any size are the same rows.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowgraph.attention.rows.BLOCK", 7)
-        assert torch.allclose(rows.layer_rows(), capture(model, text[:40], layers="all").layer_rows(), atol=1e-6)
+def test_layers_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch):
+    rows = capture(family("llama"), sequences()[0], layers="all")
+    at_once = rows.layer_rows()
+    monkeypatch.setattr("flowgraph.attention.rows.BLOCK", 7)
+    assert torch.allclose(rows.layer_rows(), at_once, atol=1e-6)
 
 
 def test_layers_that_would_not_fit(monkeypatch: pytest.MonkeyPatch):
     rows = capture(family("llama"), sequences()[0], layers="all")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
-    with pytest.raises(MemoryLimitError, match="rows of 3 layers x 24 tokens: would need .*capture fewer layers"):
+    with pytest.raises(MemoryLimitError, match=r"rows of 3 layers x 24 tokens: would need .*capture fewer layers"):
         rows.layer_rows()
-    with pytest.raises(MemoryLimitError, match="a graph of 3 layers x 24 tokens: would need .*take fewer layers"):
-        attention_rollout(random_attention(3, 24))
+
+
+def test_graphs_that_would_not_fit(monkeypatch: pytest.MonkeyPatch):
+    # 3 * 24 * 24 weights of 16 bytes and, none of them being zero, as many edges and 72 more of 85 bytes: 180,648.
+    attention = random_attention(3, 24)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 200_000})())
+    with pytest.raises(MemoryLimitError, match=r"a graph of 3 layers x 24 tokens: would need .*take fewer layers"):
+        attention_rollout(attention)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 201_000})())
+    assert attention_rollout(attention).shape == (24, 24)
 
 
 # What is refused ----------------------------------------------------------------------------------------
@@ -364,7 +371,7 @@ def test_tokens_that_are_not_there():
 
 
 def test_unknown_backends():
-    with pytest.raises(InvalidInputError, match="backend: must be one of .*, got 'cuda'"):
+    with pytest.raises(InvalidInputError, match=r"backend: must be one of .*, got 'cuda'"):
         attention_rollout(BOTH_WAYS, backend="cuda")
 
 

@@ -38,7 +38,8 @@ def to_networkx(graph: FlowGraph | Flow | FlowTrace) -> nx.DiGraph:
         whole, node_attrs=["question_mask", "reasoning_mask", "answer_mask"], edge_attrs=["capacity"]
     )
     if flow:
-        for name, values in (("throughput", flow.throughput), ("h", flow.h), ("g", flow.g)):
+        h, g = flow.potentials()
+        for name, values in (("throughput", flow.throughput), ("h", h), ("g", g)):
             nx.set_node_attributes(result, dict(enumerate(values.tolist())), name)
         if trace:
             nx.set_node_attributes(result, dict(enumerate(trace.tokens)), "token")

@@ -83,6 +83,10 @@ class Flow:
         """Share of the unit flow that leaves to the virtual sink at each token, ``g * b``; sums to 1 where feasible."""
         return self.g * scaled(self.demand, -self.exponent)
 
+    def potentials(self) -> tuple[Float64[Tensor, " nodes"], Float64[Tensor, " nodes"]]:
+        """h and g as plain numbers: 0 or infinity where float64 cannot hold them (see ``exponent``)."""
+        return scaled(self.h, self.exponent), scaled(self.g, -self.exponent)
+
     def log2_potential(self) -> Float64[Tensor, " nodes"]:
         """Binary logarithm of the true potential; minus infinity where the demand cannot be reached."""
         return log2_potential(self.h, self.exponent)

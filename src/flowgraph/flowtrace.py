@@ -77,8 +77,8 @@ class FlowTrace:
 
     @property
     def h(self) -> Float64[Tensor, " tokens"]:
-        """Total influence of each token that reaches the answer."""
-        return self.flow.h
+        """Total influence of each token that reaches the answer; 0 also where it is too small for float64."""
+        return self.flow.potentials()[0]
 
     @property
     def question(self) -> Bool[Tensor, " tokens"]:

@@ -6,9 +6,10 @@ Schema ``flowgraph-trace/1``::
     model         name, or null
     text          prompt + response
     feasible      whether any question token reaches the answer
-    summary       {num_tokens, num_edges, mean_hops, alpha, kept_attention, kept_flow}
+    summary       {num_tokens, num_edges, mean_hops, alpha, kept_attention, kept_flow, throughput_error}
     tokens        [{index, text, start, end, region, generated, h, g, throughput}]; region is
-                  "question", "reasoning", "answer" or null; start and end are characters of text
+                  "question", "reasoning", "answer" or null; start and end are characters of text; h or g
+                  is null where it is too large for float64
     edges         [[source, target, capacity, flow]], those with most flow first
     edges_left_out  number of edges with flow that are not listed
     backbone      {keep, share, edges: [[source, target, flow]]}, or null without a flow
@@ -20,6 +21,7 @@ Schema ``flowgraph-trace/1``::
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -65,6 +67,7 @@ def trace_payload(
             "alpha": float(flow.alpha) if bool(torch.isfinite(flow.alpha)) else None,
             "kept_attention": float(graph.kept_attention),
             "kept_flow": float(graph.kept_flow),
+            "throughput_error": float(graph.throughput_error),
         },
         "tokens": _tokens(flow, tokens, spans, generated),
         "edges": _edges(graph.edge_index, strongest[:max_edges], graph.capacity.double(), edge_flow),
@@ -89,7 +92,8 @@ def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor)
     graph = flow.graph
     regions = {"question": graph.question_mask, "reasoning": graph.reasoning_mask, "answer": graph.answer_mask}
     starts, made = spans.tolist(), generated.tolist()
-    h, g, throughput = flow.h.tolist(), flow.g.tolist(), flow.throughput.tolist()
+    h, g = ([x if math.isfinite(x) else None for x in vector.tolist()] for vector in flow.potentials())
+    throughput = flow.throughput.tolist()
     return [
         {
             "index": index,

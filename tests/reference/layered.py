@@ -11,7 +11,7 @@ Matrix = Sequence[Sequence[Fraction]]
 def mixed(attention: Sequence[Matrix], residual: Fraction) -> list[Matrix]:
     """``(1 - r) W + r I`` of every layer."""
     return [
-        [[(1 - residual) * w + residual * (s == t) for s, w in enumerate(row)] for t, row in enumerate(layer)]
+        [[(1 - residual) * w + (residual if s == t else 0) for s, w in enumerate(row)] for t, row in enumerate(layer)]
         for layer in attention
     ]
 
@@ -27,7 +27,10 @@ def rollout_of_matrices(layers: Sequence[Matrix]) -> Matrix:
 def rollout_of_paths(layers: Sequence[Matrix]) -> Matrix:
     """For every pair, the sum over all paths of the product of their weights."""
     tokens = range(len(layers[0]))
-    return [[sum((prod(path) for path in paths(layers, s, t)), Fraction(0)) for s in tokens] for t in tokens]
+    return [
+        [sum((prod(path, start=Fraction(1)) for path in paths(layers, s, t)), Fraction(0)) for s in tokens]
+        for t in tokens
+    ]
 
 
 def paths(layers: Sequence[Matrix], source: int, target: int) -> list[list[Fraction]]:

@@ -123,6 +123,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
     summary, backbone = payload["summary"], payload["backbone"]
     regions = [token["region"] for token in payload["tokens"]]
     kept_flow, kept_attention = summary["kept_flow"], summary["kept_attention"]
+    lost = (_percent(kept_flow), _percent(kept_attention), f"{summary['throughput_error']:.1g}")
     return {
         "model": _printable(payload["model"] or "a model"),
         "feasible": payload["feasible"],
@@ -133,7 +134,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "alpha": summary["alpha"],
         "backbone_share": backbone and _percent(backbone["share"]),
         "backbone_edges": backbone and len(backbone["edges"]),
-        "pruned": (_percent(kept_flow), _percent(kept_attention)) if min(kept_flow, kept_attention) < 1 else None,
+        "pruned": lost if min(kept_flow, kept_attention) < 1 else None,
         "provenance": list(_flattened(payload["provenance"])),
         "schema": payload["schema"],
     }
