@@ -24,9 +24,6 @@ SelfRule = Literal["drop", "renormalize"]
 FirstTokenRule = Literal["exclude", "keep"]
 Preset = Literal["default", "paper"]
 
-_ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_HALF_TOLERANCE = 3e-2  # a bfloat16 row of a thousand rounded weights
-
 
 @dataclass(frozen=True)
 class EdgeRules:
@@ -187,6 +184,11 @@ class EdgeRows:
         return later if self.rules.rows == "emission_all" else later & self.generated[:, token]
 
 
+def row_sum_tolerance(dtype: torch.dtype) -> float:
+    """How far the sum of a row of attention may be from 1 by rounding; in bfloat16 a thousand weights add up."""
+    return {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 3e-2)
+
+
 def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int) -> Float[Tensor, "graphs block"]:
     """Attention as a causal LM must have it; a row may sum to less than 1 (padding, learned sinks).
 
@@ -217,7 +219,7 @@ def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int
             f"[{start + row}, {start + column}]; row t is the reader t, and it reads tokens 0..t"
         )
     sums = weights.sum(-1)
-    tolerance = _ROW_SUM_TOLERANCE.get(weights.dtype, _HALF_TOLERANCE)
+    tolerance = row_sum_tolerance(weights.dtype)
     if bool((sums > 1 + tolerance).any()):
         over = (sums > 1 + tolerance).nonzero()[0]
         raise GraphError(

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from flowgraph.edges import row_sum_tolerance
 from flowgraph.errors import GraphError, InvalidInputError, RegionError, TooLargeError
 from flowgraph.graph import FlowGraph
 from flowgraph.masks import MaskLike, as_mask
@@ -38,8 +39,6 @@ MAX_EDGES = 20_000_000
 _SECONDS_PER_EDGE = 1e-6
 _BYTES_PER_WEIGHT, _BYTES_PER_EDGE = 16, 85
 """What building a graph takes at its peak."""
-_ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_HALF_TOLERANCE = 3e-2  # a bfloat16 row of a thousand rounded weights
 
 
 def layered_graph(
@@ -276,7 +275,7 @@ def _check(attention: Tensor, residual: float) -> None:
             "check the attention for NaN or overflow"
         )
     sums = attention.detach().sum(-1, dtype=torch.float64)
-    wrong = (sums - 1).abs() > _ROW_SUM_TOLERANCE.get(attention.dtype, _HALF_TOLERANCE)
+    wrong = (sums - 1).abs() > row_sum_tolerance(attention.dtype)
     if bool(wrong.any()):
         layer, t = wrong.nonzero()[0].tolist()
         raise GraphError(
