@@ -71,6 +71,11 @@ build/scatter/.done: $(VENV)/.dev
 test-scatter: build/scatter/.done  ## the propagation tests with torch-scatter built from source
 	FLOWGRAPH_EXPECT_SCATTER=1 PYTHONPATH=build/scatter $(TESTENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_flow.py tests/propagation tests/test_routes.py
 
+# The seed and the number of a failing graph are printed with the command that solves that graph alone.
+FUZZ ?= 100000
+fuzz: $(VENV)/.dev  ## certify every flow on 100,000 small graphs, solved in every way (FUZZ=N for another number)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz_certificates --graphs $(FUZZ) --workers $(WORKERS)
+
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) install --group bench
 	@touch $@

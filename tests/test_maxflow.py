@@ -58,9 +58,9 @@ def assert_proved(best: MaxFlow, graph: FlowGraph, absorption: str = "absorb") -
         cut += Fraction(c) if crosses else 0
     defect = sum(abs(e) for e, q, a in zip(excess, question, answer, strict=True) if not q and not a)
     value = -sum(e for e, q in zip(excess, question, strict=True) if q)
-    assert float(cut) == best.cut_capacity
+    assert cut <= Fraction(best.cut_capacity) <= cut * (1 + Fraction(ONE_ULP))
     assert float(value) == pytest.approx(best.value, rel=4 * ONE_ULP)
-    assert 0 <= float(cut - value + defect) <= best.error + 4 * ONE_ULP * best.cut_capacity
+    assert Fraction(best.cut_capacity) - Fraction(best.error) <= value - defect  # V is at least that, exactly
     assert all(side[v] for v in where(question))
     assert not any(side[v] for v in where(answer))
 

@@ -8,7 +8,7 @@ Bounds. All terms are non-negative, so a sum of n products, in any order, has a 
 ours: they differ by at most ``local = (n + 32) * eps``, n the largest number of edges at one token, the 32 for
 the handful of other roundings. A **whole** identity adds the local defects of all tokens, each weighted by what
 passes there (f, once in and once out): at most ``whole = 2 * local * sum(f) + N * eps``, N tokens. These are worst
-cases: rounding errors mostly cancel, and a solved flow stays far below them. Numbers below ``2**-900`` of
+cases: rounding errors mostly cancel, and a solved flow stays far below them. Numbers below ``2**-800`` of
 the unit flow, where float64 runs out, count as zero.
 """
 
@@ -24,7 +24,7 @@ from flowgraph.flow import Flow
 from flowgraph.network import TOLERANCE, Network, source_tokens
 
 EPS = float(np.finfo(np.float64).eps)
-_NOTHING = 2.0**-900
+NOTHING = 2.0**-800
 _PREFIX_CUTS, _RANDOM_CUTS = 8, 16
 _STATEMENTS = {
     "graph": "edges run forward in token order; regions are disjoint",
@@ -139,7 +139,7 @@ class Books:
 
 def _difference(got: NDArray, wanted: NDArray) -> float:
     """Largest difference relative to the larger of the two: 0 for nothing, 1 for something against nothing."""
-    scale = np.maximum(np.maximum(np.abs(got), np.abs(wanted)), _NOTHING)
+    scale = np.maximum(np.maximum(np.abs(got), np.abs(wanted)), NOTHING)
     return float(np.max(np.abs(got - wanted) / scale, initial=0.0))
 
 
@@ -225,9 +225,13 @@ def net_flow_across_cuts(books: Books, sides: list[NDArray], rng: np.random.Gene
 def scaling(books: Books) -> list[Check]:
     """Item 5: congestion is rank one, and alpha fills the fullest edge."""
     rank_one = books.g[books.tail] * books.balanced * books.h[books.head]
+    congestion = np.ldexp(books.g[books.tail] * books.h[books.head], books.unit_change)
+    congestion = np.where(books.weight > 0, congestion, 0.0)
+    plain = (congestion > 0) & np.isfinite(congestion)
+    room = np.divide(books.weight, rank_one, out=np.full_like(rank_one, np.inf), where=rank_one > 0)
+    room = np.divide(1.0, congestion, out=room, where=plain)
     residual, full = float(not math.isinf(books.alpha)), "no edge carries flow"
-    if (rank_one > 0).any():
-        room = np.divide(books.weight, rank_one, out=np.full_like(rank_one, np.inf), where=rank_one > 0)
+    if np.isfinite(room).any():
         at = room.argmin()
         residual, full = abs(books.alpha / room[at] - 1), f"{books.tail[at]} -> {books.head[at]} is full first"
     return [

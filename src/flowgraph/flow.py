@@ -63,11 +63,14 @@ class Flow:
         :math:`\alpha = \min N[t, s] / F(s, t) = 1 / \max g[s] h[t]` over the edges with flow: a lower bound of the max
         flow on N. Infinite where no edge carries flow. Cost: one read of the edges, on first use.
         """
-        topology, edge_flow = topology_of(self.graph), self.edge_flow()
-        used = edge_flow > 0
-        room = torch.where(used, self.weight() / torch.where(used, edge_flow, 1.0), torch.inf)
+        topology, weight, edge_flow = topology_of(self.graph), self.weight(), self.edge_flow()
+        start, end = self.graph.edge_index
+        congestion = self.in_units(torch.where(weight > 0, self.g[start] * self.h[end], 0.0))
+        plain, used = (congestion > 0) & torch.isfinite(congestion), edge_flow > 0
+        room = torch.where(used, weight / torch.where(used, edge_flow, 1.0), torch.inf)  # of capacities below 1e-308
+        room = torch.where(plain, 1 / torch.where(plain, congestion, 1.0), room)
         unlimited = room.new_full((topology.num_graphs,), torch.inf)
-        return unlimited.scatter_reduce(0, topology.graph_of_node[self.graph.edge_index[0]], room, "amin")
+        return unlimited.scatter_reduce(0, topology.graph_of_node[start], room, "amin")
 
     def weight(self) -> Float64[Tensor, " edges"]:
         """N on the edges: capacity times damping, zero where the source absorbs."""

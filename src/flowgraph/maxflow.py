@@ -145,7 +145,7 @@ def max_flow_bracket(graph: FlowGraph | Flow, **options: Any) -> tuple[float, fl
         options: those of :func:`max_flow`.
 
     Returns:
-        (low, high), at most ``edges * total capacity / 2**50`` apart.
+        (low, high), at most ``edges * total capacity / 2**49`` apart.
 
     Cost: two max flows.
 

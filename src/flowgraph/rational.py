@@ -6,6 +6,7 @@ is rounded anywhere, so a comparison with these numbers measures the solver's ro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,7 +15,7 @@ import numpy as np
 from networkx.algorithms.flow import shortest_augmenting_path
 from numpy.typing import NDArray
 
-from flowgraph.checks import Books, Check, check
+from flowgraph.checks import NOTHING, Books, Check, check
 from flowgraph.errors import TooLargeError
 
 RATIONAL_EDGES = 5_000
@@ -106,17 +107,16 @@ def against_fractions(books: Books, value: float | None, *, max_edges: int = RAT
     exact = rational_flow(books, max_edges=max_edges)
     bound = books.f.size * books.local
     unit = books.flow.exponent.cpu().numpy()
-    reached = [x != 0 for x in exact.h]
+    carries = [x >= Fraction(NOTHING) for x in exact.throughput]
+    f = np.where((books.f < NOTHING) & ~np.array(carries), 0.0, books.f)
     checks = [
         check("rational h", _deviation(books.h, unit, exact.h), bound),
-        # Influence on tokens that reach no demand carries nothing and is no part of the flow.
-        check("rational g", _deviation(np.where(reached, books.g, 0.0), -unit, _where(reached, exact.g)), bound),
-        check("rational throughput", _deviation(books.f, np.zeros_like(unit), exact.throughput), bound),
+        # Influence that carries nothing is no part of the flow.
+        check("rational g", _deviation(np.where(carries, books.g, 0.0), -unit, _where(carries, exact.g)), bound),
+        check("rational throughput", _deviation(f, np.zeros_like(unit), _where(carries, exact.throughput)), bound),
     ]
     if exact.alpha is not None:
-        checks.append(
-            check("rational alpha", _relative(Fraction(books.alpha), exact.alpha), bound, _short(exact.alpha))
-        )
+        checks.append(check("rational alpha", _relative(books.alpha, 0, exact.alpha), bound, _short(exact.alpha)))
         if exact.max_flow_value is not None:
             over = float(max(exact.alpha / exact.max_flow_value - 1, Fraction(0))) if exact.max_flow_value else 1.0
             checks.append(check("rational alpha <= V", over, 0, "compared as fractions"))
@@ -135,16 +135,17 @@ def _where(keep: list[bool], numbers: Numbers) -> Numbers:
 
 def _deviation(got: NDArray, unit: NDArray, wanted: Numbers) -> float:
     """Largest relative difference; infinite for something that should be nothing, or the reverse."""
-    return max(
-        (_relative(Fraction(float(x)) * Fraction(2) ** int(k), y) for x, k, y in zip(got, unit, wanted, strict=True)),
-        default=0.0,
-    )
+    return max((_relative(x, k, y) for x, k, y in zip(got.tolist(), unit.tolist(), wanted, strict=True)), default=0.0)
 
 
-def _relative(got: Fraction, wanted: Fraction) -> float:
+def _relative(got: float, unit: int, wanted: Fraction) -> float:
+    """Of ``got * 2**unit``; NaN and infinity are as wrong as can be."""
+    if not math.isfinite(got):
+        return math.inf
     if wanted == 0:
-        return 0.0 if got == 0 else float("inf")
-    return float(abs(got / wanted - 1))
+        return 0.0 if got == 0 else math.inf
+    difference = abs(Fraction(got) * Fraction(2) ** unit / wanted - 1)
+    return float(difference) if difference < 2 else math.inf
 
 
 def _short(number: Fraction) -> str:

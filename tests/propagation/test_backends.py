@@ -61,11 +61,11 @@ def test_small_graphs_against_exact_fractions(engine: str, case: Case, dtype: to
         absorption=absorption,
         damping=damping,
     )
+    got = got.plain()
     assert near(got.h, [float(x) for x in exact.h])
     assert near(got.g, [float(x) for x in exact.g])
     assert near(got.source, [float(x) for x in exact.source])
     assert near(got.throughput, [float(x) for x in exact.throughput])
-    assert not got.exponent.any()
 
 
 def options_for(net: Network, seed: int) -> dict:
@@ -83,8 +83,7 @@ def options_for(net: Network, seed: int) -> dict:
 def assert_as_expected(engine: str, net: Network, options: dict) -> None:
     wanted = net.expected(**options)
     listed = {k: [v] if isinstance(v, Tensor) else v for k, v in options.items()}
-    [got] = solve_by(engine, [net], **listed)
-    assert not got.exponent.any()
+    got = solve_by(engine, [net], **listed)[0].plain()
     for name in ("h", "source", "g", "throughput"):
         assert near(getattr(got, name), getattr(wanted, name)), name
 
@@ -207,7 +206,7 @@ def test_scaling_every_capacity_is_exact_where_all_routes_from_a_token_are_equal
     only_last = torch.arange(70) == 69
     net = Network(net.pairs, net.capacity, torch.arange(70) == 0, only_last)
     hops = 69 - torch.arange(70) if kind == "chain" else torch.tensor([2] + [1] * 68 + [0])
-    [before], [after] = solve_by(engine, [net]), solve_by(engine, [net.with_capacity(net.capacity * 8)])
+    before, after = (solve_by(engine, [net.with_capacity(net.capacity * scale)])[0].plain() for scale in (1, 8))
     assert torch.equal(after.throughput, before.throughput)
     assert torch.equal(after.h, before.h * torch.exp2(3.0 * hops.double()))
 

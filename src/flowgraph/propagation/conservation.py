@@ -13,7 +13,8 @@ from flowgraph.propagation import gradients
 from flowgraph.propagation.balance import exponents
 from flowgraph.propagation.powers import scaled
 
-_SMALLEST_NORMAL = torch.finfo(torch.float64).tiny
+_LEAST, _LARGEST = 2.0**-150, 2.0**150
+"""Potentials inside make g * N * h right to the last digit, in any order, for every flow above 2**-800 of the unit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +38,9 @@ def conserve(
 ) -> ConservedFlow:
     r"""Solve :math:`h = b + N^\top h`, spread one unit over the source tokens, solve :math:`g = \mathrm{src}/h + N g`.
 
-    Should h or g leave the range of float64, the same system is solved once more in balanced units
-    (:mod:`~flowgraph.propagation.balance`). Which token reaches the demand is then read off the topology; before, it
-    is ``h > 0``, and checked to be the same.
+    Should h leave the middle of the range of float64, or g the range, the same system is solved once more in balanced
+    units (:mod:`~flowgraph.propagation.balance`). Which token reaches the demand is then read off the topology; before,
+    it is ``h > 0``, and checked to be the same.
 
     Args:
         sweeps: how the sweeps are run, with D.
@@ -53,7 +54,7 @@ def conserve(
     if _in_range(sweeps, weight, h.detach()):
         entry = _entry(sweeps, h, units, question, source)
         g = _sweep("influence", sweeps, weight, _per_potential(entry, h))
-        if _influence_in_range(sweeps, weight, h.detach(), g.detach()):
+        if bool(torch.isfinite(g.detach()).all()):  # beside the routes, where h is 0, influence may grow to anything
             return ConservedFlow(h, g, units, entry)
     units = exponents(sweeps, weight, demand)
     weight, demand = sweeps.balanced(weight, units), scaled(demand, -units)
@@ -69,29 +70,18 @@ def _sweep(name: str, sweeps: Any, weight: Any, x: Tensor) -> Tensor:
 
 
 def _in_range(sweeps: Any, weight: Any, h: Tensor) -> bool:
-    """A token whose reader has influence must have some itself; if it has none, a product underflowed."""
-    if not bool(torch.isfinite(h).all()):
+    """Whether float64 holds the potential with room to spare for every product that is made of it.
+
+    A token whose reader has influence must have some itself; if it has none, a product underflowed.
+    """
+    if not float(h.max()) <= _LARGEST or float(torch.where(h > 0, h, 1.0).min()) < _LEAST:  # NaN is not in range
         return False
-    vanished = (h < _SMALLEST_NORMAL) & sweeps.hands_on
+    vanished = (h == 0) & sweeps.hands_on
     if not bool(vanished.any()):
         return True
     position = torch.arange(h.shape[-1], device=h.device).expand_as(h)
     vanished &= position < sweeps.spread(sweeps.largest(torch.where(h > 0, position, -1)))  # someone later is read
     return not bool(vanished.any()) or not sweeps.any_weight(weight, target=h > 0, source=vanished)
-
-
-def _influence_in_range(sweeps: Any, weight: Any, h: Tensor, g: Tensor) -> bool:
-    """The same for g, where it matters: what reads a token with influence, and reaches the demand, has some."""
-    if not bool(torch.isfinite(g).all()):
-        return False
-    position = torch.arange(g.shape[-1], device=g.device).expand_as(g)
-    first_source = -sweeps.spread(sweeps.largest(torch.where(g > 0, -position, -(2**40))))
-    vanished = (g < _SMALLEST_NORMAL) & (h > 0) & (position > first_source)
-    if not bool(vanished.any()):
-        return True
-    return not bool((vanished & (g > 0)).any()) and not sweeps.any_weight(
-        weight, target=vanished, source=(g > 0) & sweeps.hands_on
-    )
 
 
 def _entry(sweeps: Any, h: Tensor, units: Tensor, question: Tensor, rule: str | Tensor) -> Tensor:

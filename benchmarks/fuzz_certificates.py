@@ -1,0 +1,704 @@
+"""A certificate for every flow on small graphs of every kind, solved in every way; each failure can be had again alone.
+
+    python -m benchmarks.fuzz_certificates --graphs 100000
+    python -m benchmarks.fuzz_certificates --graphs 100000 --seed 0 --only 4711
+
+Graphs are drawn in groups of 200 that are solved in one call each. What is done with graph number k:
+
+- solved by the four backends of ``solve`` and by ``solve_rows`` and streamed rows over the same capacities;
+- every flow of ``solve`` certified at level "exact", and all of them compared, number by number;
+- every 4th graph solved alone as well, compared with what its batch said, and, up to 12 tokens, certified at level
+  "rational": every number against exact fractions;
+- every 8th graph: V by igraph against an interval that contains it for certain, and against networkx.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from benchmarks.common import RESULTS, machine, print_table
+from flowgraph.certificate import Certificate, certify, certify_each
+from flowgraph.edges import MatrixRows
+from flowgraph.errors import NumericalRangeError
+from flowgraph.graph import FlowGraph
+from flowgraph.maxflow import max_flow, max_flow_bracket
+from flowgraph.network import TOLERANCE, MaxFlow
+from flowgraph.propagation.conservation import conserve
+from flowgraph.propagation.rows import StreamSweeps
+from flowgraph.rowflow import solve_rows
+from flowgraph.solving import solve
+
+BACKENDS = ("reference", "scatter", "dense", "numba")
+ROWS = ("rows dense", "rows numba", "rows streamed")
+GROUP = 200
+ALONE_EVERY, RATIONAL_TOKENS, MAX_FLOW_EVERY, NUM_THROUGH = 4, 12, 8, 4
+MOST_TOKENS = 24
+EPS = float(np.finfo(np.float64).eps)
+NOTHING = 2.0**-900
+"""Throughput below this counts as none, as in the certificate."""
+
+
+# Drawing ---------------------------------------------------------------------------------------------------
+
+
+def _all(tokens: int) -> NDArray:
+    """Every pair (source, target), sorted by target."""
+    return np.stack(np.tril_indices(tokens, -1)[::-1])
+
+
+def _band(tokens: int, random: np.random.Generator) -> NDArray:
+    return _where(tokens, lambda s, t: t - s <= random.integers(2, 5))
+
+
+def _star(tokens: int, random: np.random.Generator) -> NDArray:
+    hub = random.integers(tokens)
+    return _where(tokens, lambda s, t: (s == hub) | (t == hub))
+
+
+def _diamond(tokens: int, random: np.random.Generator) -> NDArray:
+    return _where(tokens, lambda s, t: (s == 0) != (t == tokens - 1))
+
+
+def _sparse(tokens: int, random: np.random.Generator) -> NDArray:
+    share = random.uniform(0.05, 0.6)
+    return _where(tokens, lambda s, t: random.random(s.size) < share)
+
+
+def _disconnected(tokens: int, random: np.random.Generator) -> NDArray:
+    """Nothing crosses a place in the text, or nobody reads some of its tokens."""
+    cut, unread = random.integers(1, tokens + 1), random.random(tokens) < 0.5
+    crossing = random.random() < 0.5
+    return _where(tokens, lambda s, t: ~((s < cut) & (t >= cut)) if crossing else ~unread[s])
+
+
+def _single(tokens: int, random: np.random.Generator) -> NDArray:
+    pairs = _all(tokens)
+    return pairs[:, [random.integers(pairs.shape[1])]] if tokens > 1 else pairs
+
+
+def _where(tokens: int, keep: Callable[[NDArray, NDArray], NDArray]) -> NDArray:
+    pairs = _all(tokens)
+    return pairs[:, keep(*pairs)]
+
+
+KINDS: dict[str, Callable[[int, np.random.Generator], NDArray]] = {
+    "chain": lambda tokens, random: _where(tokens, lambda s, t: t == s + 1),
+    "band": _band,
+    "sink": lambda tokens, random: _all(tokens),
+    "star": _star,
+    "diamond": _diamond,
+    "sparse": _sparse,
+    "dense": lambda tokens, random: _all(tokens),
+    "disconnected": _disconnected,
+    "single edge": _single,
+    "edgeless": lambda tokens, random: np.empty((2, 0), np.int64),
+}
+WEIGHTS = ("attention", "ties", "free", "spread")
+SINK = 1e-7
+"""What a token of a "sink" graph leaves for all it reads but the first token."""
+
+
+def _capacities(kind: str, weights: str, pairs: NDArray, random: np.random.Generator) -> NDArray:
+    source, target = pairs
+    if weights == "wide":
+        return 10.0 ** random.uniform(-300, 300, source.size)
+    if weights == "ties":
+        level = random.choice([0.0, 0.25, 1.0, 3.0])
+        count = np.bincount(target, minlength=1)[target] if target.size else target
+        return np.full(source.size, level) if level else 1.0 / count
+    if weights == "free":  # as of contributions: rows sum to anything
+        return random.integers(1, 4097, source.size) / 1024
+    if weights == "spread":
+        return 10.0 ** random.uniform(-4, 2, source.size)
+    raw = np.exp(random.choice([0.5, 2, 6]) * random.normal(size=source.size))
+    others = raw * (source != 0) if kind == "sink" else raw
+    own = np.exp(random.normal(size=MOST_TOKENS))  # what a token reads of itself is no edge
+    share = others / (np.bincount(target, others, MOST_TOKENS) + own)[target]
+    return np.where(source == 0, 1 - SINK, SINK * share) if kind == "sink" else share
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One graph as drawn: edges sorted by (target, source), masks, and vectors of its own."""
+
+    number: int
+    kind: str
+    weights: str
+    pairs: NDArray
+    capacity: NDArray
+    question: NDArray
+    answer: NDArray
+    source: NDArray
+    demand: NDArray
+    graph: FlowGraph
+
+    @property
+    def tokens(self) -> int:
+        return self.question.size
+
+    @property
+    def valid(self) -> bool:
+        """One token alone would be question and answer at once, which no valid graph allows."""
+        return self.tokens > 1
+
+    @property
+    def bound(self) -> float:
+        """How far two solvers may be apart: each is off by tokens times the certificate's local bound at most."""
+        ends = np.concatenate([[0], np.bincount(self.pairs[0]), np.bincount(self.pairs[1])])
+        return 2 * self.tokens * (float(ends.max()) + 32) * EPS
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all graphs of a group have in common, as they are solved in one call."""
+
+    flavour: str
+    dtype: torch.dtype
+    source: str
+    own_demand: bool
+    absorption: str | None
+    damping: float
+
+    @classmethod
+    def of(cls, seed: int, group: int) -> Options:
+        random = np.random.default_rng([seed, 1, group])
+        return cls(
+            flavour=str(random.choice(["ordinary", "mixed", "wide"], p=[0.65, 0.2, 0.15])),
+            dtype=torch.float32 if random.random() < 0.4 else torch.float64,
+            source=str(random.choice(["uniform", "potential", "vector"])),
+            own_demand=bool(random.random() < 0.3),
+            absorption=[None, "absorb", "pass_through"][random.integers(3)],
+            damping=[1.0, 1.0, 0.9, 0.5, float(random.uniform(0.01, 1))][random.integers(5)],
+        )
+
+
+def draw(seed: int, number: int) -> Case:
+    """Graph ``number`` of a seed, whatever else is drawn."""
+    options = Options.of(seed, number // GROUP)
+    random = np.random.default_rng([seed, 0, number])
+    tokens = int(random.integers(1, MOST_TOKENS + 1))
+    kind = str(random.choice(list(KINDS)))
+    weights = "attention" if kind == "sink" else str(random.choice(WEIGHTS))
+    if options.flavour == "wide" or (options.flavour == "mixed" and random.random() < 0.3):
+        weights = "wide"
+    pairs = KINDS[kind](tokens, random)
+    capacity = _capacities(kind, weights, pairs, random)
+    if options.dtype == torch.float32:
+        capacity = (10.0 ** (np.log10(capacity) / 7 - 5) if weights == "wide" else capacity).astype(np.float32)
+    question, answer = _regions(tokens, random)
+    source, demand = (_vector(tokens, weights == "wide", random) for _ in range(2))
+    positive = capacity > 0  # a share can underflow in float32
+    pairs, capacity = pairs[:, positive], capacity[positive]
+    graph = _graph(pairs, capacity, question, answer, random.permutation(capacity.size))
+    return Case(number, kind, weights, pairs, capacity, question, answer, source, demand, graph)
+
+
+def _regions(tokens: int, random: np.random.Generator) -> tuple[NDArray, NDArray]:
+    """Disjoint, none empty (one token is both); mostly the question comes first, with the ends in the regions."""
+    question, answer = np.zeros(tokens, bool), np.zeros(tokens, bool)
+    if tokens == 1:
+        return ~question, ~answer
+    order = random.permutation(tokens) if random.random() < 0.15 else np.arange(tokens)
+    cut = random.integers(1, tokens)
+    question[order[:cut]], answer[order[cut:]] = random.random(cut) < 0.5, random.random(tokens - cut) < 0.4
+    if random.random() < 0.7 or not question.any():
+        question[order[0]] = True
+    if random.random() < 0.7 or not answer.any():
+        answer[order[-1]] = True
+    return question, answer
+
+
+def _vector(tokens: int, wide: bool, random: np.random.Generator) -> NDArray:
+    """A source or demand of one's own, with zeros; now and then nothing but zeros."""
+    vector = random.exponential(size=tokens) * (random.random(tokens) < 0.6) * (random.random() < 0.95)
+    return vector * 10.0 ** random.uniform(-300, 300, tokens) if wide else vector
+
+
+def _graph(pairs: NDArray, capacity: NDArray, question: NDArray, answer: NDArray, order: NDArray) -> FlowGraph:
+    edges, weight = torch.from_numpy(pairs[:, order]), torch.from_numpy(capacity[order])
+    masks = torch.from_numpy(question), torch.from_numpy(answer)
+    if question.size > 1:
+        return FlowGraph.from_edges(edges, weight, num_nodes=question.size, question=masks[0], answer=masks[1])
+    blank = FlowGraph.from_edges(torch.empty(2, 0).long(), weight, num_nodes=2, question=[0], answer=[1])
+    rest = {name: blank[name] for name in ("kept_attention", "kept_flow", "throughput_error", "rules")}
+    return FlowGraph(
+        edge_index=edges, capacity=weight, num_nodes=1, question_mask=masks[0], answer_mask=masks[1],
+        reasoning_mask=torch.zeros_like(masks[0]), **rest,
+    )  # fmt: skip
+
+
+def described(seed: int, case: Case) -> str:
+    """The graph and how it was solved, every number exact."""
+
+    def exactly(values: NDArray) -> str:
+        return " ".join(float(value).hex() for value in values)
+
+    options = Options.of(seed, case.number // GROUP)
+    edges = [f"    {s} -> {t}  {float(c).hex()}" for s, t, c in zip(*case.pairs, case.capacity, strict=True)]
+    return "\n".join(
+        [
+            f"graph {case.number} of seed {seed}: {case.kind}, {case.weights} weights, {case.tokens} tokens, "
+            f"{case.capacity.size} edges, {str(options.dtype)[6:]}",
+            f"  source={options.source!r}, demand={'own' if options.own_demand else None}, "
+            f"absorption={options.absorption!r}, damping={options.damping.hex()}",
+            f"  question {np.flatnonzero(case.question).tolist()}, answer {np.flatnonzero(case.answer).tolist()}",
+            *([f"  source {exactly(case.source)}"] if options.source == "vector" else []),
+            *([f"  demand {exactly(case.demand)}"] if options.own_demand else []),
+            "  edges" if edges else "  no edges",
+            *edges,
+        ]
+    )
+
+
+# Tallies ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """One check over many graphs.
+
+    Attributes:
+        made: how often it was made.
+        vacuous: how often its bound was 1 or more, so that it said nothing (a max flow at capacities of 1e-300
+            beside 1e300).
+        closest: largest residual / bound among the others; 0 where the residual must be 0 and was.
+        graph: where that was.
+    """
+
+    made: int = 0
+    vacuous: int = 0
+    closest: float = 0.0
+    graph: int | None = None
+
+    def add(self, residual: float, bound: float, number: int) -> None:
+        self.made += 1
+        self.vacuous += bound >= 1
+        ratio = residual / bound if 0 < bound < 1 else 0.0
+        if ratio > self.closest:
+            self.closest, self.graph = ratio, number
+
+    def merge(self, other: Tally) -> None:
+        self.made, self.vacuous = self.made + other.made, self.vacuous + other.vacuous
+        if other.closest > self.closest:
+            self.closest, self.graph = other.closest, other.graph
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One check that did not hold, or an error that should not have been raised."""
+
+    number: int
+    way: str
+    check: str
+    residual: float
+    bound: float
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.way}: {self.check}: {self.residual:.3g} > {self.bound:.3g} {self.detail}".rstrip()
+
+
+@dataclass
+class Report:
+    """What a run found, groups added up."""
+
+    graphs: int = 0
+    flows: int = 0
+    checks: dict[str, Tally] = field(default_factory=dict)
+    kinds: Counter[str] = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, name: str, residual: float, bound: float, number: int, way: str, detail: str = "") -> None:
+        """Count one check, and report it where it does not hold."""
+        self.checks.setdefault(name, Tally()).add(residual, bound, number)
+        if not residual <= bound:
+            self.failures.append(Failure(number, way, name, residual, bound, detail))
+
+    def error(self, number: int, way: str, error: Exception) -> None:
+        name = f"raised {type(error).__name__}"
+        self.failures.append(Failure(number, way, name, float("inf"), 0.0, str(error)))
+
+    def merge(self, other: Report) -> None:
+        self.graphs, self.flows = self.graphs + other.graphs, self.flows + other.flows
+        self.kinds.update(other.kinds)
+        self.failures += other.failures
+        for name, tally in other.checks.items():
+            self.checks.setdefault(name, Tally()).merge(tally)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: one row per check."""
+        failed = Counter(failure.check for failure in self.failures)
+        names = [*self.checks, *(name for name in failed if name not in self.checks)]
+        tallies = {name: self.checks.get(name, Tally()) for name in names}
+        return [
+            {
+                "check": name,
+                "made": tally.made,
+                "failed": failed[name],
+                "vacuous": tally.vacuous,
+                "closest": tally.closest,
+                "graph": tally.graph,
+            }
+            for name, tally in tallies.items()
+        ]
+
+
+# Solving and checking --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """What one way of solving says about one graph."""
+
+    h: NDArray
+    g: NDArray
+    exponent: NDArray
+    source: NDArray
+    throughput: NDArray
+
+    def difference(self, other: Numbers) -> tuple[float, str]:
+        """Largest relative difference of any number, and of which; influence counts where flow passes."""
+        units = self.exponent - other.exponent
+        flows = np.maximum(self.throughput, other.throughput) >= NOTHING
+        apart = {
+            "h": _apart(np.ldexp(self.h, units), other.h),
+            "g": _apart(np.ldexp(self.g, -units)[flows], other.g[flows]),
+            "source": _apart(self.source, other.source, NOTHING),
+            "throughput": _apart(self.throughput, other.throughput, NOTHING),
+        }
+        name = max(apart, key=lambda key: np.inf if np.isnan(apart[key]) else apart[key])
+        return apart[name], name
+
+
+def _apart(one: NDArray, other: NDArray, floor: float = 0.0) -> float:
+    scale = np.maximum(np.maximum(np.abs(one), np.abs(other)), floor)
+    gap = np.abs(one - other)
+    with np.errstate(invalid="ignore"):
+        return float(np.max(np.where(gap == 0, 0.0, gap / np.where(scale > 0, scale, 1.0)), initial=0.0))
+
+
+def fuzz_group(seed: int, numbers: Sequence[int], only: int | None = None) -> Report:
+    """Solve one group in one call per way, and check each graph of it, or only one."""
+    report, options = Report(), Options.of(seed, numbers[0] // GROUP)
+    cases = [draw(seed, number) for number in numbers]
+    checked = [k for k, case in enumerate(cases) if only in (None, case.number)]
+    report.graphs = len(checked)
+    report.kinds.update(cases[k].kind for k in checked)
+    solved: dict[str, list[Numbers]] = {}
+    for backend in BACKENDS:
+        try:
+            flow = solve(
+                Batch.from_data_list([*(case.graph for case in cases)]), backend=backend, **_own(options, cases)
+            )
+        except Exception as error:  # noqa: BLE001  whatever it is, it is a finding
+            report.error(cases[checked[0]].number, f"{backend}, a batch of {len(cases)}", error)
+            continue
+        solved[backend] = _split(flow, cases)
+        _certify_all(report, flow, cases, checked, backend)
+    for way in ROWS:
+        try:
+            solved[way] = _over_rows(way, options, cases)
+        except Exception as error:  # noqa: BLE001
+            report.error(cases[checked[0]].number, f"{way}, a batch of {len(cases)}", error)
+    for k in checked:
+        _compare(report, cases[k], {way: parts[k] for way, parts in solved.items()})
+        if cases[k].number % ALONE_EVERY == 0 or only is not None:
+            _alone(report, options, cases[k], {way: parts[k] for way, parts in solved.items()})
+        if cases[k].valid and (cases[k].number % MAX_FLOW_EVERY == 0 or only is not None):
+            _guarded(report, cases[k], "max flow", partial(_max_flows, report, options, cases[k]))
+    return report
+
+
+def _own(options: Options, cases: Sequence[Case]) -> dict[str, Any]:
+    """Options of ``solve`` for some graphs in one call."""
+
+    def joined(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([vars(case)[name] for case in cases]))
+
+    return {
+        "source": joined("source") if options.source == "vector" else options.source,
+        "demand": joined("demand") if options.own_demand else None,
+        "absorption": options.absorption,
+        "damping": options.damping,
+    }
+
+
+def _split(flow: Any, cases: Sequence[Case]) -> list[Numbers]:
+    ends = np.cumsum([case.tokens for case in cases])[:-1]
+    parts = [np.split(getattr(flow, name).numpy(), ends) for name in Numbers.__annotations__]
+    return [Numbers(*part) for part in zip(*parts, strict=True)]
+
+
+def _over_rows(way: str, options: Options, cases: Sequence[Case]) -> list[Numbers]:
+    """The same graphs as padded matrices of capacities."""
+    size = max(case.tokens for case in cases)
+
+    def padded(vectors: Iterable[NDArray]) -> Tensor:
+        return torch.from_numpy(np.stack([np.pad(vector, (0, size - vector.size)) for vector in vectors]))
+
+    matrix = torch.zeros(len(cases), size, size, dtype=options.dtype)
+    for k, case in enumerate(cases):
+        matrix[k, case.pairs[1], case.pairs[0]] = torch.from_numpy(case.capacity)
+    # One token is question and answer at once, which rows refuse; there its demand is given, and no answer.
+    alone = torch.tensor([not case.valid for case in cases])[:, None]
+    question, answer = padded(case.question for case in cases), padded(case.answer for case in cases)
+    demand = padded(case.demand for case in cases) if options.own_demand else answer.double()
+    absorption = options.absorption or ("pass_through" if options.own_demand else "absorb")
+    source: Any = padded(case.source for case in cases) if options.source == "vector" else options.source
+    if way == "rows streamed":
+        leaves = (~(answer & (absorption == "absorb"))).double() * options.damping
+        flow: Any = conserve(StreamSweeps(leaves), MatrixRows(matrix), demand=demand, question=question, source=source)
+        throughput = flow.g * flow.h
+    else:
+        kind: Any = way.removeprefix("rows ")
+        flow = solve_rows(
+            matrix, question=question, answer=answer & ~alone, preset=None, backend=kind, source=source,
+            demand=demand, absorption=absorption, damping=options.damping,  # type: ignore[arg-type]
+        )  # fmt: skip
+        throughput = flow.throughput
+    vectors = [x.numpy() for x in (flow.h, flow.g, flow.exponent, flow.source, throughput)]
+    return [Numbers(*(x[k, : case.tokens] for x in vectors)) for k, case in enumerate(cases)]
+
+
+def _certify_all(report: Report, flow: Any, cases: Sequence[Case], checked: Sequence[int], way: str) -> None:
+    """Certify the graphs of a batch as they were solved there."""
+    settings: dict[str, Any] = {"level": "exact", "num_through": NUM_THROUGH}
+    try:
+        certificates: list[Certificate | None] = [*certify_each(flow, **settings)]
+    except Exception:  # noqa: BLE001  on which graph, the loop finds out
+        certificates = [None] * len(cases)
+    for k in checked:
+        certificate = certificates[k]
+        if certificate is None:
+            one = partial(certify, _part(flow, cases, k), **settings)
+            certificate = _guarded(report, cases[k], f"{way}, certify", one)
+        if certificate is not None:
+            _count(report, cases[k], certificate, way)
+
+
+def _part(flow: Any, cases: Sequence[Case], k: int) -> Any:
+    """The flow on one graph of a batch."""
+    first = sum(case.tokens for case in cases[:k])
+    nodes = slice(first, first + cases[k].tokens)
+    names = (*Numbers.__annotations__, "demand", "absorbing")
+    return replace(flow, graph=cases[k].graph, **{name: getattr(flow, name)[nodes] for name in names})
+
+
+def _guarded(report: Report, case: Case, way: str, run: Callable[[], Any]) -> Any:
+    """What it returns; an error of any kind is a failure of this graph."""
+    try:
+        return run()
+    except Exception as error:  # noqa: BLE001
+        report.error(case.number, way, error)
+        return None
+
+
+def _count(report: Report, case: Case, certificate: Certificate, way: str) -> None:
+    if not case.valid:
+        refused = [check.name for check in certificate.failed] == ["graph"] == [c.name for c in certificate.checks]
+        report.add("one token refused", float(not refused), 0, case.number, way, str(certificate) * (not refused))
+        return
+    report.flows += 1
+    for check in certificate.checks:
+        report.add(check.name, check.residual, check.bound, case.number, way, check.detail)
+
+
+def _compare(report: Report, case: Case, solved: dict[str, Numbers], name: str = "ways agree") -> None:
+    """Every way against the first, the plain loops over edges."""
+    ways = list(solved)
+    for way in ways[1:]:
+        apart, number = solved[way].difference(solved[ways[0]])
+        report.add(name, apart, case.bound, case.number, f"{way} against {ways[0]}", number)
+
+
+def _alone(report: Report, options: Options, case: Case, together: dict[str, Numbers]) -> None:
+    """The graph without its batch: the same numbers, and these against fractions."""
+    for backend in BACKENDS:
+        way = f"{backend}, alone"
+        flow = _guarded(report, case, way, partial(solve, case.graph, backend=backend, **_own(options, [case])))
+        if flow is None:
+            continue
+        if backend in together:
+            both = {"its batch": together[backend], way: _split(flow, [case])[0]}
+            _compare(report, case, both, "alone as in a batch")
+        if case.valid and case.tokens <= RATIONAL_TOKENS:
+            one = partial(certify, flow, level="rational", num_through=NUM_THROUGH)
+            certificate = _guarded(report, case, f"{way}, certify", one)
+            if certificate is not None:
+                _count(report, case, certificate, way)
+
+
+def _max_flows(report: Report, options: Options, case: Case) -> None:
+    """V three times: igraph, integers that round nothing, networkx."""
+    flow = solve(case.graph, **_own(options, [case]))
+    if bool(((flow.source > 0) & (flow.demand > 0)).any()) or not bool(flow.feasible):
+        return
+    best, (low, high) = max_flow(flow), max_flow_bracket(flow)
+    total = float(flow.weight().sum())
+    outside = max(low - best.cut_capacity, best.cut_capacity - best.error - high, 0.0)
+    detail = f"V in [{low!r}, {high!r}] and {best!r}"
+    report.add("V inside the bracket", outside / total, 4 * EPS, case.number, "igraph", detail)
+    report.add(
+        "bracket width", (high - low) / total, case.capacity.size * 2.0**-49, case.number, "max_flow_bracket", detail
+    )
+    peer = _guarded(report, case, "networkx", partial(_by_networkx, flow, case))
+    if peer is None:
+        return
+    apart = abs(peer.cut_capacity - best.cut_capacity) / total
+    report.add("V by networkx", apart, TOLERANCE, case.number, "networkx", f"{peer!r} and {best!r}")
+
+
+def _by_networkx(flow: Any, case: Case) -> MaxFlow | None:
+    """None where it says that its floats failed the re-check, as they may at capacities far apart."""
+    try:
+        return max_flow(flow, backend="networkx")
+    except NumericalRangeError:
+        if case.weights != "wide":
+            raise
+        return None
+
+
+# Running ---------------------------------------------------------------------------------------------------
+
+
+def fuzz(
+    graphs: int,
+    seed: int = 0,
+    *,
+    workers: int = 1,
+    only: int | None = None,
+    progress: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Draw, solve and check; the same report for the same seed, whatever the number of workers.
+
+    Args:
+        graphs: how many.
+        seed: of all that is drawn.
+        workers: processes; 1 is this one.
+        only: check this graph alone, solved in the group that it belongs to and by itself.
+        progress: told what has been found so far after every group.
+    """
+    refuse(graphs, seed, workers, only)
+    started, report = time.perf_counter(), Report()
+    groups = [range(first, min(first + GROUP, graphs)) for first in range(0, graphs, GROUP)]
+    if only is not None:
+        groups = [groups[only // GROUP]]
+    for part in _parts(seed, groups, workers, only):
+        report.merge(part)
+        report.seconds = time.perf_counter() - started
+        progress(report)
+    return report
+
+
+def refuse(graphs: int, seed: int, workers: int, only: int | None) -> None:
+    """Say which number makes no run."""
+    for name, value, least in (("graphs", graphs, 1), ("workers", workers, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}: must be at least {least}, got {value}")
+    if only is not None and not 0 <= only < graphs:
+        raise ValueError(f"only: must lie in 0..{graphs - 1}, got {only}; graphs are numbered from 0")
+
+
+def _parts(seed: int, groups: list[range], workers: int, only: int | None) -> Iterator[Report]:
+    run = partial(fuzz_group, seed, only=only)
+    if workers == 1 or len(groups) == 1:
+        yield from map(run, groups)
+        return
+    # Threads of torch and numba do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(run, groups)
+
+
+def show(report: Report, seed: int, graphs: int, shown: int = 20) -> None:
+    """The table, and each failing graph with the command that has it again."""
+    print_table(report.rows())
+    rate = report.graphs / max(report.seconds, 1e-9)
+    print(
+        f"\n{report.graphs:,} graphs, {report.flows:,} flows certified, "
+        f"{sum(tally.made for tally in report.checks.values()):,} checks, {len(report.failures):,} failures; "
+        f"{report.seconds:.0f} s, {rate:.0f} graphs/s"
+    )
+    by_graph: dict[int, list[Failure]] = {}
+    for failure in report.failures:
+        by_graph.setdefault(failure.number, []).append(failure)
+    for number, failures in list(by_graph.items())[:shown]:
+        print(f"\n{described(seed, draw(seed, number))}")
+        for failure in failures:
+            print(f"  FAILED {failure}")
+        print(f"  again: python -m benchmarks.fuzz_certificates --graphs {graphs} --seed {seed} --only {number}")
+    if len(by_graph) > shown:
+        print(f"\n... and {len(by_graph) - shown} more graphs: {sorted(by_graph)[:200]}")
+
+
+def write(report: Report, seed: int, path: Path) -> None:
+    """The result as JSON, in the form of the other benchmarks."""
+    result = {
+        "benchmark": "fuzz_certificates",
+        "notes": str(__doc__),
+        "machine": machine(),
+        "seed": seed,
+        "graphs": report.graphs,
+        "kinds": dict(sorted(report.kinds.items())),
+        "flows_certified": report.flows,
+        "seconds": round(report.seconds, 1),
+        "graphs_per_second": round(report.graphs / max(report.seconds, 1e-9), 1),
+        "failures": [{**vars(failure), "residual": str(failure.residual)} for failure in report.failures[:1000]],
+        "num_failures": len(report.failures),
+        "rows": report.rows(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graphs", type=int, required=True, help="how many graphs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="one graph of that run; nothing is written")
+    parser.add_argument("--json", type=Path, default=RESULTS / "fuzz_certificates.json", metavar="FILE")
+    chosen = parser.parse_args(arguments)
+    try:
+        refuse(chosen.graphs, chosen.seed, chosen.workers, chosen.only)
+    except ValueError as error:
+        parser.error(str(error))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("graphs", total=chosen.graphs if chosen.only is None else 1)
+
+        def progress(report: Report) -> None:
+            found = f"graphs, {len(report.failures)} failures" if report.failures else "graphs"
+            bar.update(task, completed=report.graphs, description=found)
+
+        report = fuzz(chosen.graphs, chosen.seed, workers=chosen.workers, only=chosen.only, progress=progress)
+    if chosen.only is None:
+        write(report, chosen.seed, chosen.json)
+    elif not report.failures:
+        print(described(chosen.seed, draw(chosen.seed, chosen.only)))
+    show(report, chosen.seed, chosen.graphs)
+    return int(bool(report.failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
