@@ -230,7 +230,7 @@ def shared(repeats: int) -> Rows:
         ids = torch.randint(0, 4096, (16, tokens), generator=torch.Generator().manual_seed(0))
         ids[:, :prompt] = ids[:1, :prompt]
         mask, position = torch.ones_like(ids), torch.arange(tokens).expand_as(ids)
-        masks = {"question": (position > 0) & (position < prompt), "answer": position >= tokens - 8}
+        masks: Any = {"question": (position > 0) & (position < prompt), "answer": position >= tokens - 8}
 
         def forward(ids: Tensor = ids, mask: Tensor = mask) -> None:
             with torch.no_grad():
