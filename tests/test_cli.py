@@ -58,6 +58,12 @@ def test_trace_writes_three_files_and_show_and_certify_read_them(run, checkpoint
     code, printed, _ = run("certify", out / "trace.safetensors", "--json", tmp_path / "c.json")
     assert code == 0
     assert json.loads((tmp_path / "c.json").read_text())["ok"]
+    code, printed, _ = run("certify", out / "trace.safetensors", "--level", "rational")
+    assert code == 0
+    assert "rational h" in printed
+    code, _, complaint = run("certify", out / "trace.safetensors", "--level", "thorough")
+    assert code == 2
+    assert "level: must be one of 'auto', 'fast', 'exact', 'rational', got 'thorough'" in " ".join(complaint.split())
 
 
 def test_prompt_and_response_from_files_and_standard_input(run, checkpoint: Path, tmp_path: Path, monkeypatch):
