@@ -12,8 +12,9 @@ from torch import Tensor
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
+from flowgraph.errors import GraphError
 from flowgraph.graph import FlowGraph
-from flowgraph.propagation.topology import CACHE, topology_of
+from flowgraph.propagation.topology import CACHE, Topology, topology_of
 from flowgraph.solving import solve
 from tests.fixtures.networks import GRAPH_ENGINES, network
 
@@ -344,3 +345,10 @@ def test_it_is_no_part_of_the_graph():
     solve(g)
     assert before == (g.keys(), repr(g), g.to_dict().keys(), g.is_coalesced(), len(g))
     assert g.validate()
+
+
+def test_more_nodes_than_int32_can_number():
+    topology = Topology(torch.tensor([[0], [1]]), torch.tensor([0, 2]))
+    topology.num_nodes = 2**31
+    with pytest.raises(GraphError, match=r"at most 2\*\*31 - 1 nodes in one batch, got 2147483648; split the batch"):
+        _ = topology.source32
