@@ -124,6 +124,15 @@ class Books:
                 reaches[self.tail[into][live[into]]] = True
         return reaches
 
+    def reached_from_source(self) -> NDArray[np.bool_]:
+        """The same search forwards: a share too small for float64 is a share all the same."""
+        reached, ends = self.enters.copy(), np.searchsorted(self.head, np.arange(self.f.size + 1))
+        live = self.weight > 0
+        for token in range(reached.size):
+            into = slice(ends[token], ends[token + 1])
+            reached[token] |= bool((reached[self.tail[into]] & live[into]).any())
+        return reached
+
     def into(self, per_edge: NDArray) -> NDArray:
         """Sum over the edges into each token."""
         return np.bincount(self.head, per_edge, self.f.size)
@@ -270,8 +279,9 @@ def against_max_flow(
     if not (exists and books.feasible):
         return value, checks
     used = best.edge_flow.cpu().numpy()
-    carries = (books.g[books.tail] > 0) & (books.h[books.head] > 0) & (books.weight > 0)
-    stray, noise = float(used[~carries].sum()) / scale, (best.error + EPS * network.total) / scale
+    carries = books.reached_from_source()[books.tail] & books.reaches[books.head] & (books.weight > 0)
+    stray = float(used[~carries].sum()) / scale
+    noise = (best.error + EPS * network.total * max(1, int((used > 0).sum()))) / scale  # each push may round
     checks += [
         check("alpha <= V", _overshoot(books.alpha, value), books.whole, f"alpha is {books.alpha / value:.4g} of V"),
         smallest_cut(books, sides, max(books.alpha, value - best.error)),

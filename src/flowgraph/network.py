@@ -95,7 +95,7 @@ class Network:
         self.tail, self.head = self.graph.edge_index.cpu().numpy()
         self.capacity = weight.cpu().numpy()
         self.sources, self.sinks = sources.cpu().numpy(), sinks.cpu().numpy()
-        self.total = math.fsum(self.capacity)
+        self.total, self.full = math.fsum(self.capacity), _FULL
         tokens = np.arange(self.num_tokens + 1)
         self.by_tail = np.argsort(self.tail, kind="stable")
         self.first_in: list[int] = np.searchsorted(self.head, tokens).tolist()
@@ -147,13 +147,13 @@ class Network:
         # The solver adds up to twice the sum of all capacities, which rounding up raises by one for each edge.
         shift = 50 - math.frexp(self.total)[1]
         low, high = (
-            self._with(rounded(np.ldexp(self.capacity, shift))).between(self.sources, self.sinks)
+            self._with(rounded(np.ldexp(self.capacity, shift)), full=0.0).between(self.sources, self.sinks)
             for rounded in (np.floor, np.ceil)
         )
         if low.value != low.cut_capacity or high.value != high.cut_capacity:
             raise NumericalRangeError(
                 "max flow: on integers a flow must equal its cut to the last bit, got "
-                f"{low.value!r} and {low.cut_capacity!r}; please report the graph"
+                f"{low.value!r} and {low.cut_capacity!r}, {high.value!r} and {high.cut_capacity!r}; please report it"
             )
         return math.ldexp(low.value, -shift), math.ldexp(high.value, -shift)
 
@@ -172,9 +172,10 @@ class Network:
             on_every_route[node], node = True, above[node]
         return torch.from_numpy(on_every_route[:size]).to(self.graph.edge_index.device)
 
-    def _with(self, capacity: NDArray) -> Network:
+    def _with(self, capacity: NDArray, full: float | None = None) -> Network:
         other = copy.copy(self)
         other.capacity, other.total = capacity, math.fsum(capacity)
+        other.full = self.full if full is None else full
         return other
 
 
@@ -293,9 +294,9 @@ def _verified(network: Network, sources: NDArray, sinks: NDArray, flow: NDArray,
     sink_side = _reachable(network, clipped, sinks, backwards=True)
     best = min(_cut(network, cut)[0] for cut in (side, source_side, ~sink_side))
     # Where rounding blurs which edges are full, an extreme cut may be larger than the solver's; then that one counts.
-    if not _separates(source_side, sources, sinks) or _cut(network, source_side)[0] > best + allowed:
+    if not _separates(source_side, sources, sinks) or _cut(network, source_side)[0] > best * (1 + network.full):
         source_side = side
-    if not _separates(~sink_side, sources, sinks) or _cut(network, ~sink_side)[0] > best + allowed:
+    if not _separates(~sink_side, sources, sinks) or _cut(network, ~sink_side)[0] > best * (1 + network.full):
         sink_side = ~side
     cut_capacity, crossing = _cut(network, source_side)
     # Rounded up, all of it: what is proved must not hang on half a unit in the last place.
@@ -338,7 +339,8 @@ def _separates(side: NDArray, sources: NDArray, sinks: NDArray) -> bool:
 
 def _reachable(network: Network, flow: NDArray, start: NDArray, *, backwards: bool = False) -> NDArray:
     """Tokens that more flow could still be sent to (or from): a search of the residual graph."""
-    room, used = network.capacity - flow > _FULL * network.capacity, flow > _FULL * network.capacity
+    least = network.full * network.capacity
+    room, used = network.capacity - flow > least, flow > least
     tails = np.concatenate([network.tail[room], network.head[used]])
     heads = np.concatenate([network.head[room], network.tail[used]])
     if backwards:

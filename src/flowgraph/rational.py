@@ -26,12 +26,16 @@ Numbers = list[Fraction]
 
 @dataclass(frozen=True)
 class RationalFlow:
-    """h, g, throughput per token, alpha and V as exact fractions; alpha is None where no edge carries flow."""
+    """h, g, throughput per token, alpha, the flow on the edge that alpha fills, and V, as exact fractions.
+
+    alpha is None where no edge carries flow, V where a token is source and sink.
+    """
 
     h: Numbers
     g: Numbers
     throughput: Numbers
     alpha: Fraction | None
+    alpha_flow: Fraction
     max_flow_value: Fraction | None
 
 
@@ -55,10 +59,12 @@ def rational_flow(books: Books, *, max_edges: int = RATIONAL_EDGES) -> RationalF
     g = [share / potential if potential else Fraction(0) for share, potential in zip(shares, h, strict=True)]
     for s, t, weight in edges:
         g[t] += weight * g[s]
-    congestion = [g[s] * h[t] for s, t, _ in edges]
-    worst = max(congestion, default=Fraction(0))
+    worst, through = max(((g[s] * h[t], g[s] * weight * h[t]) for s, t, weight in edges), default=(Fraction(0),) * 2)
     throughput = [x * y for x, y in zip(g, h, strict=True)]
-    return RationalFlow(h, g, throughput, 1 / worst if worst else None, _max_flow(books, edges))
+    enters = np.array([share > 0 for share in shares])
+    if not enters.any():
+        enters = books.enters
+    return RationalFlow(h, g, throughput, 1 / worst if worst else None, through, _max_flow(books, edges, enters))
 
 
 def require_rational_size(num_edges: int, max_edges: int) -> None:
@@ -85,15 +91,15 @@ def _named_shares(books: Books, h: Numbers) -> Numbers:
     return [w / total if total else w for w in weights]
 
 
-def _max_flow(books: Books, edges: list[tuple[int, int, Fraction]]) -> Fraction | None:
+def _max_flow(books: Books, edges: list[tuple[int, int, Fraction]], enters: NDArray[np.bool_]) -> Fraction | None:
     """V in fractions; None where a token is source and sink."""
-    if (books.enters & books.leaves).any():
+    if (enters & books.leaves).any():
         return None
     network = nx.DiGraph()
     network.add_nodes_from(["from", "to"])
     unlimited = 2 * sum((c for _, _, c in edges), Fraction(1))
     network.add_edges_from((s, t, {"capacity": c}) for s, t, c in edges)
-    network.add_edges_from(("from", int(v), {"capacity": unlimited}) for v in np.flatnonzero(books.enters))
+    network.add_edges_from(("from", int(v), {"capacity": unlimited}) for v in np.flatnonzero(enters))
     network.add_edges_from((int(v), "to", {"capacity": unlimited}) for v in np.flatnonzero(books.leaves))
     return Fraction(shortest_augmenting_path(network, "from", "to").graph["flow_value"])
 
@@ -116,8 +122,8 @@ def against_fractions(books: Books, value: float | None, *, max_edges: int = RAT
         check("rational throughput", _deviation(f, np.zeros_like(unit), _where(carries, exact.throughput)), bound),
     ]
     if exact.alpha is not None:
-        beyond = exact.alpha * Fraction(NOTHING) > 1 and books.alpha > 1 / NOTHING  # of a flow that counts as none
-        off = 0.0 if beyond else _relative(books.alpha, 0, exact.alpha)
+        counts_as_none = exact.alpha_flow < Fraction(NOTHING)  # then what float64 makes of alpha says nothing
+        off = 0.0 if counts_as_none else _relative(books.alpha, 0, exact.alpha)
         checks.append(check("rational alpha", off, bound, _short(exact.alpha)))
         if exact.max_flow_value is not None:
             over = max(exact.alpha - exact.max_flow_value, Fraction(0))
