@@ -26,7 +26,7 @@ Numbers = list[Fraction]
 
 @dataclass(frozen=True)
 class RationalFlow:
-    """h, g, throughput per token, alpha, the flow on the edge that alpha fills, and V, as exact fractions.
+    """h, g, throughput per token, alpha, the flow on the edge that alpha fills, the source, and V, as exact fractions.
 
     alpha is None where no edge carries flow, V where a token is source and sink.
     """
@@ -36,6 +36,7 @@ class RationalFlow:
     throughput: Numbers
     alpha: Fraction | None
     alpha_flow: Fraction
+    shares: Numbers
     max_flow_value: Fraction | None
 
 
@@ -61,10 +62,7 @@ def rational_flow(books: Books, *, max_edges: int = RATIONAL_EDGES) -> RationalF
         g[t] += weight * g[s]
     worst, through = max(((g[s] * h[t], g[s] * weight * h[t]) for s, t, weight in edges), default=(Fraction(0),) * 2)
     throughput = [x * y for x, y in zip(g, h, strict=True)]
-    enters = np.array([share > 0 for share in shares])
-    if not enters.any():
-        enters = books.enters
-    return RationalFlow(h, g, throughput, 1 / worst if worst else None, through, _max_flow(books, edges, enters))
+    return RationalFlow(h, g, throughput, 1 / worst if worst else None, through, shares, _max_flow(books, edges))
 
 
 def require_rational_size(num_edges: int, max_edges: int) -> None:
@@ -91,15 +89,15 @@ def _named_shares(books: Books, h: Numbers) -> Numbers:
     return [w / total if total else w for w in weights]
 
 
-def _max_flow(books: Books, edges: list[tuple[int, int, Fraction]], enters: NDArray[np.bool_]) -> Fraction | None:
+def _max_flow(books: Books, edges: list[tuple[int, int, Fraction]]) -> Fraction | None:
     """V in fractions; None where a token is source and sink."""
-    if (enters & books.leaves).any():
+    if (books.enters & books.leaves).any():
         return None
     network = nx.DiGraph()
     network.add_nodes_from(["from", "to"])
     unlimited = 2 * sum((c for _, _, c in edges), Fraction(1))
     network.add_edges_from((s, t, {"capacity": c}) for s, t, c in edges)
-    network.add_edges_from(("from", int(v), {"capacity": unlimited}) for v in np.flatnonzero(enters))
+    network.add_edges_from(("from", int(v), {"capacity": unlimited}) for v in np.flatnonzero(books.enters))
     network.add_edges_from((int(v), "to", {"capacity": unlimited}) for v in np.flatnonzero(books.leaves))
     return Fraction(shortest_augmenting_path(network, "from", "to").graph["flow_value"])
 
@@ -122,10 +120,12 @@ def against_fractions(books: Books, value: float | None, *, max_edges: int = RAT
         check("rational throughput", _deviation(f, np.zeros_like(unit), _where(carries, exact.throughput)), bound),
     ]
     if exact.alpha is not None:
+        same = all((x > 0) == bool(e) for x, e in zip(exact.shares, books.enters, strict=True))
         counts_as_none = exact.alpha_flow < Fraction(NOTHING)  # then what float64 makes of alpha says nothing
         off = 0.0 if counts_as_none else _relative(books.alpha, 0, exact.alpha)
         checks.append(check("rational alpha", off, bound, _short(exact.alpha)))
-        if exact.max_flow_value is not None:
+        # V is that of the tokens where float64 lets flow enter; shares below its range are no part of it.
+        if exact.max_flow_value is not None and not counts_as_none and (exact.alpha <= exact.max_flow_value or same):
             over = max(exact.alpha - exact.max_flow_value, Fraction(0))
             checks.append(check("rational alpha <= V", float(over > 0), 0, "compared as fractions"))
     if exact.max_flow_value is not None and value is not None:
