@@ -37,6 +37,7 @@ from torch_geometric.data import Batch
 
 from benchmarks.common import RESULTS, machine, print_table
 from flowgraph.certificate import Certificate, certify, certify_each
+from flowgraph.checks import NOTHING
 from flowgraph.edges import MatrixRows
 from flowgraph.errors import NumericalRangeError
 from flowgraph.graph import FlowGraph
@@ -53,8 +54,6 @@ GROUP = 200
 ALONE_EVERY, RATIONAL_TOKENS, MAX_FLOW_EVERY, NUM_THROUGH = 4, 12, 8, 4
 MOST_TOKENS = 24
 EPS = float(np.finfo(np.float64).eps)
-NOTHING = 2.0**-900
-"""Throughput below this counts as none, as in the certificate."""
 
 
 # Drawing ---------------------------------------------------------------------------------------------------

@@ -356,6 +356,13 @@ def test_the_bracket_of_capacities_of_any_size(scale: float):
     assert high - low <= 1e-9 * value
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_networkx_agrees_at_capacities_of_any_size(scale: float):
+    graph = random_graph(12, seed=3)
+    graph.capacity = graph.capacity * scale
+    assert max_flow(graph, backend="networkx").value == pytest.approx(max_flow(graph).value, rel=1e-12)
+
+
 def test_the_bracket_of_nothing():
     assert max_flow_bracket(FlowGraph.from_dense(torch.zeros(3, 3), question=[0], answer=[2])) == (0.0, 0.0)
 

@@ -256,16 +256,16 @@ class KeptRows:
         if rows is None:
             rows = self.source.block(start, stop)
             if rows.shape[0] * stop * (stop + 1) // 2 * rows.element_size() <= self.budget:  # it and all before it
-                rows = self._kept[start, stop] = self._stored(rows)
+                self._keep(start, stop, rows)
         return rows
 
-    def _stored(self, rows: Tensor) -> Tensor:
-        """A copy in one allocation of the whole budget: kept among passing blocks, they would riddle the heap."""
-        if self._store is None or self._used + rows.numel() > self._store.numel():
+    def _keep(self, start: int, stop: int, rows: Tensor) -> None:
+        """Copy it into one allocation of the whole budget: kept among passing blocks, they would riddle the heap."""
+        if self._store is None:
             widest = rows.shape[0] * rows.shape[1] * self.num_tokens
             whole = rows.shape[0] * self.num_tokens**2 // 2 + widest
             room = min(whole, self.budget // rows.element_size() + widest)
-            self._store, self._used = torch.empty(max(room, rows.numel()), dtype=rows.dtype, device=rows.device), 0
-        place = self._store[self._used : self._used + rows.numel()].view(rows.shape)
-        self._used += rows.numel()
-        return place.copy_(rows)
+            self._store = torch.empty(room, dtype=rows.dtype, device=rows.device)
+        if self._used + rows.numel() <= self._store.numel():
+            self._kept[start, stop] = self._store[self._used : self._used + rows.numel()].view(rows.shape).copy_(rows)
+            self._used += rows.numel()

@@ -28,8 +28,8 @@ class Flow:
             in units of ``2**exponent``.
         g: forward influence :math:`g = q + N g`, influence arriving per unit of potential, in units of
             ``2**-exponent``.
-        exponent: int64, 0 everywhere unless the potential of some token lies outside the range of float64; then
-            the true potential is ``h * 2**exponent``, and :meth:`log2_potential` gives it as a logarithm.
+        exponent: int64, 0 everywhere unless some potential leaves ``2**-150 .. 2**150``, in this graph or another of
+            its batch; then the true potential is ``h * 2**exponent``: see :meth:`potentials`, :meth:`log2_potential`.
         throughput: :math:`f = g \cdot h`, share of the unit flow that passes through the token, in [0, 1].
         source: share of the unit flow that enters at each token (sums to 1 where feasible).
         demand: b, weight of the edge from each token to the virtual sink.

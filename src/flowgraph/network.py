@@ -269,7 +269,7 @@ def _networkx_solver(network: Network) -> _Solver:
         peer.add_nodes_from(range(size + 2))
         ends = [*edges, *((size, v) for v in range(size)), *((v, size + 1) for v in range(size))]
         # On floats networkx can lose track of which edges are full; whole numbers of 900 bits round nothing.
-        shift = 900 - math.frexp(arcs.max(initial=1.0))[1]
+        shift = 900 - math.frexp(arcs.max(initial=0.0))[1]
         capacities = zip(ends, (int(c) for c in np.ldexp(arcs, shift)), strict=True)
         peer.add_edges_from((s, t, {"capacity": c}) for (s, t), c in capacities if c > 0)
         residual = preflow_push(peer, size, size + 1)

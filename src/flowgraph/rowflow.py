@@ -28,7 +28,7 @@ class RowFlow:
     Attributes:
         h: backward potential, in units of ``2**exponent``; see :class:`flowgraph.Flow`.
         g: forward influence, in units of ``2**-exponent``.
-        exponent: int64, 0 everywhere unless a potential lies outside the range of float64.
+        exponent: int64, 0 everywhere unless some potential of the batch leaves ``2**-150 .. 2**150``.
         throughput: share of the unit flow through each token, in [0, 1]; 0 on padding.
         source: share of the unit that enters at each token.
         demand: b, weight of the edge from each token to the virtual sink.

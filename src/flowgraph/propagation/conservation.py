@@ -23,7 +23,7 @@ class ConservedFlow:
 
     Attributes:
         h, g: potential and influence in units of ``2**exponent`` and ``2**-exponent``: ``g * h`` needs no unit.
-        exponent: 0 everywhere unless float64 alone cannot hold the potential.
+        exponent: 0 everywhere unless some potential leaves 2**-150 .. 2**150.
         source: share of the unit that enters at each token; sums to 1 per graph, or to 0 where nothing flows.
     """
 
@@ -64,7 +64,7 @@ def conserve(
 
 
 def _sweep(name: str, sweeps: Any, weight: Any, x: Tensor) -> Tensor:
-    """Through autograd only where a derivative is wanted: rows on demand have none."""
+    """Through autograd only where a derivative is wanted, of the weights or of what enters."""
     wanted = torch.is_grad_enabled() and (x.requires_grad or getattr(weight, "requires_grad", False))
     return getattr(gradients if wanted else sweeps, name)(*((sweeps, weight, x) if wanted else (weight, x)))
 

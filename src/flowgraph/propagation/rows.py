@@ -15,7 +15,6 @@ from flowgraph.propagation import compiled, sweeps
 from flowgraph.propagation.backends import Backend, in_token_order
 from flowgraph.propagation.operators import DenseOperator, RowSource, StreamedOperator
 from flowgraph.propagation.powers import scaled
-from flowgraph.propagation.sweeps import BLOCK
 
 
 class _SequenceSums:
@@ -104,7 +103,7 @@ def refuse_bad_weights(matrix: Float[Tensor, "graphs tokens tokens"]) -> None:
 
 
 class StreamSweeps(_SequenceSums):
-    """Sweeps over rows that are produced on demand, block by block; not differentiable.
+    """Sweeps over rows that are produced on demand, block by block, and have no gradient of their own.
 
     The weight is a :class:`~flowgraph.propagation.operators.RowSource`.
     """
@@ -121,9 +120,9 @@ class StreamSweeps(_SequenceSums):
         return sweeps.influence(StreamedOperator(weight), self.leaves, inflow)
 
     def weights_into(self, weight: RowSource, *, last_first: bool) -> Iterator[tuple[int, slice, np.ndarray]]:
-        tokens = weight.num_tokens
-        for start in in_token_order(tokens, last_first, step=BLOCK):
-            rows = weight.block(start, min(start + BLOCK, tokens)).double().cpu().numpy()
+        tokens, step = weight.num_tokens, StreamedOperator(weight).block  # the blocks that the sweeps read
+        for start in in_token_order(tokens, last_first, step=step):
+            rows = weight.block(start, min(start + step, tokens)).double().cpu().numpy()
             for graph, matrix in enumerate(rows):
                 for row in in_token_order(matrix.shape[0], last_first):
                     t, first = start + row, graph * tokens
@@ -133,9 +132,9 @@ class StreamSweeps(_SequenceSums):
         return BalancedRows(weight, exponent, self.leaves > 0)
 
     def any_weight(self, weight: RowSource, target: Tensor, source: Tensor) -> bool:
-        columns = source.any(0).nonzero().flatten()
-        for start in range(0, weight.num_tokens, BLOCK):
-            here = slice(start, min(start + BLOCK, weight.num_tokens))
+        columns, step = source.any(0).nonzero().flatten(), StreamedOperator(weight).block
+        for start in range(0, weight.num_tokens, step):
+            here = slice(start, min(start + step, weight.num_tokens))
             rows = weight.block(here.start, here.stop)
             at = columns[columns < here.stop]
             if bool(((rows[:, :, at] > 0) & target[:, here, None] & source[:, None, at]).any()):
