@@ -22,6 +22,7 @@ from .errors import TooLargeError as TooLargeError
 from .errors import TraceFileError as TraceFileError
 from .export import to_igraph as to_igraph
 from .export import to_networkx as to_networkx
+from .files import atomic_write as atomic_write
 from .flow import Flow as Flow
 from .flowtrace import FlowTrace as FlowTrace
 from .flowtrace import load_trace as load_trace
@@ -47,7 +48,11 @@ from .routes import checkpoints as checkpoints
 from .routes import decompose as decompose
 from .routes import hubs as hubs
 from .routes import widest_routes as widest_routes
+from .regions import Regions as Regions
+from .regions import find_regions as find_regions
 from .rowflow import RowFlow as RowFlow
 from .rowflow import solve_rows as solve_rows
 from .solving import solve as solve
+from .text import EncodedText as EncodedText
+from .text import encode as encode
 from .tracing import trace as trace
