@@ -55,6 +55,7 @@ PUBLIC = {
     "checkpoints",
     "decompose",
     "encode",
+    "find_question",
     "find_regions",
     "gap_report",
     "gap_table",

@@ -49,6 +49,7 @@ from .routes import decompose as decompose
 from .routes import hubs as hubs
 from .routes import widest_routes as widest_routes
 from .regions import Regions as Regions
+from .regions import find_question as find_question
 from .regions import find_regions as find_regions
 from .rowflow import RowFlow as RowFlow
 from .rowflow import solve_rows as solve_rows

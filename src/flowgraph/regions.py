@@ -50,6 +50,7 @@ __all__ = [
     "Selector",
     "Span",
     "Tokens",
+    "find_question",
     "find_regions",
     "validate_regions",
 ]
@@ -177,18 +178,7 @@ def find_regions(encoded: EncodedText, question: Question = None, answer: Answer
         RegionError: nothing in the prompt is selected, or the selection lies outside.
         InvalidInputError: an argument that names no selector, a pattern that does not compile.
     """
-    if _is_auto(question):
-        asked_by: Selector = Role("user") if encoded.roles else Prompt()
-        question_selector = f"auto: {asked_by!r}"
-    else:
-        asked_by = as_selector(question, "prompt", encoded)
-        question_selector = repr(asked_by)
-    asked = asked_by.select(encoded, "prompt")
-    if not bool(asked.any()):
-        raise RegionError(
-            f"question: {asked_by!r} must select a visible, non-special character of the prompt, got none in "
-            f"{shorten(encoded.prompt_text)!r}; pass another Regex, Span(start, end), Role, Prompt() or token indices"
-        )
+    asked, question_selector = _find_question(encoded, question)
     answered, answer_selector = _find_answer(encoded, answer)
     generated = part_mask(encoded, "response")
     before = torch.arange(encoded.num_tokens) < _first(answered)
@@ -200,6 +190,16 @@ def find_regions(encoded: EncodedText, question: Question = None, answer: Answer
         question_selector=question_selector,
         answer_selector=answer_selector,
     )
+
+
+def find_question(encoded: EncodedText, question: Question = None) -> Mask:
+    """The question's tokens alone, for a response without an answer; see :func:`find_regions`.
+
+    Raises:
+        RegionError: nothing in the prompt is selected, or the selection lies outside.
+        InvalidInputError: an argument that names no selector, a pattern that does not compile.
+    """
+    return _find_question(encoded, question)[0]
 
 
 def validate_regions(regions: Regions) -> None:
@@ -238,6 +238,23 @@ def validate_regions(regions: Regions) -> None:
             f"answer: must come after a question token, got answer from token {answer} and question from token "
             f"{question}; check that the two are not exchanged"
         )
+
+
+def _find_question(encoded: EncodedText, question: Question) -> tuple[Mask, str]:
+    """The question's tokens and the selector that found them."""
+    if _is_auto(question):
+        asked_by: Selector = Role("user") if encoded.roles else Prompt()
+        name = f"auto: {asked_by!r}"
+    else:
+        asked_by = as_selector(question, "prompt", encoded)
+        name = repr(asked_by)
+    asked = asked_by.select(encoded, "prompt")
+    if not bool(asked.any()):
+        raise RegionError(
+            f"question: {asked_by!r} must select a visible, non-special character of the prompt, got none in "
+            f"{shorten(encoded.prompt_text)!r}; pass another Regex, Span(start, end), Role, Prompt() or token indices"
+        )
+    return asked, name
 
 
 def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:

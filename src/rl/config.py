@@ -133,6 +133,7 @@ class PPOConfig:
         save_every: steps between checkpoints; 0: only the last.
         save_every_updates: optimiser updates between checkpoints *inside* a step, the rollout buffer included.
         keep_checkpoints: how many are kept.
+        report_every: steps between rollout files for the token-credit report; 0: none.
         credit: see :class:`CreditConfig`.
         lora: see :class:`LoraConfig`.
     """
@@ -172,6 +173,7 @@ class PPOConfig:
     save_every: int = 50
     save_every_updates: int | None = None
     keep_checkpoints: int = 2
+    report_every: int = 0
     credit: CreditConfig = field(default_factory=CreditConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -186,7 +188,7 @@ class PPOConfig:
             value = getattr(self, name)
             _within(name, value, 0 <= value <= 1, "lie in [0, 1]", "1 and 0.95 are the defaults")
         for name in ("kl_coefficient", "value_coefficient", "entropy_coefficient", "missing_eos_penalty",
-                     "warmup_steps", "save_every"):  # fmt: skip
+                     "warmup_steps", "save_every", "report_every"):  # fmt: skip
             value = getattr(self, name)
             _within(name, value, value is None or value >= 0, "be at least 0", "0 turns it off")
         for name in ("clip_high", "value_clip", "kl_target", "value_learning_rate", "save_every_updates"):
@@ -205,7 +207,8 @@ class PPOConfig:
                     "use group_size=4, or advantage='gae'")  # fmt: skip
             _within("credit.entry", self.credit.entry, self.credit.entry == "advantage",
                     f"be 'advantage' with advantage={self.advantage!r}, which sums the rewards of a response before "
-                    "it looks at them and so cannot see where they stand", "use entry='advantage', or advantage='gae'")  # fmt: skip
+                    "it looks at them and so cannot see where they stand",
+                    "use entry='advantage', or advantage='gae'")  # fmt: skip
             _within("truncated", self.truncated, self.truncated != "bootstrap",
                     f"be 'keep' or 'mask' with advantage={self.advantage!r}, which has no critic to bootstrap from",
                     "use advantage='gae'")  # fmt: skip
@@ -279,11 +282,15 @@ def _check_types(config: Any) -> None:
             _within(name, value, value in get_args(hint), f"be one of {', '.join(map(repr, get_args(hint)))}",
                     "choose one of them")  # fmt: skip
             continue
-        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is not dict else ()) or (hint,)]
+        kinds = [
+            get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is not dict else ()) or (hint,)
+        ]
         if float in kinds and type(value) is int:
             object.__setattr__(config, name, float(value))
             continue
-        right = any(type(value) is kind or (kind not in (int, bool, float) and isinstance(value, kind)) for kind in kinds)
+        right = any(
+            type(value) is kind or (kind not in (int, bool, float) and isinstance(value, kind)) for kind in kinds
+        )
         if isinstance(value, float) and value != value:  # NaN passes every comparison the wrong way
             right = False
         expected = " or ".join(kind.__name__.replace("NoneType", "nothing") for kind in kinds)

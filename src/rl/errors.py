@@ -25,3 +25,7 @@ class CreditError(FlowgraphError, ValueError):
 
 class CheckpointError(FlowgraphError, ValueError):
     """A checkpoint is missing, incomplete, foreign, or belongs to another configuration."""
+
+
+class DivergedError(FlowgraphError, ArithmeticError):
+    """A gradient or a loss is no finite number any more."""

@@ -101,12 +101,14 @@ class TokenScores:
         entropy: ``[B, R]`` float32, entropy in nats of the distribution that the token was drawn from.
         ref_logprobs: ``[B, R]`` float32, the same token under the reference; None where no KL is asked for.
         values: ``[B, R]`` float32, the critic's value before the token is chosen; None without a critic.
+        final_values: ``[B]`` float32, its value after the last column, for responses that were cut off there.
     """
 
     logprobs: Float[Tensor, "batch response"]
     entropy: Float[Tensor, "batch response"]
     ref_logprobs: Float[Tensor, "batch response"] | None = None
     values: Float[Tensor, "batch response"] | None = None
+    final_values: Float[Tensor, " batch"] | None = None
 
     def select(self, rows: Sequence[int]) -> Self:
         return select(self, rows)

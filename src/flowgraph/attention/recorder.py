@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -35,6 +36,10 @@ class AttentionRecorder:
             :class:`~flowgraph.HeadSelector`.
         edge_weight: ``"attention"``, or ``"value_norm"``: each weight times the norm of the value vector it
             reads, rows rescaled to their attention sum.
+
+    Attributes:
+        layers: indices of the layers recorded.
+        seconds: time spent recording during the last pass (on a GPU: until its work was queued).
 
     Raises:
         CaptureError: the architecture cannot be captured.
@@ -74,7 +79,7 @@ class AttentionRecorder:
         self._modules = {modules[index]: index for index in self.layers}
         self._records: dict[int, LayerRecord | WeightedLayer] = {}
         self._mask: Bool[Tensor, "batch tokens"] | None = None
-        self._running = False
+        self._running, self.seconds = False, 0.0
         self._watch: KernelWatch | None = None
         self._stack = ExitStack()
 
@@ -134,6 +139,7 @@ class AttentionRecorder:
         Raises:
             CaptureError: cached keys, dropout, or an output that the eager function does not reproduce.
         """
+        began = time.perf_counter()
         self._refuse_second_call(module)
         _refuse_unreadable(module, call)
         query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
@@ -142,6 +148,7 @@ class AttentionRecorder:
             record = LayerRecord(frozen(module), call.eager, query, key, norm, call.mask, call.options)
             record.verify(value, call.output.detach())
         self._records[self._modules[module]] = record
+        self.seconds += time.perf_counter() - began
 
     def _refuse_second_call(self, module: nn.Module) -> None:
         if self._modules[module] in self._records:
@@ -158,6 +165,7 @@ class AttentionRecorder:
                 f"{type(self.model).__name__}; use one recorder and one model per thread"
             )
         self._records.clear()
+        self.seconds = 0.0
         mask = options.get("attention_mask")
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._running = True

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flowgraph import AttentionRows, HeadSelector
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from flowgraph import AttentionRows, HeadSelector
 from rl.errors import CreditError
 from rl.records import Responses, TokenScores
 
@@ -42,7 +42,8 @@ class CreditInput:
         scores: log-probabilities and entropies of the policy that wrote the responses.
         scored: ``[B, R]`` bool, the tokens that compete for credit; scores elsewhere are ignored.
         rows: attention by the names under which the rule asked for it (``needs=``).
-        random: a generator of this step's own; draws on it are the same after a resume.
+        random: a generator for each response, on the CPU; its draws are the same after a resume and however the
+            batch is cut.
         gradient: call it for the norm of the policy-gradient at the input embedding of every response token,
             ``[B, R]``; one extra forward and backward pass. Only for rules registered with ``gradient=True``.
         options: the rule's own settings, from ``CreditConfig.options``.
@@ -52,7 +53,7 @@ class CreditInput:
     scores: TokenScores
     scored: Bool[Tensor, "batch response"]
     rows: Mapping[str, AttentionRows] = field(default_factory=dict)
-    random: torch.Generator = field(default_factory=torch.Generator)
+    random: Sequence[torch.Generator] = ()
     gradient: Callable[[], Float[Tensor, "batch response"]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,6 +71,8 @@ class CreditRule:
         needs: attention to record, by name.
         gradient: whether the rule calls ``gradient``.
         needs_oracle: whether only tasks that know the decisive tokens can serve it.
+        weighs: whether its scores are weights already, whatever the shape; equal scores would otherwise be ranked by
+            position.
         summary: the first line of the function's docstring.
     """
 
@@ -78,6 +81,7 @@ class CreditRule:
     needs: Mapping[str, AttentionNeed]
     gradient: bool
     needs_oracle: bool
+    weighs: bool
     summary: str
 
 
@@ -90,6 +94,7 @@ def credit_rule(
     needs: Mapping[str, AttentionNeed] | None = None,
     gradient: bool = False,
     needs_oracle: bool = False,
+    weighs: bool = False,
 ) -> Callable[[CreditFunction], CreditFunction]:
     """Register a function as a credit rule.
 
@@ -108,13 +113,18 @@ def credit_rule(
     def register(function: CreditFunction) -> CreditFunction:
         known = _RULES.get(name)
         # A module that is loaded twice (a notebook cell, a test run) registers its own function again.
-        if known is not None and known.function.__qualname__ != function.__qualname__:
+        if known is not None and _place(known.function) != _place(function):
             raise CreditError(f"name: must be new, got {name!r}, which is registered already; choose another name")
         lines = (function.__doc__ or "").strip().splitlines()
-        _RULES[name] = CreditRule(name, function, dict(needs or {}), gradient, needs_oracle, lines[0] if lines else "")
+        summary = lines[0] if lines else ""
+        _RULES[name] = CreditRule(name, function, dict(needs or {}), gradient, needs_oracle, weighs, summary)
         return function
 
     return register
+
+
+def _place(function: CreditFunction) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 def find_rule(name: str) -> CreditRule:

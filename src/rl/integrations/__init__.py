@@ -1,0 +1,1 @@
+"""Adapters that bring token credit into other trainers."""

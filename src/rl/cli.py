@@ -1,0 +1,312 @@
+"""The command line: ``flowgraph-rl train | eval | report | rules | merge | pretrain | align``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flowgraph import FlowgraphError
+from rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="flowgraph-rl",
+    help="Train LoRA policies with PPO and token credit shaped by reasoning flow.",
+    epilog="Exit codes: 0 done, 1 something broke, 2 bad input.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A model name, a folder, or 'chain' for the small model that is shipped.")
+]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        "--task", "-t", help="'chain', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME' or a .jsonl file."
+    ),
+]
+TaskOption = Annotated[
+    list[str] | None, typer.Option("--task-option", help="NAME=VALUE, such as hops=[2,4]; may be repeated.")
+]
+Device = Annotated[str | None, typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps'. Default: as accelerate finds it.")]
+Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16', of the frozen base.")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends with its message and exit code 2, never a stack trace."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except FlowgraphError as error:
+        typer.secho(f"flowgraph-rl: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("flowgraph-rl: stopped; `train --resume` goes on from the newest checkpoint", err=True)
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A YAML file: any setting of PPOConfig, and model, task, task_options, output.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A model name, a folder, or 'chain'. Default: chain.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="As for eval. Default: chain.")] = None,
+    task_option: TaskOption = None,
+    credit: Annotated[
+        str | None, typer.Option("--credit", "-c", help="A credit rule; `flowgraph-rl rules` lists them.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Rollout-and-update steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="NAME=VALUE for any setting, such as credit.strength=2; may be repeated."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT LoRA folder to go on from.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: runs/TASK-RULE.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in the folder.")
+    ] = False,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume although settings differ.")] = False,
+    tracker: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; may be repeated.")] = None,
+    show_settings: Annotated[
+        bool, typer.Option("--show-settings", help="Print all settings as YAML and stop.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Train a policy; writes metrics.jsonl, checkpoints and rollouts into a folder."""
+    from rl.runfile import policy_folder, read_run
+
+    flags = {
+        "model": model,
+        "task": task,
+        "steps": steps,
+        "seed": seed,
+        "output": None if output is None else str(output),
+    }
+    run = read_run(config, flags, credit=credit, settings=settings or [], task_options=task_option or [])
+    if show_settings:
+        typer.echo(run.to_yaml(), nl=False)
+        return
+    from rl.tracking import check_trackers
+
+    check_trackers(tracker or [])
+    with _progress() as say:
+        say(f"loading {run.model}")
+        network, tokenizer = _load(run.model, dtype, device, None if adapter is None else policy_folder(adapter))
+        from rl.tasks import make_task
+        from rl.trainer import PPOTrainer
+
+        trainer = PPOTrainer(
+            network, tokenizer, task=make_task(run.task, **run.task_options), config=run.config, output=run.output,
+            resume=resume, allow_changes=allow_changes, trackers=tracker or (),
+            accelerator=_accelerator(device, tracker, run.output),
+        )  # fmt: skip
+    if trainer.accelerator.is_main_process:
+        (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        if trainer.position.step:
+            typer.echo(f"resumed after step {trainer.position.step}", err=True)
+    history = trainer.train()
+    if trainer.accelerator.is_main_process:
+        _summary(history, run.output)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model = "chain",
+    task: TaskName = "chain",
+    task_option: TaskOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", "-a", help="A run, a checkpoint, or a PEFT folder.")
+    ] = None,
+    num_problems: Annotated[int, typer.Option("-n", "--num-problems", help="Fresh problems.")] = 200,
+    samples: Annotated[int, typer.Option("-k", "--samples", help="Responses to each problem.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.0,
+    max_response_tokens: Annotated[int, typer.Option(help="Responses are cut off there.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every response here, as JSON lines.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure a policy on fresh problems: mean reward with a 95 % interval."""
+    from rl.runfile import parse_options, policy_folder
+
+    options = parse_options(task_option or [])
+    folder = None if adapter is None else policy_folder(adapter)
+    with _progress() as say:
+        say(f"loading {model}")
+        network, tokenizer = _load(model, dtype, device, folder)
+        from rl.evaluation import evaluate
+        from rl.tasks import make_task
+
+        result = evaluate(
+            network, tokenizer, make_task(task, **options), num_problems=num_problems, samples=samples,
+            temperature=temperature, max_response_tokens=max_response_tokens, batch_size=batch_size, seed=seed,
+            progress=lambda done, total: say(f"{done}/{total} responses"),
+        )  # fmt: skip
+    if out is not None:
+        import json
+
+        from flowgraph import atomic_write
+
+        with atomic_write(out) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in result.responses), encoding="utf-8")
+    if json_output:
+        import json
+
+        typer.echo(json.dumps(result.summary()))
+        return
+    table = _table("figure", "value")
+    table.add_row("mean reward", f"{result.reward:.3f}  (95 %: {result.low:.3f} to {result.high:.3f})")
+    if samples > 1:
+        table.add_row(f"best of {samples}", f"{result.best_of:.3f}")
+    table.add_row("problems", f"{result.num_problems}")
+    table.add_row("with an answer", f"{result.answer_share:.1%}")
+    table.add_row("cut off", f"{result.truncated_share:.1%}")
+    table.add_row("tokens a response", f"{result.response_tokens:.1f}")
+    _console().print(table)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="A run, or a rollout file of one (rollouts/step-....safetensors).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Make the token-credit page of a rollout: what each token was worth, right answers beside wrong ones."""
+    from rl.report import report_file
+    from rl.runfile import newest_rollout
+
+    path = report_file(newest_rollout(source), out)
+    typer.echo(f"wrote {path}")
+    if open_page:
+        typer.launch(str(path))
+
+
+@app.command()
+def rules() -> None:
+    """List the credit rules."""
+    from rl.credit.registry import find_rule, rule_names
+
+    table = _table("rule", "reads", "scores")
+    for name in rule_names():
+        rule = find_rule(name)
+        needs = (
+            ["attention"] * bool(rule.needs)
+            + ["a backward pass"] * rule.gradient
+            + ["ground truth"] * rule.needs_oracle
+        )
+        table.add_row(name, ", ".join(needs) or "-", rule.summary)
+    _console().print(table)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a PEFT folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the merged model.")],
+    model: Model = "chain",
+    dtype: Dtype = "auto",
+) -> None:
+    """Merge a trained adapter into its base; plain transformers loads the result."""
+    from rl.runfile import policy_folder
+
+    if out.exists():
+        raise ConfigError(f"out: must be a new folder, got {out}, which exists; choose another name")
+    with _progress() as say:
+        say(f"loading {model}")
+        network, tokenizer = _load(model, dtype, None, policy_folder(adapter))
+        say("merging")
+        merged = network.merge_and_unload()
+        temporary = out.with_name(f".writing-{out.name}")
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(out)
+    typer.echo(f"wrote {out}")
+
+
+def _load(model: str, dtype: str, device: str | None, adapter: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer, with a trainable adapter where one is given; nothing in a model's folder is executed."""
+    from rl.runfile import load_model
+
+    network: Any
+    network, tokenizer = load_model(model, dtype)
+    if adapter is not None:
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+    if device is not None:
+        network.to(device)
+    return network, tokenizer
+
+
+def _accelerator(device: str | None, trackers: list[str] | None, output: Path) -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=output)  # type: ignore[arg-type]
+
+
+def _summary(history: list[dict[str, Any]], output: Path) -> None:
+    def mean(rows: list[dict[str, Any]], name: str) -> float:
+        return sum(row[name] for row in rows) / len(rows)
+
+    window = max(1, len(history) // 10)
+    table = _table("figure", f"first {window} steps", f"last {window} steps")
+    for label, name, form in (
+        ("reward", "reward", "{:.3f}"), ("entropy", "entropy", "{:.3f}"),
+        ("tokens a response", "response_tokens", "{:.1f}"),
+        ("seconds a step", "seconds", "{:.2f}"), ("credit overhead, %", "credit_overhead_percent", "{:.1f}"),
+    ):  # fmt: skip
+        table.add_row(label, form.format(mean(history[:window], name)), form.format(mean(history[-window:], name)))
+    _console().print(table)
+    typer.echo(f"metrics and checkpoints in {output}; next: flowgraph-rl eval --adapter {output}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with one line on a terminal; nothing elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("starting") as status:
+        yield status.update

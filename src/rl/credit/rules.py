@@ -1,0 +1,24 @@
+"""The rules of the package: importing this module registers them all."""
+
+from rl.credit.attention import atpo, correlation, coupled, fai, max_attention, waad
+from rl.credit.flow import flow, flow_entropy, reach, reach_entropy, shuffled_flow
+from rl.credit.policy import entropy, gradient, oracle, random, uniform
+
+__all__ = [
+    "atpo",
+    "correlation",
+    "coupled",
+    "entropy",
+    "fai",
+    "flow",
+    "flow_entropy",
+    "gradient",
+    "max_attention",
+    "oracle",
+    "random",
+    "reach",
+    "reach_entropy",
+    "shuffled_flow",
+    "uniform",
+    "waad",
+]

@@ -1,0 +1,166 @@
+"""How good a policy is on problems it never saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rl.errors import ConfigError
+from rl.generation import generate
+from rl.rollout import PromptEncoder, judge
+from rl.seeds import generator
+from rl.tasks.base import SPLITS, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_Z = 1.959964
+"""97.5 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean reward over fresh problems, with a 95 % interval over problems.
+
+    Attributes:
+        reward: mean reward; accuracy, where the task pays 1 for right and 0 for wrong.
+        low, high: its interval: Wilson's where every problem has one verdict of 0 or 1, else normal over the problems.
+        best_of: mean over problems of the best of their samples (pass@k for 0/1 rewards).
+        num_problems, samples: n and k.
+        answer_share, truncated_share: of all responses.
+        response_tokens: mean length.
+        responses: a record for each response: problem, completion, reward.
+    """
+
+    reward: float
+    low: float
+    high: float
+    best_of: float
+    num_problems: int
+    samples: int
+    answer_share: float
+    truncated_share: float
+    response_tokens: float
+    responses: list[dict[str, Any]]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures without the responses, for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "responses"}
+
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation(reward {self.reward:.3f} [{self.low:.3f}, {self.high:.3f}] on {self.num_problems} problems, "
+            f"best of {self.samples} {self.best_of:.3f}, {self.response_tokens:.0f} tokens)"
+        )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    num_problems: int = 200,
+    samples: int = 1,
+    temperature: float = 0.0,
+    split: str = "eval",
+    max_prompt_tokens: int = 512,
+    max_response_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Let a model answer fresh problems and ask the task for its verdicts.
+
+    Args:
+        model: any causal LM, adapters included.
+        tokenizer: of the model.
+        task: with its ``eval`` split.
+        num_problems: the first problems of the split.
+        samples: responses to each.
+        temperature: 0 for greedy decoding, which needs ``samples=1``.
+        split: ``"eval"``, or ``"train"`` to compare.
+        max_prompt_tokens: longer prompts are refused.
+        max_response_tokens: responses are cut off there.
+        batch_size: responses at a time.
+        seed: of the sampling; the same problems get the same noise.
+        progress: called with responses done and to do.
+
+    Raises:
+        ConfigError: a number out of range.
+        RewardError: the task failed.
+    """
+    _check(num_problems, samples, temperature, split, batch_size)
+    encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens)
+    each = [(task.sample(split, index), copy) for index in range(num_problems) for copy in range(samples)]
+    rows: list[dict[str, Any]] = []
+    totals = torch.zeros(3)
+    for start in range(0, len(each), batch_size):
+        part = each[start : start + batch_size]
+        noise = None
+        if temperature > 0:
+            noise = [generator(seed, "evaluation", split, sample.index, copy) for sample, copy in part]
+        generated = generate(
+            model, [encoder.ids(sample) for sample, _ in part], noise, ending=encoder.ending,
+            max_new_tokens=max_response_tokens, temperature=temperature or 1.0,
+        )  # fmt: skip
+        responses = judge(task, tokenizer, [sample for sample, _ in part], generated)
+        totals += torch.stack([
+            responses.answer.any(1).sum(), responses.truncated.sum(), responses.response_mask.sum()
+        ])  # fmt: skip
+        rows += [
+            {
+                "index": sample.index,
+                "prompt": sample.prompt,
+                "answer": sample.answer,
+                "completion": text,
+                "reward": reward,
+            }
+            for (sample, _), text, reward in zip(part, responses.completions, responses.rewards.tolist(), strict=True)
+        ]
+        if progress is not None:
+            progress(len(rows), len(each))
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(num_problems, samples)
+    low, high = _interval(rewards)
+    answered, truncated, tokens = (totals / len(rows)).tolist()
+    return Evaluation(
+        float(rewards.mean()), low, high, float(rewards.max(1).values.mean()), num_problems, samples, answered,
+        truncated, tokens, rows,
+    )  # fmt: skip
+
+
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share.
+
+    Example:
+        >>> [round(end, 3) for end in wilson_interval(8, 10)]
+        [0.49, 0.943]
+    """
+    share, spread = successes / trials, _Z**2 / trials
+    middle = (share + spread / 2) / (1 + spread)
+    half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _interval(rewards: torch.Tensor) -> tuple[float, float]:
+    problems, samples = rewards.shape
+    if samples == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
+        return wilson_interval(float(rewards.sum()), problems)
+    means = rewards.mean(1)
+    half = _Z * float(means.std()) / math.sqrt(problems) if problems > 1 else math.inf
+    return float(means.mean()) - half, float(means.mean()) + half
+
+
+def _check(num_problems: int, samples: int, temperature: float, split: str, batch_size: int) -> None:
+    for name, value in (("num_problems", num_problems), ("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}; 200 problems with 1 sample are the default")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature: must be at least 0, got {temperature}; 0 is greedy decoding")
+    if temperature == 0 and samples > 1:
+        raise ConfigError(f"samples: must be 1 at temperature 0, got {samples}; greedy samples are all the same")
+    if split not in SPLITS:
+        raise ConfigError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}; 'eval' holds fresh problems")

@@ -1,0 +1,253 @@
+"""One frozen base model that plays three parts: policy, critic and reference, told apart by LoRA adapters."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from rl.config import LoraConfig
+from rl.errors import PolicyError
+from rl.losses import token_logprobs
+from rl.records import Responses
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+POLICY, VALUE, REFERENCE = "policy", "value", "reference"
+
+
+class ModelInput(NamedTuple):
+    """The tensors of a forward pass over whole sequences; plain tensors, so that wrappers can move them."""
+
+    input_ids: Int64[Tensor, "batch tokens"]
+    attention_mask: Int64[Tensor, "batch tokens"]
+    position_ids: Int64[Tensor, "batch tokens"]
+
+    @classmethod
+    def of(cls, responses: Responses, device: torch.device) -> ModelInput:
+        mask = responses.attention_mask.to(device).long()
+        # Without explicit positions a left-padded GPT-2 counts its padding and is wrong by half a logit.
+        return cls(responses.input_ids.to(device), mask, (mask.cumsum(1) - 1).clamp(min=0))
+
+
+class TokenOutput(NamedTuple):
+    """What a pass says about each response token, ``[B, R]`` each; values only with a critic."""
+
+    logprobs: Float[Tensor, "batch response"]
+    entropy: Float[Tensor, "batch response"]
+    values: Float[Tensor, "batch response"] | None
+
+
+class ActorCritic(nn.Module):
+    """A frozen causal LM with a LoRA adapter for the policy and, with a critic, another for the value function.
+
+    The reference is the base with its adapters off, or, where the given model brought a trained adapter of its own, a
+    frozen copy of that adapter. Dropout is off always: the probabilities of a rollout and of its update must be
+    those of one function.
+
+    Args:
+        model: a Hugging Face causal LM, or a PEFT model whose active LoRA adapter is trained on.
+        lora: shape of the new adapters.
+        critic: whether there is a value function.
+        seed: of the adapters' first weights.
+
+    Raises:
+        PolicyError: LoRA targets that do not exist, or a PEFT model of another kind.
+    """
+
+    def __init__(self, model: nn.Module, lora: LoraConfig, *, critic: bool, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
+            torch.manual_seed(seed)
+            self.peft, self.policy_name, self.reference_name = _adapted(model, lora)
+            if critic:
+                self.peft.add_adapter(VALUE, _peft_config(lora, self.causal_lm))
+            self.value_head = _value_head(self.causal_lm) if critic else None
+        self._position_ids = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
+        self._logits_to_keep = "logits_to_keep" in inspect.signature(self.causal_lm.forward).parameters
+        self._trained = [parameter for name, parameter in self.named_parameters() if self._is_trained(name)]
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self._activate(self.policy_name)
+        self.eval()
+
+    def train(self, mode: bool = True) -> ActorCritic:
+        """Stay in evaluation mode: dropout would make the old and the new probabilities differ by chance."""
+        return super().train(False)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model inside, its linear layers wrapped by the adapters."""
+        return self.peft.get_base_model()  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained weights of the policy, by name."""
+        return {name: p for name, p in self.named_parameters() if self._is_trained(name) and not _is_value(name)}
+
+    def value_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained weights of the critic, by name; empty without one."""
+        return {name: p for name, p in self.named_parameters() if self._is_trained(name) and _is_value(name)}
+
+    def forward(self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float) -> TokenOutput:
+        """Log-probabilities and entropies under the policy, and values under the critic, of all response tokens.
+
+        One call serves both, so that a distributed wrapper sees every trained weight in every pass.
+        """
+        logprobs, entropy = self.policy_pass(inputs, tokens, temperature)
+        values = self.value_pass(inputs, tokens.shape[1])
+        return TokenOutput(logprobs, entropy, None if values is None else values[:, :-1])
+
+    def policy_pass(
+        self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float
+    ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
+        """Log-probability and entropy of each response token under the active adapter (the policy's by default)."""
+        return token_logprobs(self._response_logits(inputs, tokens.shape[1]), tokens, temperature)
+
+    def value_pass(self, inputs: ModelInput, response_length: int) -> Float[Tensor, "batch response+1"] | None:
+        """The critic's value before each response token, from the state one column earlier, and after the last."""
+        if self.value_head is None:
+            return None
+        with self.adapter(VALUE):
+            hidden = self.causal_lm.get_decoder()(**self._arguments(inputs), use_cache=False).last_hidden_state
+        states = hidden[:, -response_length - 1 :]
+        return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+
+    def reference_pass(
+        self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float
+    ) -> Float[Tensor, "batch response"]:
+        """Log-probability of each response token under the reference."""
+        with torch.no_grad(), self.adapter(self.reference_name):
+            return self.policy_pass(inputs, tokens, temperature)[0]
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Switch to another adapter, or to none, and back; what is trained stays trained."""
+        try:
+            if name is None:
+                with self.peft.disable_adapter():
+                    yield
+            else:
+                self._activate(name)
+                yield
+        finally:
+            self._activate(self.policy_name)
+
+    def embeddings(self, inputs: ModelInput) -> Float[Tensor, "batch tokens hidden"]:
+        """Input embeddings, detached."""
+        return self.causal_lm.get_input_embeddings()(inputs.input_ids).detach()
+
+    def logprobs_of_embeddings(
+        self,
+        embeddings: Float[Tensor, "batch tokens hidden"],
+        inputs: ModelInput,
+        tokens: Int64[Tensor, "batch response"],
+    ) -> Float[Tensor, "batch response"]:
+        """Log-probabilities as a function of the input embeddings, for rules that look at gradients."""
+        logits = self._response_logits(inputs, tokens.shape[1], inputs_embeds=embeddings)
+        return token_logprobs(logits, tokens, 1.0)[0]
+
+    def _activate(self, name: str) -> None:
+        self.peft.set_adapter(name)
+        # PEFT takes the gradient from every adapter but the active one; a backward pass needs both.
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def _is_trained(self, name: str) -> bool:
+        parts = name.split(".")
+        return parts[0] == "value_head" or ("lora_" in name and (self.policy_name in parts or VALUE in parts))
+
+    def _arguments(self, inputs: ModelInput, **replaced: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"attention_mask": inputs.attention_mask, **replaced}
+        if not replaced:
+            arguments["input_ids"] = inputs.input_ids
+        if self._position_ids:
+            arguments["position_ids"] = inputs.position_ids
+        return arguments
+
+    def _response_logits(
+        self, inputs: ModelInput, response_length: int, **replaced: Any
+    ) -> Float[Tensor, "batch response vocabulary"]:
+        arguments = self._arguments(inputs, **replaced)
+        if (
+            self._logits_to_keep
+        ):  # the prompt's logits are never read; for a large vocabulary they are most of the memory
+            arguments["logits_to_keep"] = response_length + 1
+        logits = self.causal_lm(**arguments, use_cache=False).logits
+        return logits[:, -response_length - 1 : -1]
+
+
+def _adapted(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
+    """The PEFT model, the name of the policy's adapter, and that of the reference's (None: adapters off)."""
+    from peft import PeftModel, get_peft_model
+
+    if not isinstance(model, PeftModel):
+        with warnings.catch_warnings():  # PEFT asks transformers by an old name; nothing for users to do
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped: Any = get_peft_model(model, _peft_config(lora, model), adapter_name=POLICY)
+        return wrapped, POLICY, None
+    name: Any = model.active_adapter
+    config = model.peft_config.get(name) if isinstance(name, str) else None
+    if config is None or getattr(config, "peft_type", None) != "LORA":
+        raise PolicyError(
+            f"model: a PEFT model must have one active LoRA adapter, got {name!r}; load it with "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True), or pass the base model"
+        )
+    model.add_adapter(REFERENCE, config)
+    weights = dict(model.named_parameters())
+    for key, parameter in weights.items():
+        if f".{REFERENCE}." in key:
+            parameter.data.copy_(weights[key.replace(f".{REFERENCE}.", f".{name}.")].data)
+    return model, name, REFERENCE
+
+
+def _peft_config(lora: LoraConfig, model: nn.Module) -> Any:
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    if lora.targets != "all-linear":
+        _check_targets([lora.targets] if isinstance(lora.targets, str) else lora.targets, model)
+    return peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores its weights so
+    )  # fmt: skip
+
+
+def _check_targets(targets: list[str], model: nn.Module) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    # A second adapter is added to a model whose layers are wrapped already.
+    layers = [name.removesuffix(".base_layer") for name in layers if ".lora_" not in name]
+    ends = sorted({name.split(".")[-1] for name in layers})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise PolicyError(
+                f"lora.targets: must name linear layers of the model, got {target!r}; {type(model).__name__} has "
+                f"{', '.join(ends)}, and 'all-linear' takes all but the output layer"
+            )
+
+
+def _value_head(model: Any) -> nn.Linear:
+    """Zero at first, so that an untrained critic adds no noise; float32, because values are regressed on."""
+    size = model.config.get_text_config(decoder=True).hidden_size
+    head = nn.Linear(size, 1, dtype=torch.float32, device=model.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _is_value(name: str) -> bool:
+    return name.startswith("value_head.") or f".{VALUE}." in name

@@ -1,0 +1,202 @@
+"""What a run is, as a YAML file and flags say it: model, task, folder and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl.checkpoint import find_checkpoints
+from rl.config import PPOConfig
+from rl.errors import CheckpointError, ConfigError, PolicyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_OWN = ("model", "task", "task_options", "output")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run from the command line.
+
+    Attributes:
+        model: a name, a folder, or "chain".
+        task: a task's name or file.
+        task_options: of the task.
+        output: folder of the run.
+        config: everything else.
+    """
+
+    model: str
+    task: str
+    output: Path
+    config: PPOConfig
+    task_options: dict[str, Any] = field(default_factory=dict)
+
+    def to_yaml(self) -> str:
+        """All settings, defaults included; the same file starts the same run."""
+        import yaml
+
+        own = {"model": self.model, "task": self.task, "task_options": self.task_options, "output": str(self.output)}
+        return yaml.safe_dump(own | self.config.to_dict(), sort_keys=False)
+
+
+def read_run(
+    path: Path | None,
+    flags: Mapping[str, Any],
+    *,
+    credit: str | None,
+    settings: Sequence[str],
+    task_options: Sequence[str],
+) -> Run:
+    """A YAML file, overridden by flags, overridden by ``NAME=VALUE`` settings.
+
+    Raises:
+        ConfigError: no such file, no YAML mapping, an unknown setting, or a value that breaks a rule.
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(path)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    for name, value in parse_options(settings).items():
+        _put(values, name.split("."), value)
+    if credit is not None:
+        before = values.get("credit", {})
+        values["credit"] = {**(before if isinstance(before, dict) else {}), "rule": credit}
+    options = {**_mapping("task_options", values.pop("task_options", {})), **parse_options(task_options)}
+    own = {name: values.pop(name) for name in _OWN if name in values}
+    model, task = str(own.get("model", "chain")), str(own.get("task", "chain"))
+    if model == "chain" and "max_response_tokens" not in values:
+        values["max_response_tokens"] = 48  # the shipped model's context is short, and its answers shorter
+    config = PPOConfig.from_dict(values)
+    name = Path(task).stem.replace(":", "-")
+    output = Path(own.get("output", f"runs/{name}-{config.credit.rule}"))
+    return Run(model=model, task=task, output=output, config=config, task_options=options)
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` strings; values are read as YAML, so ``[2,4]``, ``0.5``, ``true`` and text all work.
+
+    Example:
+        >>> parse_options(["hops=[2,4]", "rate=1e-4"])
+        {'hops': [2, 4], 'rate': 0.0001}
+
+    Raises:
+        ConfigError: no ``=`` in it.
+    """
+    import yaml
+
+    out: dict[str, Any] = {}
+    for option in options:
+        name, sign, text = option.partition("=")
+        if not sign or not name:
+            raise ConfigError(f"--set: must look like NAME=VALUE, got {option!r}; for example credit.strength=2")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set: {name} must have a YAML value, got {text!r}; put text in quotes") from error
+        out[name.replace("-", "_")] = _number(value)
+    return out
+
+
+def policy_folder(path: Path) -> Path:
+    """The PEFT folder of a run, a checkpoint, or itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "adapter_config.json").is_file():
+        return path
+    for folder in [path, *find_checkpoints(path)]:
+        if (folder / "policy" / "adapter_config.json").is_file():
+            return folder / "policy"
+    raise CheckpointError(
+        f"adapter: must be a run, a checkpoint or a PEFT folder, got {path}, which holds none; train first, or "
+        "give the folder with adapter_config.json"
+    )
+
+
+def newest_rollout(path: Path) -> Path:
+    """A rollout file, or the newest one of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.is_file():
+        return path
+    found = sorted((path / "rollouts").glob("step-*.safetensors"))
+    if not found:
+        raise CheckpointError(
+            f"source: must be a rollout file or a run that wrote some, got {path}; train with --set report_every=10"
+        )
+    return found[-1]
+
+
+def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer by name or folder, or the shipped one for "chain". No remote code is run.
+
+    Raises:
+        PolicyError: it cannot be loaded.
+    """
+    if name == "chain":
+        from rl.pretrain import load_chain_model
+
+        return load_chain_model()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kinds = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ConfigError(f"dtype: must be one of {', '.join(kinds)}, got {dtype!r}; 'auto' takes the checkpoint's own")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise PolicyError(
+            f"model: must be a folder or a name that transformers can load, got {name!r} ({first}); check the name, or "
+            "use 'chain'"
+        ) from error
+    return model, tokenizer
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config: must be a YAML file, got {path} ({error.strerror}); check the name") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: must be YAML, got {path}, which is not ({error}); mend it") from error
+    return _numbers(_mapping("config", {} if values is None else values))
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{name}: must be a mapping of names to values, got {type(value).__name__}; write NAME: VALUE"
+        )
+    return dict(value)
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _numbers(value) if isinstance(value, dict) else _number(value) for name, value in values.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-4 for text; people do not."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _put(values: dict[str, Any], names: list[str], value: Any) -> None:
+    for name in names[:-1]:
+        inner = values.get(name)
+        values[name] = {"rule": inner} if name == "credit" and isinstance(inner, str) else dict(inner or {})
+        values = values[name]
+    values[names[-1]] = value

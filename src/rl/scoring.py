@@ -1,0 +1,209 @@
+"""The old-policy pass: log-probabilities, values, reference, and the token credit that rides on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowgraph import AttentionRecorder, AttentionRows
+from rl.config import CreditConfig
+from rl.credit.registry import AttentionNeed, CreditInput, CreditRule, find_rule, score_tokens
+from rl.policy import ActorCritic, ModelInput
+from rl.records import Credit, Responses, TokenScores
+from rl.seeds import generator
+from rl.weights import shape_weights
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores and credit of a rollout, with what the credit cost.
+
+    Attributes:
+        scores: of every response token.
+        credit: of every response token.
+        seconds: time of the whole pass.
+        credit_seconds: the part that only the credit needs: recording attention, reading it, the rule, the shape.
+    """
+
+    scores: TokenScores
+    credit: Credit
+    seconds: float
+    credit_seconds: float
+
+
+def tokens_in_scope(responses: Responses, scope: str) -> Bool[Tensor, "batch response"]:
+    """Tokens that compete for credit: all that the policy chose, without the answer unless the scope is "response".
+
+    The throughput of an answer token is large by construction, so it would win whatever it says.
+    """
+    mask = responses.response_mask
+    return mask if scope == "response" else mask & ~responses.answer_in_response
+
+
+def score_rollout(
+    policy: ActorCritic,
+    responses: Responses,
+    credit: CreditConfig,
+    *,
+    temperature: float,
+    micro_batch_size: int,
+    seed: int,
+    step: int,
+    reference: bool,
+) -> Scored:
+    """Score every response under the policy that wrote it; no forward pass is made for the credit's sake.
+
+    Rules that read attention hear it while the log-probabilities are computed; only rules that are registered with
+    ``gradient=True`` cost a pass of their own.
+
+    Args:
+        policy: not wrapped.
+        responses: on the CPU; results come back there.
+        credit: rule, shape, scope and what attention is read.
+        temperature: of the rollout.
+        micro_batch_size: sequences at a time.
+        seed: of rules that draw.
+        step: as part of that seed.
+        reference: whether log-probabilities under the reference are wanted.
+
+    Raises:
+        CreditError: the rule returned something that is no score.
+    """
+    started = time.perf_counter()
+    rule = find_rule(credit.rule)
+    generators = _generators(responses, seed, step)
+    parts: list[tuple[TokenScores, Credit]] = []
+    credit_seconds = 0.0
+    for start in range(0, responses.num_sequences, micro_batch_size):
+        part = responses.select(range(start, min(start + micro_batch_size, responses.num_sequences)))
+        scores, rows, recording = _forward(policy, part, rule, credit, temperature, reference)
+        begun = time.perf_counter()
+        streams = generators[start : start + micro_batch_size]
+        parts.append((scores, _credit(policy, part, scores, rows(), rule, credit, streams)))
+        credit_seconds += recording + time.perf_counter() - begun
+    scores = join_records([scores for scores, _ in parts])
+    return Scored(scores, join_records([c for _, c in parts]), time.perf_counter() - started, credit_seconds)
+
+
+def _forward(
+    policy: ActorCritic,
+    responses: Responses,
+    rule: CreditRule,
+    credit: CreditConfig,
+    temperature: float,
+    reference: bool,
+) -> tuple[TokenScores, Callable[[], dict[str, AttentionRows]], float]:
+    """All passes over one micro-batch; the attention comes as a promise, since reading it is the credit's cost."""
+    inputs = ModelInput.of(responses, policy.device)
+    tokens = inputs.input_ids[:, responses.prompt_length :]
+    mask = responses.response_mask.to(policy.device)
+    with torch.no_grad(), ExitStack() as stack:
+        recorders = {name: stack.enter_context(_recorder(policy, need, credit)) for name, need in rule.needs.items()}
+        logprobs, entropy = policy.policy_pass(inputs, tokens, temperature)
+    with torch.no_grad():
+        values = policy.value_pass(inputs, tokens.shape[1])
+        ref = policy.reference_pass(inputs, tokens, temperature) if reference else None
+    scores = TokenScores(
+        logprobs=_masked(logprobs, mask),
+        entropy=_masked(entropy, mask),
+        ref_logprobs=None if ref is None else _masked(ref, mask),
+        values=None if values is None else _masked(values[:, :-1], mask),
+        final_values=None if values is None else values[:, -1].float().cpu(),
+    )
+
+    def rows() -> dict[str, AttentionRows]:
+        return {name: recorder.rows(inputs.attention_mask, inputs.input_ids) for name, recorder in recorders.items()}
+
+    return scores, rows, sum(recorder.seconds for recorder in recorders.values())
+
+
+def _recorder(policy: ActorCritic, need: AttentionNeed, credit: CreditConfig) -> AttentionRecorder:
+    return AttentionRecorder(
+        policy.causal_lm,
+        layers=credit.layers if need.layers is None else need.layers,
+        heads=credit.heads if need.heads is None else need.heads,
+    )
+
+
+def _credit(
+    policy: ActorCritic,
+    responses: Responses,
+    scores: TokenScores,
+    rows: Mapping[str, AttentionRows],
+    rule: CreditRule,
+    credit: CreditConfig,
+    random: Sequence[torch.Generator],
+) -> Credit:
+    scored = tokens_in_scope(responses, credit.scope)
+    moved = to_device(responses, policy.device)
+    batch = CreditInput(
+        responses=moved,
+        scores=to_device(scores, policy.device),
+        scored=scored.to(policy.device),
+        rows=rows,
+        random=random,
+        gradient=(lambda: embedding_gradient(policy, moved)) if rule.gradient else None,
+        options={**credit.options, "rows": credit.rows},
+    )
+    found = score_tokens(rule, batch).cpu()
+    weights = shape_weights(found, scored, replace(credit, shape="raw") if rule.weighs else credit)
+    return Credit(scores=found, scored=scored, weights=weights)
+
+
+def _generators(responses: Responses, seed: int, step: int) -> list[torch.Generator]:
+    """One for each response, by problem and number: a rule that draws does the same however the batch is cut."""
+    seen: dict[int, int] = {}
+    out = []
+    for group in responses.groups.tolist():
+        out.append(generator(seed, "credit", step, group, seen.get(group, 0)))
+        seen[group] = seen.get(group, 0) + 1
+    return out
+
+
+def embedding_gradient(policy: ActorCritic, responses: Responses) -> Float[Tensor, "batch response"]:
+    """Norm of the gradient of a response's log-likelihood at the input embedding of each of its tokens.
+
+    The policy gradient of a response is this gradient times its advantage, which is the same for all of its tokens
+    and so changes no ranking among them.
+    """
+    inputs = ModelInput.of(responses, policy.device)
+    tokens = inputs.input_ids[:, responses.prompt_length :]
+    with torch.enable_grad():
+        embeddings = policy.embeddings(inputs).requires_grad_(True)
+        logprobs = policy.logprobs_of_embeddings(embeddings, inputs, tokens)
+        total = logprobs.masked_fill(~responses.response_mask, 0.0).sum()
+        (gradient,) = torch.autograd.grad(total, embeddings)
+    norms = gradient.float().norm(dim=-1)[:, responses.prompt_length :]
+    return norms.masked_fill(~responses.response_mask, 0.0)
+
+
+def _masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    return tensor.float().masked_fill(~mask, 0.0).cpu()
+
+
+def to_device(record: Record, device: torch.device) -> Record:
+    """A record with its tensors on another device."""
+    moved = {
+        item.name: value.to(device)
+        for item in fields(record)  # type: ignore[arg-type]
+        if isinstance(value := getattr(record, item.name), Tensor)
+    }
+    return replace(record, **moved)  # type: ignore[type-var]
+
+
+def join_records(parts: list[Record]) -> Record:
+    """Records of the same columns as one, sequences in order; a field that is None stays None."""
+    joined = {}
+    for item in fields(parts[0]):  # type: ignore[arg-type]
+        values = [getattr(part, item.name) for part in parts]
+        joined[item.name] = None if values[0] is None else torch.cat(values)
+    return type(parts[0])(**joined)
