@@ -1,8 +1,8 @@
 """The base model of the variable chain: a small Qwen3 from scratch, left with much to learn on purpose.
 
-It is taught by demonstrations in which long chains and large addends are rare, so it knows the form of a response and
-It is taught by few demonstrations in which long chains and large addends are rare, so it knows the form of a response,
-but often misreads an assignment, and its table of sums is full of holes. Nothing it is shown is wrong.
+It is taught by few demonstrations, in which long chains and large addends are rare, so it knows the form of a
+response, but often misreads an assignment, and its table of sums is full of holes. Nothing it is shown is wrong.
+"""
 
 from __future__ import annotations
 
@@ -350,7 +350,9 @@ def _write(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizer
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "recipe.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        part.chmod(0o755)  # temporary folders are private, a model is not
+        part.chmod(0o755)  # what is temporary is private, a model is not
+        for path in part.iterdir():
+            path.chmod(0o644)
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

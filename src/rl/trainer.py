@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,13 +204,17 @@ class PPOTrainer:
         if self.output is None:
             return None
         buffer = self._buffer if self.position.updates else None
+        position = self.position
+        if buffer is not None:  # every process has logged its own sequences; the checkpoint has room for one record
+            logged, _ = self._gathered(Averages(**position.averages["updates"]), 0)
+            position = replace(position, averages={**position.averages, "updates": asdict(logged)})
 
         def write_buffer(path: Path) -> None:
             assert buffer is not None
             save_rollout(path, buffer, self._tokens(buffer), {}, ratio=self._ratios)
 
         return write_checkpoint(
-            self.output, self.position, self.policy, self.optimizer, self._run(), keep=self.config.keep_checkpoints,
+            self.output, position, self.policy, self.optimizer, self._run(), keep=self.config.keep_checkpoints,
             accelerator=self.accelerator, write_buffer=None if buffer is None else write_buffer,
         )  # fmt: skip
 
@@ -345,6 +349,8 @@ class PPOTrainer:
         if not allow_changes:
             check_run(state, self._run(), _FREE)
         self.position = load_checkpoint(path, state, self.policy, self.optimizer)
+        if not self.accelerator.is_main_process:
+            self.position.averages.pop("updates", None)  # the first process goes on with the sums of all
         if self.position.updates:
             rollout = load_rollout(path / f"rollout-{self.accelerator.process_index}.safetensors")
             self._buffer = experience = rollout.experience

@@ -163,7 +163,7 @@ def test_another_format_or_version_is_refused(whole, tmp_path: Path):
     shutil.copytree(folder / "checkpoint-000001", target)
     state = json.loads((target / "state.json").read_text())
     (target / "state.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(CheckpointError, match="must have format flowgraph-rl-checkpoint version 1, got .* version 99"):
+    with pytest.raises(CheckpointError, match=r"must have format flowgraph-rl-checkpoint version 1, got .* version 99"):
         read_state(target)
 
 

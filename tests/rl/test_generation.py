@@ -95,6 +95,6 @@ def test_endings_come_from_model_and_tokenizer():
     tokenizer.eos_token = None
     model.generation_config.eos_token_id = None
     with pytest.raises(
-        PolicyError, match="tokenizer: must have an end-of-sequence token, got .* set tokenizer.eos_tok"
+        PolicyError, match=r"tokenizer: must have an end-of-sequence token, got .* set tokenizer.eos_tok"
     ):
         Ending.of(model, tokenizer)
