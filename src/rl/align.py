@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -25,18 +25,15 @@ from rl.alignment import (
     signal_shares,
 )
 from rl.alignment_gradients import decompose_weights, inner_products, policy_gradients, token_factors
-from rl.arms import arm_name, named_arms, parse_arm
+from rl.arms import arm_name, named_arms, parse_arm, score_arms, selected_tokens
 from rl.config import CreditConfig, PPOConfig
-from rl.credit.registry import find_rule
 from rl.errors import ConfigError
 from rl.experience import build_experience
-from rl.policy import ActorCritic, ModelInput
-from rl.records import Credit, Responses, TokenScores
+from rl.policy import ActorCritic
+from rl.records import Responses
 from rl.rollout import PromptEncoder, judge, sample_responses
-from rl.scoring import _credit, _generators, _masked, _recorder, join_records
 from rl.tasks import make_task
 from rl.tasks.base import Task
-from rl.weights import top_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +66,8 @@ def align(
     terms of the *loss* are the same for all arms and left out; a KL in the reward acts through A.
 
     Args:
-        model: a causal LM (a fresh adapter is measured), or a PEFT model whose active adapter is. Given back as it came.
+        model: a causal LM (a fresh adapter is measured), or a PEFT model whose active adapter is; left as it
+            came.
         tokenizer: of the model.
         task: a task, the name of one, or a JSONL file.
         arms: settings, or texts for :func:`rl.arms.parse_arm`. Uniform is always there, and first.
@@ -105,7 +103,7 @@ def align(
         if len(batches) < _LEAST_BATCHES:
             raise ConfigError(
                 f"num_batches: must give at least {_LEAST_BATCHES} batches in which any response has an advantage, got "
-                f"{len(batches)} of {num_batches}; take more batches, a larger group_size, or a task of other difficulty"
+                f"{len(batches)} of {num_batches}; take more batches, a larger group_size or another task"
             )
         products = work.measure(batches, gradients[: len(batches)])
         return _report(work, batches, products, baselines, name)
@@ -162,7 +160,8 @@ class _Work:
         samples = [self.task.sample("train", index) for index in range(first, first + config.num_prompts)]
         generated = sample_responses(
             self.policy.causal_lm, encoder, samples, group_size=config.group_size,
-            max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed, step=number,
+            max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed,
+            step=number,
         )  # fmt: skip
         each = [sample for sample in samples for _ in range(config.group_size)]
         responses = judge(self.task, self.tokenizer, each, generated)
@@ -205,55 +204,6 @@ class _Work:
             self.progress("gradients", number + 1, n)
         self.seconds["gradients"] = time.perf_counter() - started
         return [Products(*pair) for pair in zip(dots, norms, strict=True)]
-
-
-def score_arms(
-    policy: ActorCritic, responses: Responses, arms: Sequence[CreditConfig], config: PPOConfig, *, step: int
-) -> tuple[TokenScores, list[Credit]]:
-    """Scores of every response token and the credit of every arm, from one forward pass that all arms listen to.
-
-    A KL in the reward costs a second pass, and each rule registered with ``gradient=True`` one of its own.
-
-    Args:
-        policy: whose gradient is measured.
-        responses: on the CPU; results come back there.
-        arms: credit settings.
-        config: temperature, micro-batches, KL and seed.
-        step: number of the batch, as part of the seed of rules that draw.
-    """
-    parts: list[tuple[TokenScores, list[Credit]]] = []
-    rules, size = [find_rule(arm.rule) for arm in arms], config.micro_batch_size
-    # Every arm draws from generators of its own, as it would if it were trained with alone.
-    streams = [_generators(responses, config.seed, step) for _ in arms]
-    for start in range(0, responses.num_sequences, size):
-        part = responses.select(range(start, min(start + size, responses.num_sequences)))
-        inputs = ModelInput.of(part, policy.device)
-        tokens, mask = inputs.input_ids[:, part.prompt_length :], part.response_mask.to(policy.device)
-        with torch.no_grad(), ExitStack() as stack:
-            listening = [
-                {name: stack.enter_context(_recorder(policy, need, arm)) for name, need in rule.needs.items()}
-                for arm, rule in zip(arms, rules, strict=True)
-            ]
-            logprobs, entropy = policy.policy_pass(inputs, tokens, config.temperature)
-        with torch.no_grad():
-            wanted = config.kl_weight > 0 and config.kl_in == "reward"
-            ref = _masked(policy.reference_pass(inputs, tokens, config.temperature), mask) if wanted else None
-        scores = TokenScores(_masked(logprobs, mask), _masked(entropy, mask), ref)
-        credits = []
-        for arm, rule, recorders, stream in zip(arms, rules, listening, streams, strict=True):
-            rows = {name: heard.rows(inputs.attention_mask, inputs.input_ids) for name, heard in recorders.items()}
-            credits.append(_credit(policy, part, scores, rows, rule, arm, stream[start : start + size]))
-        parts.append((scores, credits))
-    joined = [join_records([credits[index] for _, credits in parts]) for index in range(len(arms))]
-    return join_records([scores for scores, _ in parts]), joined
-
-
-def selected_tokens(credit: Credit, arm: CreditConfig) -> Bool[Tensor, "batch response"]:
-    """Tokens that an arm singles out: its top (or bottom) share, or those it raises where it has no such share."""
-    if find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
-        return credit.scored & (credit.weights > 1)
-    acts = (credit.scores > 0).any(1, keepdim=True)
-    return acts & top_share(credit.scores, credit.scored, arm.share, largest=arm.shape != "bottom_q")
 
 
 @contextmanager
@@ -318,9 +268,9 @@ def _require_memory(parameters: int, num_batches: int, num_arms: int, limit: flo
     needed = 4 * parameters * (num_batches + 4 * num_arms + 1)
     if needed > free:
         raise MemoryLimitError(
-            f"num_batches: the gradients of {num_batches} batches and {num_arms} arms for {parameters} adapter weights must "
-            f"fit into {free / 2**30:.2f} GiB, got about {needed / 2**30:.2f} GiB; set a smaller lora.rank or lora.targets, "
-            "fewer batches or arms, or a higher memory_limit"
+            f"num_batches: gradients of {num_batches} batches and {num_arms} arms by {parameters} weights must "
+            f"fit into {free / 2**30:.2f} GiB, got about {needed / 2**30:.2f} GiB; lower lora.rank, take fewer "
+            "lora.targets, batches or arms, or raise memory_limit"
         )
 
 

@@ -64,8 +64,7 @@ def decompose_weights(
         part.append(inside)
         rest.append(_sum({0: 1.0}, inside, -1.0))
         x, y = _constant(weight[live & chosen]), _constant(weight[live & ~chosen])
-        two_valued = x is not None and y is not None
-        whole.append(_sum({0: y}, inside, x - y) if two_valued else place(base * weight + 0.0))
+        whole.append(place(base * weight + 0.0) if x is None or y is None else _sum({0: y}, inside, x - y))
     rows = [*whole, *part, *rest]
     coefficients = torch.zeros(len(rows), len(atoms), dtype=torch.float64)
     for row, terms in enumerate(rows):

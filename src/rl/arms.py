@@ -1,15 +1,24 @@
-"""Arms of a comparison: credit settings as short texts, and back."""
+"""Arms of a comparison: credit settings as short texts, and what they all make of one batch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any, get_args
 
-from rl.config import CreditConfig, Shape
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from rl.config import CreditConfig, PPOConfig, Shape
 from rl.credit.registry import find_rule
 from rl.errors import ConfigError
+from rl.policy import ActorCritic, ModelInput
+from rl.records import Credit, Responses, TokenScores
+from rl.scoring import _credit, _generators, _masked, _recorder, join_records
+from rl.weights import top_share
 
 
 def parse_arm(text: str) -> CreditConfig:
@@ -100,6 +109,55 @@ def named_arms(arms: Sequence[str | CreditConfig]) -> dict[str, CreditConfig]:
             raise ConfigError(f"arms: must differ, got {name!r} twice; leave one of them out")
         named[name] = credit
     return named
+
+
+def score_arms(
+    policy: ActorCritic, responses: Responses, arms: Sequence[CreditConfig], config: PPOConfig, *, step: int
+) -> tuple[TokenScores, list[Credit]]:
+    """Scores of every response token and the credit of every arm, from one forward pass that all arms listen to.
+
+    A KL in the reward costs a second pass, and each rule registered with ``gradient=True`` one of its own.
+
+    Args:
+        policy: whose gradient is measured.
+        responses: on the CPU; results come back there.
+        arms: credit settings.
+        config: temperature, micro-batches, KL and seed.
+        step: number of the batch, as part of the seed of rules that draw.
+    """
+    parts: list[tuple[TokenScores, list[Credit]]] = []
+    rules, size = [find_rule(arm.rule) for arm in arms], config.micro_batch_size
+    # Every arm draws from generators of its own, as it would if it were trained with alone.
+    streams = [_generators(responses, config.seed, step) for _ in arms]
+    for start in range(0, responses.num_sequences, size):
+        part = responses.select(range(start, min(start + size, responses.num_sequences)))
+        inputs = ModelInput.of(part, policy.device)
+        tokens, mask = inputs.input_ids[:, part.prompt_length :], part.response_mask.to(policy.device)
+        with torch.no_grad(), ExitStack() as stack:
+            listening = [
+                {name: stack.enter_context(_recorder(policy, need, arm)) for name, need in rule.needs.items()}
+                for arm, rule in zip(arms, rules, strict=True)
+            ]
+            logprobs, entropy = policy.policy_pass(inputs, tokens, config.temperature)
+        with torch.no_grad():
+            wanted = config.kl_weight > 0 and config.kl_in == "reward"
+            ref = _masked(policy.reference_pass(inputs, tokens, config.temperature), mask) if wanted else None
+        scores = TokenScores(_masked(logprobs, mask), _masked(entropy, mask), ref)
+        credits = []
+        for arm, rule, recorders, stream in zip(arms, rules, listening, streams, strict=True):
+            rows = {name: heard.rows(inputs.attention_mask, inputs.input_ids) for name, heard in recorders.items()}
+            credits.append(_credit(policy, part, scores, rows, rule, arm, stream[start : start + size]))
+        parts.append((scores, credits))
+    joined = [join_records([credits[index] for _, credits in parts]) for index in range(len(arms))]
+    return join_records([scores for scores, _ in parts]), joined
+
+
+def selected_tokens(credit: Credit, arm: CreditConfig) -> Bool[Tensor, "batch response"]:
+    """Tokens that an arm singles out: its top (or bottom) share, or those it raises where it has no such share."""
+    if find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
+        return credit.scored & (credit.weights > 1)
+    acts = (credit.scores > 0).any(1, keepdim=True)
+    return acts & top_share(credit.scores, credit.scored, arm.share, largest=arm.shape != "bottom_q")
 
 
 def _value(text: str) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowgraph import FlowgraphError
-from rl.errors import ConfigError
+from rl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,9 +52,10 @@ def main() -> None:
     except FlowgraphError as error:
         typer.secho(f"flowgraph-rl: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("flowgraph-rl: stopped; `train --resume` goes on from the newest checkpoint", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # how typer reports an interrupt
+            typer.secho("flowgraph-rl: stopped; `train --resume` goes on from the newest checkpoint", err=True)
+        raise
 
 
 @app.command()
@@ -153,7 +154,7 @@ def evaluate_command(
     """Measure a policy on fresh problems: mean reward with a 95 % interval."""
     from rl.runfile import parse_options, policy_folder
 
-    options = parse_options(task_option or [])
+    options = parse_options(task_option or [], flag="--task-option")
     folder = None if adapter is None else policy_folder(adapter)
     with _progress() as say:
         say(f"loading {model}")
@@ -250,15 +251,43 @@ def _load(model: str, dtype: str, device: str | None, adapter: Path | None) -> t
     """Model and tokenizer, with a trainable adapter where one is given; nothing in a model's folder is executed."""
     from rl.runfile import load_model
 
+    _checked_device(device)
     network: Any
     network, tokenizer = load_model(model, dtype)
     if adapter is not None:
-        from peft import PeftModel
-
-        network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+        network = _with_adapter(network, adapter)
     if device is not None:
         network.to(device)
     return network, tokenizer
+
+
+def _with_adapter(network: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"adapter: must be a PEFT folder that fits the model, got {adapter} ({first}); give --model the base that "
+            "it was trained on"
+        ) from error
+
+
+def _checked_device(device: str | None) -> None:
+    """Refuse a device that is none, or that this machine lacks, before anything is loaded."""
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0][:120]
+        raise ConfigError(
+            f"device: must be one that torch can use here, got {device!r} ({first}); use 'cpu', or leave it out"
+        ) from error
 
 
 def _accelerator(device: str | None, trackers: list[str] | None, output: Path) -> Any:
@@ -268,8 +297,9 @@ def _accelerator(device: str | None, trackers: list[str] | None, output: Path) -
 
 
 def _summary(history: list[dict[str, Any]], output: Path) -> None:
-    def mean(rows: list[dict[str, Any]], name: str) -> float:
-        return sum(row[name] for row in rows) / len(rows)
+    def mean(rows: list[dict[str, Any]], name: str, form: str) -> str:
+        values = [row[name] for row in rows if row.get(name) is not None]  # nothing is learned where all were cut off
+        return form.format(sum(values) / len(values)) if values else "-"
 
     window = max(1, len(history) // 10)
     table = _table("figure", f"first {window} steps", f"last {window} steps")
@@ -278,7 +308,7 @@ def _summary(history: list[dict[str, Any]], output: Path) -> None:
         ("tokens a response", "response_tokens", "{:.1f}"),
         ("seconds a step", "seconds", "{:.2f}"), ("credit overhead, %", "credit_overhead_percent", "{:.1f}"),
     ):  # fmt: skip
-        table.add_row(label, form.format(mean(history[:window], name)), form.format(mean(history[-window:], name)))
+        table.add_row(label, mean(history[:window], name, form), mean(history[-window:], name, form))
     _console().print(table)
     typer.echo(f"metrics and checkpoints in {output}; next: flowgraph-rl eval --adapter {output}")
 

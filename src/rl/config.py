@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -17,6 +18,9 @@ Aggregation = Literal["token_mean", "seq_mean", "dr_grpo"]
 KLPlace = Literal["reward", "loss"]
 Truncated = Literal["keep", "mask", "bootstrap"]
 LRSchedule = Literal["constant", "linear", "cosine"]
+
+_MAY_BE_INFINITE = ("ceiling", "max_grad_norm")
+"""Bounds; an infinite one is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +198,7 @@ class PPOConfig:
         for name in ("clip_high", "value_clip", "kl_target", "value_learning_rate", "save_every_updates"):
             value = getattr(self, name)
             _within(name, value, value is None or value > 0, "be positive", "leave it out to turn it off")
+        _within("seed", self.seed, -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits", "0 is the default")
         _within("dual_clip", self.dual_clip, self.dual_clip is None or self.dual_clip > 1, "be above 1", "3 is usual")
         self._check_combinations()
 
@@ -291,7 +296,8 @@ def _check_types(config: Any) -> None:
         right = any(
             type(value) is kind or (kind not in (int, bool, float) and isinstance(value, kind)) for kind in kinds
         )
-        if isinstance(value, float) and value != value:  # NaN passes every comparison the wrong way
-            right = False
         expected = " or ".join(kind.__name__.replace("NoneType", "nothing") for kind in kinds)
         _within(name, value, right, f"be {expected}", "see its description for the default")
+        finite = not isinstance(value, float) or math.isfinite(value)  # NaN would pass every comparison
+        _within(name, value, finite or (name in _MAY_BE_INFINITE and value > 0), "be finite",
+                "see its description for the default")  # fmt: skip

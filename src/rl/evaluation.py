@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,9 @@ class Evaluation:
     responses: list[dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
-        """The figures without the responses, for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "responses"}
+        """The figures without the responses, for JSON; an end of the interval that is unknown is None."""
+        figures = {name: value for name, value in asdict(self).items() if name != "responses"}
+        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     def __repr__(self) -> str:
         return (
@@ -93,7 +95,13 @@ def evaluate(
         ConfigError: a number out of range.
         RewardError: the task failed.
     """
-    _check(num_problems, samples, temperature, split, batch_size)
+    for name, value in (
+        ("num_problems", num_problems), ("samples", samples), ("max_prompt_tokens", max_prompt_tokens),
+        ("max_response_tokens", max_response_tokens), ("batch_size", batch_size),
+    ):  # fmt: skip
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}; see rl.evaluate for the defaults")
+    _check(samples, temperature, split)
     encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens)
     each = [(task.sample(split, index), copy) for index in range(num_problems) for copy in range(samples)]
     rows: list[dict[str, Any]] = []
@@ -103,10 +111,11 @@ def evaluate(
         noise = None
         if temperature > 0:
             noise = [generator(seed, "evaluation", split, sample.index, copy) for sample, copy in part]
-        generated = generate(
-            model, [encoder.ids(sample) for sample, _ in part], noise, ending=encoder.ending,
-            max_new_tokens=max_response_tokens, temperature=temperature or 1.0,
-        )  # fmt: skip
+        with _without_dropout(model):
+            generated = generate(
+                model, [encoder.ids(sample) for sample, _ in part], noise, ending=encoder.ending,
+                max_new_tokens=max_response_tokens, temperature=temperature or 1.0,
+            )  # fmt: skip
         responses = judge(task, tokenizer, [sample for sample, _ in part], generated)
         totals += torch.stack([
             responses.answer.any(1).sum(), responses.truncated.sum(), responses.response_mask.sum()
@@ -154,12 +163,21 @@ def _interval(rewards: torch.Tensor) -> tuple[float, float]:
     return float(means.mean()) - half, float(means.mean()) + half
 
 
-def _check(num_problems: int, samples: int, temperature: float, split: str, batch_size: int) -> None:
-    for name, value in (("num_problems", num_problems), ("samples", samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name}: must be at least 1, got {value}; 200 problems with 1 sample are the default")
-    if not temperature >= 0:
-        raise ConfigError(f"temperature: must be at least 0, got {temperature}; 0 is greedy decoding")
+@contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back; PEFT leaves the dropout of a trainable adapter on."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check(samples: int, temperature: float, split: str) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature: must be finite and at least 0, got {temperature}; 0 is greedy decoding")
     if temperature == 0 and samples > 1:
         raise ConfigError(f"samples: must be 1 at temperature 0, got {samples}; greedy samples are all the same")
     if split not in SPLITS:

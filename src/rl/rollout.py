@@ -136,7 +136,7 @@ def judge(
         generated: what the policy wrote.
 
     Raises:
-        RewardError: the task raised, or returned something that is no finite number.
+        RewardError: the task raised, or returned something that is no finite number or no span of the text.
     """
     P, shape = generated.prompt_length, generated.input_ids.shape
     question, answer = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
@@ -149,13 +149,15 @@ def judge(
         start = P - encoded.prompt_length
         text = encoded.response_text
         completions.append(text)
-        asked, answered = _regions(encoded, _call(task.find_answer, sample, text, text))
+        found = _call(task.find_answer, sample, text, text)
+        asked, answered = _regions(encoded, None if found is None else _span("find_answer", found, sample, text))
         question[row, start : start + len(asked)] = asked
         answer[row, start : start + len(answered)] = answered
         decisive = _call(task.oracle, sample, text, sample, text)
         if decisive is not None:
             knows = True
-            oracle[row, : len(ids)] = _covered(encoded, decisive)[encoded.prompt_length :]
+            spans = [_span("oracle", span, sample, text) for span in _listed(decisive, sample)]
+            oracle[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
     rewards = checked_rewards(
         lambda chosen, texts: [task.reward(sample, text) for sample, text in zip(chosen, texts, strict=True)],
         samples, completions, name=f"task {task.name!r}",
@@ -187,6 +189,27 @@ def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, 
     except NoAnswerError:
         return find_question(encoded), nothing
     return regions.question, regions.answer
+
+
+def _span(method: str, span: Any, sample: Sample, text: str) -> CharSpan:
+    """What a task says of a place in the text, believed only where the text has such a place."""
+    pair = tuple(span) if isinstance(span, list | tuple) else ()
+    whole = len(pair) == 2 and all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
+    if not whole or not 0 <= pair[0] <= pair[1] <= len(text):
+        raise RewardError(
+            f"task: {method} must return spans (start, end) within the completion of {len(text)} characters, got "
+            f"{span!r} for sample {sample.index} and {text[:80]!r}; count characters of the completion, end excluded"
+        )
+    return pair
+
+
+def _listed(spans: Any, sample: Sample) -> list[Any]:
+    if not isinstance(spans, list | tuple):
+        raise RewardError(
+            f"task: oracle must return a list of spans or None, got {type(spans).__name__} for sample {sample.index}; "
+            "return [(start, end), ...]"
+        )
+    return list(spans)
 
 
 def _covered(encoded: EncodedText, spans: Sequence[CharSpan]) -> Bool[Tensor, " tokens"]:

@@ -14,7 +14,8 @@ from rl.errors import CheckpointError, ConfigError, PolicyError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_OWN = ("model", "task", "task_options", "output")
+_OWN = ("model", "task", "output")
+"""Settings of a run that are text, and stay so if they look like numbers."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,18 @@ def read_run(
     """
     values: dict[str, Any] = {} if path is None else _read_yaml(path)
     values |= {name: value for name, value in flags.items() if value is not None}
+    if credit is not None:
+        _put(values, ["credit", "rule"], credit)
     for name, value in parse_options(settings).items():
         _put(values, name.split("."), value)
-    if credit is not None:
-        before = values.get("credit", {})
-        values["credit"] = {**(before if isinstance(before, dict) else {}), "rule": credit}
-    options = {**_mapping("task_options", values.pop("task_options", {})), **parse_options(task_options)}
-    own = {name: values.pop(name) for name in _OWN if name in values}
-    model, task = str(own.get("model", "chain")), str(own.get("task", "chain"))
+    options = values.pop("task_options", None)
+    options = _mapping("task_options", {} if options is None else options)
+    options |= parse_options(task_options, flag="--task-option")
+    own = {name: value for name in _OWN if (value := values.pop(name, None)) is not None}
+    for name, value in own.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}: must be text, got {value!r}; put it in quotes")
+    model, task = own.get("model", "chain"), own.get("task", "chain")
     if model == "chain" and "max_response_tokens" not in values:
         values["max_response_tokens"] = 48  # the shipped model's context is short, and its answers shorter
     config = PPOConfig.from_dict(values)
@@ -74,7 +79,7 @@ def read_run(
     return Run(model=model, task=task, output=output, config=config, task_options=options)
 
 
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
+def parse_options(options: Sequence[str], *, flag: str = "--set") -> dict[str, Any]:
     """``NAME=VALUE`` strings; values are read as YAML, so ``[2,4]``, ``0.5``, ``true`` and text all work.
 
     Example:
@@ -82,7 +87,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
         {'hops': [2, 4], 'rate': 0.0001}
 
     Raises:
-        ConfigError: no ``=`` in it.
+        ConfigError: no ``=`` in it, or no YAML after it; the message names the flag.
     """
     import yaml
 
@@ -90,11 +95,12 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     for option in options:
         name, sign, text = option.partition("=")
         if not sign or not name:
-            raise ConfigError(f"--set: must look like NAME=VALUE, got {option!r}; for example credit.strength=2")
+            example = "credit.strength=2" if flag == "--set" else "hops=[2,4]"
+            raise ConfigError(f"{flag}: must look like NAME=VALUE, got {option!r}; for example {example}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set: {name} must have a YAML value, got {text!r}; put text in quotes") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
+            raise ConfigError(f"{flag}: {name} must have a YAML value, got {text!r}; put text in quotes") from error
         out[name.replace("-", "_")] = _number(value)
     return out
 
@@ -136,22 +142,27 @@ def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
     """A model and its tokenizer by name or folder, or the shipped one for "chain". No remote code is run.
 
     Raises:
+        ConfigError: no such dtype.
         PolicyError: it cannot be loaded.
     """
-    if name == "chain":
-        from rl.pretrain import load_chain_model
-
-        return load_chain_model()
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kinds = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise ConfigError(f"dtype: must be one of {', '.join(kinds)}, got {dtype!r}; 'auto' takes the checkpoint's own")
+    if name == "chain":
+        from rl.pretrain import load_chain_model
+
+        model, tokenizer = load_chain_model()
+        return (model if dtype == "auto" else model.to(kinds[dtype])), tokenizer
+    failures = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
-    except (OSError, ValueError, KeyError) as error:
+        # Left out, the second option would ask on a terminal whether the folder's own code may run.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype], trust_remote_code=False)
+    except failures as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise PolicyError(
             f"model: must be a folder or a name that transformers can load, got {name!r} ({first}); check the name, or "
@@ -167,9 +178,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config: must be a YAML file, got {path} ({error.strerror}); check the name") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad UTF-8 and impossible dates are ValueErrors
         raise ConfigError(f"config: must be YAML, got {path}, which is not ({error}); mend it") from error
-    return _numbers(_mapping("config", {} if values is None else values))
+    values = _mapping("config", {} if values is None else values)
+    return {name: value if name in _OWN else _number(value) for name, value in values.items()}
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
@@ -180,12 +192,12 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _numbers(value) if isinstance(value, dict) else _number(value) for name, value in values.items()}
-
-
 def _number(value: Any) -> Any:
     """YAML 1.1 takes 1e-4 for text; people do not."""
+    if isinstance(value, dict):
+        return {name: _number(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_number(inner) for inner in value]
     if isinstance(value, str):
         try:
             return float(value) if "e" in value.lower() else value
@@ -197,6 +209,8 @@ def _number(value: Any) -> Any:
 def _put(values: dict[str, Any], names: list[str], value: Any) -> None:
     for name in names[:-1]:
         inner = values.get(name)
-        values[name] = {"rule": inner} if name == "credit" and isinstance(inner, str) else dict(inner or {})
+        if name == "credit" and isinstance(inner, str):
+            inner = {"rule": inner}
+        values[name] = _mapping(name, {} if inner is None else inner)
         values = values[name]
     values[names[-1]] = value

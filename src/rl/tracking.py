@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowgraph import MissingExtraError, atomic_write
+from flowgraph import MissingExtraError, OutputError, atomic_write
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SHOWN = (
@@ -60,22 +60,34 @@ class MetricsFile:
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; numbers that JSON does not know become null."""
+        """Append a row; numbers that JSON does not know become null.
+
+        Raises:
+            OutputError: the disk is full, or the folder is gone.
+        """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"output: metrics must fit into {self.path}, got: {error.strerror or error}; make room there and resume"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a kill cut in half is left out."""
+    """Rows of a metrics file up to the first that is none: a kill may have cut the last line in half."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 

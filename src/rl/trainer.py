@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgraph import InvalidInputError
+from flowgraph import InvalidInputError, OutputError
 from rl.advantages import whiten
 from rl.checkpoint import Position, check_run, find_checkpoints, load_checkpoint, newest_state, write_checkpoint
 from rl.config import CreditConfig, PPOConfig
@@ -341,7 +341,12 @@ class PPOTrainer:
                 f"output: must be a new folder, got {self.output}, which holds checkpoints; pass resume=True "
                 "(--resume) to go on with that run, or choose another folder"
             )
-        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"output: must be a folder that can be made, got {self.output}: {error.strerror}; choose another place"
+            ) from error
         found = newest_state(self.output) if resume else None
         if found is None:
             return
