@@ -73,7 +73,7 @@ def align(
         arms: settings, or texts for :func:`rl.arms.parse_arm`. Uniform is always there, and first.
         config: how batches are sampled, with ``advantage="group"`` (default) or ``"rloo"``. Its ``credit`` and
             ``seed`` are not used.
-        num_batches: batches of ``num_prompts * group_size`` responses; 200 give errors of about .1.
+        num_batches: batches of ``num_prompts * group_size`` responses; take at least 200.
         baselines: arms that every other arm is compared with, by name.
         seed: of rollouts, adapter and rules that draw.
         memory_limit: in bytes; None: half of what is free.
@@ -233,9 +233,7 @@ def _checked(config: PPOConfig, num_batches: int, seed: int) -> PPOConfig:
             "says nothing, so measure with PPOConfig(advantage='group')"
         )
     if num_batches < _LEAST_BATCHES:
-        raise ConfigError(
-            f"num_batches: must be at least {_LEAST_BATCHES}, got {num_batches}; 200 give errors of about .1"
-        )
+        raise ConfigError(f"num_batches: must be at least {_LEAST_BATCHES}, got {num_batches}; take 200")
     return replace(config, credit=CreditConfig(rule=UNIFORM), seed=seed)
 
 

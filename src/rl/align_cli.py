@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from rl.alignment import Alignment, Estimate
 
 _STAGES: tuple[str, ...] = ("rollouts", "gradients")
-_COLUMNS = (
-    "arm", "multiplier", "95 %", "cosine", "signal", "tokens", "only selected", "only rest", "recall", "chance",
-)  # fmt: skip
 _ARMS = "uniform,random,entropy,max_attention,flow,flow:soft,flow_entropy:soft"
 
 
@@ -34,7 +31,7 @@ def align_command(
         str, typer.Option("--arms", help="RULE[:SHAPE][:NAME=VALUE,...], separated by commas; uniform is always there.")
     ] = _ARMS,
     baselines: Annotated[str, typer.Option("--baselines", help="Arms that all others are compared with.")] = "uniform",
-    batches: Annotated[int, typer.Option("--batches", "-n", help="Batches; 200 give errors of about .1.")] = 200,
+    batches: Annotated[int, typer.Option("--batches", "-n", help="Batches; take at least 200.")] = 200,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="NAME=VALUE of PPOConfig, such as num_prompts=16; may be repeated."),
@@ -79,15 +76,21 @@ def print_alignment(found: Alignment) -> None:
     from rich.console import Console
 
     console = Console()
-    table = _table(
-        "arm", "multiplier", "95 %", "cosine", "signal", "tokens", "only selected", "only rest", "recall", "chance"
-    )
+    table = _table("arm", "multiplier", "95 %", "cosine", "error")
     for arm in found.arms:
+        estimate = arm.multiplier
         table.add_row(
-            arm.name, f"{arm.multiplier.corrected:.2f}", f"{arm.multiplier.low:.2f} to {arm.multiplier.high:.2f}",
-            f"{arm.cosine.corrected:.3f}", _figure(arm.signal_share), _share(arm.token_share or None),
-            _figure(arm.only_selected), _figure(arm.only_rest), _share(arm.recall), _share(arm.recall_chance),
+            arm.name, f"{estimate.corrected:.2f}", f"{estimate.low:.2f} to {estimate.high:.2f}",
+            f"{arm.cosine.corrected:.3f}", f"{arm.cosine.error:.3f}",
         )  # fmt: skip
+    console.print(table)
+    table = _table("selected by", "tokens", "signal", "only these", "only the rest", "recall", "chance")
+    for arm in found.arms:
+        if arm.signal_share is not None:
+            table.add_row(
+                arm.name, _share(arm.token_share), _figure(arm.signal_share), _figure(arm.only_selected),
+                _figure(arm.only_rest), _share(arm.recall), _share(arm.recall_chance),
+            )  # fmt: skip
     console.print(table)
     if found.differences:
         table = _table("arm", "minus", "difference", "95 %", "p", "p (Holm)")
@@ -160,7 +163,7 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     return table
 
 

@@ -83,11 +83,11 @@ def arm_name(credit: CreditConfig) -> str:
     plain = CreditConfig(rule=credit.rule)
     parts = [] if credit.shape == plain.shape else [credit.shape]
     changed = [
-        f"{item.name}={getattr(credit, item.name)}"
+        f"{item.name}={_text(getattr(credit, item.name))}"
         for item in fields(credit)
         if item.name not in ("rule", "shape", "options") and getattr(credit, item.name) != getattr(plain, item.name)
     ]
-    changed += [f"options.{name}={value}" for name, value in credit.options.items()]
+    changed += [f"options.{name}={_text(value)}" for name, value in credit.options.items()]
     return ":".join([credit.rule, *parts, *([",".join(changed)] if changed else [])])
 
 
@@ -166,3 +166,10 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _text(value: Any) -> str:
+    """What :func:`_value` reads back; whole numbers without their .0."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)

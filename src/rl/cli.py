@@ -206,6 +206,44 @@ def report(
         typer.launch(str(path))
 
 
+@app.command("pretrain")
+def pretrain_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new model.")],
+    task: Annotated[str, typer.Option("--task", "-t", help="Only 'chain' has demonstrations to learn from.")] = "chain",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="NAME=VALUE of the recipe, such as steps=300 or width=64; may be repeated."),
+    ] = None,
+) -> None:
+    """Train a small base model from scratch: the one that is shipped, or your own variant of it."""
+    from rl.runfile import parse_options
+
+    if task != "chain":
+        raise ConfigError(f"task: must be 'chain', got {task!r}; other tasks have no demonstrations, so bring a model")
+    options = parse_options(settings or [])
+    with _progress() as say:
+        say("loading torch")
+        from dataclasses import fields
+
+        from rl.pretrain import Recipe, pretrain
+
+        names = [item.name for item in fields(Recipe)]
+        for name in options:
+            if name not in names:
+                raise ConfigError(
+                    f"--set: must name a setting of the recipe, got {name!r}; there are {', '.join(names)}"
+                )
+        recipe = Recipe(**options)
+        report = pretrain(
+            out, recipe, progress=lambda step, loss: say(f"update {step}/{recipe.steps}, loss {loss:.3f}")
+        )
+    sampled, greedy = report["measured"]["sampled"]["all"], report["measured"]["greedy"]["all"]
+    typer.echo(
+        f"wrote {out}: {report['num_parameters']:,} parameters, right on {sampled['share']:.1%} of {sampled['n']} "
+        f"fresh problems when sampled, on {greedy['share']:.1%} greedily; next: flowgraph-rl train --model {out}"
+    )
+
+
 @app.command()
 def rules() -> None:
     """List the credit rules."""

@@ -182,7 +182,7 @@ def judge(
 def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
     """Question and answer as token masks; an answer without a visible character is none."""
     nothing = torch.zeros(encoded.num_tokens, dtype=torch.bool)
-    if span is None:
+    if span is None or span[0] == span[1]:
         return find_question(encoded), nothing
     try:
         regions = find_regions(encoded, answer=span)

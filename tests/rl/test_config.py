@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -88,7 +89,8 @@ NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "m
         *(({name: INF}, f"{name}: must be finite, got inf") for name in ("temperature", "clip", *NOT_NEGATIVE)),
         *(({name: value}, rf"{name}: must lie in \[0, 1\], got {value}; 1 and 0.95")
           for name in ("discount", "gae_lambda") for value in (-0.1, 1.5)),
-        *(({name: -1}, f"{name}: must be at least 0, got -1") for name in ("warmup_steps", "save_every", "report_every")),
+        *(({name: -1}, f"{name}: must be at least 0, got -1")
+          for name in ("warmup_steps", "save_every", "report_every")),
         ({"max_grad_norm": -INF}, "max_grad_norm: must be finite, got -inf"),
         ({"save_every_updates": 0}, "save_every_updates: must be positive, got 0"),
         ({"dual_clip": 1}, "dual_clip: must be above 1, got 1.0; 3 is usual"),
@@ -103,18 +105,18 @@ NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "m
         ({"truncated": "drop"}, "truncated: must be one of 'keep', 'mask', 'bootstrap', got 'drop'"),
         ({"lr_schedule": "step"}, "lr_schedule: must be one of 'constant', 'linear', 'cosine', got 'step'"),
         ({"num_minibatches": 3}, "num_minibatches: must divide the 32 responses of a step, got 3; change num_prompts"),
-        ({"advantage": "group", "group_size": 1}, "group_size: must be at least 2 for advantage='group', which compares"),
+        ({"advantage": "group", "group_size": 1}, "group_size: must be at least 2 for advantage='group', which"),
         ({"advantage": "rloo", "group_size": 1}, "group_size: must be at least 2 for advantage='rloo'"),
-        ({"advantage": "rloo", "credit": {"entry": "reward"}}, "credit.entry: must be 'advantage' with advantage='rloo'"),
+        ({"advantage": "rloo", "credit": {"entry": "reward"}}, "credit.entry: must be 'advantage' with advantage='r"),
         ({"advantage": "group", "credit": {"entry": "potential"}}, "credit.entry: .* got 'potential'; use entry='adv"),
-        ({"advantage": "group", "truncated": "bootstrap"}, "truncated: must be 'keep' or 'mask' with advantage='group'"),
-        ({"advantage": "group", "kl_target": 0.1}, "kl_target: must come with a positive kl_coefficient .* got 0.1; set"),
+        ({"advantage": "group", "truncated": "bootstrap"}, "truncated: must be 'keep' or 'mask' with advantage='g"),
+        ({"advantage": "group", "kl_target": 0.1}, "kl_target: must come with a positive kl_coefficient .* got 0.1"),
         ({"kl_coefficient": 0, "kl_target": 0.1}, "kl_target: must come with a positive kl_coefficient"),
         ({"credit": 3}, "credit: must be CreditConfig, got 3"),
         ({"lora": "all-linear"}, "lora: must be LoraConfig, got 'all-linear'"),
         ({"step": 3}, "step: must be a setting of PPOConfig, got an unknown name; there are steps, num_prompts"),
         ({3: 3}, "3: must be a setting of PPOConfig"),
-        ({"credit": {"gamma": 2}}, "credit.gamma: must be a setting of CreditConfig, got an unknown name; there are rule"),
+        ({"credit": {"gamma": 2}}, "credit.gamma: must be a setting of CreditConfig, got an unknown name; there"),
         ({"lora": {"r": 2}}, "lora.r: must be a setting of LoraConfig, got an unknown name; there are rank"),
     ],
 )  # fmt: skip
@@ -172,7 +174,9 @@ def test_credit_may_be_the_name_of_a_rule():
 
 
 def test_whole_numbers_serve_as_floats_and_compare_alike():
-    assert PPOConfig.from_dict({"temperature": 1, "kl_coefficient": 1}) == PPOConfig(temperature=1.0, kl_coefficient=1.0)
+    assert PPOConfig.from_dict({"temperature": 1, "kl_coefficient": 1}) == PPOConfig(
+        temperature=1.0, kl_coefficient=1.0
+    )
 
 
 def test_differences_are_listed_by_their_full_names():
@@ -191,7 +195,7 @@ def test_the_learning_rate_rises_then_falls_to_nothing_it_can_reach(schedule: An
     config = PPOConfig(steps=40, warmup_steps=4, lr_schedule=schedule)
     factors = [learning_rate_factor(config, step) for step in range(config.steps)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert all(before >= after for before, after in zip(factors[4:], factors[5:], strict=False))
+    assert all(before >= after for before, after in pairwise(factors[4:]))
     assert all(0 < factor <= 1 for factor in factors)
     if schedule == "cosine":
         assert factors[22] == pytest.approx(0.5)

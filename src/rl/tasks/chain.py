@@ -9,6 +9,7 @@ states the last one again behind a ``#``: ``fca=7,c=8,f=0#0``. It may do the sam
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
@@ -146,16 +147,24 @@ class Chain:
         return spans
 
 
-def demonstration(sample: Sample, random: Random, detours: int = 0) -> str:
-    """A correct response: the variable asked for is traced and resolved, after others that it does not need.
+def correct_sum(value: int, addend: int) -> int:
+    """The sum of two digits modulo 10."""
+    return (value + addend) % 10
+
+
+def demonstration(
+    sample: Sample, random: Random, detours: int = 0, add: Callable[[int, int], int] = correct_sum
+) -> str:
+    """A response: the variable asked for is traced and resolved, after others that it does not need.
 
     Args:
         sample: a problem of :class:`Chain`.
         random: draws the detours.
         detours: variables to trace and resolve before, each with all that it rests on; never the one asked for.
+        add: how sums are done; a wrong one is gone on from, up to the answer.
     """
     assignments = read_prompt(str(sample.prompt))
-    values, asked = sample.metadata["values"], sample.metadata["needed"][-1]
+    asked = sample.metadata["needed"][-1]
     others = [variable for variable in assignments if variable != asked]
     targets = [*random.sample(others, min(detours, len(others))), asked]
     lines = []
@@ -163,8 +172,12 @@ def demonstration(sample: Sample, random: Random, detours: int = 0) -> str:
         trace = target
         while earlier := assignments[trace[-1]][0]:
             trace += earlier
-        lines += [f"{trace}={values[trace[-1]]}", *(f"{v}={values[v]}" for v in trace[-2::-1])]
-    return ",".join(lines) + f"#{sample.answer}"
+        value = assignments[trace[-1]][1]
+        lines.append(f"{trace}={value}")
+        for variable in trace[-2::-1]:
+            value = add(value, assignments[variable][1])
+            lines.append(f"{variable}={value}")
+    return ",".join(lines) + lines[-1].replace("=", "#")[-2:]
 
 
 def first_error(sample: Sample, completion: str) -> str | None:
@@ -208,7 +221,7 @@ def _wrong_trace(assignments: Assignments, letters: str, value: int) -> str | No
 def _wrong_step(assignments: Assignments, letters: str, before: int, value: int, expected: str) -> str | None:
     if letters != expected:
         return "order"
-    return "sum" if value != (before + assignments[expected][1]) % 10 else None
+    return "sum" if value != correct_sum(before, assignments[expected][1]) else None
 
 
 def read_prompt(prompt: str) -> Assignments:

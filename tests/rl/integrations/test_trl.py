@@ -61,7 +61,7 @@ def even(completions: list[str], **columns: Any) -> list[float]:
     return [DIGITS.reward(DIGITS.sample("train", 0), text) for text in completions]
 
 
-def make(tmp_path, credit: CreditConfig | str | None = None, *, dropout: float = 0.0, **settings: Any):
+def make(tmp_path, credit: CreditConfig | str | None = None, *, dropout: float = 0.0, **settings: Any) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     settings = {

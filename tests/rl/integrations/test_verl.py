@@ -57,6 +57,7 @@ def test_a_batch_is_read_token_by_token():
     assert torch.equal(responses.response_mask, batch["response_mask"].bool())
     for row, text in enumerate(COMPLETIONS):
         place = DIGITS.find_answer(text)
+        assert place is not None
         assert responses.answer_in_response[row].nonzero().flatten().tolist() == [place[0]]
         asked = responses.input_ids[row][responses.question[row]].tolist()
         assert TOKENIZER.decode(asked) == PROMPTS[row]

@@ -1,0 +1,118 @@
+"""rl stands on flowgraph's public names alone, its rooms form a ladder, and its root is its API."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import flowgraph
+import rl
+
+ROOT = Path(rl.__file__).parent
+MODULES = {
+    ".".join(("rl", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "trl", "verl", "igraph", "reasoning_gym", "math_verify"}
+
+
+def imports_of(path: Path) -> list[tuple[str, str | None]]:
+    """(module, name) of every import in a file, inside functions and for types too; no name: the module itself."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            found += [(str(node.module), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+    return found
+
+
+def rooms_of(path: Path) -> set[str]:
+    """The modules of rl that a file imports."""
+    rooms = set()
+    for module, name in imports_of(path):
+        whole = f"{module}.{name}"
+        rooms |= {whole if whole in MODULES else module} & MODULES.keys()
+    return rooms
+
+
+def stub_names() -> dict[str, str]:
+    """Public name -> the module that the stub takes it from."""
+    tree = ast.parse((ROOT / "__init__.pyi").read_text(encoding="utf-8"))
+    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert all(node.level == 1 for node in nodes)
+    return {alias.asname or alias.name: f"rl.{node.module}" for node in nodes for alias in node.names}
+
+
+def test_imports_form_a_ladder():
+    graph = {name: rooms_of(path) - {name} for name, path in MODULES.items()}
+    graph["rl.credit.registry"] -= {
+        "rl.credit.rules"
+    }  # looking a rule up loads the package's own, which register there
+    assert not any("rl" in below for below in graph.values()), "a room imports the root"
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError on a cycle
+    for climb in (
+        ["errors", "config", "advantages", "weights", "scoring", "trainer", "cli"],
+        ["errors", "records", "tasks.base", "rollout", "evaluation", "cli"],
+        ["records", "credit.registry", "scoring", "trainer"],
+        ["credit.registry", "credit.flow", "credit.rules"],
+    ):
+        floors = [order.index(f"rl.{name}") for name in climb]
+        assert floors == sorted(floors), climb
+
+
+def test_only_public_names_of_flowgraph_are_used():
+    public = set(dir(flowgraph))
+    used = set()
+    for name, path in MODULES.items():
+        for module, imported in imports_of(path):
+            assert not module.startswith("flowgraph."), f"{name} looks into {module}"
+            if module == "flowgraph":
+                assert imported in public, f"{name} imports {imported} from flowgraph"
+                used.add(imported)
+    assert {"AttentionRecorder", "find_regions", "FlowgraphError"} <= used
+
+
+def test_the_root_is_the_api():
+    stub = stub_names()
+    assert set(dir(rl)) == set(stub)
+    assert len(stub) > 20
+    for name, module in stub.items():
+        value = getattr(rl, name)
+        assert value is getattr(sys.modules[module], name), name
+        assert callable(value), name
+        assert value.__doc__, name
+
+
+def test_no_public_name_hides_a_module():
+    """With lazy loading a function and a module of one name would depend on who was imported first."""
+    assert not {name.split(".")[1] for name in MODULES if "." in name} & set(stub_names())
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="PPOTrainr"):
+        _ = rl.PPOTrainr  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", ["rl", "rl.cli", "rl.errors", "rl.tasks", "rl.config", "rl.tracking"])
+def test_importing_the_package_or_the_command_line_loads_nothing_heavy(module: str):
+    code = f"import sys, {module}; print(*({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == ""
+
+
+def test_help_is_quick_for_it_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['flowgraph-rl', 'train', '--help']\n"
+        "from rl.cli import main\n"
+        "try: main()\n"
+        f"except SystemExit as stop: print('code', stop.code, *({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "code 0"
