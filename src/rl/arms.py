@@ -17,7 +17,7 @@ from rl.credit.registry import find_rule
 from rl.errors import ConfigError
 from rl.policy import ActorCritic, ModelInput
 from rl.records import Credit, Responses, TokenScores
-from rl.scoring import _credit, _generators, _masked, _recorder, join_records
+from rl.scoring import credit_generators, join_records, on_cpu, policy_credit, recorder_for
 from rl.weights import top_share
 
 
@@ -128,25 +128,25 @@ def score_arms(
     parts: list[tuple[TokenScores, list[Credit]]] = []
     rules, size = [find_rule(arm.rule) for arm in arms], config.micro_batch_size
     # Every arm draws from generators of its own, as it would if it were trained with alone.
-    streams = [_generators(responses, config.seed, step) for _ in arms]
+    streams = [credit_generators(responses, config.seed, step) for _ in arms]
     for start in range(0, responses.num_sequences, size):
         part = responses.select(range(start, min(start + size, responses.num_sequences)))
         inputs = ModelInput.of(part, policy.device)
         tokens, mask = inputs.input_ids[:, part.prompt_length :], part.response_mask.to(policy.device)
         with torch.no_grad(), ExitStack() as stack:
             listening = [
-                {name: stack.enter_context(_recorder(policy, need, arm)) for name, need in rule.needs.items()}
+                {name: stack.enter_context(recorder_for(policy, need, arm)) for name, need in rule.needs.items()}
                 for arm, rule in zip(arms, rules, strict=True)
             ]
             logprobs, entropy = policy.policy_pass(inputs, tokens, config.temperature)
         with torch.no_grad():
             wanted = config.kl_weight > 0 and config.kl_in == "reward"
-            ref = _masked(policy.reference_pass(inputs, tokens, config.temperature), mask) if wanted else None
-        scores = TokenScores(_masked(logprobs, mask), _masked(entropy, mask), ref)
+            ref = on_cpu(policy.reference_pass(inputs, tokens, config.temperature), mask) if wanted else None
+        scores = TokenScores(on_cpu(logprobs, mask), on_cpu(entropy, mask), ref)
         credits = []
-        for arm, rule, recorders, stream in zip(arms, rules, listening, streams, strict=True):
+        for arm, recorders, stream in zip(arms, listening, streams, strict=True):
             rows = {name: heard.rows(inputs.attention_mask, inputs.input_ids) for name, heard in recorders.items()}
-            credits.append(_credit(policy, part, scores, rows, rule, arm, stream[start : start + size]))
+            credits.append(policy_credit(policy, part, scores, rows, arm, stream[start : start + size]))
         parts.append((scores, credits))
     joined = [join_records([credits[index] for _, credits in parts]) for index in range(len(arms))]
     return join_records([scores for scores, _ in parts]), joined

@@ -155,6 +155,8 @@ def evaluate_command(
     from rl.runfile import parse_options, policy_folder
 
     options = parse_options(task_option or [], flag="--task-option")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"out: its folder must exist, got {out}; make it first")
     folder = None if adapter is None else policy_folder(adapter)
     with _progress() as say:
         say(f"loading {model}")
@@ -283,6 +285,15 @@ def merge(
         tokenizer.save_pretrained(temporary)
         temporary.rename(out)
     typer.echo(f"wrote {out}")
+
+
+def _register() -> None:
+    from rl.align_cli import align_command
+
+    app.command("align")(align_command)
+
+
+_register()
 
 
 def _load(model: str, dtype: str, device: str | None, adapter: Path | None) -> tuple[Any, Any]:

@@ -193,14 +193,14 @@ def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, 
 
 def _span(method: str, span: Any, sample: Sample, text: str) -> CharSpan:
     """What a task says of a place in the text, believed only where the text has such a place."""
-    pair = tuple(span) if isinstance(span, list | tuple) else ()
+    pair: tuple[Any, ...] = tuple(span) if isinstance(span, list | tuple) else ()
     whole = len(pair) == 2 and all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
     if not whole or not 0 <= pair[0] <= pair[1] <= len(text):
         raise RewardError(
             f"task: {method} must return spans (start, end) within the completion of {len(text)} characters, got "
             f"{span!r} for sample {sample.index} and {text[:80]!r}; count characters of the completion, end excluded"
         )
-    return pair
+    return pair[0], pair[1]
 
 
 def _listed(spans: Any, sample: Sample) -> list[Any]:

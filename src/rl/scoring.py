@@ -80,7 +80,7 @@ def score_rollout(
     """
     started = time.perf_counter()
     rule = find_rule(credit.rule)
-    generators = _generators(responses, seed, step)
+    generators = credit_generators(responses, seed, step)
     parts: list[tuple[TokenScores, Credit]] = []
     credit_seconds = 0.0
     for start in range(0, responses.num_sequences, micro_batch_size):
@@ -88,7 +88,7 @@ def score_rollout(
         scores, rows, recording = _forward(policy, part, rule, credit, temperature, reference)
         begun = time.perf_counter()
         streams = generators[start : start + micro_batch_size]
-        parts.append((scores, _credit(policy, part, scores, rows(), rule, credit, streams)))
+        parts.append((scores, policy_credit(policy, part, scores, rows(), credit, streams)))
         credit_seconds += recording + time.perf_counter() - begun
     scores = join_records([scores for scores, _ in parts])
     return Scored(scores, join_records([c for _, c in parts]), time.perf_counter() - started, credit_seconds)
@@ -107,16 +107,16 @@ def _forward(
     tokens = inputs.input_ids[:, responses.prompt_length :]
     mask = responses.response_mask.to(policy.device)
     with torch.no_grad(), ExitStack() as stack:
-        recorders = {name: stack.enter_context(_recorder(policy, need, credit)) for name, need in rule.needs.items()}
+        recorders = {name: stack.enter_context(recorder_for(policy, need, credit)) for name, need in rule.needs.items()}
         logprobs, entropy = policy.policy_pass(inputs, tokens, temperature)
     with torch.no_grad():
         values = policy.value_pass(inputs, tokens.shape[1])
         ref = policy.reference_pass(inputs, tokens, temperature) if reference else None
     scores = TokenScores(
-        logprobs=_masked(logprobs, mask),
-        entropy=_masked(entropy, mask),
-        ref_logprobs=None if ref is None else _masked(ref, mask),
-        values=None if values is None else _masked(values[:, :-1], mask),
+        logprobs=on_cpu(logprobs, mask),
+        entropy=on_cpu(entropy, mask),
+        ref_logprobs=None if ref is None else on_cpu(ref, mask),
+        values=None if values is None else on_cpu(values[:, :-1], mask),
         final_values=None if values is None else values[:, -1].float().cpu(),
     )
 
@@ -126,7 +126,8 @@ def _forward(
     return scores, rows, sum(recorder.seconds for recorder in recorders.values())
 
 
-def _recorder(policy: ActorCritic, need: AttentionNeed, credit: CreditConfig) -> AttentionRecorder:
+def recorder_for(policy: ActorCritic, need: AttentionNeed, credit: CreditConfig) -> AttentionRecorder:
+    """A recorder of what a rule needs, on what the credit settings name."""
     return AttentionRecorder(
         policy.causal_lm,
         layers=credit.layers if need.layers is None else need.layers,
@@ -134,32 +135,63 @@ def _recorder(policy: ActorCritic, need: AttentionNeed, credit: CreditConfig) ->
     )
 
 
-def _credit(
+def policy_credit(
     policy: ActorCritic,
     responses: Responses,
     scores: TokenScores,
     rows: Mapping[str, AttentionRows],
-    rule: CreditRule,
     credit: CreditConfig,
     random: Sequence[torch.Generator],
 ) -> Credit:
-    scored = tokens_in_scope(responses, credit.scope)
+    """Credit on the policy's device, with its gradient at hand; the result on the CPU."""
     moved = to_device(responses, policy.device)
+
+    def gradient() -> Float[Tensor, "batch response"]:
+        return embedding_gradient(policy, moved)
+
+    found = credit_tokens(moved, to_device(scores, policy.device), credit, rows=rows, random=random, gradient=gradient)
+    return to_device(found, torch.device("cpu"))
+
+
+def credit_tokens(
+    responses: Responses,
+    scores: TokenScores,
+    credit: CreditConfig,
+    *,
+    rows: Mapping[str, AttentionRows] | None = None,
+    random: Sequence[torch.Generator] = (),
+    gradient: Callable[[], Float[Tensor, "batch response"]] | None = None,
+) -> Credit:
+    """Run a credit rule and shape its scores; no model is needed but for rules that look at gradients.
+
+    Args:
+        responses: all tensors on one device.
+        scores: log-probabilities and entropies of the policy that wrote them, 0 on padding.
+        credit: rule, shape and scope.
+        rows: attention by the names that the rule's ``needs`` list.
+        random: a generator for each response, for rules that draw.
+        gradient: see :class:`rl.credit.registry.CreditInput`.
+
+    Raises:
+        CreditError: a rule that lacks its attention or returns no scores.
+    """
+    rule = find_rule(credit.rule)
+    scored = tokens_in_scope(responses, credit.scope)
     batch = CreditInput(
-        responses=moved,
-        scores=to_device(scores, policy.device),
-        scored=scored.to(policy.device),
-        rows=rows,
+        responses=responses,
+        scores=scores,
+        scored=scored,
+        rows=rows or {},
         random=random,
-        gradient=(lambda: embedding_gradient(policy, moved)) if rule.gradient else None,
+        gradient=gradient if rule.gradient else None,
         options={**credit.options, "rows": credit.rows},
     )
-    found = score_tokens(rule, batch).cpu()
+    found = score_tokens(rule, batch)
     weights = shape_weights(found, scored, replace(credit, shape="raw") if rule.weighs else credit)
     return Credit(scores=found, scored=scored, weights=weights)
 
 
-def _generators(responses: Responses, seed: int, step: int) -> list[torch.Generator]:
+def credit_generators(responses: Responses, seed: int, step: int) -> list[torch.Generator]:
     """One for each response, by problem and number: a rule that draws does the same however the batch is cut."""
     seen: dict[int, int] = {}
     out = []
@@ -186,7 +218,8 @@ def embedding_gradient(policy: ActorCritic, responses: Responses) -> Float[Tenso
     return norms.masked_fill(~responses.response_mask, 0.0)
 
 
-def _masked(tensor: Tensor, mask: Tensor) -> Tensor:
+def on_cpu(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Float32, 0 on padding, on the CPU."""
     return tensor.float().masked_fill(~mask, 0.0).cpu()
 
 

@@ -31,8 +31,8 @@ def greedy(model, prompt: str) -> str:
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == 1:
-            return TOKENIZER.decode(ids[start:-1])
-    return TOKENIZER.decode(ids[start:])
+            return str(TOKENIZER.decode(ids[start:-1]))
+    return str(TOKENIZER.decode(ids[start:]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +139,7 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
             module.p = 0.9
     expected = [row["completion"] for row in measured(model).responses]
     model.train()
-    model.transformer.h[0].eval()
+    model.transformer.h.eval()
     before = [module.training for module in model.modules()]
     assert [row["completion"] for row in measured(model).responses] == expected
     assert [module.training for module in model.modules()] == before

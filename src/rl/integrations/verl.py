@@ -33,13 +33,13 @@ from transformers import PreTrainedTokenizerBase
 from flowgraph import AttentionRows, encode
 from rl.advantages import require_alike, require_run
 from rl.config import CreditConfig
-from rl.credit.registry import CreditInput, CreditRule, find_rule, score_tokens
+from rl.credit.registry import CreditRule, find_rule
 from rl.errors import ConfigError, CreditError
 from rl.generation import Generated
 from rl.records import CharSpan, Credit, Messages, Responses, Sample, TokenScores
 from rl.rollout import judge
-from rl.scoring import tokens_in_scope
-from rl.weights import mean_one, shape_weights, signed_weights
+from rl.scoring import credit_tokens
+from rl.weights import mean_one, signed_weights
 
 FindAnswer = Callable[[str], CharSpan | None]
 """A completion -> the characters that state its answer, or None."""
@@ -131,21 +131,14 @@ def token_credit(
     Raises:
         ConfigError, CreditError: as :func:`usable_rule`; a rule that lacks its attention or returns no scores.
     """
-    rule = usable_rule(credit)
-    scored = tokens_in_scope(responses, credit.scope)
+    usable_rule(credit)
     require_alike(logprobs=scores.logprobs, entropy=scores.entropy)
-    if scores.entropy.shape != scored.shape:
+    if scores.entropy.shape != responses.response_mask.shape:
         raise ConfigError(
-            f"scores: must have shape {tuple(scored.shape)} like response_mask, got {tuple(scores.entropy.shape)}; "
-            "leave the prompt's columns out"
+            f"scores: must have shape {tuple(responses.response_mask.shape)} like response_mask, got "
+            f"{tuple(scores.entropy.shape)}; leave the prompt's columns out"
         )
-    options = {**credit.options, "rows": credit.rows}
-    found = score_tokens(
-        rule,
-        CreditInput(responses=responses, scores=scores, scored=scored, rows=rows or {}, random=random, options=options),
-    )
-    weights = shape_weights(found, scored, replace(credit, shape="raw") if rule.weighs else credit)
-    return Credit(scores=found, scored=scored, weights=weights)
+    return credit_tokens(responses, scores, credit, rows=rows, random=random)
 
 
 def scale_advantages(

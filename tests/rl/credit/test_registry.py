@@ -97,7 +97,8 @@ def test_scores_are_checked():
     batch = two_responses()
 
     def scores_of(result: object) -> Tensor:
-        return score_tokens(registry.CreditRule("mine", lambda _: result, {}, False, False, ""), batch)  # type: ignore[arg-type, return-value]
+        rule = registry.CreditRule("mine", lambda _: result, {}, False, False, False, "")  # type: ignore[arg-type, return-value]
+        return score_tokens(rule, batch)
 
     with pytest.raises(CreditError, match=r"credit: rule 'mine' must return .*shape \(2, 3\).*got \(2, 5\); score"):
         scores_of(torch.zeros(2, 5))
