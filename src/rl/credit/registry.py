@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowgraph import AttentionRows, HeadSelector
+from flowgraph import AttentionRows, FlowgraphError, HeadSelector
 from rl.errors import CreditError
 from rl.records import Responses, TokenScores
 
@@ -153,14 +153,21 @@ def score_tokens(rule: CreditRule, batch: CreditInput) -> Float[Tensor, "batch r
     """Run a rule and check what it returns; 0 outside ``scored``.
 
     Raises:
-        CreditError: another shape, NaN, infinite or negative scores, or a missing oracle.
+        CreditError: the rule raised; another shape, NaN, infinite or negative scores; a missing oracle.
     """
     if rule.needs_oracle and batch.responses.oracle is None:
         raise CreditError(
             f"credit: rule {rule.name!r} needs a task that knows its decisive tokens, got one that does not; "
             "use the task 'chain', or another rule"
         )
-    scores = rule.function(batch)
+    try:
+        scores = rule.function(batch)
+    except FlowgraphError:
+        raise
+    except Exception as error:  # a rule is someone's code: say whose
+        raise CreditError(
+            f"credit: rule {rule.name!r} must serve every rollout, got {type(error).__name__}: {error}; mend the rule"
+        ) from error
     shape = tuple(batch.scored.shape)
     if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

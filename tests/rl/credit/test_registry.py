@@ -119,3 +119,12 @@ def test_an_oracle_must_be_there():
         score_tokens(find_rule("oracle"), two_responses())
     with pytest.raises(CreditError, match=r"oracle: must be known to the task, got responses without; use the task"):
         find_rule("oracle").function(two_responses())
+
+
+def test_a_rule_that_raises_is_named():
+    def broken(batch):
+        raise KeyError("missing")
+
+    rule = registry.CreditRule("mine", broken, {}, False, False, False, "")
+    with pytest.raises(CreditError, match=r"credit: rule 'mine' must serve every rollout, got KeyError: 'missing'"):
+        score_tokens(rule, two_responses())
