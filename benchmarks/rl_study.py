@@ -5,9 +5,9 @@
 
 The metric was fixed before the first run: the mean reward over all steps of a run, that is, the area under its
 learning curve. Every problem of a run is new to the policy when it is rewarded, and the problems and the sampling
-noise of a seed are the same for all arms. Each arm takes the learning rate that was best for it on the grid's seeds, which are not
-among those of the comparison. The comparisons of the first family (flow against uniform) were chosen in advance, too;
-all others are exploratory.
+noise of a seed are the same for all arms. Each arm takes the learning rate that was best for it on the grid's seeds,
+which are not among those of the comparison. The comparisons of the first family (flow against uniform) were chosen in
+advance, too; all others are exploratory.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
 def test_every_update_leaves_a_checkpoint(whole):
     folder, _ = whole
     names = [path.name for path in find_checkpoints(folder)]
-    places = [(step, update) for step in range(4) for update in range(6)][1:] + [(4, 0)]
+    places = [*((step, update) for step in range(4) for update in range(6) if step or update), (4, 0)]
     expected = [f"checkpoint-{step:06d}" + (f"-{update:03d}" if update else "") for step, update in places]
     assert names == expected[::-1]
 

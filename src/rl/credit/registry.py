@@ -133,8 +133,6 @@ def find_rule(name: str) -> CreditRule:
     Raises:
         CreditError: there is none; the message lists those that exist.
     """
-    import rl.credit.rules  # noqa: F401  (registers the rules of the package)
-
     if name not in _RULES:
         raise CreditError(
             f"credit: must name a registered rule, got {name!r}; there are {', '.join(sorted(_RULES))}, and "
@@ -145,7 +143,6 @@ def find_rule(name: str) -> CreditRule:
 
 def rule_names() -> list[str]:
     """Names of all registered rules."""
-    find_rule("uniform")
     return sorted(_RULES)
 
 
