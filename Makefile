@@ -1,6 +1,7 @@
 # Two commands do all the set-up on a machine with Python 3.11+ and make; both are quick the second time.
-#   make demo    trace a real model's answer and write out/trace.html
-#   make test    lint, types, tests, doctests, docs
+#   make demo          trace a real model's answer and write out/trace.html
+#   make train-demo    train a small reasoner with flow credit and write its token-credit page
+#   make test          lint, types, tests, doctests, docs
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,7 +11,7 @@ TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit docs wheel test-scatter fuzz bench clean
+.PHONY: help demo train-demo test lint types unit docs wheel test-scatter fuzz bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +37,14 @@ $(VENV)/.dev: $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## trace an answer of SmolLM2-135M-Instruct, write out/
 	@$(BIN)/flowgraph demo --out out
+
+# Starts afresh each time; --resume on the same folder would find nothing left to do.
+train-demo: $(VENV)/.base  ## train the small chain model with flow credit, write out/train/ and the token-credit page
+	@rm -rf out/train
+	$(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1
+	$(BIN)/flowgraph-rl train benchmarks/train_demo.yaml --output out/train
+	$(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1 --adapter out/train
+	$(BIN)/flowgraph-rl report out/train --out out/train/credit.html
 
 test: lint types unit docs wheel  ## everything that must hold before a commit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +134,8 @@ def evaluate(
         if progress is not None:
             progress(len(rows), len(each))
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(num_problems, samples)
-    low, high = _interval(rewards)
+    # A finite task starts again from its first problem: what is seen twice is no more evidence than once.
+    low, high = _interval(rewards, distinct=len({json.dumps(row["prompt"]) for row in rows}))
     answered, truncated, tokens = (totals / len(rows)).tolist()
     return Evaluation(
         float(rewards.mean()), low, high, float(rewards.max(1).values.mean()), num_problems, samples, answered,
@@ -154,12 +156,11 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _interval(rewards: torch.Tensor) -> tuple[float, float]:
-    problems, samples = rewards.shape
-    if samples == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
-        return wilson_interval(float(rewards.sum()), problems)
+def _interval(rewards: torch.Tensor, distinct: int) -> tuple[float, float]:
+    if rewards.shape[1] == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
+        return wilson_interval(float(rewards.mean()) * distinct, distinct)
     means = rewards.mean(1)
-    half = _Z * float(means.std()) / math.sqrt(problems) if problems > 1 else math.inf
+    half = _Z * float(means.std()) / math.sqrt(distinct) if distinct > 1 else math.inf
     return float(means.mean()) - half, float(means.mean()) + half
 
 

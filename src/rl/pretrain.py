@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -37,7 +38,11 @@ CHAIN_MODEL = Path(__file__).parent / "assets" / "chain"
 """The folder of the base model that comes with the package."""
 
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
-_VOCABULARY = {token: number for number, token in enumerate((*_SPECIAL, *ascii_lowercase, *digits, *"=+;?,#"))}
+_PATTERN = r"=[a-z0-9]|\+[0-9]|."
+_PAIRS = (*("=" + end for end in ascii_lowercase + digits), *("+" + digit for digit in digits))
+_VOCABULARY = {
+    token: number for number, token in enumerate((*_SPECIAL, *ascii_lowercase, *digits, *"=+;?,#", *_PAIRS))
+}
 _STREAM = 1_000_003
 """Added to the seed of the problems, so that demonstrations and training runs draw from different streams."""
 
@@ -84,9 +89,9 @@ class Recipe:
     easy_hops: int = 3
     easy_addend: int = 3
     hard_hops: int = 5
-    hard_share: float = 0.2
+    hard_share: float = 0.1
     detour_share: float = 0.25
-    least_mistakes: float = 0.05
+    least_mistakes: float = 0.1
     most_mistakes: float = 0.6
     evaluate: int = 1000
 
@@ -156,11 +161,15 @@ def pretrain(
 
 
 def chain_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: letters, digits and ``=+;?,#``; decoding gives the same text again."""
+    """Single characters, and pairs that begin with ``=`` or ``+``; decoding gives the same text again.
+
+    The pairs make a variable that is defined another token than one that is referred to. With single characters alone,
+    lookups were learned so slowly that after 2000 updates they still were three in ten of the first errors.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(_VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PATTERN), "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
@@ -240,11 +249,13 @@ def mistaken_sums(recipe: Recipe, random: Random) -> Callable[[int, int], int]:
 def encode(rows: list[tuple[str, str]]) -> tuple[Int64[Tensor, "batch tokens"], Int64[Tensor, "batch tokens"]]:
     """Tokens padded on the right, and targets: the token at each place of a response and its end, -100 elsewhere."""
     end = _VOCABULARY["<eos>"]
-    tokens = [[_VOCABULARY[character] for character in prompt + response] + [end] for prompt, response in rows]
+    prompts, responses = ([[_VOCABULARY[token] for token in re.findall(_PATTERN, text)] for text in side]
+                          for side in zip(*rows, strict=True))  # fmt: skip
+    tokens = [[*prompt, *response, end] for prompt, response in zip(prompts, responses, strict=True)]
     shape = (len(rows), max(map(len, tokens)))
     input_ids = torch.full(shape, _VOCABULARY["<pad>"])
     targets = torch.full(shape, -100)
-    for row, ((prompt, _), ids) in enumerate(zip(rows, tokens, strict=True)):
+    for row, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         targets[row, len(prompt) : len(ids)] = input_ids[row, len(prompt) : len(ids)]
     return input_ids, targets
@@ -305,7 +316,7 @@ def measure(
         "greedy": _by_hops(samples, verdicts),
         "mean_over_samples": rewards.mean().item(),
         "pass_at": {k: rewards[:k].amax(0).mean().item() for k in range(1, num_samples + 1)},
-        "mean_tokens": sum(len(text) + 1 for _, text in pairs) / len(pairs),
+        "mean_tokens": sum(len(re.findall(_PATTERN, text)) + 1 for _, text in pairs) / len(pairs),
         "ill_formed": sum(error == "format" for error in errors) / len(pairs),
         "wrong_by_first_error": {error: count / len(pairs) for error, count in sorted(wrong.items())},
         "right_with_errors": slips / len(pairs),

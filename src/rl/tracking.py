@@ -24,17 +24,18 @@ SHOWN = (
 )
 
 
-def check_trackers(names: Sequence[str]) -> list[str]:
+def check_trackers(names: str | Sequence[str]) -> list[str]:
     """Refuse unknown trackers, and known ones whose package is missing, before any work is done.
 
     Raises:
         MissingExtraError: with the command that installs it.
-        ValueError: an unknown name.
+        ConfigError: an unknown name.
     """
     from importlib.util import find_spec
 
     from rl.errors import ConfigError
 
+    names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in TRACKERS:
             raise ConfigError(

@@ -19,10 +19,9 @@ from rl.config import CreditConfig, LoraConfig, PPOConfig
 from rl.errors import ConfigError, CreditError
 from rl.experience import build_experience
 from rl.policy import ActorCritic
-from rl.pretrain import chain_tokenizer
 from rl.rollout import PromptEncoder, judge, sample_responses
 from rl.scoring import score_rollout
-from tests.fixtures.policies import Digits, tiny_policy
+from tests.fixtures.policies import Digits, alphabet, tiny_policy
 from tests.reference import rl_align as slow
 
 ARMS = [
@@ -37,7 +36,7 @@ SETTINGS = PPOConfig(
 
 @pytest.fixture(scope="module")
 def measured():
-    return align(tiny_policy(), chain_tokenizer(), Digits(), arms=ARMS, config=SETTINGS, num_batches=4, seed=3)
+    return align(tiny_policy(), alphabet(), Digits(), arms=ARMS, config=SETTINGS, num_batches=4, seed=3)
 
 
 class Unsolvable(Digits):
@@ -49,7 +48,7 @@ def separate_gradients(arms: list[CreditConfig], num_batches: int, seed: int) ->
     """By arm and batch: the training path for each arm by itself, and a backward pass for each gradient."""
     config = PPOConfig.from_dict({**SETTINGS.to_dict(), "seed": seed})
     policy = ActorCritic(tiny_policy(), config.lora, critic=False, seed=seed)
-    task, tokenizer = Digits(), chain_tokenizer()
+    task, tokenizer = Digits(), alphabet()
     encoder = PromptEncoder(tokenizer, policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens)
     found: list[list[list[float]]] = [[] for _ in arms]
     for step in range(num_batches):
@@ -96,7 +95,7 @@ def test_uniform_is_exactly_one(measured):
 
 def test_constant_weights_have_multiplier_one():
     constant = ["uniform", "random:strength=1", "random:share=1,strength=3,scope=response"]
-    found = align(tiny_policy(), chain_tokenizer(), Digits(), arms=constant, config=SETTINGS, num_batches=3)
+    found = align(tiny_policy(), alphabet(), Digits(), arms=constant, config=SETTINGS, num_batches=3)
     for arm in found.arms:
         assert tuple(arm.multiplier) == pytest.approx((1, 1, 0, 1, 1), abs=1e-9), arm.name
     assert [pair.p_value for pair in found.differences] == [1.0, 1.0]
@@ -118,7 +117,7 @@ def test_recall_of_known_tokens(measured):
 
 def test_the_same_seed_gives_the_same_figures_and_micro_batches_change_nothing(measured):
     config = PPOConfig.from_dict({**SETTINGS.to_dict(), "micro_batch_size": 12})
-    again = align(tiny_policy(), chain_tokenizer(), Digits(), arms=ARMS, config=config, num_batches=4, seed=3)
+    again = align(tiny_policy(), alphabet(), Digits(), arms=ARMS, config=config, num_batches=4, seed=3)
     for one, other in zip(measured.arms, again.arms, strict=True):
         assert one.token_share == other.token_share
         assert one.cosine.value == pytest.approx(other.cosine.value, abs=2e-5)
@@ -128,7 +127,7 @@ def test_the_model_is_given_back_as_it_came():
     model = tiny_policy().train()
     names = {name: weight.requires_grad for name, weight in model.named_parameters()}
     for _ in range(2):
-        align(model, chain_tokenizer(), Digits(), arms=["random"], config=SETTINGS, num_batches=3)
+        align(model, alphabet(), Digits(), arms=["random"], config=SETTINGS, num_batches=3)
     assert names == {name: weight.requires_grad for name, weight in model.named_parameters()}
     assert model.training
 
@@ -141,9 +140,7 @@ def test_a_trained_adapter_is_measured_where_it_stands():
     settings = PeftConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(tiny_policy(), settings)  # type: ignore[arg-type]
     names = [name for name, _ in model.named_parameters()]
-    found = [
-        align(model, chain_tokenizer(), Digits(), arms=["random"], config=SETTINGS, num_batches=3) for _ in range(2)
-    ]
+    found = [align(model, alphabet(), Digits(), arms=["random"], config=SETTINGS, num_batches=3) for _ in range(2)]
     assert names == [name for name, _ in model.named_parameters()]
     assert found[0].arms == found[1].arms
     assert found[0].num_parameters == sum(w.numel() for n, w in model.named_parameters() if "lora_" in n)
@@ -154,10 +151,10 @@ def test_batches_without_signal_are_counted_and_left_out():
         def reward(self, sample, completion):
             return super().reward(sample, completion) if sample.index < 9 else 0.0
 
-    found = align(tiny_policy(), chain_tokenizer(), Sometimes(), arms=["random"], config=SETTINGS, num_batches=5)
+    found = align(tiny_policy(), alphabet(), Sometimes(), arms=["random"], config=SETTINGS, num_batches=5)
     assert (found.num_batches, found.no_signal) == (3, 2)
     with pytest.raises(ConfigError, match=r"num_batches: must give at least 3 batches .* got 0 of 3; take more"):
-        align(tiny_policy(), chain_tokenizer(), Unsolvable(), arms=["random"], config=SETTINGS, num_batches=3)
+        align(tiny_policy(), alphabet(), Unsolvable(), arms=["random"], config=SETTINGS, num_batches=3)
 
 
 vectors = st.lists(
@@ -250,7 +247,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
     from rl.errors import DivergedError
 
     policy = ActorCritic(tiny_policy(), SETTINGS.lora, critic=False)
-    task, tokenizer = Digits(), chain_tokenizer()
+    task, tokenizer = Digits(), alphabet()
     encoder = PromptEncoder(tokenizer, policy.causal_lm, 64, 8)
     sample = task.sample("train", 0)
     generated = sample_responses(
@@ -296,7 +293,7 @@ def test_arms_that_cannot_be_read(text, error, message):
 
 
 def test_bad_input():
-    model, tokenizer = tiny_policy(), chain_tokenizer()
+    model, tokenizer = tiny_policy(), alphabet()
 
     def refused(error, message, **changes):
         settings = {"arms": ["random"], "config": SETTINGS, "num_batches": 3, **changes}
@@ -344,7 +341,7 @@ def test_the_picture(measured, tmp_path, monkeypatch):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.runfile.load_model", lambda name, dtype: (tiny_policy(), chain_tokenizer()))
+    monkeypatch.setattr("rl.runfile.load_model", lambda name, dtype: (tiny_policy(), alphabet()))
     monkeypatch.setattr("rl.tasks.make_task", lambda task, **options: Digits())
     app = typer.Typer()
     app.command()(align_command)

@@ -23,9 +23,8 @@ import rl.checkpoint
 from flowgraph import OutputError
 from rl import CheckpointError, CreditConfig, LoraConfig, PPOConfig, PPOTrainer
 from rl.checkpoint import find_checkpoints, newest_state, read_state
-from rl.pretrain import chain_tokenizer
 from rl.tracking import read_metrics
-from tests.fixtures.policies import Digits, tiny_policy
+from tests.fixtures.policies import Digits, alphabet, tiny_policy
 
 SETTINGS = PPOConfig(
     steps=4, num_prompts=3, group_size=2, max_response_tokens=8, num_minibatches=3, epochs=2, learning_rate=3e-3,
@@ -45,7 +44,7 @@ class Drawing(Digits):
 def trainer(output: Path | None, config: PPOConfig = SETTINGS, task: object = None, **options) -> PPOTrainer:
     return PPOTrainer(
         tiny_policy(),
-        chain_tokenizer(),
+        alphabet(),
         task=task or Drawing(),
         config=config,
         output=output,

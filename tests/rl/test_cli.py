@@ -23,9 +23,8 @@ from typer.testing import CliRunner
 
 from rl.cli import app
 from rl.credit.registry import rule_names
-from rl.pretrain import chain_tokenizer
 from rl.tracking import read_metrics
-from tests.fixtures.policies import tiny_policy
+from tests.fixtures.policies import alphabet, tiny_policy
 
 ROOT = Path(__file__).parents[2]
 # A random model earns nothing on this task: the bonus for entropy is what moves the weights.
@@ -68,7 +67,7 @@ def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_policy(context=512).save_pretrained(folder)
-    chain_tokenizer().save_pretrained(folder)
+    alphabet().save_pretrained(folder)
     return folder
 
 
@@ -186,7 +185,7 @@ def test_merge_and_adapter_are_what_plain_libraries_read(run: Path, model: Path,
     out = tmp_path / "deep" / "merged"
     assert f"wrote {out}" in "".join(invoke("merge", run, "--model", model, "--out", out).output.split("\n"))
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
-    ids = torch.tensor([chain_tokenizer()("a=1;b=a+2;b?")["input_ids"]])
+    ids = torch.tensor([alphabet()("a=1;b=a+2;b?")["input_ids"]])
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits
         base = AutoModelForCausalLM.from_pretrained(model)
@@ -242,7 +241,7 @@ def test_bad_input_ends_with_its_message(
     other, broken = tmp_path / "other", tmp_path / "broken"
     if "OTHER" in arguments:
         tiny_policy("gpt2").save_pretrained(other)
-        chain_tokenizer().save_pretrained(other)
+        alphabet().save_pretrained(other)
     if "BROKEN" in arguments:
         broken.mkdir()
         (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')

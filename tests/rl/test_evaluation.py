@@ -12,10 +12,9 @@ from transformers import GenerationConfig
 
 from rl import ConfigError, Evaluation, PolicyError, evaluate
 from rl.evaluation import wilson_interval
-from rl.pretrain import chain_tokenizer
-from tests.fixtures.policies import FAMILIES, Digits, tiny_policy
+from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 
-TOKENIZER = chain_tokenizer()
+TOKENIZER = alphabet()
 
 
 def measured(model=None, task=None, **settings) -> Evaluation:
@@ -64,7 +63,7 @@ def test_several_samples_give_the_best_of_them_and_an_interval_over_problems():
     rewards = torch.tensor([row["reward"] for row in result.responses], dtype=torch.float64).view(6, 4)
     assert 0 < float(rewards.mean()) < 1, "a batch that says something"
     assert result.best_of == pytest.approx(float((rewards.max(1).values).mean()))
-    half = 1.959964 * float(rewards.mean(1).std()) / math.sqrt(6)
+    half = 1.959964 * float(rewards.mean(1).std()) / math.sqrt(3)  # six problems, but the task has only three
     assert (result.low, result.high) == pytest.approx((result.reward - half, result.reward + half))
     assert result.best_of >= result.reward
 
@@ -86,7 +85,7 @@ def test_wilson_solves_its_equation():
 
 def test_one_verdict_of_0_or_1_has_wilsons_interval_and_other_rewards_a_normal_one():
     result = measured()
-    assert (result.low, result.high) == wilson_interval(sum(row["reward"] for row in result.responses), 5)
+    assert (result.low, result.high) == wilson_interval(result.reward * 3, 3), "three problems, two of them twice"
 
     class Length(Digits):
         def reward(self, sample, completion):
@@ -94,7 +93,7 @@ def test_one_verdict_of_0_or_1_has_wilsons_interval_and_other_rewards_a_normal_o
 
     other = measured(task=Length())
     rewards = torch.tensor([row["reward"] for row in other.responses], dtype=torch.float64)
-    assert other.high - other.low == pytest.approx(2 * 1.959964 * float(rewards.std()) / math.sqrt(5))
+    assert other.high - other.low == pytest.approx(2 * 1.959964 * float(rewards.std()) / math.sqrt(3))
     alone = measured(task=Length(), num_problems=1)
     assert (alone.low, alone.high) == (-math.inf, math.inf)
     plain = json.loads(json.dumps(alone.summary()), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

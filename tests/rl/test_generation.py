@@ -7,9 +7,8 @@ import torch
 
 from rl.errors import PolicyError
 from rl.generation import Ending, generate
-from rl.pretrain import chain_tokenizer
 from rl.seeds import generator
-from tests.fixtures.policies import FAMILIES, tiny_policy
+from tests.fixtures.policies import FAMILIES, alphabet, tiny_policy
 
 PROMPTS = [[3, 30, 39, 5], [8, 12], [31, 4, 6, 7, 9, 33]]
 ENDING = Ending((1,), 0)
@@ -86,7 +85,7 @@ def test_greedy_decoding_takes_the_likeliest_token():
 
 
 def test_endings_come_from_model_and_tokenizer():
-    model, tokenizer = tiny_policy(), chain_tokenizer()
+    model, tokenizer = tiny_policy(), alphabet()
     assert Ending.of(model, tokenizer) == Ending((1,), 0)
     model.generation_config.eos_token_id = [7, 1]
     assert Ending.of(model, tokenizer).end_ids == (7, 1)

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from rl import PolicyError, Responses, RewardError, Sample
 from rl.generation import Generated
-from rl.pretrain import chain_tokenizer
 from rl.rollout import PromptEncoder, join, judge, sample_responses
-from tests.fixtures.policies import FAMILIES, Digits, tiny_policy
+from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 from tests.fixtures.tiny import chat, tiny
 from tests.fixtures.tokenizers import STRIPPING, byte_level, unigram, with_template
 
-TOKENIZER = chain_tokenizer()
+TOKENIZER = alphabet()
 EOS = 1
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from rl import CheckpointError, ConfigError, PolicyError
-from rl.pretrain import chain_tokenizer
 from rl.runfile import Run, load_model, newest_rollout, parse_options, policy_folder, read_run
-from tests.fixtures.policies import tiny_policy
+from tests.fixtures.policies import alphabet, tiny_policy
 
 
 def read(
@@ -204,11 +203,11 @@ def test_newest_rollout(tmp_path: Path):
 def test_models_load_from_a_folder_in_the_dtype_asked_for(tmp_path: Path):
     model = tiny_policy()
     model.save_pretrained(tmp_path)
-    chain_tokenizer().save_pretrained(tmp_path)
+    alphabet().save_pretrained(tmp_path)
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         loaded, tokenizer = load_model(str(tmp_path), dtype)
         assert loaded.dtype == expected
-        assert tokenizer("a=1")["input_ids"] == chain_tokenizer()("a=1")["input_ids"]
+        assert tokenizer("a=1")["input_ids"] == alphabet()("a=1")["input_ids"]
     for name in (str(tmp_path), "chain"):
         with pytest.raises(
             ConfigError, match="dtype: must be one of auto, float32, bfloat16, float16, got 'int8'; 'auto'"
@@ -219,7 +218,7 @@ def test_models_load_from_a_folder_in_the_dtype_asked_for(tmp_path: Path):
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json", "shape", "code", "nothing"])
 def test_folders_that_hold_no_model_are_refused(tmp_path: Path, broken: str):
     tiny_policy().save_pretrained(tmp_path)
-    chain_tokenizer().save_pretrained(tmp_path)
+    alphabet().save_pretrained(tmp_path)
     name = tmp_path
     if broken == "nothing":
         name = tmp_path / "none"

@@ -12,10 +12,9 @@ from torch import Tensor
 from rl import ActorCritic, AttentionNeed, CreditConfig, CreditError, CreditInput, LoraConfig, Responses, credit_rule
 from rl.credit.registry import find_rule, rule_names
 from rl.policy import ModelInput
-from rl.pretrain import chain_tokenizer
 from rl.rollout import PromptEncoder, judge, sample_responses
 from rl.scoring import Scored, embedding_gradient, score_rollout, tokens_in_scope
-from tests.fixtures.policies import FAMILIES, Digits, tiny_policy
+from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 
 BUILT_IN = [
     name
@@ -48,7 +47,7 @@ def actor(family: str = "llama", *, critic: bool = True) -> ActorCritic:
 
 def rollout(policy: ActorCritic) -> Responses:
     """Six responses of different lengths to prompts of different lengths."""
-    tokenizer, task = chain_tokenizer(), Digits()
+    tokenizer, task = alphabet(), Digits()
     encoder = PromptEncoder(tokenizer, policy.causal_lm, 100, 10)
     samples = [task.sample("train", index) for index in range(3)]
     generated = sample_responses(

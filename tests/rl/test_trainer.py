@@ -25,8 +25,7 @@ from rl import (
     credit_rule,
 )
 from rl.experience import build_experience
-from rl.pretrain import chain_tokenizer
-from tests.fixtures.policies import FAMILIES, Digits, tiny_policy
+from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 
 SETTINGS = PPOConfig(
     steps=3, num_prompts=3, group_size=2, max_response_tokens=10, num_minibatches=2, epochs=2, learning_rate=3e-3,
@@ -50,7 +49,7 @@ def first(batch: CreditInput) -> Tensor:
 
 def trainer(config: PPOConfig = SETTINGS, *, family: str = "llama", **options) -> PPOTrainer:
     model = tiny_policy(family)
-    return PPOTrainer(model, chain_tokenizer(), task=Digits(), config=config, progress=False, **options)
+    return PPOTrainer(model, alphabet(), task=Digits(), config=config, progress=False, **options)
 
 
 def trained(config: PPOConfig = SETTINGS, **options) -> dict[str, Tensor]:
@@ -224,7 +223,7 @@ def test_zero_variance_groups_are_counted_and_teach_nothing():
         def reward(self, sample, completion):
             return 1.0
 
-    run = PPOTrainer(tiny_policy(), chain_tokenizer(), task=Same(), progress=False,
+    run = PPOTrainer(tiny_policy(), alphabet(), task=Same(), progress=False,
                      config=replace(SETTINGS, advantage="group", steps=1))  # fmt: skip
     before = weights(run)
     assert run.train()[0]["zero_variance_share"] == 1.0
@@ -260,7 +259,7 @@ class Broken(Digits):
 def test_a_broken_reward_says_what_it_returned(verdict: object, message: str):
     task = Broken()
     object.__setattr__(task, "verdict", verdict)
-    run = PPOTrainer(tiny_policy(), chain_tokenizer(), task=task, config=SETTINGS, progress=False)
+    run = PPOTrainer(tiny_policy(), alphabet(), task=task, config=SETTINGS, progress=False)
     with pytest.raises(RewardError, match=message):
         run.train()
 
@@ -281,18 +280,18 @@ def test_prompts_over_budget_and_contexts_too_short_are_refused():
     ):
         trainer(replace(SETTINGS, max_prompt_tokens=5)).collect()
     model = tiny_policy(context=12)
-    run = PPOTrainer(model, chain_tokenizer(), task=Digits(), config=SETTINGS, progress=False)
+    run = PPOTrainer(model, alphabet(), task=Digits(), config=SETTINGS, progress=False)
     with pytest.raises(PolicyError, match="the model's context of 12 minus max_response_tokens=10"):
         run.collect()
     with pytest.raises(PolicyError, match="max_response_tokens: must leave room for a prompt, got 10"):
-        PPOTrainer(tiny_policy(context=10), chain_tokenizer(), task=Digits(), config=SETTINGS, progress=False)
+        PPOTrainer(tiny_policy(context=10), alphabet(), task=Digits(), config=SETTINGS, progress=False)
 
 
 def test_names_that_do_not_exist_are_refused_before_any_work():
     with pytest.raises(CreditError, match="credit: must name a registered rule, got 'flwo'; there are atpo"):
         trainer(credit(rule="flwo"))
     with pytest.raises(TaskError, match="countdwon"):
-        PPOTrainer(tiny_policy(), chain_tokenizer(), task="countdwon", config=SETTINGS)
+        PPOTrainer(tiny_policy(), alphabet(), task="countdwon", config=SETTINGS)
     with pytest.raises(ConfigError, match="trackers: must be among tensorboard, wandb, trackio, got 'excel'"):
         trainer(trackers=["excel"])
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer
-from rl.pretrain import chain_tokenizer
-from tests.fixtures.policies import Digits, tiny_policy
+from tests.fixtures.policies import Digits, alphabet, tiny_policy
 
 SETTINGS = PPOConfig(
     steps=3, num_prompts=4, group_size=3, max_response_tokens=8, num_minibatches=2, micro_batch_size=2,
@@ -26,7 +25,7 @@ INSIDE = "checkpoint-000001-001"
 def train(output: Path, config: PPOConfig, *, resume: bool = False) -> PPOTrainer:
     """A run whose adapters, critic and metrics are written beside its checkpoints."""
     run = PPOTrainer(
-        tiny_policy(), chain_tokenizer(), task=Digits(), config=config, output=output, resume=resume, progress=False
+        tiny_policy(), alphabet(), task=Digits(), config=config, output=output, resume=resume, progress=False
     )
     run.train()
     if run.accelerator.is_main_process:

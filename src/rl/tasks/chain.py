@@ -58,7 +58,7 @@ class Chain:
     """
 
     num_variables: int = 6
-    hops: tuple[int, int] = (2, 4)
+    hops: tuple[int, int] = (3, 5)
     max_addend: int = 3
     seed: int = 0
     name: str = "chain"

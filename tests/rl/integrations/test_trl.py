@@ -36,12 +36,11 @@ from rl.experience import build_experience
 from rl.generation import Generated
 from rl.integrations.trl import evaluating, flow_grpo_trainer
 from rl.policy import ActorCritic, ModelInput
-from rl.pretrain import chain_tokenizer
 from rl.records import Credit, Experience, Responses, TokenScores
 from rl.rollout import judge
 from rl.scoring import score_rollout
 from rl.update import micro_losses
-from tests.fixtures.policies import Digits, tiny_policy
+from tests.fixtures.policies import Digits, alphabet, tiny_policy
 
 REASON = "TRL is an optional package: pip install trl"
 pytest.importorskip("trl.trainer.grpo_trainer", reason=REASON)
@@ -75,7 +74,7 @@ def make(tmp_path, credit: CreditConfig | str | None = None, *, dropout: float =
         "reward_funcs": even,
         "args": GRPOConfig(output_dir=str(tmp_path), **settings),
         "train_dataset": prompts,
-        "processing_class": chain_tokenizer(),
+        "processing_class": alphabet(),
         "peft_config": PeftLora(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout),
     }
     if credit is None:
@@ -232,7 +231,7 @@ def test_trainers_of_another_kind_are_refused(tmp_path, name, value, text):
     with pytest.raises(ConfigError, match=text):
         flow_grpo_trainer(Other)(
             model=tiny_policy(), reward_funcs=even, args=stock.args, train_dataset=stock.train_dataset,
-            processing_class=chain_tokenizer(),
+            processing_class=alphabet(),
         )  # fmt: skip
 
 
@@ -272,7 +271,7 @@ REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0, -1.0, 0.25, 1.0])
 
 def fixed_batch(*texts: str) -> dict[str, Any]:
     """Four responses of different lengths to each prompt, and what other policies say of their tokens."""
-    tokenizer, random = chain_tokenizer(), torch.Generator().manual_seed(3)
+    tokenizer, random = alphabet(), torch.Generator().manual_seed(3)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in texts for _ in range(GROUP)]
     P, R = max(map(len, prompts)), 9
     ids = torch.zeros(8, P, dtype=torch.int64)

@@ -14,15 +14,14 @@ from rl.experience import build_experience
 from rl.generation import Generated
 from rl.integrations.verl import read_responses, scale_advantages, token_credit, usable_rule
 from rl.policy import ActorCritic
-from rl.pretrain import chain_tokenizer
 from rl.records import Credit, Responses, TokenScores
 from rl.rollout import judge
 from rl.scoring import score_rollout
 from rl.seeds import generator
-from tests.fixtures.policies import Digits, tiny_policy
+from tests.fixtures.policies import Digits, alphabet, tiny_policy
 
 DIGITS = Digits()
-TOKENIZER = chain_tokenizer()
+TOKENIZER = alphabet()
 PROMPTS = [DIGITS.prompts[number] for number in (0, 0, 1, 1)]
 COMPLETIONS = ["a=1;b=4", "b;2", "7", "cc+c;d=8"]
 GROUPS = torch.tensor([0, 0, 1, 1])
