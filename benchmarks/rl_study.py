@@ -38,11 +38,11 @@ ARMS = {
     "flow x entropy, soft": {"rule": "flow_entropy", "shape": "soft"},
 }
 PRIMARY = ("flow", "flow, soft", "flow x entropy, soft")
-LEARNING_RATES = (1e-3, 2e-3, 3e-3)
+LEARNING_RATES = (1.5e-3, 3e-3)
 GRID_SEEDS = (100,)
 SEEDS = tuple(range(8))
 SETTINGS: dict[str, Any] = {
-    "steps": 80, "num_prompts": 4, "group_size": 6, "advantage": "group", "max_response_tokens": 40,
+    "steps": 70, "num_prompts": 4, "group_size": 6, "advantage": "group", "max_response_tokens": 40,
     "micro_batch_size": 24, "lora": {"rank": 8, "alpha": 16},
 }  # fmt: skip
 LOG = RESULTS / "rl_study.jsonl"

@@ -344,8 +344,8 @@ def _accelerator(device: str | None, trackers: list[str] | None, output: Path) -
 
     if device not in (None, "cpu"):
         raise ConfigError(
-            f"device: must be 'cpu' or left out for training, got {device!r}; accelerate takes the GPU it finds, so choose "
-            "one with CUDA_VISIBLE_DEVICES or `accelerate launch --gpu_ids`"
+            f"device: must be 'cpu' or left out for training, got {device!r}; accelerate takes the GPU it finds, so "
+            "choose one with CUDA_VISIBLE_DEVICES or `accelerate launch --gpu_ids`"
         )
     return Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=output)  # type: ignore[arg-type]
 

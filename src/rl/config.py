@@ -106,6 +106,8 @@ class PPOConfig:
         max_prompt_tokens: longer prompts are refused.
         max_response_tokens: responses are cut off there.
         temperature: of sampling, and of every log-probability.
+        merge_for_generation: generate from weights with the adapter added in, which is faster and takes a copy of the
+            adapted weights; the base is put back to the bit afterwards.
         advantage: ``"gae"`` (with a critic), ``"group"`` (reward minus its group's mean) or ``"rloo"`` (minus the
             mean of the others).
         discount: of GAE.
@@ -148,6 +150,7 @@ class PPOConfig:
     max_prompt_tokens: int = 512
     max_response_tokens: int = 256
     temperature: float = 1.0
+    merge_for_generation: bool = True
     advantage: AdvantageKind = "gae"
     discount: float = 1.0
     gae_lambda: float = 0.95

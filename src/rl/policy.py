@@ -144,6 +144,38 @@ class ActorCritic(nn.Module):
         finally:
             self._activate(self.policy_name)
 
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The policy's adapter added into the base's weights, for generation: no extra matrices at each token.
+
+        The original tensors are put back, not subtracted back, so the base stays what it was to the bit. A copy of all
+        adapted weights lives meanwhile. Adapters that cannot be added (DoRA, quantised bases) generate as they are.
+
+        Raises:
+            PolicyError: that copy does not fit into the GPU's memory.
+        """
+        layers = _mergeable(self.peft, self.policy_name)
+        if not layers:
+            yield
+            return
+        originals: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    weight = layer.get_base_layer().weight
+                    originals.append((weight, weight.data))
+                    weight.data = weight.data + layer.get_delta_weight(self.policy_name).to(weight.dtype)
+            with self.adapter(None):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise PolicyError(
+                f"merge_for_generation: must fit a copy of the adapted weights and the cache, got {error}; turn it "
+                "off, or lower num_prompts x group_size"
+            ) from error
+        finally:
+            for weight, data in originals:
+                weight.data = data
+
     def embeddings(self, inputs: ModelInput) -> Float[Tensor, "batch tokens hidden"]:
         """Input embeddings, detached."""
         return self.causal_lm.get_input_embeddings()(inputs.input_ids).detach()
@@ -210,6 +242,21 @@ def _adapted(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
         if f".{REFERENCE}." in key:
             parameter.data.copy_(weights[key.replace(f".{REFERENCE}.", f".{name}.")].data)
     return model, name, REFERENCE
+
+
+def _mergeable(model: nn.Module, name: str) -> list[Any]:
+    """Layers that carry the adapter; none where an update is no matrix to add (DoRA, quantised bases)."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and name in module.r]
+    plain = [
+        layer
+        for layer in layers
+        if hasattr(layer, "get_delta_weight")
+        and not layer.use_dora.get(name)
+        and layer.get_base_layer().weight.is_floating_point()
+    ]
+    return plain if len(plain) == len(layers) else []
 
 
 def _peft_config(lora: LoraConfig, model: nn.Module) -> Any:

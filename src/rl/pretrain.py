@@ -40,9 +40,7 @@ CHAIN_MODEL = Path(__file__).parent / "assets" / "chain"
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
 _PATTERN = r"=[a-z0-9]|\+[0-9]|."
 _PAIRS = (*("=" + end for end in ascii_lowercase + digits), *("+" + digit for digit in digits))
-_VOCABULARY = {
-    token: number for number, token in enumerate((*_SPECIAL, *ascii_lowercase, *digits, *"=+;?,#", *_PAIRS))
-}
+_VOCABULARY = {token: number for number, token in enumerate((*_SPECIAL, *ascii_lowercase, *digits, *"=+;?,#", *_PAIRS))}
 _STREAM = 1_000_003
 """Added to the seed of the problems, so that demonstrations and training runs draw from different streams."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,10 +155,12 @@ class PPOTrainer:
         first = step * config.num_prompts + self.accelerator.process_index * share
         clock = _Clock()
         samples = [self.task.sample("train", number) for number in range(first, first + share)]
-        generated = sample_responses(
-            self.policy.causal_lm, self.encoder, samples, group_size=config.group_size,
-            max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed, step=step,
-        )  # fmt: skip
+        with self.policy.merged() if config.merge_for_generation else nullcontext():
+            generated = sample_responses(
+                self.policy.causal_lm, self.encoder, samples, group_size=config.group_size,
+                max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed,
+                step=step,
+            )  # fmt: skip
         clock.stop("generation_seconds")
         each = [sample for sample in samples for _ in range(config.group_size)]
         responses = judge(self.task, self.tokenizer, each, generated)

@@ -169,3 +169,32 @@ def test_a_peft_model_without_lora_is_refused():
     config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     with pytest.raises(PolicyError, match="model: a PEFT model must have one active LoRA adapter, got 'default'"):
         ActorCritic(get_peft_model(tiny_policy(), config), LORA, critic=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_for_generation_changes_neither_the_samples_nor_the_base(family: str):
+    policy = disturbed(actor(family))
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    with torch.no_grad():
+        plain = policy.causal_lm(IDS).logits
+        with policy.merged():
+            merged = policy.causal_lm(IDS).logits
+            assert not torch.equal(merged, plain), "it does something"
+        after = policy.causal_lm(IDS).logits
+    torch.testing.assert_close(merged, plain, atol=2e-5, rtol=1e-5)
+    assert torch.equal(after, plain)
+    assert all(torch.equal(before[name], parameter) for name, parameter in policy.named_parameters())
+
+
+def test_merging_comes_back_after_an_exception_and_leaves_dora_alone():
+    policy = disturbed(actor())
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    with pytest.raises(RuntimeError, match="stop"), policy.merged():
+        raise RuntimeError("stop")
+    assert all(torch.equal(before[name], parameter) for name, parameter in policy.named_parameters())
+    config = PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", use_dora=True)
+    dora = ActorCritic(get_peft_model(tiny_policy(), config), LORA, critic=False)
+    with torch.no_grad():
+        plain = dora.causal_lm(IDS).logits
+        with dora.merged():
+            assert torch.equal(dora.causal_lm(IDS).logits, plain)
