@@ -14,6 +14,8 @@ from rl.errors import CheckpointError, ConfigError, PolicyError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_CHAIN_DEFAULTS = {"max_response_tokens": 48, "learning_rate": 1e-3}
+"""For the shipped model, whose context is short and whose few weights take larger steps than a language model's."""
 _OWN = ("model", "task", "output")
 """Settings of a run that are text, and stay so if they look like numbers."""
 
@@ -71,8 +73,8 @@ def read_run(
         if not isinstance(value, str):
             raise ConfigError(f"{name}: must be text, got {value!r}; put it in quotes")
     model, task = own.get("model", "chain"), own.get("task", "chain")
-    if model == "chain" and "max_response_tokens" not in values:
-        values["max_response_tokens"] = 48  # the shipped model's context is short, and its answers shorter
+    if model == "chain":
+        values = {**_CHAIN_DEFAULTS, **values}
     config = PPOConfig.from_dict(values)
     name = Path(task).stem.replace(":", "-")
     output = Path(own.get("output", f"runs/{name}-{config.credit.rule}"))
