@@ -106,6 +106,35 @@ def peers() -> None:
     write(figure, "flashtrace")
 
 
+def study() -> None:
+    """Learning curves of some arms, and every arm's difference to uniform."""
+    content = json.loads((RESULTS / "rl_study.json").read_text())
+    rows = {row["arm"]: row for row in content["rows"]}
+    figure, (curves, gaps) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(1.1, 1))
+    shown = {"uniform": BLACK, "flow": BLUE, "oracle": GREEN, "flow x entropy, soft": ORANGE}
+    for arm, colour in shown.items():
+        values = rows[arm]["curve"]
+        smooth = [sum(values[max(0, k - 4) : k + 1]) / len(values[max(0, k - 4) : k + 1]) for k in range(len(values))]
+        curves.plot(range(1, len(values) + 1), smooth, color=colour, label=arm)
+    curves.set_xlabel("step")
+    curves.set_ylabel(f"reward on new problems, mean of {rows['uniform']['seeds']} seeds, last 5 steps")
+    curves.legend(frameon=False)
+    tests = [row for row in content["tests"] if row["against"] == "uniform"]
+    tests.sort(key=lambda row: row["difference"])
+    places = range(len(tests))
+    gaps.errorbar(
+        [row["difference"] for row in tests], places, xerr=[row["half_width"] for row in tests], fmt="o", color=BLUE,
+        capsize=3,
+    )  # fmt: skip
+    gaps.axvline(0, color=BLACK, linewidth=1)
+    gaps.set_yticks(places, [row["arm"] for row in tests])
+    gaps.set_xlabel("area under the curve minus uniform's, 95 %")
+    IMAGES.mkdir(exist_ok=True)
+    figure.savefig(IMAGES / "rl_study.svg", metadata={"Date": None})
+    plt.close(figure)
+    print(IMAGES / "rl_study.svg")
+
+
 def write(figure: Any, name: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     for axis in figure.axes:
@@ -116,5 +145,5 @@ def write(figure: Any, name: str) -> None:
 
 
 if __name__ == "__main__":
-    for draw in (streaming, engine, peers):
+    for draw in (streaming, engine, peers, study):
         draw()
