@@ -274,9 +274,10 @@ def main() -> None:
     rows: Rows = []
     for model in arguments.models:
         given = replace(size, response_tokens=min(size.response_tokens, 96)) if model == "chain" else size
-        for section in (compare, rules):
+        sections = {compare: steps, rules: max(2, steps // 2)} if model == "chain" else {compare: steps}
+        for section, turns_of_it in sections.items():
             print(f"{model}, {section.__name__}: {section.__doc__}", flush=True)
-            found = [{"section": section.__name__, **row} for row in section(model, given, steps)]
+            found = [{"section": section.__name__, **row} for row in section(model, given, turns_of_it)]
             print_table([{key: value for key, value in row.items() if key not in HIDDEN} for row in found])
             rows += found
     if not arguments.quick:

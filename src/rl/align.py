@@ -29,9 +29,9 @@ from rl.arms import arm_name, named_arms, parse_arm, score_arms, selected_tokens
 from rl.config import CreditConfig, PPOConfig
 from rl.errors import ConfigError
 from rl.experience import build_experience
-from rl.policy import ActorCritic
+from rl.policy import ActorCritic, model_name
 from rl.records import Responses
-from rl.rollout import PromptEncoder, judge, sample_responses
+from rl.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.tasks import make_task
 from rl.tasks.base import Task
 
@@ -93,7 +93,7 @@ def align(
     config = _checked(config or PPOConfig(advantage="group"), num_batches, seed)
     chosen = _arms(arms, config)
     baselines = _check_baselines(baselines, chosen)
-    name = _model_name(model)
+    name = model_name(model)
     with _borrowed(model, config) as policy:
         parameters = sum(weight.numel() for weight in policy.policy_parameters().values())
         _require_memory(parameters, num_batches, len(chosen), memory_limit)
@@ -157,7 +157,7 @@ class _Work:
     def _sample(self, encoder: PromptEncoder, number: int) -> Responses:
         config = self.config
         first = number * config.num_prompts
-        samples = [self.task.sample("train", index) for index in range(first, first + config.num_prompts)]
+        samples = draw_samples(self.task, "train", range(first, first + config.num_prompts))
         generated = sample_responses(
             self.policy.causal_lm, encoder, samples, group_size=config.group_size,
             max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed,
@@ -329,7 +329,3 @@ def _coverage(batches: Sequence[_Batch], index: int) -> tuple[float, float | Non
     if not decisive:
         return chosen_tokens / tokens, None, None
     return chosen_tokens / tokens, hits / decisive, by_chance / decisive
-
-
-def _model_name(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)

@@ -50,7 +50,8 @@ def align_command(
     from rl.align import align
     from rl.arms import named_arms, split_arms
     from rl.config import PPOConfig
-    from rl.runfile import parse_options
+    from rl.loading import load_policy
+    from rl.runfile import parse_options, policy_folder
     from rl.tasks import make_task
 
     chosen = split_arms(arms)
@@ -60,7 +61,8 @@ def align_command(
     values = {"advantage": "group", **({"max_response_tokens": 48} if model == "chain" else {})}
     config = PPOConfig.from_dict({**values, **parse_options(settings or [])})
     problems = make_task(task, **parse_options(task_option or []))
-    network, tokenizer = _load(model, dtype, device, adapter)
+    folder = None if adapter is None else policy_folder(adapter)
+    network, tokenizer = load_policy(model, dtype, device, folder)
     with _progress() as progress:
         found = align(
             network, tokenizer, problems, arms=chosen, config=config, num_batches=batches,
@@ -141,20 +143,6 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(
             f"out: must be a folder that can be made, got {folder} ({error.strerror}); choose another"
         ) from error
-
-
-def _load(model: str, dtype: str, device: str | None, adapter: Path | None) -> tuple[Any, Any]:
-    from rl.runfile import load_model, policy_folder
-
-    folder = None if adapter is None else policy_folder(adapter)
-    network, tokenizer = load_model(model, dtype)
-    if folder is not None:
-        from peft import PeftModel
-
-        network = PeftModel.from_pretrained(network, str(folder), is_trainable=True)
-    if device is not None:
-        network.to(device)  # type: ignore[arg-type]
-    return network, tokenizer
 
 
 def _table(*columns: str) -> Any:

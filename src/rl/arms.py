@@ -146,7 +146,8 @@ def score_arms(
         credits = []
         for arm, recorders, stream in zip(arms, listening, streams, strict=True):
             rows = {name: heard.rows(inputs.attention_mask, inputs.input_ids) for name, heard in recorders.items()}
-            credits.append(policy_credit(policy, part, scores, rows, arm, stream[start : start + size]))
+            drawn = stream[start : start + size]
+            credits.append(policy_credit(policy, part, scores, rows, arm, drawn, temperature=config.temperature))
         parts.append((scores, credits))
     joined = [join_records([credits[index] for _, credits in parts]) for index in range(len(arms))]
     return join_records([scores for scores, _ in parts]), joined

@@ -185,12 +185,21 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; None where there is none."""
+    """The newest checkpoint that is whole, and its state; None where there are no checkpoints.
+
+    Raises:
+        CheckpointError: there are some, and none of them can be used: starting anew would overwrite the run.
+    """
+    failure: CheckpointError | None = None
     for path in find_checkpoints(folder):
         try:
             return path, read_state(path)
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            failure = failure or error
+    if failure is not None:
+        raise CheckpointError(
+            f"resume: {folder} must hold a checkpoint that is whole, got none, the newest for this reason: {failure}"
+        ) from failure
     return None
 
 
@@ -213,7 +222,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], policy: ActorCritic, o
     """Bring policy, critic, optimiser and global generators to the state of a checkpoint.
 
     Raises:
-        CheckpointError: the adapters do not fit this model.
+        CheckpointError: the adapters or the optimiser's state do not fit this model.
     """
     load_adapter(policy, policy.policy_name, path / "policy")
     if policy.value_head is not None:
@@ -265,6 +274,19 @@ def load_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
     set_peft_model_state_dict(policy.peft, state, adapter_name=name)
 
 
+def reference_mark(policy: ActorCritic) -> str:
+    """What the reference is: the base, or an adapter by the hash of its weights; a resumed run must keep it."""
+    if policy.reference_name is None:
+        return "base"
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(policy.peft, adapter_name=policy.reference_name, save_embedding_layers=False)
+    found = hashlib.sha256()
+    for key in sorted(state):
+        found.update(key.encode() + state[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"adapter {found.hexdigest()[:16]}"
+
+
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
@@ -307,6 +329,12 @@ def _optimizer_tensors(optimizer: Any, policy: ActorCritic) -> dict[str, Tensor]
 def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Any, policy: ActorCritic) -> None:
     state = getattr(optimizer, "optimizer", optimizer).state
     parameters = _named(policy)
+    names = {key.split("/", 1)[1] for key in tensors}
+    if tensors and names != parameters.keys():
+        raise CheckpointError(
+            f"resume: the optimiser must have stepped on the weights that are trained now, got another state of "
+            f"{sorted(names ^ parameters.keys())[0]}; keep the advantage estimator and the adapter of the run"
+        )
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowgraph import FlowgraphError
-from rl.errors import CheckpointError, ConfigError
+from rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,14 +114,17 @@ def train(
     check_trackers(tracker or [])
     with _progress() as say:
         say(f"loading {run.model}")
-        network, tokenizer = _load(run.model, dtype, device, None if adapter is None else policy_folder(adapter))
+        from rl.loading import load_policy
+
+        network, tokenizer = load_policy(run.model, dtype, device, None if adapter is None else policy_folder(adapter))
+        from rl.processes import make_accelerator
         from rl.tasks import make_task
         from rl.trainer import PPOTrainer
 
         trainer = PPOTrainer(
             network, tokenizer, task=make_task(run.task, **run.task_options), config=run.config, output=run.output,
             resume=resume, allow_changes=allow_changes, trackers=tracker or (),
-            accelerator=_accelerator(device, tracker, run.output),
+            accelerator=make_accelerator(run.output, tracker or (), device),
         )  # fmt: skip
     if trainer.accelerator.is_main_process:
         (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
@@ -152,6 +155,7 @@ def evaluate_command(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure a policy on fresh problems: mean reward with a 95 % interval."""
+    from rl.loading import load_policy
     from rl.runfile import parse_options, policy_folder
 
     options = parse_options(task_option or [], flag="--task-option")
@@ -160,7 +164,7 @@ def evaluate_command(
     folder = None if adapter is None else policy_folder(adapter)
     with _progress() as say:
         say(f"loading {model}")
-        network, tokenizer = _load(model, dtype, device, folder)
+        network, tokenizer = load_policy(model, dtype, device, folder)
         from rl.evaluation import evaluate
         from rl.tasks import make_task
 
@@ -271,13 +275,14 @@ def merge(
     dtype: Dtype = "auto",
 ) -> None:
     """Merge a trained adapter into its base; plain transformers loads the result."""
+    from rl.loading import load_policy
     from rl.runfile import policy_folder
 
     if out.exists():
         raise ConfigError(f"out: must be a new folder, got {out}, which exists; choose another name")
     with _progress() as say:
         say(f"loading {model}")
-        network, tokenizer = _load(model, dtype, None, policy_folder(adapter))
+        network, tokenizer = load_policy(model, dtype, None, policy_folder(adapter))
         say("merging")
         merged = network.merge_and_unload()
         temporary = out.with_name(f".writing-{out.name}")
@@ -294,60 +299,6 @@ def _register() -> None:
 
 
 _register()
-
-
-def _load(model: str, dtype: str, device: str | None, adapter: Path | None) -> tuple[Any, Any]:
-    """Model and tokenizer, with a trainable adapter where one is given; nothing in a model's folder is executed."""
-    from rl.runfile import load_model
-
-    _checked_device(device)
-    network: Any
-    network, tokenizer = load_model(model, dtype)
-    if adapter is not None:
-        network = _with_adapter(network, adapter)
-    if device is not None:
-        network.to(device)
-    return network, tokenizer
-
-
-def _with_adapter(network: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"adapter: must be a PEFT folder that fits the model, got {adapter} ({first}); give --model the base that "
-            "it was trained on"
-        ) from error
-
-
-def _checked_device(device: str | None) -> None:
-    """Refuse a device that is none, or that this machine lacks, before anything is loaded."""
-    import torch
-
-    if device is None:
-        return
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0][:120]
-        raise ConfigError(
-            f"device: must be one that torch can use here, got {device!r} ({first}); use 'cpu', or leave it out"
-        ) from error
-
-
-def _accelerator(device: str | None, trackers: list[str] | None, output: Path) -> Any:
-    from accelerate import Accelerator
-
-    if device not in (None, "cpu"):
-        raise ConfigError(
-            f"device: must be 'cpu' or left out for training, got {device!r}; accelerate takes the GPU it finds, so "
-            "choose one with CUDA_VISIBLE_DEVICES or `accelerate launch --gpu_ids`"
-        )
-    return Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=output)  # type: ignore[arg-type]
 
 
 def _summary(history: list[dict[str, Any]], output: Path) -> None:

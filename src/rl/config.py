@@ -106,6 +106,7 @@ class PPOConfig:
         max_prompt_tokens: longer prompts are refused.
         max_response_tokens: responses are cut off there.
         temperature: of sampling, and of every log-probability.
+        generation_batch_size: responses generated at a time; None: all of a process at once.
         merge_for_generation: generate from weights with the adapter added in, which is faster and takes a copy of the
             adapted weights; the base is put back to the bit afterwards.
         advantage: ``"gae"`` (with a critic), ``"group"`` (reward minus its group's mean) or ``"rloo"`` (minus the
@@ -150,6 +151,7 @@ class PPOConfig:
     max_prompt_tokens: int = 512
     max_response_tokens: int = 256
     temperature: float = 1.0
+    generation_batch_size: int | None = None
     merge_for_generation: bool = True
     advantage: AdvantageKind = "gae"
     discount: float = 1.0
@@ -198,7 +200,8 @@ class PPOConfig:
                      "warmup_steps", "save_every", "report_every"):  # fmt: skip
             value = getattr(self, name)
             _within(name, value, value is None or value >= 0, "be at least 0", "0 turns it off")
-        for name in ("clip_high", "value_clip", "kl_target", "value_learning_rate", "save_every_updates"):
+        for name in ("clip_high", "value_clip", "kl_target", "value_learning_rate", "save_every_updates",
+                     "generation_batch_size"):  # fmt: skip
             value = getattr(self, name)
             _within(name, value, value is None or value > 0, "be positive", "leave it out to turn it off")
         _within("seed", self.seed, -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits", "0 is the default")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rl.errors import ConfigError
-from rl.generation import generate
-from rl.rollout import PromptEncoder, judge
+from rl.generation import evaluating, generate
+from rl.rollout import PromptEncoder, draw_samples, judge
 from rl.seeds import generator
 from rl.tasks.base import SPLITS, Task
 
@@ -104,7 +103,7 @@ def evaluate(
             raise ConfigError(f"{name}: must be at least 1, got {value}; see rl.evaluate for the defaults")
     _check(samples, temperature, split)
     encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens)
-    each = [(task.sample(split, index), copy) for index in range(num_problems) for copy in range(samples)]
+    each = [(sample, copy) for sample in draw_samples(task, split, range(num_problems)) for copy in range(samples)]
     rows: list[dict[str, Any]] = []
     totals = torch.zeros(3)
     for start in range(0, len(each), batch_size):
@@ -112,7 +111,7 @@ def evaluate(
         noise = None
         if temperature > 0:
             noise = [generator(seed, "evaluation", split, sample.index, copy) for sample, copy in part]
-        with _without_dropout(model):
+        with evaluating(model):
             generated = generate(
                 model, [encoder.ids(sample) for sample, _ in part], noise, ending=encoder.ending,
                 max_new_tokens=max_response_tokens, temperature=temperature or 1.0,
@@ -160,20 +159,10 @@ def _interval(rewards: torch.Tensor, distinct: int) -> tuple[float, float]:
     if rewards.shape[1] == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
         return wilson_interval(float(rewards.mean()) * distinct, distinct)
     means = rewards.mean(1)
+    if bool((means == means[0]).all()) and float(means[0]) in (0.0, 1.0):  # no spread is no certainty
+        return wilson_interval(float(means[0]) * distinct, distinct)
     half = _Z * float(means.std()) / math.sqrt(distinct) if distinct > 1 else math.inf
     return float(means.mean()) - half, float(means.mean()) + half
-
-
-@contextmanager
-def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back; PEFT leaves the dropout of a trainable adapter on."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check(samples: int, temperature: float, split: str) -> None:

@@ -43,7 +43,11 @@ class Ending:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ending:
-        """The model's own end tokens and the tokenizer's; a tokenizer without padding is padded with an end token."""
+        """The model's own end tokens and the tokenizer's.
+
+        A tokenizer without padding, or with one that was added to it and never to the model, is padded with an end
+        token: the masks say what is padding, not the id.
+        """
         settings = getattr(model, "generation_config", None)
         own = getattr(settings, "eos_token_id", None)
         ids = [own] if isinstance(own, int) else list(own or [])
@@ -56,7 +60,12 @@ class Ending:
                 "model that names none; set tokenizer.eos_token"
             )
         pad: Any = tokenizer.pad_token_id
-        return cls(tuple(ids), ids[0] if pad is None else pad)  # the masks say what is padding, not the id
+        return cls(tuple(ids), ids[0] if pad is None or pad >= vocabulary_size(model) else pad)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of ids that the model has an embedding for."""
+    return model.get_input_embeddings().weight.shape[0]  # type: ignore[return-value]
 
 
 def generate(
@@ -109,6 +118,18 @@ def generate(
     return Generated(
         torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1), width, response_mask, truncated
     )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout (PEFT leaves that of a trainable adapter on) and no gradient checkpointing; modes come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class _GumbelNoise:

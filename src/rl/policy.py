@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,7 +54,8 @@ class ActorCritic(nn.Module):
 
     The reference is the base with its adapters off, or, where the given model brought a trained adapter of its own, a
     frozen copy of that adapter. Dropout is off always: the probabilities of a rollout and of its update must be
-    those of one function.
+    those of one function. For the same reason every pass computes in the precision that ``autocast`` says, not only
+    those that a distributed wrapper sees.
 
     Args:
         model: a Hugging Face causal LM, or a PEFT model whose active LoRA adapter is trained on.
@@ -65,6 +69,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, model: nn.Module, lora: LoraConfig, *, critic: bool, seed: int = 0) -> None:
         super().__init__()
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
             torch.manual_seed(seed)
             self.peft, self.policy_name, self.reference_name = _adapted(model, lora)
@@ -119,10 +124,11 @@ class ActorCritic(nn.Module):
         """The critic's value before each response token, from the state one column earlier, and after the last."""
         if self.value_head is None:
             return None
-        with self.adapter(VALUE):
+        with self.adapter(VALUE), self.autocast():
             hidden = self.causal_lm.get_decoder()(**self._arguments(inputs), use_cache=False).last_hidden_state
         states = hidden[:, -response_length - 1 :]
-        return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+        with torch.autocast(states.device.type, enabled=False):  # values are regressed on, in float32 whatever the base
+            return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def reference_pass(
         self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float
@@ -149,7 +155,8 @@ class ActorCritic(nn.Module):
         """The policy's adapter added into the base's weights, for generation: no extra matrices at each token.
 
         The original tensors are put back, not subtracted back, so the base stays what it was to the bit. A copy of all
-        adapted weights lives meanwhile. Adapters that cannot be added (DoRA, quantised bases) generate as they are.
+        adapted weights lives meanwhile. What cannot be added generates as it is: DoRA, modules trained whole, bases of
+        less than 32 bits (whose rounding would swallow the update), and weights that two layers share.
 
         Raises:
             PolicyError: that copy does not fit into the GPU's memory.
@@ -185,10 +192,11 @@ class ActorCritic(nn.Module):
         embeddings: Float[Tensor, "batch tokens hidden"],
         inputs: ModelInput,
         tokens: Int64[Tensor, "batch response"],
+        temperature: float,
     ) -> Float[Tensor, "batch response"]:
         """Log-probabilities as a function of the input embeddings, for rules that look at gradients."""
         logits = self._response_logits(inputs, tokens.shape[1], inputs_embeds=embeddings)
-        return token_logprobs(logits, tokens, 1.0)[0]
+        return token_logprobs(logits, tokens, temperature)[0]
 
     def _activate(self, name: str) -> None:
         self.peft.set_adapter(name)
@@ -197,8 +205,7 @@ class ActorCritic(nn.Module):
             parameter.requires_grad_(True)
 
     def _is_trained(self, name: str) -> bool:
-        parts = name.split(".")
-        return parts[0] == "value_head" or ("lora_" in name and (self.policy_name in parts or VALUE in parts))
+        return name.startswith("value_head.") or _adapter_of(name) in (self.policy_name, VALUE)
 
     def _arguments(self, inputs: ModelInput, **replaced: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {"attention_mask": inputs.attention_mask, **replaced}
@@ -216,13 +223,19 @@ class ActorCritic(nn.Module):
             self._logits_to_keep
         ):  # the prompt's logits are never read; for a large vocabulary they are most of the memory
             arguments["logits_to_keep"] = response_length + 1
-        logits = self.causal_lm(**arguments, use_cache=False).logits
+        with self.autocast():
+            logits = self.causal_lm(**arguments, use_cache=False).logits
         return logits[:, -response_length - 1 : -1]
+
+
+def model_name(model: nn.Module) -> str:
+    """The name or folder that a model was loaded from, or its class."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
 
 
 def _adapted(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
     """The PEFT model, the name of the policy's adapter, and that of the reference's (None: adapters off)."""
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     if not isinstance(model, PeftModel):
         with warnings.catch_warnings():  # PEFT asks transformers by an old name; nothing for users to do
@@ -230,33 +243,40 @@ def _adapted(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
             wrapped: Any = get_peft_model(model, _peft_config(lora, model), adapter_name=POLICY)
         return wrapped, POLICY, None
     name: Any = model.active_adapter
-    config = model.peft_config.get(name) if isinstance(name, str) else None
+    config: Any = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None or getattr(config, "peft_type", None) != "LORA":
         raise PolicyError(
             f"model: a PEFT model must have one active LoRA adapter, got {name!r}; load it with "
             "PeftModel.from_pretrained(base, folder, is_trainable=True), or pass the base model"
         )
-    model.add_adapter(REFERENCE, config)
-    weights = dict(model.named_parameters())
-    for key, parameter in weights.items():
-        if f".{REFERENCE}." in key:
-            parameter.data.copy_(weights[key.replace(f".{REFERENCE}.", f".{name}.")].data)
+    taken = sorted({VALUE, REFERENCE} & model.peft_config.keys())
+    if taken or config.bias != "none":
+        got = f"an adapter called {taken[0]!r}" if taken else f"bias={config.bias!r}"
+        raise PolicyError(
+            f"model: its adapters must be called otherwise than {VALUE!r} and {REFERENCE!r} and train no biases, got "
+            f"{got}; load it with another adapter_name, or merge it into the base"
+        )
+    copied = copy.copy(config)
+    copied.init_lora_weights = True  # the weights are copied anyway, and some starts (PiSSA, OLoRA) change the base
+    model.add_adapter(REFERENCE, copied)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    set_peft_model_state_dict(model, state, adapter_name=REFERENCE)
     return model, name, REFERENCE
 
 
-def _mergeable(model: nn.Module, name: str) -> list[Any]:
-    """Layers that carry the adapter; none where an update is no matrix to add (DoRA, quantised bases)."""
+def _mergeable(model: PeftModel, name: str) -> list[Any]:
+    """Layers that carry the adapter; none where adding it to a matrix would not be the same policy."""
     from peft.tuners.lora import LoraLayer
 
+    config: Any = model.peft_config[name]
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    if config.use_dora or config.modules_to_save or config.trainable_token_indices:
+        return []
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and name in module.r]
-    plain = [
-        layer
-        for layer in layers
-        if hasattr(layer, "get_delta_weight")
-        and not layer.use_dora.get(name)
-        and layer.get_base_layer().weight.is_floating_point()
-    ]
-    return plain if len(plain) == len(layers) else []
+    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
+    # Narrower weights would round the update away; a tied one would take it to the other end of the model too.
+    plain = all(weight is not None and weight.dtype == torch.float32 and uses[id(weight)] == 1 for weight in weights)
+    return layers if plain else []
 
 
 def _peft_config(lora: LoraConfig, model: nn.Module) -> Any:
@@ -297,4 +317,10 @@ def _value_head(model: Any) -> nn.Linear:
 
 
 def _is_value(name: str) -> bool:
-    return name.startswith("value_head.") or f".{VALUE}." in name
+    return name.startswith("value_head.") or _adapter_of(name) == VALUE
+
+
+def _adapter_of(name: str) -> str | None:
+    """The adapter of a LoRA weight, ``....lora_A.ADAPTER.weight``; None of other weights."""
+    parts = name.split(".")
+    return next((after for part, after in pairwise(parts) if part.startswith("lora_")), None)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from flowgraph import EncodedText, NoAnswerError, encode, find_question, find_regions
-from rl.errors import PolicyError, RewardError
-from rl.generation import Ending, Generated, generate
+from flowgraph import EncodedText, FlowgraphError, NoAnswerError, encode, find_question, find_regions
+from rl.errors import PolicyError, RewardError, TaskError
+from rl.generation import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
 from rl.rewards import checked_rewards
 from rl.seeds import generator
@@ -42,6 +42,7 @@ class PromptEncoder:
         max_response_tokens: int,
     ) -> None:
         self.tokenizer, self.ending = tokenizer, Ending.of(model, tokenizer)
+        self._vocabulary = vocabulary_size(model)
         config = model.config.get_text_config(decoder=True)
         context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self._limit, self._rule = max_prompt_tokens, f"max_prompt_tokens={max_prompt_tokens}"
@@ -58,7 +59,7 @@ class PromptEncoder:
         """Token ids of a problem's prompt.
 
         Raises:
-            PolicyError: it is longer than allowed.
+            PolicyError: it is longer than allowed, or holds a token that the model does not know.
         """
         encoded = encode(self.tokenizer, sample.prompt, [self.ending.end_ids[0]])
         if encoded.prompt_length > self._limit:
@@ -66,7 +67,40 @@ class PromptEncoder:
                 f"prompt: sample {sample.index} must have at most {self._limit} tokens ({self._rule}), got "
                 f"{encoded.prompt_length}; raise the limit, or leave the problem out"
             )
-        return encoded.input_ids[: encoded.prompt_length].tolist()
+        ids = encoded.input_ids[: encoded.prompt_length].tolist()
+        if max(ids) >= self._vocabulary:
+            raise PolicyError(
+                f"tokenizer: must be that of the model, got id {max(ids)} in sample {sample.index}, and the model has "
+                f"{self._vocabulary} embeddings; load both from one folder, or call model.resize_token_embeddings"
+            )
+        return ids
+
+
+def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]:
+    """Problems of a task by number.
+
+    Raises:
+        TaskError: the task raised, or returned something that is not the problem asked for.
+    """
+    samples = []
+    for index in indices:
+        try:
+            sample = task.sample(split, index)
+        except FlowgraphError:
+            raise
+        except Exception as error:  # a task is someone's code: name the problem on which it fails
+            raise TaskError(
+                f"task: must have a problem for every number, got {type(error).__name__}: {error} for number {index} "
+                f"of {split!r}; mend the task"
+            ) from error
+        if not isinstance(sample, Sample) or sample.index != index:  # responses are grouped by this number
+            got = f"number {sample.index}" if isinstance(sample, Sample) else f"a {type(sample).__name__}"
+            raise TaskError(
+                f"task: must return a Sample with the number asked for, got {got} for number {index} of {split!r}; "
+                "pass index=index, also where a finite task starts again"
+            )
+        samples.append(sample)
+    return samples
 
 
 def sample_responses(

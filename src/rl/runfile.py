@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rl.checkpoint import find_checkpoints
 from rl.config import PPOConfig
-from rl.errors import CheckpointError, ConfigError, PolicyError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rl.errors import CheckpointError, ConfigError
 
 _CHAIN_DEFAULTS = {"max_response_tokens": 48, "learning_rate": 1e-3}
 """For the shipped model, whose context is short and whose few weights take larger steps than a language model's."""
@@ -138,39 +135,6 @@ def newest_rollout(path: Path) -> Path:
             f"source: must be a rollout file or a run that wrote some, got {path}; train with --set report_every=10"
         )
     return found[-1]
-
-
-def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer by name or folder, or the shipped one for "chain". No remote code is run.
-
-    Raises:
-        ConfigError: no such dtype.
-        PolicyError: it cannot be loaded.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    kinds = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise ConfigError(f"dtype: must be one of {', '.join(kinds)}, got {dtype!r}; 'auto' takes the checkpoint's own")
-    if name == "chain":
-        from rl.pretrain import load_chain_model
-
-        model, tokenizer = load_chain_model()
-        return (model if dtype == "auto" else model.to(kinds[dtype])), tokenizer
-    failures = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
-    try:
-        # Left out, the second option would ask on a terminal whether the folder's own code may run.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype], trust_remote_code=False)
-    except failures as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise PolicyError(
-            f"model: must be a folder or a name that transformers can load, got {name!r} ({first}); check the name, or "
-            "use 'chain'"
-        ) from error
-    return model, tokenizer
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

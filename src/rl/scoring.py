@@ -88,7 +88,8 @@ def score_rollout(
         scores, rows, recording = _forward(policy, part, rule, credit, temperature, reference)
         begun = time.perf_counter()
         streams = generators[start : start + micro_batch_size]
-        parts.append((scores, policy_credit(policy, part, scores, rows(), credit, streams)))
+        found = policy_credit(policy, part, scores, rows(), credit, streams, temperature=temperature)
+        parts.append((scores, found))
         credit_seconds += recording + time.perf_counter() - begun
     scores = join_records([scores for scores, _ in parts])
     return Scored(scores, join_records([c for _, c in parts]), time.perf_counter() - started, credit_seconds)
@@ -142,12 +143,14 @@ def policy_credit(
     rows: Mapping[str, AttentionRows],
     credit: CreditConfig,
     random: Sequence[torch.Generator],
+    *,
+    temperature: float,
 ) -> Credit:
     """Credit on the policy's device, with its gradient at hand; the result on the CPU."""
     moved = to_device(responses, policy.device)
 
     def gradient() -> Float[Tensor, "batch response"]:
-        return embedding_gradient(policy, moved)
+        return embedding_gradient(policy, moved, temperature)
 
     found = credit_tokens(moved, to_device(scores, policy.device), credit, rows=rows, random=random, gradient=gradient)
     return to_device(found, torch.device("cpu"))
@@ -201,7 +204,9 @@ def credit_generators(responses: Responses, seed: int, step: int) -> list[torch.
     return out
 
 
-def embedding_gradient(policy: ActorCritic, responses: Responses) -> Float[Tensor, "batch response"]:
+def embedding_gradient(
+    policy: ActorCritic, responses: Responses, temperature: float
+) -> Float[Tensor, "batch response"]:
     """Norm of the gradient of a response's log-likelihood at the input embedding of each of its tokens.
 
     The policy gradient of a response is this gradient times its advantage, which is the same for all of its tokens
@@ -211,7 +216,7 @@ def embedding_gradient(policy: ActorCritic, responses: Responses) -> Float[Tenso
     tokens = inputs.input_ids[:, responses.prompt_length :]
     with torch.enable_grad():
         embeddings = policy.embeddings(inputs).requires_grad_(True)
-        logprobs = policy.logprobs_of_embeddings(embeddings, inputs, tokens)
+        logprobs = policy.logprobs_of_embeddings(embeddings, inputs, tokens, temperature)
         total = logprobs.masked_fill(~responses.response_mask, 0.0).sum()
         (gradient,) = torch.autograd.grad(total, embeddings)
     norms = gradient.float().norm(dim=-1)[:, responses.prompt_length :]

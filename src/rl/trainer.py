@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowgraph import InvalidInputError, OutputError
-from rl.advantages import whiten
-from rl.checkpoint import Position, check_run, find_checkpoints, load_checkpoint, newest_state, write_checkpoint
+from rl.checkpoint import (
+    Position,
+    check_run,
+    find_checkpoints,
+    load_checkpoint,
+    newest_state,
+    reference_mark,
+    write_checkpoint,
+)
 from rl.config import CreditConfig, PPOConfig
 from rl.credit.registry import find_rule
-from rl.errors import CheckpointError, ConfigError
-from rl.experience import build_experience, zero_variance_share
-from rl.policy import ActorCritic
+from rl.errors import CheckpointError
+from rl.experience import build_experience
+from rl.metrics import Averages, Clock, flat_settings, step_averages, step_row
+from rl.policy import ActorCritic, model_name
+from rl.processes import check_accelerator, gathered, make_accelerator, whiten_together
 from rl.records import Experience
-from rl.rollout import PromptEncoder, judge, sample_responses
+from rl.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.rolloutfile import load_rollout, save_rollout, token_texts
 from rl.schedules import adapted_kl_weight, learning_rate_factor
 from rl.scoring import score_rollout
 from rl.tasks import make_task
 from rl.tasks.base import Task
 from rl.tracking import Display, MetricsFile, check_trackers, read_metrics
-from rl.update import Averages, Updater, minibatch_order
+from rl.update import Updater, learning_rates, make_optimizer, minibatch_order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,8 +74,8 @@ class PPOTrainer:
         >>> model, tokenizer = load_chain_model()
         >>> settings = PPOConfig(steps=1, num_prompts=2, group_size=2, advantage="group", max_response_tokens=24)
         >>> history = PPOTrainer(model, tokenizer, task="chain", credit="flow", config=settings, progress=False).train()
-        >>> sorted(history[0])[:3]
-        ['answer_share', 'clip_share', 'credit_overhead_percent']
+        >>> sorted(set(history[0]) & {"reward", "kl_reference", "credit_overhead_percent"})
+        ['credit_overhead_percent', 'reward']
     """
 
     def __init__(
@@ -84,39 +93,35 @@ class PPOTrainer:
         progress: bool = True,
         accelerator: Any = None,
     ) -> None:
-        from accelerate import Accelerator
-
         self.config = config = _with_credit(config or PPOConfig(), credit)
         self.rule = find_rule(config.credit.rule)
         self.task, self.tokenizer = make_task(task), tokenizer
         self.output = None if output is None else Path(output)
         trackers = check_trackers(trackers)
         if accelerator is None:
-            accelerator = Accelerator(log_with=trackers or None, project_dir=self.output)  # type: ignore[arg-type]
+            accelerator = make_accelerator(self.output, trackers)
+        check_accelerator(accelerator, config.num_prompts)
         self.accelerator = accelerator
-        if config.num_prompts % accelerator.num_processes:
-            raise ConfigError(
-                f"num_prompts: must be a multiple of the {accelerator.num_processes} processes, got "
-                f"{config.num_prompts}; problems are shared out whole"
-            )
-        self.model_name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+        self.model_name = model_name(model)
         self.policy = ActorCritic(model, config.lora, critic=config.has_critic, seed=config.seed)
         self.encoder = PromptEncoder(
             tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
         )
         self.policy.to(accelerator.device)
-        self.optimizer = _optimizer(self.policy, config)
+        self.policy.autocast = accelerator.autocast  # rollouts and scoring do not pass through the wrapper
+        self.optimizer = make_optimizer(self.policy, config)
         wrapped, self.optimizer = accelerator.prepare(self.policy, self.optimizer)
         self.updater = Updater(wrapped, self.policy, self.optimizer, accelerator, config)
         self.position = Position(kl_weight=config.kl_weight)
         self.history: list[dict[str, Any]] = []
         self._buffer: Experience | None = None
         self._ratios: Tensor = torch.empty(0)
+        self._reference = reference_mark(self.policy)
         if self.output is not None:
             self._open(resume, allow_changes)
         self._trackers = bool(trackers)
         if trackers:
-            accelerator.init_trackers("flowgraph-rl", config=_flat(config.to_dict()))
+            accelerator.init_trackers("flowgraph-rl", config=flat_settings(config.to_dict()))
         main = accelerator.is_main_process
         self._display = Display(config.steps, self.position.step, enabled=progress and main)
         write = self.output is not None and main
@@ -137,29 +142,37 @@ class PPOTrainer:
         """
         with self._display:
             while self.position.step < self.config.steps:
-                if self._buffer is None:
-                    self._buffer = self.collect()
-                self.learn(self._buffer)
-                self._finish(self._buffer)
-                self._buffer = None
+                self.step()
         if self.config.save_every == 0 or self.position.step % self.config.save_every:
             self.save()
         if self._trackers:
             self.accelerator.end_training()
         return self.history
 
+    def step(self) -> dict[str, Any]:
+        """Collect, learn, log, and write what is due: for loops of your own.
+
+        Returns:
+            The step's row of metrics.
+        """
+        buffer = self._buffer = self.collect() if self._buffer is None else self._buffer
+        self.learn(buffer)
+        self._finish(buffer)
+        self._buffer = None
+        return self.history[-1]
+
     def collect(self) -> Experience:
-        """Let the policy answer the next problems, and turn its answers into what an update learns from."""
+        """The first half of a step: let the policy answer the next problems, and say what is to be learned from it."""
         config, step = self.config, self.position.step
         share = config.num_prompts // self.accelerator.num_processes
         first = step * config.num_prompts + self.accelerator.process_index * share
-        clock = _Clock()
-        samples = [self.task.sample("train", number) for number in range(first, first + share)]
-        with self.policy.merged() if config.merge_for_generation else nullcontext():
+        clock = Clock()
+        samples = draw_samples(self.task, "train", range(first, first + share))
+        with self.policy.merged() if self._merges else nullcontext(), self.policy.autocast():
             generated = sample_responses(
                 self.policy.causal_lm, self.encoder, samples, group_size=config.group_size,
                 max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed,
-                step=step,
+                step=step, batch_size=config.generation_batch_size,
             )  # fmt: skip
         clock.stop("generation_seconds")
         each = [sample for sample in samples for _ in range(config.group_size)]
@@ -170,7 +183,12 @@ class PPOTrainer:
             micro_batch_size=config.micro_batch_size, seed=config.seed, step=step, reference=self._wants_reference,
         )  # fmt: skip
         experience = build_experience(
-            responses, scored.scores, scored.credit, config, kl_weight=self.position.kl_weight, whitening=self._whiten
+            responses,
+            scored.scores,
+            scored.credit,
+            config,
+            kl_weight=self.position.kl_weight,
+            whitening=partial(whiten_together, accelerator=self.accelerator),
         )
         clock.stop("scoring_seconds")
         clock.seconds["credit_seconds"] = scored.credit_seconds
@@ -179,13 +197,13 @@ class PPOTrainer:
         return experience
 
     def learn(self, experience: Experience) -> None:
-        """All optimiser updates of a step, from the one that is due on."""
+        """The second half of a step: its optimiser updates, from the one that is due on."""
         config, position = self.config, self.position
         factor = learning_rate_factor(config, position.step)
-        for group, base in zip(self.optimizer.param_groups, _learning_rates(config), strict=False):
+        for group, base in zip(self.optimizer.param_groups, learning_rates(config), strict=False):
             group["lr"] = base * factor
         averages = Averages(**position.averages.get("updates", {}))
-        clock = _Clock(position.averages.get("clock"))
+        clock = Clock(position.averages.get("clock"))
         share = experience.responses.num_sequences
         first = self.accelerator.process_index * share
         updates = [rows for epoch in range(config.epochs) for rows in minibatch_order(config, position.step, epoch)]
@@ -209,7 +227,7 @@ class PPOTrainer:
         buffer = self._buffer if self.position.updates else None
         position = self.position
         if buffer is not None:  # every process has logged its own sequences; the checkpoint has room for one record
-            logged, _ = self._gathered(Averages(**position.averages["updates"]), 0)
+            logged = gathered(Averages(**position.averages["updates"]), self.accelerator)
             position = replace(position, averages={**position.averages, "updates": asdict(logged)})
 
         def write_buffer(path: Path) -> None:
@@ -224,7 +242,12 @@ class PPOTrainer:
     def _finish(self, experience: Experience) -> None:
         """Log the step, adapt beta, move on, and write what is due."""
         config, position = self.config, self.position
-        row = self._row(experience)
+        updates = Averages(**position.averages.get("updates", {}))
+        row = step_row(
+            position.step + 1, gathered(step_averages(updates, experience), self.accelerator),
+            position.averages["clock"], learning_rate=self.optimizer.param_groups[0]["lr"],
+            kl_weight=position.kl_weight,
+        )  # fmt: skip
         if config.kl_target is not None and row.get("kl_reference") is not None:
             position.kl_weight = adapted_kl_weight(
                 position.kl_weight, row["kl_reference"], config.kl_target, config.num_prompts * config.group_size
@@ -242,64 +265,10 @@ class PPOTrainer:
             self._buffer = None
             self.save()
 
-    def _row(self, experience: Experience) -> dict[str, Any]:
-        """What is logged of a step, over all processes."""
-        averages = Averages(**self.position.averages.get("updates", {}))
-        seconds = self.position.averages["clock"]
-        responses, scores, credit = experience.responses, experience.scores, experience.credit
-        mask, count = responses.response_mask, responses.num_sequences
-        tokens, scored = int(mask.sum()), int(credit.scored.sum())
-        averages.add("reward", responses.rewards.sum(), count)
-        averages.add("response_tokens", tokens, count)
-        averages.add("truncated_share", responses.truncated.sum(), count)
-        averages.add("answer_share", responses.answer.any(1).sum(), count)
-        averages.add("zero_variance_share", zero_variance_share(responses), 1)
-        averages.add("entropy_old", scores.entropy.sum(), tokens)
-        averages.add("weight_mean", experience.policy_weights.masked_fill(~mask, 0.0).sum(), tokens)
-        averages.add("raised_share", (credit.scored & (credit.weights > 1)).sum(), scored)
-        averages.add("advantage", (experience.advantages * mask).sum(), tokens)
-        if scores.ref_logprobs is not None:
-            averages.add("kl_reference", (scores.logprobs - scores.ref_logprobs).sum(), count)
-        if scores.values is not None:
-            averages.add("value", scores.values.sum(), tokens)
-        averages, total_tokens = self._gathered(averages, tokens)
-        whole = sum(value for name, value in seconds.items() if name != "credit_seconds")
-        return {
-            "step": self.position.step + 1,
-            **averages.means(),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "kl_weight": self.position.kl_weight,
-            "seconds": whole,
-            **seconds,
-            "tokens_per_second": total_tokens / whole,
-            "credit_overhead_percent": 100 * seconds["credit_seconds"] / (whole - seconds["credit_seconds"]),
-        }
-
-    def _gathered(self, averages: Averages, tokens: int) -> tuple[Averages, int]:
-        """Sums over all processes."""
-        if self.accelerator.num_processes == 1:
-            return averages, tokens
-        from accelerate.utils import gather_object
-
-        total, count = Averages(), 0
-        for sums, counts, number in gather_object([(averages.sums, averages.counts, tokens)]):
-            count += number
-            for name in sums:
-                total.add(name, sums[name], counts[name])
-        return total, count
-
-    def _whiten(self, advantages: Float[Tensor, "batch response"], mask: Tensor) -> Float[Tensor, "batch response"]:
-        """Whitened over the batch of all processes."""
-        accelerator = self.accelerator
-        if accelerator.num_processes == 1:
-            return whiten(advantages, mask)
-        count, width = advantages.shape
-        gathered = [
-            accelerator.gather(accelerator.pad_across_processes(tensor.to(accelerator.device), dim=1)).cpu()
-            for tensor in (advantages, mask.long())
-        ]
-        first = accelerator.process_index * count
-        return whiten(gathered[0], gathered[1].bool())[first : first + count, :width]
+    @property
+    def _merges(self) -> bool:
+        """Under autocast a merged weight would be rounded to 16 bits, and most of the update with it."""
+        return self.config.merge_for_generation and self.accelerator.mixed_precision == "no"
 
     @property
     def _wants_reference(self) -> bool:
@@ -329,8 +298,9 @@ class PPOTrainer:
             config.pop("steps")  # a longer run has the same beginning
         return {
             "config": config,
-            "task": repr(self.task),
+            "task": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.task)),  # where an object lies says nothing of it
             "model": self.model_name,
+            "reference": self._reference,
             "processes": self.accelerator.num_processes,
         }
 
@@ -362,56 +332,19 @@ class PPOTrainer:
         if self.position.updates:
             rollout = load_rollout(path / f"rollout-{self.accelerator.process_index}.safetensors")
             self._buffer = experience = rollout.experience
+            share = self.config.num_prompts * self.config.group_size // self.accelerator.num_processes
+            if experience.responses.num_sequences != share:
+                raise CheckpointError(
+                    f"resume: num_prompts * group_size must stay inside a step, got {share} responses a process where "
+                    f"{path.name} holds {experience.responses.num_sequences}; change them after a whole step"
+                )
             self._ratios = torch.ones_like(experience.advantages) if rollout.ratio is None else rollout.ratio
         metrics = self.output / "metrics.jsonl"
         if metrics.exists():
             self.history = [row for row in read_metrics(metrics) if row["step"] <= self.position.step]
 
 
-class _Clock:
-    """Seconds by purpose, from one stop to the next."""
-
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds = dict(seconds or {})
-        self._since = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
-
-    def restart(self) -> None:
-        self._since = time.perf_counter()
-
-
 def _with_credit(config: PPOConfig, credit: str | CreditConfig | None) -> PPOConfig:
     if credit is None:
         return config
     return replace(config, credit=replace(config.credit, rule=credit) if isinstance(credit, str) else credit)
-
-
-def _learning_rates(config: PPOConfig) -> tuple[float, float]:
-    value = config.value_learning_rate
-    return config.learning_rate, config.learning_rate if value is None else value
-
-
-def _optimizer(policy: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
-    groups = [
-        {"params": list(parameters.values()), "lr": rate}
-        for parameters, rate in zip(
-            (policy.policy_parameters(), policy.value_parameters()), _learning_rates(config), strict=True
-        )
-        if parameters
-    ]
-    return torch.optim.Adam(groups, eps=1e-5)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as flat names and plain values, which is what trackers take."""
-    out: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,25 +12,28 @@ from torch import Tensor, nn
 from rl.config import PPOConfig
 from rl.errors import DivergedError
 from rl.losses import aggregate, kl_estimate, policy_loss, value_loss
+from rl.metrics import Averages
 from rl.policy import ActorCritic, ModelInput, TokenOutput
 from rl.records import Experience
 from rl.seeds import generator
 
 
-@dataclass
-class Averages:
-    """Running sums of what is logged, weighted by tokens."""
+def learning_rates(config: PPOConfig) -> tuple[float, float]:
+    """Of the policy's adapter, and of the critic; before any schedule."""
+    value = config.value_learning_rate
+    return config.learning_rate, config.learning_rate if value is None else value
 
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(total)
-        self.counts[name] = self.counts.get(name, 0.0) + float(count)
-
-    def means(self) -> dict[str, float]:
-        """Means of everything that was seen at least once."""
-        return {name: self.sums[name] / self.counts[name] for name in self.sums if self.counts[name]}
+def make_optimizer(policy: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
+    """Adam over the policy's weights and, with a critic, over those of the critic as a second group."""
+    groups = [
+        {"params": list(parameters.values()), "lr": rate}
+        for parameters, rate in zip(
+            (policy.policy_parameters(), policy.value_parameters()), learning_rates(config), strict=True
+        )
+        if parameters
+    ]
+    return torch.optim.Adam(groups, eps=1e-5)
 
 
 def minibatch_order(config: PPOConfig, step: int, epoch: int) -> list[Int64[Tensor, " sequences"]]:
@@ -80,7 +82,8 @@ def micro_losses(
     }
     if output.values is not None and part.returns is not None and part.scores.values is not None:
         returns = part.returns.to(device)
-        per_token = value_loss(output.values, part.scores.values.to(device), returns, clip=config.value_clip)
+        values = torch.where(mask, output.values, 0.0)
+        per_token = value_loss(values, part.scores.values.to(device), returns, clip=config.value_clip)
         loss = loss + config.value_coefficient * total(per_token)
         seen["value_loss"] = per_token
     if config.kl_in == "loss" and part.scores.ref_logprobs is not None and kl_weight > 0:
@@ -135,7 +138,7 @@ class Updater:
         for number, chosen in enumerate(parts):
             part = experience.select(chosen or [0])
             last = number == len(parts) - 1
-            with self.accelerator.autocast(), _syncing(self.accelerator, self.wrapped, last):
+            with _syncing(self.accelerator, self.wrapped, last):
                 inputs = ModelInput.of(part.responses, self.policy.device)
                 tokens = inputs.input_ids[:, part.responses.prompt_length :]
                 output = TokenOutput(*self.wrapped(inputs, tokens, config.temperature))

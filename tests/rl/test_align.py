@@ -341,7 +341,7 @@ def test_the_picture(measured, tmp_path, monkeypatch):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.runfile.load_model", lambda name, dtype: (tiny_policy(), alphabet()))
+    monkeypatch.setattr("rl.loading.load_model", lambda name, dtype: (tiny_policy(), alphabet()))
     monkeypatch.setattr("rl.tasks.make_task", lambda task, **options: Digits())
     app = typer.Typer()
     app.command()(align_command)

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import rl.checkpoint
@@ -239,3 +240,83 @@ def test_a_finished_run_has_nothing_to_do_but_keeps_its_history(tmp_path: Path):
     before = weights(run)
     assert [row["step"] for row in run.train()] == [1, 2, 3, 4]
     assert same(before, weights(run))
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_anew(whole, tmp_path: Path):
+    folder, _ = whole
+    for name in ("checkpoint-000001", "checkpoint-000002"):
+        shutil.copytree(folder / name, tmp_path / name)
+        (tmp_path / name / "state.json").write_text("{")
+    shutil.copy(folder / "metrics.jsonl", tmp_path)
+    with pytest.raises(CheckpointError, match=r"resume: .* must hold a checkpoint that is whole, got none, .*000002"):
+        trainer(tmp_path, resume=True)
+    assert read_metrics(tmp_path / "metrics.jsonl")
+    assert newest_state(tmp_path / "empty") is None
+
+
+def test_an_optimiser_of_other_weights_is_refused(whole, tmp_path: Path):
+    folder, _ = whole
+    shutil.copytree(folder / "checkpoint-000001", tmp_path / "checkpoint-000001")
+    with pytest.raises(CheckpointError, match=r"resume: the optimiser must have stepped on the weights .*value"):
+        trainer(tmp_path, replace(SETTINGS, advantage="group", kl_target=None), resume=True, allow_changes=True)
+
+
+def test_a_rollout_buffer_of_another_size_is_refused(whole, tmp_path: Path):
+    folder, _ = whole
+    shutil.copytree(folder / "checkpoint-000002-003", tmp_path / "checkpoint-000002-003")
+    with pytest.raises(CheckpointError, match=r"num_prompts \* group_size must stay .* 12 responses .* holds 6"):
+        trainer(tmp_path, replace(SETTINGS, group_size=4), resume=True, allow_changes=True)
+
+
+def test_a_run_keeps_its_reference(tmp_path: Path):
+    """Without its first adapter the KL would be one to the base, and nothing would say so."""
+    config = replace(SETTINGS, steps=1, save_every_updates=None)
+
+    def adapted(seed: int) -> PeftModel:
+        lora = PeftLoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model, draws = get_peft_model(tiny_policy(), lora), torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0, 0.1, generator=draws)
+        return model
+
+    def run(model, **options) -> PPOTrainer:
+        return PPOTrainer(model, alphabet(), task=Digits(), config=config, output=tmp_path, progress=False, **options)
+
+    run(adapted(1)).train()
+    assert run(adapted(1), resume=True).position.step == 1
+    with pytest.raises(CheckpointError, match=r"reference: 'adapter [0-9a-f]{16}' -> 'base'"):
+        run(tiny_policy(), resume=True)
+    with pytest.raises(CheckpointError, match=r"reference: 'adapter [0-9a-f]{16}' -> 'adapter"):
+        run(adapted(2), resume=True)
+
+
+def test_a_run_on_a_file_is_resumed_and_a_changed_file_is_refused(tmp_path: Path):
+    problems = tmp_path / "sums.jsonl"
+    lines = [json.dumps({"prompt": f"a={number};a?", "answer": str(number)}) for number in range(10)]
+    config, output = replace(SETTINGS, steps=1, save_every_updates=None), tmp_path / "run"
+
+    def run(**options) -> PPOTrainer:
+        return PPOTrainer(tiny_policy(), alphabet(), task=str(problems), config=config, output=output,
+                          progress=False, **options)  # fmt: skip
+
+    problems.write_text("\n".join(lines))
+    run().train()
+    assert run(resume=True).position.step == 1
+    problems.write_text("\n".join(lines).replace('"7"', '"8"'))
+    with pytest.raises(CheckpointError, match='task: "JsonlTask'):
+        run(resume=True)
+
+
+class Nameless(Digits):
+    """A task whose text says no more than where it lies."""
+
+    __repr__ = object.__repr__
+
+
+def test_where_a_task_lies_in_memory_does_not_matter(tmp_path: Path):
+    config = replace(SETTINGS, steps=1, save_every_updates=None)
+    first, second = Nameless(), Nameless()
+    assert repr(first) != repr(second)
+    trainer(tmp_path, config, first).train()
+    assert trainer(tmp_path, config, second, resume=True).position.step == 1

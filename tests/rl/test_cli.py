@@ -178,7 +178,7 @@ def test_eval_prints_json_and_writes_every_response(run: Path, model: Path, tmp_
         invoke(*common[:-4], "-n", 1, "-k", 2, "--temperature", 1, "--max-response-tokens", 6, "--json").stdout,
         parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
     )
-    assert alone["low"] is None
+    assert alone["high"] > 0.7, "one problem says next to nothing"
 
 
 def test_merge_and_adapter_are_what_plain_libraries_read(run: Path, model: Path, tmp_path: Path):

@@ -97,3 +97,12 @@ def test_endings_come_from_model_and_tokenizer():
         PolicyError, match=r"tokenizer: must have an end-of-sequence token, got .* set tokenizer.eos_tok"
     ):
         Ending.of(model, tokenizer)
+
+
+def test_padding_that_the_model_does_not_know_is_an_end_token():
+    tokenizer = alphabet()
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    model = tiny_policy()
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    assert Ending.of(model, tokenizer) == Ending((1,), 1)
+    assert Ending.of(model, alphabet()) == Ending((1,), 0)

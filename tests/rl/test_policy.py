@@ -198,3 +198,68 @@ def test_merging_comes_back_after_an_exception_and_leaves_dora_alone():
         plain = dora.causal_lm(IDS).logits
         with dora.merged():
             assert torch.equal(dora.causal_lm(IDS).logits, plain)
+
+
+def test_the_reference_copies_adapters_of_embeddings_too():
+    config = PeftLoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    trained = get_peft_model(tiny_policy(), config)
+    draws = torch.Generator().manual_seed(2)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=draws)
+    policy = ActorCritic(trained, LORA, critic=True)
+    own, _ = policy.policy_pass(inputs(IDS, FULL), IDS[:, 4:], 1.0)
+    assert torch.equal(policy.reference_pass(inputs(IDS, FULL), IDS[:, 4:], 1.0), own)
+    assert any("lora_embedding_A" in name for name in policy.policy_parameters())
+
+
+@pytest.mark.parametrize("name", ["model", "layers"])
+def test_an_adapter_may_be_called_like_a_part_of_the_model(name: str):
+    config = PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    policy = ActorCritic(get_peft_model(tiny_policy(), config, adapter_name=name), LORA, critic=True)
+    trained = policy.policy_parameters() | policy.value_parameters()
+    assert trained
+    assert not any(".reference." in parameter for parameter in trained)
+    assert {parameter.split(".")[-2] for parameter in policy.policy_parameters()} == {name}
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "got"), [("value", "none", "called 'value'"), ("reference", "none", "'reference'"),
+                              ("default", "lora_only", "bias='lora_only'")],
+)  # fmt: skip
+def test_adapters_that_leave_no_room_for_a_reference_are_refused(name: str, bias: str, got: str):
+    config = PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias=bias)  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match=f"model: its adapters must be called otherwise .*{got}"):
+        ActorCritic(get_peft_model(tiny_policy(), config, adapter_name=name), LORA, critic=True)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_only_what_merging_leaves_the_same_policy_is_merged():
+    """16 bits would round the update away, and the output layer of GPT-2 is its table of embeddings."""
+    narrow = disturbed(ActorCritic(tiny_policy().bfloat16(), LORA, critic=False))
+    tied = disturbed(ActorCritic(tiny_policy("gpt2"), LoraConfig(rank=4, targets=["lm_head", "c_attn"]), critic=False))
+    for policy in (narrow, tied):
+        before = policy.causal_lm(IDS).logits
+        with policy.merged():
+            assert torch.equal(policy.causal_lm(IDS).logits, before)
+    usual = disturbed(actor())
+    weight = dict(usual.named_parameters())["peft.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"]
+    original = weight.clone()
+    with usual.merged():
+        assert not torch.equal(weight, original)
+
+
+def test_all_passes_have_one_precision_and_values_keep_float32():
+    policy = disturbed(actor())
+    exact = policy(inputs(IDS, FULL), IDS[:, 4:], 1.0)
+    policy.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped = policy(inputs(IDS, FULL), IDS[:, 4:], 1.0)
+    alone = policy.policy_pass(inputs(IDS, FULL), IDS[:, 4:], 1.0)[0]
+    assert torch.equal(alone, wrapped.logprobs)
+    assert not torch.equal(alone, exact.logprobs)
+    values = policy.value_pass(inputs(IDS, FULL), 4)
+    assert values is not None
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float()), "the head itself was computed in 16 bits"

@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 from rl import pretrain as module
 from rl.errors import ConfigError, PolicyError
+from rl.measurement import measure, respond
 from rl.pretrain import (
     CHAIN_MODEL,
     Recipe,
@@ -18,12 +22,10 @@ from rl.pretrain import (
     demonstrations,
     encode,
     load_chain_model,
-    measure,
+    mistaken_sums,
     pretrain,
-    respond,
-    wilson,
 )
-from rl.tasks.chain import Chain, first_error, read_prompt
+from rl.tasks.chain import Chain, demonstration, first_error, read_prompt
 
 TINY = Recipe(steps=3, width=16, layers=1, heads=2, batch_size=4, num_variables=3, evaluate=2)
 
@@ -36,28 +38,29 @@ def base():
 def test_the_tokenizer_gives_the_same_text_again():
     tokenizer = chain_tokenizer()
     text = "abcdefghijklmnopqrstuvwxyz0123456789=+;?,#"
-    assert len(tokenizer) <= 50
-    for line in (text, text[::-1], "f=c+2;a=7;f?a=7,c=8,f=0#0", "a", ""):
+    assert len(tokenizer) == 3 + len(text) + 36 + 10
+    for line in (text, text[::-1], "f=c+2;a=7;f?a=7,c=8,f=0#0", "a", "", "a==+b+=", "=", "+"):
         ids = tokenizer(line)["input_ids"]
-        assert len(ids) == len(line)
         assert tokenizer.decode(ids) == line
+    pieces = [tokenizer.decode(index) for index in tokenizer("f=c+2;a=7;f?a=7#7")["input_ids"]]
+    assert pieces == ["f", "=c", "+2", ";", "a", "=7", ";", "f", "?", "a", "=7", "#", "7"]
     assert tokenizer(text)["input_ids"] == encode([(text, "")])[0][0, :-1].tolist()
     assert tokenizer("a b\nc\u00e9")["input_ids"].count(tokenizer.unk_token_id) == 3
     padded = tokenizer(["a=1;a?", "a?"], padding=True)
-    assert padded["attention_mask"][1] == [0] * 4 + [1] * 2
+    assert padded["attention_mask"][1] == [0] * 3 + [1] * 2
 
 
 def test_targets_are_the_response_and_its_end():
     input_ids, targets = encode([("a=7;a?", "a=7#7"), ("b=1;c=2;b?", "b=1#1")])
     tokenizer = chain_tokenizer()
-    assert tokenizer.decode(input_ids[0]) == "a=7;a?a=7#7<eos>" + "<pad>" * 4
-    for row, prompt in enumerate((6, 10)):
-        assert (targets[row] != -100).nonzero().flatten().tolist() == list(range(prompt, prompt + 6))
-        assert torch.equal(targets[row, prompt : prompt + 6], input_ids[row, prompt : prompt + 6])
+    assert tokenizer.decode(input_ids[0]) == "a=7;a?a=7#7<eos>" + "<pad>" * 3
+    for row, prompt in enumerate((5, 8)):
+        assert (targets[row] != -100).nonzero().flatten().tolist() == list(range(prompt, prompt + 5))
+        assert torch.equal(targets[row, prompt : prompt + 5], input_ids[row, prompt : prompt + 5])
 
 
-def test_demonstrations_grow_and_are_never_wrong():
-    recipe = Recipe(steps=100, batch_size=40, hard_share=0.3)
+def test_without_mistakes_demonstrations_grow_and_are_never_wrong():
+    recipe = Recipe(steps=100, batch_size=40, hard_share=0.3, least_mistakes=0.0, most_mistakes=0.0)
     first, last = demonstrations(recipe, 0), [row for step in range(90, 100) for row in demonstrations(recipe, step)]
     assert {prompt.count("=") for prompt, _ in first} == {2}
     assert max(prompt.count("=") for prompt, _ in last) == recipe.num_variables
@@ -74,6 +77,24 @@ def test_demonstrations_grow_and_are_never_wrong():
             assert line.endswith(f"{line[-3]}={stated[line[-3]]}")
         assert prompt.endswith(f";{line[0]}?")
         assert response.endswith(f"#{stated[line[0]]}")
+
+
+def test_each_sum_is_wrong_at_its_own_rate_always_by_the_same_digit():
+    recipe = Recipe(least_mistakes=0.1, most_mistakes=0.6)
+    add, wrong = mistaken_sums(recipe, Random(0)), {}
+    for pair in ((3, 4), (7, 8), (0, 1)):
+        found = Counter(add(*pair) for _ in range(2000))
+        right = found.pop(sum(pair) % 10)
+        assert len(found) == 1
+        wrong[pair] = 1 - right / 2000
+        assert 0.07 < wrong[pair] < 0.63
+    assert max(wrong.values()) - min(wrong.values()) > 0.05, "rates differ between sums"
+    always = mistaken_sums(replace(recipe, least_mistakes=1.0, most_mistakes=1.0), Random(0))
+    sample = Chain(num_variables=3, hops=(2, 2)).sample("train", 0)
+    response = demonstration(sample, Random(0), 0, always)
+    values = re.findall(r"=([0-9])", response)
+    assert values[-1] == response[-1], "the answer goes on from the mistake"
+    assert first_error(sample, response) == "sum"
 
 
 def test_a_recipe_gives_the_same_weights_again_and_reports(tmp_path: Path):
@@ -98,10 +119,10 @@ def test_a_recipe_gives_the_same_weights_again_and_reports(tmp_path: Path):
 
 def test_training_lowers_the_loss():
     losses = []
-    recipe = replace(TINY, steps=60, batch_size=16, warmup_steps=5, num_variables=2, width=32)
+    recipe = replace(TINY, steps=60, batch_size=16, warmup_steps=5, num_variables=2, width=32, most_mistakes=0.1)
     module._train(build_model(recipe), recipe, lambda step, loss: losses.append(loss))
     assert losses[0] > 3
-    assert sum(losses[-5:]) / 5 < losses[0] / 2
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
 
 
 def test_the_start_has_the_stated_spread():
@@ -156,13 +177,6 @@ def test_bad_folders_are_refused_before_any_work(tmp_path: Path):
 def test_bad_settings(setting: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         Recipe(**setting)
-
-
-def test_wilson_by_hand():
-    """Newcombe (1998), table I: 81 of 263 and 0 of 20."""
-    assert wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
-    assert wilson(0, 20) == pytest.approx([0.0, 0.1611], abs=1e-4)
-    assert wilson(20, 20) == pytest.approx([0.8389, 1.0], abs=1e-4)
 
 
 def test_the_shipped_model_is_small_and_described():

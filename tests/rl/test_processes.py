@@ -8,9 +8,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+
+from rl import ConfigError
+from rl.processes import check_accelerator
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -85,3 +89,18 @@ def test_the_two_processes_had_different_sequences(two: Path):
     assert names
     for name in names:
         assert buffers[0][name].shape != buffers[1][name].shape or not buffers[0][name].equal(buffers[1][name])
+
+
+@pytest.mark.parametrize(
+    ("set_up", "message"),
+    [
+        ({"num_processes": 3}, "num_prompts: must be a multiple of the 3 processes, got 4"),
+        ({"gradient_accumulation_steps": 2}, "accelerator: must have gradient_accumulation_steps=1, got 2"),
+        ({"mixed_precision": "fp16"}, "accelerator: must have mixed_precision 'no' or 'bf16', got 'fp16'"),
+    ],
+)
+def test_a_launch_that_would_change_the_gradient_is_refused(set_up: dict, message: str):
+    plain = {"num_processes": 2, "gradient_accumulation_steps": 1, "mixed_precision": "bf16"}
+    check_accelerator(SimpleNamespace(**plain), 4)
+    with pytest.raises(ConfigError, match=message):
+        check_accelerator(SimpleNamespace(**plain | set_up), 4)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl import PolicyError, Responses, RewardError, Sample
+from rl import PolicyError, Responses, RewardError, Sample, TaskError
 from rl.generation import Generated
-from rl.rollout import PromptEncoder, join, judge, sample_responses
+from rl.rollout import PromptEncoder, draw_samples, join, judge, sample_responses
 from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 from tests.fixtures.tiny import chat, tiny
 from tests.fixtures.tokenizers import STRIPPING, byte_level, unigram, with_template
@@ -244,3 +244,37 @@ def test_prompts_that_leave_no_room_are_refused():
         PolicyError, match=r"prompt: sample 3 must have at most 6 tokens \(the model's context of 20 minus"
     ):
         encoder.ids(Sample(3, "b=7;bb?", "7"))
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    tokenizer, model = alphabet(), tiny_policy()
+    tokenizer.add_tokens(["<think>"])
+    encoder = PromptEncoder(tokenizer, model, 64, 16)
+    known = Sample(0, "a=1;a?", "1")
+    assert encoder.ids(known) == alphabet()("a=1;a?")["input_ids"]
+    with pytest.raises(PolicyError, match=r"tokenizer: must be that of the model, got id 45 in sample 3, .* 45 embed"):
+        encoder.ids(Sample(3, "a=1;<think>a?", "1"))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda index: Sample(0, "a?", "1"),
+            "must return a Sample with the number asked for, got number 0 for",
+        ),
+        (lambda index: "a?", "must return a Sample with the number asked for, got a str for number 0 of 'train'"),
+        (
+            lambda index: {}[index],
+            "must have a problem for every number, got KeyError: 0 for number 0 of 'train'",
+        ),
+    ],
+)
+def test_a_task_that_gives_another_problem_is_named(made, message: str):
+    class Wrong(Digits):
+        def sample(self, split: str, index: int):
+            return made(index)
+
+    with pytest.raises(TaskError, match=message):
+        draw_samples(Wrong(), "train", range(2))
+    assert [sample.index for sample in draw_samples(Digits(), "train", range(3, 6))] == [3, 4, 5]

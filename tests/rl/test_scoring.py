@@ -218,14 +218,14 @@ def test_scoring_leaves_no_gradients(family: str):
 def test_the_embedding_gradient_is_the_numerical_derivative(family: str):
     policy = actor(family).double()
     responses = rollout(policy).select([1, 4])
-    norms = embedding_gradient(policy, responses)
+    norms = embedding_gradient(policy, responses, 1.7)
     inputs = ModelInput.of(responses, policy.device)
     P, tokens = responses.prompt_length, responses.input_ids[:, responses.prompt_length :]
     start = policy.embeddings(inputs)
 
     def likelihood(embeddings: Tensor) -> Tensor:
         with torch.no_grad():
-            logprobs = policy.logprobs_of_embeddings(embeddings, inputs, tokens)
+            logprobs = policy.logprobs_of_embeddings(embeddings, inputs, tokens, 1.7)
         return logprobs.double().masked_fill(~responses.response_mask, 0.0).sum(1)
 
     for row, column in ((0, 0), (1, 1)):

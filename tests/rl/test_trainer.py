@@ -25,6 +25,8 @@ from rl import (
     credit_rule,
 )
 from rl.experience import build_experience
+from rl.policy import TokenOutput
+from rl.update import micro_losses
 from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 
 SETTINGS = PPOConfig(
@@ -133,6 +135,25 @@ def test_rules_that_draw_do_the_same_however_the_batch_is_cut():
         assert torch.equal(parts[0].scores > 0, parts[2].scores > 0), rule
         torch.testing.assert_close(parts[0].scores, parts[2].scores, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(parts[1].scores, parts[2].scores, atol=1e-6, rtol=1e-4)
+
+
+def test_generating_in_parts_and_stepping_by_hand_change_nothing():
+    config = replace(credit(rule="flow"), merge_for_generation=False)
+    parts = trainer(replace(config, generation_batch_size=2))
+    for _ in range(config.steps):
+        row = parts.step()
+    assert row["step"] == config.steps
+    assert same(weights(parts), trained(config))
+
+
+def test_sharded_bases_are_refused():
+    from types import SimpleNamespace
+
+    from rl.processes import check_accelerator
+
+    sharding = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(name="FSDP"))
+    with pytest.raises(ConfigError, match="accelerator: must give each process the whole base, got FSDP, which shards"):
+        check_accelerator(sharding, 4)
 
 
 def test_step_0_has_no_kl_and_a_ratio_of_1():
@@ -300,3 +321,35 @@ def test_an_output_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
     trainer(replace(SETTINGS, steps=1), output=tmp_path).train()
     with pytest.raises(CheckpointError, match=r"output: must be a new folder, got .* pass resume=True"):
         trainer(output=tmp_path)
+
+
+def test_under_mixed_precision_rollout_and_update_are_one_function():
+    """The wrapper computes updates in bfloat16; scoring past it in float32 made the first ratio another number."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        mixed = Accelerator(cpu=True, mixed_precision="bf16")
+        config = replace(SETTINGS, epochs=1, num_minibatches=1, steps=1, kl_coefficient=0.1)
+        row = trainer(config, accelerator=mixed).train()[0]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert row["ratio"] == 1.0
+    assert row["kl_old"] == 0.0
+    assert row["kl_reference"] == 0.0
+
+
+def test_values_on_padding_reach_no_gradient_even_nan():
+    run = trainer(replace(SETTINGS, num_minibatches=1))
+    experience = run.collect()
+    mask = experience.loss_mask
+    assert not mask.all()
+    values = torch.where(mask, 0.1, torch.nan).requires_grad_(True)
+    output = TokenOutput(experience.scores.logprobs, experience.scores.entropy, values)
+    loss, _ = micro_losses(output, experience, SETTINGS, kl_weight=0.0, num_tokens=9.0, num_sequences=6.0)
+    loss.backward()
+    assert values.grad is not None
+    assert torch.isfinite(values.grad).all()
+    assert not values.grad[~mask].any()
+    assert values.grad[mask].any()

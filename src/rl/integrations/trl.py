@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowgraph import AttentionRecorder, MissingExtraError
 from rl.answers import find_answer as stated_answer
 from rl.config import CreditConfig
 from rl.credit.registry import AttentionNeed
 from rl.errors import ConfigError
+from rl.generation import evaluating
 from rl.integrations.verl import FindAnswer, read_responses, scale_advantages, token_credit, usable_rule
 from rl.records import Credit, Responses, TokenScores
 from rl.scoring import join_records, to_device
@@ -200,18 +200,6 @@ def _refuse(trainer: Any) -> None:
     for name, (wrong, rule) in reasons.items():
         if wrong:
             raise ConfigError(f"{name}: must be {rule}, got some; use trl.GRPOTrainer without credit, or rl.PPOTrainer")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient checkpointing; every module is back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _tensors(output: dict[str, Any], rows: list[int]) -> dict[str, Tensor]:

@@ -79,9 +79,12 @@ def _own_task(task: Any, options: dict[str, Any]) -> Task:
     from rl.tasks.base import Task
 
     if not isinstance(task, Task):
+        missing = [
+            name for name in ("name", "size", "sample", "find_answer", "reward", "oracle") if not hasattr(task, name)
+        ]
         raise TaskError(
-            f"task: must be a name or have the methods of rl.tasks.base.Task, got a {type(task).__name__}; "
-            f"names are {', '.join(task_names())}"
+            f"task: must be a name or have the methods of rl.tasks.base.Task, got a {type(task).__name__} without "
+            f"{', '.join(missing)}; names are {', '.join(task_names())}"
         )
     if options:
         raise TaskError(

@@ -15,7 +15,7 @@ class Task(Protocol):
     """A stream of problems with verifiable answers.
 
     Everything is a function of its arguments: the same split and number give the same problem, on every machine and
-    after every resume. ``oracle`` is optional: characters of the completion that are known to be decisive.
+    after every resume. ``repr`` tells tasks apart: a run is resumed only with one of the same text.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -96,7 +97,16 @@ class JsonlTask:
                 "eval": [line for line, out in zip(lines, held, strict=True) if out],
             }
         self._check_splits()
+        self._digest = hashlib.sha256(repr(self._problems).encode()).hexdigest()[:16]
         self._order = lru_cache(maxsize=4)(self._make_order)
+
+    def __repr__(self) -> str:
+        """Everything that decides what is asked and how it is judged, the lines of the file included."""
+        judged = self.equality if self._function is None else function_name(self._function)
+        return (
+            f"JsonlTask({self.name!r}, by {judged}, pattern={self.pattern!r}, shuffle={self.shuffle}, "
+            f"seed={self.seed}, {self.size} problems {self._digest})"
+        )
 
     @property
     def size(self) -> int:

@@ -108,6 +108,12 @@ class Procedural:
         self._block = lru_cache(maxsize=16)(self._make_block)
         self._entry = lru_cache(maxsize=4096)(self._find_entry)
 
+    def __repr__(self) -> str:
+        """Everything that decides what is asked and how it is judged."""
+        names = ("seed", "answer_format", "chat", "partial_credit", "max_answer")
+        settings = {name: getattr(self, name) for name in names} | self.options
+        return f"Procedural({self.dataset!r}, {', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
     @property
     def size(self) -> None:
         """There is no end to the problems."""

@@ -33,8 +33,8 @@ from rl.advantages import group_advantages, spread
 from rl.config import CreditConfig, LoraConfig, PPOConfig
 from rl.errors import ConfigError, CreditError
 from rl.experience import build_experience
-from rl.generation import Generated
-from rl.integrations.trl import evaluating, flow_grpo_trainer
+from rl.generation import Generated, evaluating
+from rl.integrations.trl import flow_grpo_trainer
 from rl.policy import ActorCritic, ModelInput
 from rl.records import Credit, Experience, Responses, TokenScores
 from rl.rollout import judge

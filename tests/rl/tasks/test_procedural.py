@@ -246,3 +246,10 @@ def test_bad_requests(countdown: Procedural, monkeypatch: pytest.MonkeyPatch):
     narrow = Procedural("countdown", min_numbers=2, max_numbers=2, max_value=1, operators=("*",))
     with pytest.raises(TaskError, match=r"options: must leave 'countdown' different problems for both splits, got"):
         narrow.sample("train", 0)
+
+
+def test_its_text_tells_tasks_apart():
+    one, same, other = (Procedural("chain_sum", max_terms=terms) for terms in (3, 3, 4))
+    assert repr(one) == repr(same) != repr(other)
+    assert "seed=0" in repr(one)
+    assert repr(one) != repr(Procedural("chain_sum", max_terms=3, seed=1))
