@@ -117,7 +117,7 @@ def study() -> None:
         smooth = [sum(values[max(0, k - 4) : k + 1]) / len(values[max(0, k - 4) : k + 1]) for k in range(len(values))]
         curves.plot(range(1, len(values) + 1), smooth, color=colour, label=arm)
     curves.set_xlabel("step")
-    curves.set_ylabel(f"reward on new problems, mean of {rows['uniform']['seeds']} seeds, last 5 steps")
+    curves.set_ylabel(f"reward on new problems, {rows['uniform']['seeds']} seeds")
     curves.legend(frameon=False)
     tests = [row for row in content["tests"] if row["against"] == "uniform"]
     tests.sort(key=lambda row: row["difference"])

@@ -51,14 +51,14 @@ def align_command(
     from rl.arms import named_arms, split_arms
     from rl.config import PPOConfig
     from rl.loading import load_policy
-    from rl.runfile import parse_options, policy_folder
+    from rl.runfile import CHAIN_DEFAULTS, parse_options, policy_folder
     from rl.tasks import make_task
 
     chosen = split_arms(arms)
     named_arms(chosen)  # a misspelt arm is refused before a model is loaded
     if out is not None:
         _make_folder(out)
-    values = {"advantage": "group", **({"max_response_tokens": 48} if model == "chain" else {})}
+    values = {"advantage": "group", **(CHAIN_DEFAULTS if model == "chain" else {})}
     config = PPOConfig.from_dict({**values, **parse_options(settings or [])})
     problems = make_task(task, **parse_options(task_option or []))
     folder = None if adapter is None else policy_folder(adapter)

@@ -146,7 +146,9 @@ def evaluate_command(
     num_problems: Annotated[int, typer.Option("-n", "--num-problems", help="Fresh problems.")] = 200,
     samples: Annotated[int, typer.Option("-k", "--samples", help="Responses to each problem.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.0,
-    max_response_tokens: Annotated[int, typer.Option(help="Responses are cut off there.")] = 256,
+    max_response_tokens: Annotated[
+        int | None, typer.Option(help="Responses are cut off there. Default: 256; 48 for the shipped model.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every response here, as JSON lines.")] = None,
@@ -156,12 +158,15 @@ def evaluate_command(
 ) -> None:
     """Measure a policy on fresh problems: mean reward with a 95 % interval."""
     from rl.loading import load_policy
-    from rl.runfile import parse_options, policy_folder
+    from rl.runfile import CHAIN_DEFAULTS, parse_options, policy_folder
 
     options = parse_options(task_option or [], flag="--task-option")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"out: its folder must exist, got {out}; make it first")
     folder = None if adapter is None else policy_folder(adapter)
+    limit = max_response_tokens
+    if limit is None:
+        limit = int(CHAIN_DEFAULTS["max_response_tokens"]) if model == "chain" else 256
     with _progress() as say:
         say(f"loading {model}")
         network, tokenizer = load_policy(model, dtype, device, folder)
@@ -170,7 +175,7 @@ def evaluate_command(
 
         result = evaluate(
             network, tokenizer, make_task(task, **options), num_problems=num_problems, samples=samples,
-            temperature=temperature, max_response_tokens=max_response_tokens, batch_size=batch_size, seed=seed,
+            temperature=temperature, max_response_tokens=limit, batch_size=batch_size, seed=seed,
             progress=lambda done, total: say(f"{done}/{total} responses"),
         )  # fmt: skip
     if out is not None:

@@ -11,7 +11,7 @@ from rl.checkpoint import find_checkpoints
 from rl.config import PPOConfig
 from rl.errors import CheckpointError, ConfigError
 
-_CHAIN_DEFAULTS = {"max_response_tokens": 48, "learning_rate": 1e-3}
+CHAIN_DEFAULTS = {"max_response_tokens": 48, "learning_rate": 1e-3}
 """For the shipped model, whose context is short and whose few weights take larger steps than a language model's."""
 _OWN = ("model", "task", "output")
 """Settings of a run that are text, and stay so if they look like numbers."""
@@ -71,7 +71,7 @@ def read_run(
             raise ConfigError(f"{name}: must be text, got {value!r}; put it in quotes")
     model, task = own.get("model", "chain"), own.get("task", "chain")
     if model == "chain":
-        values = {**_CHAIN_DEFAULTS, **values}
+        values = {**CHAIN_DEFAULTS, **values}
     config = PPOConfig.from_dict(values)
     name = Path(task).stem.replace(":", "-")
     output = Path(own.get("output", f"runs/{name}-{config.credit.rule}"))

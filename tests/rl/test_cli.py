@@ -304,3 +304,9 @@ def test_an_interrupt_says_how_to_go_on(model: Path, tmp_path: Path):
     assert process.returncode == 130, complaint
     assert "flowgraph-rl: stopped; `train --resume` goes on from the newest checkpoint" in complaint
     assert "Traceback" not in complaint
+
+
+def test_the_shipped_model_is_evaluated_with_no_option_at_all():
+    figures = json.loads(invoke("eval", "-n", 2, "--json").stdout)
+    assert figures["num_problems"] == 2
+    assert figures["truncated_share"] == 0.0
