@@ -38,13 +38,14 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo  ## trace an answer of SmolLM2-135M-Instruct, write out/
 	@$(BIN)/flowgraph demo --out out
 
-# Starts afresh each time; --resume on the same folder would find nothing left to do.
+# Starts afresh each time. One thread: the model's matrices are so small that a second one only gets in the way.
+train-demo: ONE := OMP_NUM_THREADS=1
 train-demo: $(VENV)/.base  ## train the small chain model with flow credit, write out/train/ and the token-credit page
 	@rm -rf out/train
-	$(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1
-	$(BIN)/flowgraph-rl train benchmarks/train_demo.yaml --output out/train
-	$(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1 --adapter out/train
-	$(BIN)/flowgraph-rl report out/train --out out/train/credit.html
+	$(ONE) $(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1
+	$(ONE) $(BIN)/flowgraph-rl train benchmarks/train_demo.yaml --output out/train
+	$(ONE) $(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1 --adapter out/train
+	$(ONE) $(BIN)/flowgraph-rl report out/train --out out/train/credit.html
 
 test: lint types unit docs wheel  ## everything that must hold before a commit
 

@@ -81,8 +81,11 @@ def _with_adapter(network: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from rl.policy import quiet_peft
+
     try:
-        return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+        with quiet_peft():
+            return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(

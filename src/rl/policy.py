@@ -228,6 +228,14 @@ class ActorCritic(nn.Module):
         return logits[:, -response_length - 1 : -1]
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks transformers by an old name while it wraps a model; there is nothing for users to do about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def model_name(model: nn.Module) -> str:
     """The name or folder that a model was loaded from, or its class."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
@@ -238,8 +246,7 @@ def _adapted(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
     from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     if not isinstance(model, PeftModel):
-        with warnings.catch_warnings():  # PEFT asks transformers by an old name; nothing for users to do
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with quiet_peft():
             wrapped: Any = get_peft_model(model, _peft_config(lora, model), adapter_name=POLICY)
         return wrapped, POLICY, None
     name: Any = model.active_adapter
