@@ -96,11 +96,16 @@ def test_the_two_processes_had_different_sequences(two: Path):
     [
         ({"num_processes": 3}, "num_prompts: must be a multiple of the 3 processes, got 4"),
         ({"gradient_accumulation_steps": 2}, "accelerator: must have gradient_accumulation_steps=1, got 2"),
+        (
+            {"distributed_type": SimpleNamespace(name="FSDP")},
+            "must give each process the whole base, got FSDP",
+        ),
         ({"mixed_precision": "fp16"}, "accelerator: must have mixed_precision 'no' or 'bf16', got 'fp16'"),
     ],
 )
 def test_a_launch_that_would_change_the_gradient_is_refused(set_up: dict, message: str):
-    plain = {"num_processes": 2, "gradient_accumulation_steps": 1, "mixed_precision": "bf16"}
+    plain: dict = {"distributed_type": SimpleNamespace(name="MULTI_CPU"), "num_processes": 2}
+    plain |= {"gradient_accumulation_steps": 1, "mixed_precision": "bf16"}
     check_accelerator(SimpleNamespace(**plain), 4)
     with pytest.raises(ConfigError, match=message):
         check_accelerator(SimpleNamespace(**plain | set_up), 4)
