@@ -292,15 +292,18 @@ def test_a_process_ends_with_code_2_and_one_message(model: Path, arguments: list
 def test_an_interrupt_says_how_to_go_on(model: Path, tmp_path: Path):
     arguments = command("train", "--model", model, *SHORT, *SMALL, "--steps", 100000, "--output", tmp_path / "run",
                         "--set", "save_every=1")  # fmt: skip
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment())
-    try:
-        until = time.monotonic() + 100
-        while not list(tmp_path.glob("run/checkpoint-*")) and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, complaint = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    # A shell that runs the suite in the background has interrupts ignored, and children inherit that.
+    place = arguments.index("-c") + 1
+    arguments[place] = f"import signal; signal.signal(2, signal.default_int_handler); {arguments[place]}"
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        try:
+            until = time.monotonic() + 100
+            while not list(tmp_path.glob("run/checkpoint-*")) and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, complaint = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, complaint
     assert "flowgraph-rl: stopped; `train --resume` goes on from the newest checkpoint" in complaint
     assert "Traceback" not in complaint
