@@ -91,7 +91,9 @@ def imports_of(path: Path) -> set[str]:
 
 def test_imports_form_a_ladder():
     graph = {name: {m for m in imports_of(path) if m in MODULES and m != name} for name, path in MODULES.items()}
-    graph["flowgraph.cli"] -= {"flowgraph"}  # the command line uses the public API, like any user
+    for name in graph:
+        if name.startswith("flowgraph.commands."):
+            graph[name] -= {"flowgraph"}  # the command line uses the public API, like any user
     assert not any("flowgraph" in below for below in graph.values()), "a room imports the root"
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError on a cycle
     for climb in (["graph", "flow", "flowtrace"], ["spans", "chat", "text", "selectors", "regions", "tracing"]):

@@ -1,0 +1,1 @@
+"""The commands of ``flowgraph``, a module each; heavy imports stay inside the functions."""
