@@ -219,9 +219,7 @@ class ActorCritic(nn.Module):
         self, inputs: ModelInput, response_length: int, **replaced: Any
     ) -> Float[Tensor, "batch response vocabulary"]:
         arguments = self._arguments(inputs, **replaced)
-        if (
-            self._logits_to_keep
-        ):  # the prompt's logits are never read; for a large vocabulary they are most of the memory
+        if self._logits_to_keep:  # the prompt's are never read, and with a large vocabulary take most of the memory
             arguments["logits_to_keep"] = response_length + 1
         with self.autocast():
             logits = self.causal_lm(**arguments, use_cache=False).logits

@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows
 from rl.config import CreditConfig
 from rl.credit.registry import AttentionNeed, CreditInput, CreditRule, find_rule, score_tokens
-from rl.policy import ActorCritic, ModelInput
+from rl.policy import ActorCritic, ModelInput, TokenOutput
 from rl.records import Credit, Responses, TokenScores
 from rl.seeds import generator
 from rl.weights import shape_weights
@@ -30,14 +30,14 @@ class Scored:
     Attributes:
         scores: of every response token.
         credit: of every response token.
-        seconds: time of the whole pass.
-        credit_seconds: the part that only the credit needs: recording attention, reading it, the rule, the shape.
+        credit_seconds: what only the credit needs: recording attention, reading it, the rule, the shape.
+        output: the pass itself with its autograd graph, on the policy's device, where it was kept.
     """
 
     scores: TokenScores
     credit: Credit
-    seconds: float
     credit_seconds: float
+    output: TokenOutput | None = None
 
 
 def tokens_in_scope(responses: Responses, scope: str) -> Bool[Tensor, "batch response"]:
@@ -59,6 +59,7 @@ def score_rollout(
     seed: int,
     step: int,
     reference: bool,
+    keep_graph: bool = False,
 ) -> Scored:
     """Score every response under the policy that wrote it; no forward pass is made for the credit's sake.
 
@@ -74,57 +75,67 @@ def score_rollout(
         seed: of rules that draw.
         step: as part of that seed.
         reference: whether log-probabilities under the reference are wanted.
+        keep_graph: where one micro-batch holds all responses, keep what a backward pass needs, so that an update with
+            these very weights can do without a forward pass of its own.
 
     Raises:
         CreditError: the rule returned something that is no score.
     """
-    started = time.perf_counter()
     rule = find_rule(credit.rule)
     generators = credit_generators(responses, seed, step)
     parts: list[tuple[TokenScores, Credit]] = []
-    credit_seconds = 0.0
+    credit_seconds, output = 0.0, None
+    keep_graph = keep_graph and responses.num_sequences <= micro_batch_size
     for start in range(0, responses.num_sequences, micro_batch_size):
         part = responses.select(range(start, min(start + micro_batch_size, responses.num_sequences)))
-        scores, rows, recording = _forward(policy, part, rule, credit, temperature, reference)
+        inputs = ModelInput.of(part, policy.device)
+        tokens = inputs.input_ids[:, part.prompt_length :]
+        with torch.set_grad_enabled(keep_graph):
+            output, final_values, recorders = _forward(policy, inputs, tokens, rule, credit, temperature)
+        ref_logprobs = policy.reference_pass(inputs, tokens, temperature) if reference else None
+        scores = _token_scores(part, output, final_values, ref_logprobs)
         begun = time.perf_counter()
         streams = generators[start : start + micro_batch_size]
-        found = policy_credit(policy, part, scores, rows(), credit, streams, temperature=temperature)
+        rows = {name: recorder.rows(inputs.attention_mask, inputs.input_ids) for name, recorder in recorders.items()}
+        found = policy_credit(policy, part, scores, rows, credit, streams, temperature=temperature)
         parts.append((scores, found))
-        credit_seconds += recording + time.perf_counter() - begun
+        credit_seconds += time.perf_counter() - begun + sum(recorder.seconds for recorder in recorders.values())
     scores = join_records([scores for scores, _ in parts])
-    return Scored(scores, join_records([c for _, c in parts]), time.perf_counter() - started, credit_seconds)
+    return Scored(scores, join_records([c for _, c in parts]), credit_seconds, output if keep_graph else None)
 
 
 def _forward(
     policy: ActorCritic,
-    responses: Responses,
+    inputs: ModelInput,
+    tokens: Int64[Tensor, "batch response"],
     rule: CreditRule,
     credit: CreditConfig,
     temperature: float,
-    reference: bool,
-) -> tuple[TokenScores, Callable[[], dict[str, AttentionRows]], float]:
-    """All passes over one micro-batch; the attention comes as a promise, since reading it is the credit's cost."""
-    inputs = ModelInput.of(responses, policy.device)
-    tokens = inputs.input_ids[:, responses.prompt_length :]
-    mask = responses.response_mask.to(policy.device)
-    with torch.no_grad(), ExitStack() as stack:
+) -> tuple[TokenOutput, Float[Tensor, " batch"] | None, dict[str, AttentionRecorder]]:
+    """The policy's pass with its listeners, and the critic's, whose value after the last token stands apart."""
+    with ExitStack() as stack:
         recorders = {name: stack.enter_context(recorder_for(policy, need, credit)) for name, need in rule.needs.items()}
         logprobs, entropy = policy.policy_pass(inputs, tokens, temperature)
-    with torch.no_grad():
-        values = policy.value_pass(inputs, tokens.shape[1])
-        ref = policy.reference_pass(inputs, tokens, temperature) if reference else None
-    scores = TokenScores(
-        logprobs=on_cpu(logprobs, mask),
-        entropy=on_cpu(entropy, mask),
-        ref_logprobs=None if ref is None else on_cpu(ref, mask),
-        values=None if values is None else on_cpu(values[:, :-1], mask),
-        final_values=None if values is None else values[:, -1].float().cpu(),
+    values = policy.value_pass(inputs, tokens.shape[1])
+    if values is None:
+        return TokenOutput(logprobs, entropy, None), None, recorders
+    return TokenOutput(logprobs, entropy, values[:, :-1]), values[:, -1], recorders
+
+
+def _token_scores(
+    responses: Responses,
+    output: TokenOutput,
+    final_values: Float[Tensor, " batch"] | None,
+    ref_logprobs: Float[Tensor, "batch response"] | None,
+) -> TokenScores:
+    mask = responses.response_mask.to(output.logprobs.device)
+    return TokenScores(
+        logprobs=on_cpu(output.logprobs, mask),
+        entropy=on_cpu(output.entropy, mask),
+        ref_logprobs=None if ref_logprobs is None else on_cpu(ref_logprobs, mask),
+        values=None if output.values is None else on_cpu(output.values, mask),
+        final_values=None if final_values is None else final_values.detach().float().cpu(),
     )
-
-    def rows() -> dict[str, AttentionRows]:
-        return {name: recorder.rows(inputs.attention_mask, inputs.input_ids) for name, recorder in recorders.items()}
-
-    return scores, rows, sum(recorder.seconds for recorder in recorders.values())
 
 
 def recorder_for(policy: ActorCritic, need: AttentionNeed, credit: CreditConfig) -> AttentionRecorder:
@@ -224,8 +235,8 @@ def embedding_gradient(
 
 
 def on_cpu(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Float32, 0 on padding, on the CPU."""
-    return tensor.float().masked_fill(~mask, 0.0).cpu()
+    """Float32, 0 on padding, on the CPU, without a gradient."""
+    return tensor.detach().float().masked_fill(~mask, 0.0).cpu()
 
 
 def to_device(record: Record, device: torch.device) -> Record:

@@ -28,9 +28,9 @@ from rl.credit.registry import find_rule
 from rl.errors import CheckpointError
 from rl.experience import build_experience
 from rl.metrics import Averages, Clock, flat_settings, step_averages, step_row
-from rl.policy import ActorCritic, model_name
+from rl.policy import ActorCritic, TokenOutput, model_name
 from rl.processes import check_accelerator, gathered, make_accelerator, whiten_together
-from rl.records import Experience
+from rl.records import Experience, Responses
 from rl.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.rolloutfile import load_rollout, save_rollout, token_texts
 from rl.schedules import adapted_kl_weight, learning_rate_factor
@@ -94,7 +94,7 @@ class PPOTrainer:
         accelerator: Any = None,
     ) -> None:
         self.config = config = _with_credit(config or PPOConfig(), credit)
-        self.rule = find_rule(config.credit.rule)
+        find_rule(config.credit.rule)  # a wrong name ends here, before anything is loaded
         self.task, self.tokenizer = make_task(task), tokenizer
         self.output = None if output is None else Path(output)
         trackers = check_trackers(trackers)
@@ -116,6 +116,7 @@ class PPOTrainer:
         self.history: list[dict[str, Any]] = []
         self._buffer: Experience | None = None
         self._ratios: Tensor = torch.empty(0)
+        self._scored: tuple[Responses, TokenOutput] | None = None
         self._reference = reference_mark(self.policy)
         if self.output is not None:
             self._open(resume, allow_changes)
@@ -181,6 +182,7 @@ class PPOTrainer:
         scored = score_rollout(
             self.policy, responses, config.credit, temperature=config.temperature,
             micro_batch_size=config.micro_batch_size, seed=config.seed, step=step, reference=self._wants_reference,
+            keep_graph=self._learns_in_one_pass,
         )  # fmt: skip
         experience = build_experience(
             responses,
@@ -194,6 +196,7 @@ class PPOTrainer:
         clock.seconds["credit_seconds"] = scored.credit_seconds
         self.position.averages = {"clock": clock.seconds}
         self._ratios = torch.ones_like(experience.advantages)
+        self._scored = None if scored.output is None else (experience.responses, scored.output)
         return experience
 
     def learn(self, experience: Experience) -> None:
@@ -210,8 +213,11 @@ class PPOTrainer:
         for number, rows in enumerate(updates):
             if number < position.updates:  # made before the run was stopped
                 continue
-            mine = [row - first for row in rows.tolist() if first <= row < first + share]
-            self.updater.update(experience, mine, kl_weight=position.kl_weight, averages=averages, ratios=self._ratios)
+            mine = sorted(row - first for row in rows.tolist() if first <= row < first + share)
+            self.updater.update(
+                experience, mine, kl_weight=position.kl_weight, averages=averages, ratios=self._ratios,
+                output=self._output_of(experience.responses),
+            )  # fmt: skip
             clock.stop("update_seconds")
             position.updates = number + 1
             position.averages = {"clock": clock.seconds, "updates": {"sums": averages.sums, "counts": averages.counts}}
@@ -262,13 +268,25 @@ class PPOTrainer:
         if self._metrics is not None and config.report_every and position.step % config.report_every == 0:
             self._write_rollout(experience)
         if config.save_every and position.step % config.save_every == 0:
-            self._buffer = None
             self.save()
 
     @property
     def _merges(self) -> bool:
         """Under autocast a merged weight would be rounded to 16 bits, and most of the update with it."""
         return self.config.merge_for_generation and self.accelerator.mixed_precision == "no"
+
+    @property
+    def _learns_in_one_pass(self) -> bool:
+        """Where one update follows a rollout, the forward pass that scores it serves the update too.
+
+        Not with several processes: their wrapper exchanges gradients only of passes that went through it.
+        """
+        return self.config.epochs * self.config.num_minibatches == 1 and self.accelerator.num_processes == 1
+
+    def _output_of(self, responses: Responses) -> TokenOutput | None:
+        """The pass that scored these responses, once; None where there is none or it was made of others."""
+        scored, self._scored = self._scored, None
+        return scored[1] if scored is not None and scored[0] is responses else None
 
     @property
     def _wants_reference(self) -> bool:

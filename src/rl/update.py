@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class Updater:
 
     def update(
         self, experience: Experience, rows: Sequence[int], *, kl_weight: float, averages: Averages,
-        ratios: Tensor | None = None,
+        ratios: Tensor | None = None, output: TokenOutput | None = None,
     ) -> bool:  # fmt: skip
         """One optimiser step on the given sequences of this process; False where no token of any process counts.
 
@@ -123,6 +124,7 @@ class Updater:
             kl_weight: beta of a KL term in the loss.
             averages: filled with what is logged.
             ratios: ``[B, R]``, filled with the importance ratios seen.
+            output: of a forward pass over these very rows with the present weights, where one was made already.
 
         Raises:
             DivergedError: the gradient is not finite.
@@ -141,9 +143,9 @@ class Updater:
             with _syncing(self.accelerator, self.wrapped, last):
                 inputs = ModelInput.of(part.responses, self.policy.device)
                 tokens = inputs.input_ids[:, part.responses.prompt_length :]
-                output = TokenOutput(*self.wrapped(inputs, tokens, config.temperature))
+                made = TokenOutput(*self.wrapped(inputs, tokens, config.temperature)) if output is None else output
                 loss, seen = micro_losses(
-                    output, part, config, kl_weight=kl_weight, num_tokens=num_tokens, num_sequences=num_sequences
+                    made, part, config, kl_weight=kl_weight, num_tokens=num_tokens, num_sequences=num_sequences
                 )
                 # Wrappers average gradients over processes; the denominators are those of all of them already. A
                 # process without a sequence in this minibatch runs along with a weight of 0.
@@ -180,6 +182,4 @@ class Updater:
 
 def _syncing(accelerator: Any, wrapped: nn.Module, last: bool) -> Any:
     """Gradients are exchanged once for each update, with its last micro-batch."""
-    from contextlib import nullcontext
-
     return nullcontext() if last else accelerator.no_sync(wrapped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -246,8 +247,22 @@ def test_the_embedding_gradient_is_the_numerical_derivative(family: str):
 
 def test_the_cost_of_credit_is_part_of_the_whole():
     policy = actor()
-    made = scored(policy, rollout(policy), "flow")
-    assert 0 < made.credit_seconds < made.seconds
+    responses = rollout(policy)
+    began = time.perf_counter()
+    made = scored(policy, responses, "flow")
+    assert 0 < made.credit_seconds < time.perf_counter() - began
+
+
+def test_the_pass_is_kept_only_on_request_and_only_whole():
+    policy = actor()
+    responses = rollout(policy)
+    assert scored(policy, responses, "flow").output is None
+    assert scored(policy, responses, "flow", micro_batch_size=4, keep_graph=True).output is None
+    kept = scored(policy, responses, "flow", keep_graph=True)
+    assert kept.output is not None
+    assert kept.output.logprobs.requires_grad
+    records = (*vars(kept.scores).values(), *vars(kept.credit).values())
+    assert not any(tensor.requires_grad for tensor in records if isinstance(tensor, Tensor))
 
 
 def test_rules_that_draw_do_so_by_problem_and_step():

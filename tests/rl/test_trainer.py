@@ -26,7 +26,7 @@ from rl import (
 )
 from rl.credit import registry
 from rl.experience import build_experience
-from rl.policy import TokenOutput
+from rl.policy import ActorCritic, TokenOutput
 from rl.update import micro_losses
 from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 
@@ -154,6 +154,52 @@ def test_generating_in_parts_and_stepping_by_hand_change_nothing():
         row = parts.step()
     assert row["step"] == config.steps
     assert same(weights(parts), trained(config))
+
+
+ONE_UPDATE = replace(SETTINGS, num_minibatches=1, epochs=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(ONE_UPDATE, advantage="group", entropy_coefficient=0.01),
+        replace(ONE_UPDATE, kl_coefficient=0.05, kl_in="loss", truncated="bootstrap"),
+        replace(ONE_UPDATE, advantage="rloo", credit=CreditConfig(rule="flow", shape="soft", scope="response")),
+    ],
+    ids=["entropy bonus", "critic and reference", "flow"],
+)
+def test_learning_from_the_scoring_pass_is_learning_from_one_of_its_own(
+    config: PPOConfig, family: str, monkeypatch: pytest.MonkeyPatch
+):
+    passes: list[int] = []
+    forward = ActorCritic.forward
+    monkeypatch.setattr(ActorCritic, "forward", lambda *arguments: (passes.append(1), forward(*arguments))[1])
+    one = trainer(config, family=family)
+    rows = one.train()
+    assert not passes
+    monkeypatch.setattr(PPOTrainer, "_learns_in_one_pass", False)
+    two = trainer(config, family=family)
+    others = two.train()
+    assert len(passes) == config.steps
+    assert same(weights(one), weights(two))
+    for row, other in zip(rows, others, strict=True):
+        assert {k: v for k, v in row.items() if "second" not in k and "credit_overhead" not in k} == {
+            k: v for k, v in other.items() if "second" not in k and "credit_overhead" not in k
+        }
+
+
+def test_a_pass_over_other_responses_is_not_learned_from():
+    config = replace(ONE_UPDATE, advantage="group")
+    run = trainer(config)
+    first = run.collect()
+    run.position.step = 1
+    run.collect()  # its pass is the one that is kept
+    run.position.step = 0
+    run.learn(first)
+    expected = trainer(config)
+    expected.learn(expected.collect())
+    assert same(weights(run), weights(expected))
 
 
 def test_step_0_has_no_kl_and_a_ratio_of_1():
