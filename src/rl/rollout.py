@@ -20,6 +20,8 @@ from rl.tasks.base import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SHOWN_PROBLEMS = 5
+
 
 class PromptEncoder:
     """Prompts as token ids, checked against the budget and the model's context.
@@ -61,19 +63,38 @@ class PromptEncoder:
         Raises:
             PolicyError: it is longer than allowed, or holds a token that the model does not know.
         """
-        encoded = encode(self.tokenizer, sample.prompt, [self.ending.end_ids[0]])
-        if encoded.prompt_length > self._limit:
+        ids = self._encoded(sample)
+        if len(ids) > self._limit:
             raise PolicyError(
                 f"prompt: sample {sample.index} must have at most {self._limit} tokens ({self._rule}), got "
-                f"{encoded.prompt_length}; raise the limit, or leave the problem out"
+                f"{len(ids)}; raise the limit, or leave the problem out"
             )
-        ids = encoded.input_ids[: encoded.prompt_length].tolist()
         if max(ids) >= self._vocabulary:
             raise PolicyError(
                 f"tokenizer: must be that of the model, got id {max(ids)} in sample {sample.index}, and the model has "
                 f"{self._vocabulary} embeddings; load both from one folder, or call model.resize_token_embeddings"
             )
         return ids
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Refuse problems that would stop a run when their turn comes.
+
+        Raises:
+            PolicyError: prompts that are too long: how many, and which.
+        """
+        lengths = {sample.index: len(self._encoded(sample)) for sample in samples}
+        over = [index for index, length in lengths.items() if length > self._limit]
+        if over:
+            shown = ", ".join(map(str, over[:_SHOWN_PROBLEMS])) + (", ..." if len(over) > _SHOWN_PROBLEMS else "")
+            raise PolicyError(
+                f"prompt: every problem must have at most {self._limit} tokens ({self._rule}), got {len(over)} of "
+                f"{len(lengths)} that are longer, up to {max(lengths.values())} (numbers {shown}); raise the limit, or "
+                "leave them out"
+            )
+
+    def _encoded(self, sample: Sample) -> list[int]:
+        encoded = encode(self.tokenizer, sample.prompt, [self.ending.end_ids[0]])
+        return encoded.input_ids[: encoded.prompt_length].tolist()
 
 
 def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]:

@@ -140,7 +140,9 @@ class PPOTrainer:
             RewardError, CreditError: the task or the rule failed; checkpoints from before stay.
             DivergedError: a gradient is not finite.
             OutputError: the disk is full.
+            PolicyError: prompts of a finite task are too long; told before the first step.
         """
+        self._check_prompts()
         with self._display:
             while self.position.step < self.config.steps:
                 self.step()
@@ -244,6 +246,12 @@ class PPOTrainer:
             self.output, position, self.policy, self.optimizer, self._run(), keep=self.config.keep_checkpoints,
             accelerator=self.accelerator, write_buffer=None if buffer is None else write_buffer,
         )  # fmt: skip
+
+    def _check_prompts(self) -> None:
+        """Look at all problems that are still to come; an endless task shows its own in its time."""
+        if self.task.size is not None:
+            first, last = (step * self.config.num_prompts for step in (self.position.step, self.config.steps))
+            self.encoder.check(draw_samples(self.task, "train", range(first, min(last, first + self.task.size))))
 
     def _finish(self, experience: Experience) -> None:
         """Log the step, adapt beta, move on, and write what is due."""

@@ -354,6 +354,23 @@ def test_prompts_over_budget_and_contexts_too_short_are_refused():
         PPOTrainer(tiny_policy(context=10), alphabet(), task=Digits(), config=SETTINGS, progress=False)
 
 
+def test_a_long_prompt_is_found_before_the_first_step_not_at_its_turn(tmp_path):
+    task = Digits(prompts=(*Digits().prompts, *["a=1;" * 20] * 6))
+    run = PPOTrainer(
+        tiny_policy(), alphabet(), task=task, config=replace(SETTINGS, max_prompt_tokens=20), progress=False,
+        output=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(
+        PolicyError,
+        match=r"every problem must have at most 20 tokens .*, got 6 of 9 that are longer, up to 80 \(numbers 3, 4, 5, 6, "
+        r"7, \.\.\.\)",
+    ):
+        run.train()
+    assert not run.history
+    short = replace(SETTINGS, max_prompt_tokens=20, steps=1)  # whose problems the run never reaches
+    PPOTrainer(tiny_policy(), alphabet(), task=task, config=short, progress=False).train()
+
+
 def test_names_that_do_not_exist_are_refused_before_any_work():
     with pytest.raises(CreditError, match="credit: must name a registered rule, got 'flwo'; there are atpo"):
         trainer(credit(rule="flwo"))
