@@ -98,9 +98,13 @@ bench: $(VENV)/.bench  ## measure capture, engine, long texts and a peer (an hou
 	$(BIN)/python -m benchmarks.plots
 
 ARMS := uniform,random,oracle,oracle:soft,entropy,entropy:soft,max_attention,max_attention:soft,flow,flow:rows=literal,flow:soft,flow:bottom_q,reach:soft,reach_entropy:soft,flow_entropy,flow_entropy:soft,shuffled_flow:soft,atpo:soft,correlation,correlation:soft,fai,waad,coupled:raw,gradient,gradient:soft
+ALIGN := --task chain --batches 200 --arms $(ARMS) --baselines uniform,random,max_attention
 study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, and the speed beside TRL (two hours)
 	$(BIN)/python -m benchmarks.rl_study --workers $(WORKERS)
-	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align --task chain --batches 200 --arms $(ARMS) --baselines uniform,random,max_attention --out benchmarks/results/alignment
+	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --out benchmarks/results/alignment_start
+	@rm -rf out/midway
+	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl train benchmarks/train_midway.yaml --output out/midway
+	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --adapter out/midway --out benchmarks/results/alignment_mid
 	$(BIN)/python -m benchmarks.rl_trl --threads 1
 	$(BIN)/python -m benchmarks.plots
 

@@ -43,6 +43,10 @@ def powers_of_two(axis: Axes, ticks: list[int]) -> None:
     axis.set_xlabel("tokens")
 
 
+def plain_numbers(axis: Axes) -> None:
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+
+
 def streaming() -> None:
     """Memory and time of a trace against its length."""
     rows = rows_of("streaming")
@@ -61,6 +65,7 @@ def streaming() -> None:
     time.legend(frameon=False)
     for axis in (memory, time):
         powers_of_two(axis, tokens)
+        plain_numbers(axis)
     write(figure, "streaming")
 
 
@@ -88,6 +93,8 @@ def engine() -> None:
     batch.set_ylim(bottom=1)
     batch.set_ylabel("whole solve / one read of the edges")
     batch.legend(frameon=False)
+    for axis in (dense, batch):
+        plain_numbers(axis)
     write(figure, "engine")
 
 
@@ -103,6 +110,7 @@ def peers() -> None:
         axis.set_ylabel(label)
         axis.legend(frameon=False)
         powers_of_two(axis, tokens)
+        plain_numbers(axis)
     write(figure, "flashtrace")
 
 
@@ -129,21 +137,38 @@ def study() -> None:
     gaps.axvline(0, color=BLACK, linewidth=1)
     gaps.set_yticks(places, [row["arm"] for row in tests])
     gaps.set_xlabel("area under the curve minus uniform's, 95 %")
-    IMAGES.mkdir(exist_ok=True)
-    figure.savefig(IMAGES / "rl_study.svg", metadata={"Date": None})
-    plt.close(figure)
-    print(IMAGES / "rl_study.svg")
+    write(figure, "rl_study")
+
+
+def alignment() -> None:
+    """Every arm's sample multiplier before training and in its midst, best first."""
+    found = {name: json.loads((RESULTS / f"alignment_{name}" / "alignment.json").read_text()) for name in ("start", "mid")}
+    arms = {name: {arm["name"]: arm for arm in content["arms"]} for name, content in found.items()}
+    order = sorted(arms["start"], key=lambda arm: arms["start"][arm]["multiplier"]["corrected"])
+    figure, axis = plt.subplots(figsize=(8, 7.5), layout="constrained")
+    axis.axvline(1, color=BLACK, linewidth=1, linestyle="--")
+    for offset, name, colour, marker, label in (
+        (0.15, "start", BLUE, "o", "at the start"), (-0.15, "mid", ORANGE, "s", "in mid-training"),
+    ):  # fmt: skip
+        estimates = [arms[name][arm]["multiplier"] for arm in order]
+        axis.errorbar(
+            [one["corrected"] for one in estimates], [place + offset for place in range(len(order))],
+            xerr=[1.96 * one["error"] for one in estimates], fmt=marker, color=colour, markersize=5,
+            label=f"{label}: {found[name]['num_batches']} batches, reward {found[name]['reward']:.2f}",
+        )  # fmt: skip
+    axis.set_yticks(range(len(order)), order)
+    axis.set_xlabel("sample multiplier of the policy gradient (1 = uniform), 95 %")
+    axis.legend(frameon=False, loc="lower right")
+    write(figure, "rl_alignment")
 
 
 def write(figure: Any, name: str) -> None:
     IMAGES.mkdir(exist_ok=True)
-    for axis in figure.axes:
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
     print(IMAGES / f"{name}.svg")
 
 
 if __name__ == "__main__":
-    for draw in (streaming, engine, peers, study):
+    for draw in (streaming, engine, peers, study, alignment):
         draw()
