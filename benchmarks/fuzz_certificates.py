@@ -15,14 +15,12 @@ Graphs are drawn in groups of 200 that are solved in one call each. What is done
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from benchmarks.common import RESULTS, machine, print_table
+from benchmarks.common import RESULTS
+from benchmarks.fuzz_graphs import EPS, GROUP, Case, Options, described, draw
+from benchmarks.fuzz_report import Report, show, write
 from flowgraph.certificate import Certificate, certify, certify_each
 from flowgraph.checks import NOTHING
 from flowgraph.edges import MatrixRows
 from flowgraph.errors import NumericalRangeError
-from flowgraph.graph import FlowGraph
 from flowgraph.maxflow import max_flow, max_flow_bracket
 from flowgraph.network import TOLERANCE, MaxFlow
 from flowgraph.propagation.conservation import conserve
@@ -50,319 +49,7 @@ from flowgraph.solving import solve
 
 BACKENDS = ("reference", "scatter", "dense", "numba")
 ROWS = ("rows dense", "rows numba", "rows streamed")
-GROUP = 200
 ALONE_EVERY, RATIONAL_TOKENS, MAX_FLOW_EVERY, NUM_THROUGH = 4, 12, 8, 4
-MOST_TOKENS = 24
-EPS = float(np.finfo(np.float64).eps)
-
-
-# Drawing ---------------------------------------------------------------------------------------------------
-
-
-def _all(tokens: int) -> NDArray:
-    """Every pair (source, target), sorted by target."""
-    return np.stack(np.tril_indices(tokens, -1)[::-1])
-
-
-def _band(tokens: int, random: np.random.Generator) -> NDArray:
-    return _where(tokens, lambda s, t: t - s <= random.integers(2, 5))
-
-
-def _star(tokens: int, random: np.random.Generator) -> NDArray:
-    hub = random.integers(tokens)
-    return _where(tokens, lambda s, t: (s == hub) | (t == hub))
-
-
-def _diamond(tokens: int, random: np.random.Generator) -> NDArray:
-    return _where(tokens, lambda s, t: (s == 0) != (t == tokens - 1))
-
-
-def _sparse(tokens: int, random: np.random.Generator) -> NDArray:
-    share = random.uniform(0.05, 0.6)
-    return _where(tokens, lambda s, t: random.random(s.size) < share)
-
-
-def _disconnected(tokens: int, random: np.random.Generator) -> NDArray:
-    """Nothing crosses a place in the text, or nobody reads some of its tokens."""
-    cut, unread = random.integers(1, tokens + 1), random.random(tokens) < 0.5
-    crossing = random.random() < 0.5
-    return _where(tokens, lambda s, t: ~((s < cut) & (t >= cut)) if crossing else ~unread[s])
-
-
-def _single(tokens: int, random: np.random.Generator) -> NDArray:
-    pairs = _all(tokens)
-    return pairs[:, [random.integers(pairs.shape[1])]] if tokens > 1 else pairs
-
-
-def _where(tokens: int, keep: Callable[[NDArray, NDArray], NDArray]) -> NDArray:
-    pairs = _all(tokens)
-    return pairs[:, keep(*pairs)]
-
-
-KINDS: dict[str, Callable[[int, np.random.Generator], NDArray]] = {
-    "chain": lambda tokens, random: _where(tokens, lambda s, t: t == s + 1),
-    "band": _band,
-    "sink": lambda tokens, random: _all(tokens),
-    "star": _star,
-    "diamond": _diamond,
-    "sparse": _sparse,
-    "dense": lambda tokens, random: _all(tokens),
-    "disconnected": _disconnected,
-    "single edge": _single,
-    "edgeless": lambda tokens, random: np.empty((2, 0), np.int64),
-}
-WEIGHTS = ("attention", "ties", "free", "spread")
-SINK = 1e-7
-"""What a token of a "sink" graph leaves for all it reads but the first token."""
-
-
-def _capacities(kind: str, weights: str, pairs: NDArray, random: np.random.Generator) -> NDArray:
-    source, target = pairs
-    if weights == "wide":
-        return 10.0 ** random.uniform(-300, 300, source.size)
-    if weights == "ties":
-        level = random.choice([0.0, 0.25, 1.0, 3.0])
-        count = np.bincount(target, minlength=1)[target] if target.size else target
-        return np.full(source.size, level) if level else 1.0 / count
-    if weights == "free":  # as of contributions: rows sum to anything
-        return random.integers(1, 4097, source.size) / 1024
-    if weights == "spread":
-        return 10.0 ** random.uniform(-4, 2, source.size)
-    raw = np.exp(random.choice([0.5, 2, 6]) * random.normal(size=source.size))
-    others = raw * (source != 0) if kind == "sink" else raw
-    own = np.exp(random.normal(size=MOST_TOKENS))  # what a token reads of itself is no edge
-    share = others / (np.bincount(target, others, MOST_TOKENS) + own)[target]
-    return np.where(source == 0, 1 - SINK, SINK * share) if kind == "sink" else share
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One graph as drawn: edges sorted by (target, source), masks, and vectors of its own."""
-
-    number: int
-    kind: str
-    weights: str
-    pairs: NDArray
-    capacity: NDArray
-    question: NDArray
-    answer: NDArray
-    source: NDArray
-    demand: NDArray
-    graph: FlowGraph
-
-    @property
-    def tokens(self) -> int:
-        return self.question.size
-
-    @property
-    def valid(self) -> bool:
-        """One token alone would be question and answer at once, which no valid graph allows."""
-        return self.tokens > 1
-
-    @property
-    def bound(self) -> float:
-        """How far two solvers may be apart: each is off by tokens times the certificate's local bound at most."""
-        ends = np.concatenate([[0], np.bincount(self.pairs[0]), np.bincount(self.pairs[1])])
-        return 2 * self.tokens * (float(ends.max()) + 32) * EPS
-
-
-@dataclass(frozen=True)
-class Options:
-    """What all graphs of a group have in common, as they are solved in one call."""
-
-    flavour: str
-    dtype: torch.dtype
-    source: str
-    own_demand: bool
-    absorption: str | None
-    damping: float
-
-    @classmethod
-    def of(cls, seed: int, group: int) -> Options:
-        random = np.random.default_rng([seed, 1, group])
-        return cls(
-            flavour=str(random.choice(["ordinary", "mixed", "wide"], p=[0.65, 0.2, 0.15])),
-            dtype=torch.float32 if random.random() < 0.4 else torch.float64,
-            source=str(random.choice(["uniform", "potential", "vector"])),
-            own_demand=bool(random.random() < 0.3),
-            absorption=[None, "absorb", "pass_through"][random.integers(3)],
-            damping=[1.0, 1.0, 0.9, 0.5, float(random.uniform(0.01, 1))][random.integers(5)],
-        )
-
-
-def draw(seed: int, number: int) -> Case:
-    """Graph ``number`` of a seed, whatever else is drawn."""
-    options = Options.of(seed, number // GROUP)
-    random = np.random.default_rng([seed, 0, number])
-    tokens = int(random.integers(1, MOST_TOKENS + 1))
-    kind = str(random.choice(list(KINDS)))
-    weights = "attention" if kind == "sink" else str(random.choice(WEIGHTS))
-    if options.flavour == "wide" or (options.flavour == "mixed" and random.random() < 0.3):
-        weights = "wide"
-    pairs = KINDS[kind](tokens, random)
-    capacity = _capacities(kind, weights, pairs, random)
-    if options.dtype == torch.float32:
-        capacity = (10.0 ** (np.log10(capacity) / 7 - 5) if weights == "wide" else capacity).astype(np.float32)
-    question, answer = _regions(tokens, random)
-    source, demand = (_vector(tokens, weights == "wide", random) for _ in range(2))
-    positive = capacity > 0  # a share can underflow in float32
-    pairs, capacity = pairs[:, positive], capacity[positive]
-    graph = _graph(pairs, capacity, question, answer, random.permutation(capacity.size))
-    return Case(number, kind, weights, pairs, capacity, question, answer, source, demand, graph)
-
-
-def _regions(tokens: int, random: np.random.Generator) -> tuple[NDArray, NDArray]:
-    """Disjoint, none empty (one token is both); mostly the question comes first, with the ends in the regions."""
-    question, answer = np.zeros(tokens, bool), np.zeros(tokens, bool)
-    if tokens == 1:
-        return ~question, ~answer
-    order = random.permutation(tokens) if random.random() < 0.15 else np.arange(tokens)
-    cut = random.integers(1, tokens)
-    question[order[:cut]], answer[order[cut:]] = random.random(cut) < 0.5, random.random(tokens - cut) < 0.4
-    if random.random() < 0.7 or not question.any():
-        question[order[0]] = True
-    if random.random() < 0.7 or not answer.any():
-        answer[order[-1]] = True
-    return question, answer
-
-
-def _vector(tokens: int, wide: bool, random: np.random.Generator) -> NDArray:
-    """A source or demand of one's own, with zeros; now and then nothing but zeros."""
-    vector = random.exponential(size=tokens) * (random.random(tokens) < 0.6) * (random.random() < 0.95)
-    return vector * 10.0 ** random.uniform(-300, 300, tokens) if wide else vector
-
-
-def _graph(pairs: NDArray, capacity: NDArray, question: NDArray, answer: NDArray, order: NDArray) -> FlowGraph:
-    edges, weight = torch.from_numpy(pairs[:, order]), torch.from_numpy(capacity[order])
-    masks = torch.from_numpy(question), torch.from_numpy(answer)
-    if question.size > 1:
-        return FlowGraph.from_edges(edges, weight, num_nodes=question.size, question=masks[0], answer=masks[1])
-    blank = FlowGraph.from_edges(torch.empty(2, 0).long(), weight, num_nodes=2, question=[0], answer=[1])
-    rest = {name: blank[name] for name in ("kept_attention", "kept_flow", "throughput_error", "rules")}
-    return FlowGraph(
-        edge_index=edges, capacity=weight, num_nodes=1, question_mask=masks[0], answer_mask=masks[1],
-        reasoning_mask=torch.zeros_like(masks[0]), **rest,
-    )  # fmt: skip
-
-
-def described(seed: int, case: Case) -> str:
-    """The graph and how it was solved, every number exact."""
-
-    def exactly(values: NDArray) -> str:
-        return " ".join(float(value).hex() for value in values)
-
-    options = Options.of(seed, case.number // GROUP)
-    edges = [f"    {s} -> {t}  {float(c).hex()}" for s, t, c in zip(*case.pairs, case.capacity, strict=True)]
-    return "\n".join(
-        [
-            f"graph {case.number} of seed {seed}: {case.kind}, {case.weights} weights, {case.tokens} tokens, "
-            f"{case.capacity.size} edges, {str(options.dtype)[6:]}",
-            f"  source={options.source!r}, demand={'own' if options.own_demand else None}, "
-            f"absorption={options.absorption!r}, damping={options.damping.hex()}",
-            f"  question {np.flatnonzero(case.question).tolist()}, answer {np.flatnonzero(case.answer).tolist()}",
-            *([f"  source {exactly(case.source)}"] if options.source == "vector" else []),
-            *([f"  demand {exactly(case.demand)}"] if options.own_demand else []),
-            "  edges" if edges else "  no edges",
-            *edges,
-        ]
-    )
-
-
-# Tallies ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """One check over many graphs.
-
-    Attributes:
-        made: how often it was made.
-        vacuous: how often its bound was 1 or more, so that it said nothing (a max flow at capacities of 1e-300
-            beside 1e300).
-        closest: largest residual / bound among the others; 0 where the residual must be 0 and was.
-        graph: where that was.
-    """
-
-    made: int = 0
-    vacuous: int = 0
-    closest: float = 0.0
-    graph: int | None = None
-
-    def add(self, residual: float, bound: float, number: int) -> None:
-        self.made += 1
-        self.vacuous += bound >= 1
-        ratio = residual / bound if 0 < bound < 1 else 0.0
-        if ratio > self.closest:
-            self.closest, self.graph = ratio, number
-
-    def merge(self, other: Tally) -> None:
-        self.made, self.vacuous = self.made + other.made, self.vacuous + other.vacuous
-        if other.closest > self.closest:
-            self.closest, self.graph = other.closest, other.graph
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One check that did not hold, or an error that should not have been raised."""
-
-    number: int
-    way: str
-    check: str
-    residual: float
-    bound: float
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.way}: {self.check}: {self.residual:.3g} > {self.bound:.3g} {self.detail}".rstrip()
-
-
-@dataclass
-class Report:
-    """What a run found, groups added up."""
-
-    graphs: int = 0
-    flows: int = 0
-    checks: dict[str, Tally] = field(default_factory=dict)
-    kinds: Counter[str] = field(default_factory=Counter)
-    failures: list[Failure] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def add(self, name: str, residual: float, bound: float, number: int, way: str, detail: str = "") -> None:
-        """Count one check, and report it where it does not hold."""
-        self.checks.setdefault(name, Tally()).add(residual, bound, number)
-        if not residual <= bound:
-            self.failures.append(Failure(number, way, name, residual, bound, detail))
-
-    def error(self, number: int, way: str, error: Exception) -> None:
-        name = f"raised {type(error).__name__}"
-        self.failures.append(Failure(number, way, name, float("inf"), 0.0, str(error)))
-
-    def merge(self, other: Report) -> None:
-        self.graphs, self.flows = self.graphs + other.graphs, self.flows + other.flows
-        self.kinds.update(other.kinds)
-        self.failures += other.failures
-        for name, tally in other.checks.items():
-            self.checks.setdefault(name, Tally()).merge(tally)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The table: one row per check."""
-        failed = Counter(failure.check for failure in self.failures)
-        names = [*self.checks, *(name for name in failed if name not in self.checks)]
-        tallies = {name: self.checks.get(name, Tally()) for name in names}
-        return [
-            {
-                "check": name,
-                "made": tally.made,
-                "failed": failed[name],
-                "vacuous": tally.vacuous,
-                "closest": tally.closest,
-                "graph": tally.graph,
-            }
-            for name, tally in tallies.items()
-        ]
-
-
-# Solving and checking --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -577,9 +264,6 @@ def _by_networkx(flow: Any, case: Case) -> MaxFlow | None:
         return None
 
 
-# Running ---------------------------------------------------------------------------------------------------
-
-
 def fuzz(
     graphs: int,
     seed: int = 0,
@@ -629,47 +313,6 @@ def _parts(seed: int, groups: list[range], workers: int, only: int | None) -> It
         yield from pool.map(run, groups)
 
 
-def show(report: Report, seed: int, graphs: int, shown: int = 20) -> None:
-    """The table, and each failing graph with the command that has it again."""
-    print_table(report.rows())
-    rate = report.graphs / max(report.seconds, 1e-9)
-    print(
-        f"\n{report.graphs:,} graphs, {report.flows:,} flows certified, "
-        f"{sum(tally.made for tally in report.checks.values()):,} checks, {len(report.failures):,} failures; "
-        f"{report.seconds:.0f} s, {rate:.0f} graphs/s"
-    )
-    by_graph: dict[int, list[Failure]] = {}
-    for failure in report.failures:
-        by_graph.setdefault(failure.number, []).append(failure)
-    for number, failures in list(by_graph.items())[:shown]:
-        print(f"\n{described(seed, draw(seed, number))}")
-        for failure in failures:
-            print(f"  FAILED {failure}")
-        print(f"  again: python -m benchmarks.fuzz_certificates --graphs {graphs} --seed {seed} --only {number}")
-    if len(by_graph) > shown:
-        print(f"\n... and {len(by_graph) - shown} more graphs: {sorted(by_graph)[:200]}")
-
-
-def write(report: Report, seed: int, path: Path) -> None:
-    """The result as JSON, in the form of the other benchmarks."""
-    result = {
-        "benchmark": "fuzz_certificates",
-        "notes": str(__doc__),
-        "machine": machine(),
-        "seed": seed,
-        "graphs": report.graphs,
-        "kinds": dict(sorted(report.kinds.items())),
-        "flows_certified": report.flows,
-        "seconds": round(report.seconds, 1),
-        "graphs_per_second": round(report.graphs / max(report.seconds, 1e-9), 1),
-        "failures": [{**vars(failure), "residual": str(failure.residual)} for failure in report.failures[:1000]],
-        "num_failures": len(report.failures),
-        "rows": report.rows(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, required=True, help="how many graphs")
@@ -692,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         report = fuzz(chosen.graphs, chosen.seed, workers=chosen.workers, only=chosen.only, progress=progress)
     if chosen.only is None:
-        write(report, chosen.seed, chosen.json)
+        write(report, chosen.seed, str(__doc__), chosen.json)
     elif not report.failures:
         print(described(chosen.seed, draw(chosen.seed, chosen.only)))
     show(report, chosen.seed, chosen.graphs)

@@ -142,7 +142,9 @@ def study() -> None:
 
 def alignment() -> None:
     """Every arm's sample multiplier before training and in its midst, best first."""
-    found = {name: json.loads((RESULTS / f"alignment_{name}" / "alignment.json").read_text()) for name in ("start", "mid")}
+    found = {
+        name: json.loads((RESULTS / f"alignment_{name}" / "alignment.json").read_text()) for name in ("start", "mid")
+    }
     arms = {name: {arm["name"]: arm for arm in content["arms"]} for name, content in found.items()}
     order = sorted(arms["start"], key=lambda arm: arms["start"][arm]["multiplier"]["corrected"])
     figure, axis = plt.subplots(figsize=(8, 7.5), layout="constrained")

@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks.common import RESULTS, machine
+from rl.significance import holm
 
 ARMS = {
     "uniform": {"rule": "uniform"},
@@ -113,16 +114,6 @@ def sign_flip_p(differences: list[float]) -> float:
     flips = itertools.product((-1, 1), repeat=len(differences))
     extreme = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= seen for signs in flips]
     return sum(extreme) / len(extreme)
-
-
-def holm(values: list[float]) -> list[float]:
-    """Holm's step-down adjustment, in the order given."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    adjusted, running = [0.0] * len(values), 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(values) - rank) * values[index]))
-        adjusted[index] = running
-    return adjusted
 
 
 def compare(areas: dict[str, list[float]], base: str, family: list[str]) -> list[dict[str, Any]]:

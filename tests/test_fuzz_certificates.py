@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import fuzz_certificates
-from benchmarks.fuzz_certificates import GROUP, KINDS, Case, Options, Report, draw, fuzz, main
+from benchmarks.fuzz_certificates import fuzz, main
+from benchmarks.fuzz_graphs import GROUP, KINDS, Case, Options, draw
+from benchmarks.fuzz_report import Report
 from torch import Tensor
 
 from flowgraph.propagation import reference

@@ -12,8 +12,8 @@ from flowgraph.errors import (
     RegionError,
 )
 from flowgraph.graph import FlowGraph
+from flowgraph.inputs import generate_response
 from flowgraph.regions import LastLine
-from flowgraph.tracing import generate_response
 from tests.fixtures.tiny import PROMPT, RESPONSE, chat, tiny, tiny_model
 from tests.fixtures.tokenizers import byte_level
 
@@ -258,7 +258,7 @@ def test_bad_input_with_ids(options: dict, error: type[Exception], message: str)
     [{"damping": 0}, {"source": "x"}, {"heads": "x"}, {"layers": "9-9"}, {"answer": "(unclosed"}, {"max_edges": -1}],
 )
 def test_options_are_checked_before_anything_is_generated(options: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flowgraph.tracing.generate_response", lambda *a: pytest.fail("the model ran"))
+    monkeypatch.setattr("flowgraph.inputs.generate_response", lambda *a: pytest.fail("the model ran"))
     with pytest.raises(InvalidInputError):
         trace(MODEL, TOKENIZER, PROMPT, **options)
 

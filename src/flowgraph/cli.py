@@ -1,4 +1,4 @@
-"""The command line: ``flowgraph trace | demo | show | certify``."""
+"""The command line ``flowgraph``: which commands there are, and how bad input ends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import sys
 
 import typer
 
+from flowgraph.commands.compare import compare
+from flowgraph.commands.export import export
+from flowgraph.commands.hub_test import hub_test
+from flowgraph.commands.knockout import knockout
 from flowgraph.commands.show import certify, show
+from flowgraph.commands.steps import steps
 from flowgraph.commands.trace import demo, trace
+from flowgraph.commands.trace_file import trace_file
 from flowgraph.errors import FlowgraphError
 
 app = typer.Typer(
@@ -19,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (trace, demo, show, certify):
+for command in (trace, demo, trace_file, show, steps, compare, certify, knockout, hub_test, export):
     app.command()(command)
 
 

@@ -18,8 +18,10 @@ from flowgraph.graph import FlowGraph
 from flowgraph.payload import trace_payload, write_json
 from flowgraph.pruning import Backbone, backbone
 from flowgraph.routes import Route, TokenRole, checkpoints, hubs, widest_routes
+from flowgraph.steps.stepflow import By, StepFlow, step_flow
 from flowgraph.storage import read_record, require_tensors, write_record
 from flowgraph.views.html import write_html
+from flowgraph.views.notebook import repr_html
 
 _TENSORS = {
     "token_ids": (torch.int64, 1),
@@ -116,6 +118,12 @@ class FlowTrace:
         """Tokens that gather flow from many places; see :func:`flowgraph.checkpoints`."""
         return checkpoints(self.flow, k, region)  # type: ignore[arg-type]
 
+    def steps(self, by: By = "auto", *, split_question: bool = False) -> StepFlow:
+        """The same flow between lines, sentences or numbered steps; see :func:`flowgraph.steps.split_steps`."""
+        return step_flow(
+            self.flow, tokens=self.tokens, spans=self.spans, text=self.text, by=by, split_question=split_question
+        )
+
     def certify(self, **options: Any) -> Certificate:
         """What is proved about this flow; see :func:`flowgraph.certify`."""
         return certify(self.flow, **options)
@@ -177,6 +185,10 @@ class FlowTrace:
     def to_html(self, path: PathLike, *, keep: float = 0.9) -> None:
         """Write one self-contained page (no network): tokens by throughput, the backbone's arcs, numbers on hover."""
         write_html(path, self.to_dict(keep=keep))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return repr_html(self)
 
     def __repr__(self) -> str:
         counts = ", ".join(

@@ -7,13 +7,17 @@ Schema ``flowgraph-trace/1``::
     text          prompt + response
     feasible      whether any question token reaches the answer
     summary       {num_tokens, num_edges, mean_hops, alpha, kept_attention, kept_flow, throughput_error}
-    tokens        [{index, text, start, end, region, generated, h, g, throughput}]; region is
+    tokens        [{index, text, start, end, region, generated, h, g, throughput, source, absorbed}]; region is
                   "question", "reasoning", "answer" or null; start and end are characters of text; h or g
-                  is null where it is too large for float64
+                  is null where it is too large for float64; source and absorbed are the flow that enters and
+                  leaves at the token
     edges         [[source, target, capacity, flow]], those with most flow first
     edges_left_out  number of edges with flow that are not listed
     backbone      {keep, share, edges: [[source, target, flow]]}, or null without a flow
     routes        [{tokens, flow}], widest first
+    steps         {by, nodes: [{index, start, stop, region, text, throughput, source, absorbed, within}],
+                  edges: [[source step, target step, flow]], edges_left_out}, or null without a flow; a node is
+                  the tokens start to stop (exclusive), split by the rule that ``by`` names, strongest edges first
     hubs, checkpoints   [{token, throughput, inflows, outflows, score}] of the reasoning tokens
     provenance    what was run, with which choices and versions
 """
@@ -34,6 +38,7 @@ from flowgraph.files import PathLike, write_text
 from flowgraph.flow import Flow
 from flowgraph.pruning import backbone
 from flowgraph.routes import checkpoints, hubs, widest_routes
+from flowgraph.steps.stepflow import step_flow
 
 SCHEMA = "flowgraph-trace/1"
 _NUM_ROUTES = 20
@@ -65,7 +70,7 @@ def trace_payload(
             "num_edges": graph.num_edges,
             "mean_hops": float(flow.throughput.sum()) - 1 if feasible else None,
             "alpha": float(flow.alpha) if bool(torch.isfinite(flow.alpha)) else None,
-            "kept_attention": float(graph.kept_attention),
+            "kept_attention": _known(graph.kept_attention),
             "kept_flow": float(graph.kept_flow),
             "throughput_error": float(graph.throughput_error),
         },
@@ -74,6 +79,7 @@ def trace_payload(
         "edges_left_out": max(0, strongest.numel() - max_edges),
         "backbone": None,
         "routes": [],
+        "steps": None,
         "hubs": [],
         "checkpoints": [],
         "provenance": dict(provenance),
@@ -83,9 +89,15 @@ def trace_payload(
         kept = strongest[bone.edge_mask[strongest]]
         payload["backbone"] = {"keep": keep, "share": bone.share, "edges": _edges(graph.edge_index, kept, edge_flow)}
         payload["routes"] = [asdict(route) for route in widest_routes(flow, _NUM_ROUTES)]
+        payload["steps"] = step_flow(flow, tokens=tokens, spans=spans, text=text).to_dict(max_edges=max_edges)
         payload["hubs"] = [asdict(role) for role in hubs(flow, _NUM_ROLES)]
         payload["checkpoints"] = [asdict(role) for role in checkpoints(flow, _NUM_ROLES)]
     return payload
+
+
+def _known(share: Tensor) -> float | None:
+    """None where nobody knows: a graph that was read from a file may not say what it lost."""
+    return float(share) if bool(torch.isfinite(share)) else None
 
 
 def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor) -> list[dict[str, Any]]:
@@ -93,7 +105,7 @@ def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor)
     regions = {"question": graph.question_mask, "reasoning": graph.reasoning_mask, "answer": graph.answer_mask}
     starts, made = spans.tolist(), generated.tolist()
     h, g = ([x if math.isfinite(x) else None for x in vector.tolist()] for vector in flow.potentials())
-    throughput = flow.throughput.tolist()
+    throughput, source, absorbed = (x.tolist() for x in (flow.throughput, flow.source, flow.absorbed()))
     return [
         {
             "index": index,
@@ -105,6 +117,8 @@ def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor)
             "h": h[index],
             "g": g[index],
             "throughput": throughput[index],
+            "source": source[index],
+            "absorbed": absorbed[index],
         }
         for index, token in enumerate(tokens)
     ]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowgraph.errors import TraceFileError
+from flowgraph.errors import OutputError, TraceFileError
 from flowgraph.files import PathLike, atomic_write
 
 FORMAT = "flowgraph-trace"
@@ -32,7 +32,12 @@ def write_record(path: PathLike, tensors: dict[str, Tensor], record: dict[str, A
         name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()
     }  # none may share memory
     with atomic_write(path) as temporary:
-        save_file(copies, temporary, metadata)
+        try:
+            save_file(copies, temporary, metadata)
+        except SafetensorError as error:  # its own name for a full disk
+            raise OutputError(
+                f"path: must be writable, got {path}: {error}; make room, or choose another place"
+            ) from error
 
 
 def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,7 +59,7 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise TraceFileError(
             f"path: must be a complete safetensors file, got {path} ({error}); "
-            "it is truncated, or no trace (the JSON and HTML exports cannot be read back)"
+            "it is truncated, or no trace (read_json reads the graph of a JSON export)"
         ) from error
     except (KeyError, json.JSONDecodeError) as error:
         raise TraceFileError(

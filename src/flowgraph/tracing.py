@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +17,19 @@ from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.attention.selection import HeadSelector, LayerRule, resolve_layers
 from flowgraph.collecting import edges_kept
 from flowgraph.edges import EdgeRules
-from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.files import PathLike, check_writable
 from flowgraph.flowtrace import FlowTrace
 from flowgraph.graph import FlowGraph
+from flowgraph.inputs import Progress, regions_of_ids, regions_of_text
 from flowgraph.memory import require_memory
 from flowgraph.propagation.backends import Backend
-from flowgraph.regions import Regex, Regions, find_regions
+from flowgraph.propagation.operators import RowSource
+from flowgraph.regions import Regions
 from flowgraph.solving import Absorption, SourceRule, check_options, solve
-from flowgraph.text import EncodedText, encode
+from flowgraph.text import EncodedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[str], None]
 
 
 def trace(
@@ -115,19 +114,49 @@ def trace(
     inner = base_model(model)
     AttentionRecorder(model, layers=layers, heads=heads, edge_weight=edge_weight)
     if input_ids is not None:
-        encoded, regions = _from_ids(tokenizer, input_ids, prompt, response, question, answer, reasoning, prompt_length)
+        encoded, regions = regions_of_ids(
+            tokenizer, input_ids, prompt, response, question, answer, reasoning, prompt_length
+        )
     else:
-        encoded, regions = _from_text(
+        encoded, regions = regions_of_text(
             model, tokenizer, prompt, response, question, answer, reasoning, max_new_tokens, say
         )
     num_tokens = encoded.input_ids.numel()
-    _require_room(inner, num_tokens, layers, max_edges)
+    require_room(inner, num_tokens, layers, max_edges)
 
     say(f"reading the attention of {num_tokens} tokens")
     attention = capture(model, encoded.input_ids[None], layers=layers, heads=heads, edge_weight=edge_weight)
+    return assemble(
+        attention.sequence(0), encoded, regions, rules=rules, max_edges=max_edges, backend=backend, source=source,
+        demand=demand, absorption=absorption, damping=damping, progress=say,
+        provenance=provenance_of(inner, tokenizer, regions, attention.layers, heads, edge_weight, preset, rules),
+    )  # fmt: skip
+
+
+def assemble(
+    attention: RowSource,
+    encoded: EncodedText,
+    regions: Regions,
+    *,
+    rules: EdgeRules,
+    max_edges: int | str,
+    backend: Backend,
+    source: SourceRule | Tensor,
+    absorption: Absorption | None,
+    damping: float,
+    provenance: dict[str, Any],
+    demand: Tensor | None = None,
+    progress: Progress | None = None,
+) -> FlowTrace:
+    """The trace of one sequence from its attention rows; arguments as :func:`trace`.
+
+    Raises:
+        RegionError, GraphError: regions that do not fit the rows.
+    """
+    say = progress or (lambda line: None)
     say("building the graph")
     graph = FlowGraph.from_rows(
-        attention.sequence(0),
+        attention,
         question=_without_first(regions.question),
         answer=regions.answer,
         reasoning=regions.reasoning,
@@ -137,7 +166,6 @@ def trace(
     ).to("cpu")
     say("solving the flow")
     flow = solve(graph, backend=backend, source=source, demand=demand, absorption=absorption, damping=damping)
-    provenance = _provenance(inner, tokenizer, regions, attention.layers, heads, edge_weight, preset, rules)
     return FlowTrace(
         tokens=tuple(encoded.tokens),
         token_ids=encoded.input_ids.cpu(),
@@ -150,143 +178,6 @@ def trace(
     )
 
 
-def _from_text(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    prompt: str | list[dict[str, Any]] | None,
-    response: str | Sequence[int] | None,
-    question: Any,
-    answer: Any,
-    reasoning: Any,
-    max_new_tokens: int,
-    say: Progress,
-) -> tuple[EncodedText, Regions]:
-    if tokenizer is None or prompt is None:
-        missing = "tokenizer" if tokenizer is None else "prompt"
-        raise InvalidInputError(
-            f"{missing}: must be given unless input_ids is, got None; pass trace(model, tokenizer, prompt, ...)"
-        )
-    if reasoning is not None:
-        raise InvalidInputError(
-            "reasoning: goes with input_ids only, got a value with text; it is found between question and answer"
-        )
-    if isinstance(answer, str):
-        Regex(answer)
-    if isinstance(prompt, str) and not prompt.strip():
-        raise RegionError("prompt: must hold text, got only blanks; ask the question there")
-    ends_with_answer = not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
-    if response is None and not ends_with_answer:
-        response = generate_response(model, tokenizer, prompt, max_new_tokens, say)
-    encoded = encode(tokenizer, prompt, response)
-    return encoded, find_regions(encoded, question=question, answer=answer)
-
-
-def _from_ids(
-    tokenizer: PreTrainedTokenizerBase | None,
-    input_ids: Tensor,
-    prompt: Any,
-    response: Any,
-    question: Any,
-    answer: Any,
-    reasoning: Any,
-    prompt_length: int | None,
-) -> tuple[EncodedText, Regions]:
-    if prompt is not None or response is not None:
-        raise InvalidInputError("input_ids: replaces prompt and response, got both; pass one or the other")
-    input_ids = torch.as_tensor(input_ids)
-    if input_ids.ndim == 2 and input_ids.shape[0] == 1:
-        input_ids = input_ids[0]
-    if input_ids.ndim != 1 or input_ids.is_floating_point() or input_ids.numel() < 2:
-        raise InvalidInputError(
-            f"input_ids: must be one sequence of at least 2 token ids, got {input_ids.dtype} of shape "
-            f"{tuple(input_ids.shape)}; trace the sequences of a batch one by one"
-        )
-    question, answer, reasoning = (_one_row(region) for region in (question, answer, reasoning))
-    for name, region in (("question", question), ("answer", answer)):
-        if region is None:
-            raise InvalidInputError(f"{name}: must be a mask or indices with input_ids, got None; a regex needs text")
-    count = input_ids.numel()
-    if prompt_length is not None and not 0 < prompt_length < count:
-        raise InvalidInputError(
-            f"prompt_length: must lie in 1..{count - 1}, got {prompt_length}; it counts the prompt's tokens"
-        )
-    generated = None if prompt_length is None else torch.arange(count) >= prompt_length
-    regions = Regions.from_masks(question, answer, reasoning=reasoning, generated=generated, num_tokens=count)
-    pieces = [tokenizer.decode([token]) if tokenizer else f"<{token}>" for token in input_ids.tolist()]
-    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()
-    encoded = EncodedText(
-        input_ids=input_ids.long(),
-        tokens=tuple(str(piece) for piece in pieces),
-        spans=tuple(zip([0, *ends[:-1]], ends, strict=True)),
-        text="".join(str(piece) for piece in pieces),
-        prompt_length=int((~regions.generated).sum()),
-        response_start=ends[max(int((~regions.generated).sum()) - 1, 0)],
-        special=torch.zeros(count, dtype=torch.bool),
-    )
-    return encoded, regions
-
-
-def _one_row(region: Any) -> Any:
-    """A mask of shape [1, T], as it stands beside input_ids of that shape, is a mask over T tokens."""
-    return region[0] if isinstance(region, Tensor) and region.ndim == 2 and region.shape[0] == 1 else region
-
-
-def generate_response(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, Any]],
-    max_new_tokens: int,
-    say: Progress,
-) -> list[int]:
-    """Greedy response ids, the end token included.
-
-    Raises:
-        InvalidInputError: ``max_new_tokens`` below 1, or a prompt that leaves no room in the context.
-    """
-    if max_new_tokens < 1:
-        raise InvalidInputError(f"max_new_tokens: must be at least 1, got {max_new_tokens}; 256 is the default")
-    from transformers import GenerationConfig
-
-    prompt_ids = encode(tokenizer, prompt, [0]).input_ids[:-1]  # exactly the ids that the trace will read
-    inner = base_model(model)
-    limit = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None:
-        max_new_tokens = min(max_new_tokens, limit - prompt_ids.numel())
-    if max_new_tokens < 1:
-        raise InvalidInputError(
-            f"prompt: must leave room in the context of {limit} tokens, got {prompt_ids.numel()}; shorten it"
-        )
-    stop = inner.generation_config.eos_token_id if inner.generation_config else None
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stop if stop is not None else tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    ids = prompt_ids[None].to(inner.get_input_embeddings().weight.device)  # type: ignore[operator]
-    say(f"generating up to {max_new_tokens} tokens")
-    with torch.no_grad():
-        output = inner.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=_Counter(say, ids.shape[1])
-        )
-    return [int(token) for token in output[0, ids.shape[1] :]]
-
-
-class _Counter:
-    """A generation streamer that reports how many tokens there are."""
-
-    def __init__(self, say: Progress, prompt_length: int) -> None:
-        self.say, self.count = say, -prompt_length
-
-    def put(self, value: Tensor) -> None:
-        self.count += value.numel()
-        if self.count > 0:
-            self.say(f"generating: {self.count} tokens")
-
-    def end(self) -> None:
-        pass
-
-
 def _without_first(question: Tensor) -> Tensor:
     """The first token is an attention sink, never a source (unless it is all the question there is)."""
     rest = question.clone()
@@ -294,8 +185,12 @@ def _without_first(question: Tensor) -> Tensor:
     return rest if bool(rest.any()) else question
 
 
-def _require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:
-    """Estimate what a trace takes beyond the model: queries and keys of the chosen layers, and the edges."""
+def require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:
+    """Refuse a trace that would not fit, by an estimate of its queries, keys and edges.
+
+    Raises:
+        MemoryLimitError: it takes more than is free, beyond the model itself.
+    """
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
     chosen = len(resolve_layers(layers, config.num_hidden_layers))
     # Queries and keys are about as wide as the model; twice that in float32 also covers wider heads.
@@ -307,7 +202,7 @@ def _require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edge
     )
 
 
-def _provenance(
+def provenance_of(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     regions: Regions,
@@ -317,6 +212,7 @@ def _provenance(
     preset: str,
     rules: EdgeRules,
 ) -> dict[str, Any]:
+    """What was run, with which choices and versions, as plain JSON values."""
     config = model.config  # type: ignore[union-attr]
     return {
         "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),

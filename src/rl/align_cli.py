@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowgraph import MissingExtraError, OutputError, atomic_write
+from rl.screen import console, table
 
 if TYPE_CHECKING:
     from rl.alignment import Alignment, Estimate
@@ -75,42 +76,40 @@ def align_command(
 
 def print_alignment(found: Alignment) -> None:
     """The tables, as text on the terminal."""
-    from rich.console import Console
-
-    console = Console()
-    table = _table("arm", "multiplier", "95 %", "cosine", "error")
+    screen = console()
+    rows = table("arm", "multiplier", "95 %", "cosine", "error", figures=True)
     for arm in found.arms:
         estimate = arm.multiplier
-        table.add_row(
+        rows.add_row(
             arm.name, f"{estimate.corrected:.2f}", f"{estimate.low:.2f} to {estimate.high:.2f}",
             f"{arm.cosine.corrected:.3f}", f"{arm.cosine.error:.3f}",
         )  # fmt: skip
-    console.print(table)
-    table = _table("selected by", "tokens", "signal", "only these", "only the rest", "recall", "chance")
+    screen.print(rows)
+    rows = table("selected by", "tokens", "signal", "only these", "only the rest", "recall", "chance", figures=True)
     for arm in found.arms:
         if arm.signal_share is not None:
-            table.add_row(
+            rows.add_row(
                 arm.name, _share(arm.token_share), _figure(arm.signal_share), _figure(arm.only_selected),
                 _figure(arm.only_rest), _share(arm.recall), _share(arm.recall_chance),
             )  # fmt: skip
-    console.print(table)
+    screen.print(rows)
     if found.differences:
-        table = _table("arm", "minus", "difference", "95 %", "p", "p (Holm)")
+        rows = table("arm", "minus", "difference", "95 %", "p", "p (Holm)", figures=True)
         for pair in found.differences:
             low, high = pair.difference.low, pair.difference.high
-            table.add_row(
+            rows.add_row(
                 pair.arm, pair.baseline, f"{pair.difference.corrected:+.2f}", f"{low:+.2f} to {high:+.2f}",
                 f"{pair.p_value:.3f}", f"{pair.p_holm:.3f}",
             )  # fmt: skip
-        console.print(table)
+        screen.print(rows)
     seconds = sum(found.seconds.values())
     total = found.num_batches + found.no_signal
-    console.print(
+    screen.print(
         f"{found.num_batches} batches ({found.no_signal} more without signal), mean reward {found.reward:.3f}, "
         f"{found.response_tokens:.1f} tokens a response, {seconds / total:.2f} s a batch", highlight=False,
     )  # fmt: skip
     if not found.is_reliable:
-        console.print(
+        screen.print(
             "The cosine of uniform itself cannot be told from 0, so these ratios say nothing yet: take more batches.",
             style="yellow",
         )
@@ -145,24 +144,13 @@ def _make_folder(folder: Path) -> None:
         ) from error
 
 
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    return table
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage with rate and time left on a terminal; a plain line every ten seconds elsewhere."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, started, last = Console(stderr=True), dict.fromkeys(_STAGES, 0.0), 0.0
-    if not console.is_terminal:
+    screen, started, last = console(stderr=True), dict.fromkeys(_STAGES, 0.0), 0.0
+    if not screen.is_terminal:
         started[_STAGES[0]] = time.monotonic()
 
         def say(stage: str, done: int, total: int) -> None:
@@ -181,7 +169,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[rate]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=screen) as bars:
         tasks = {stage: bars.add_task(stage, total=None, start=stage == _STAGES[0], rate="") for stage in _STAGES}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -18,12 +18,10 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from rl.config import CreditConfig
+from rl.significance import Z_95, holm
 
 SCHEMA = "flowgraph-rl.alignment/1"
 UNIFORM = "uniform"
-
-_Z = 1.959964
-"""97.5 % quantile of the normal distribution."""
 
 _SAME = 1e-6
 """Differences between multipliers below this are rounding of float32 gradients, not findings."""
@@ -233,7 +231,7 @@ def jackknife(replicates: Float64[Tensor, " replicates"]) -> Estimate:
     mean = deleted.mean()
     corrected = n * value - (n - 1) * float(mean)
     error = math.sqrt((n - 1) / n * float((deleted - mean).square().sum()))
-    return Estimate(value, corrected, error, corrected - _Z * error, corrected + _Z * error)
+    return Estimate(value, corrected, error, corrected - Z_95 * error, corrected + Z_95 * error)
 
 
 def two_sided(difference: Estimate) -> float:
@@ -241,22 +239,6 @@ def two_sided(difference: Estimate) -> float:
     if abs(difference.value) <= _SAME:
         return 1.0
     return math.erfc(abs(difference.corrected) / difference.error / math.sqrt(2)) if difference.error > 0 else 0.0
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    r"""Holm's adjusted p-values: the k-th smallest of m times :math:`m - k + 1`, never falling, at most 1.
-
-    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
-    """
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = running
-    return adjusted
 
 
 def compare(multiplier: dict[str, Float64[Tensor, " replicates"]], baselines: Sequence[str]) -> tuple[Difference, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flowgraph import MissingExtraError, atomic_write
 from rl.alignment import Alignment, ArmAlignment
+from rl.significance import Z_95
 
 # Okabe and Ito's colours: told apart by people with any common kind of colour vision; the markers differ as well.
 _SERIES = (
@@ -47,7 +48,7 @@ def _draw(axes: Any, arms: list[ArmAlignment], offset: float, name: str, label: 
     if not found:
         return
     middle = [estimate.corrected for _, estimate in found]
-    reach = [1.959964 * estimate.error for _, estimate in found]
+    reach = [Z_95 * estimate.error for _, estimate in found]
     axes.errorbar(
         middle, [row for row, _ in found], xerr=reach, fmt=marker, color=colour, label=label, markersize=5,
         linewidth=1.4, linestyle="none", capsize=0,

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from flowgraph import OutputError
 from rl.config import differences
 from rl.errors import CheckpointError
 from rl.policy import VALUE, ActorCritic
+from rl.random_state import python_random, random_tensors, restore_random
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -130,13 +129,13 @@ def _write_all(
         save_adapter(policy, VALUE, temporary / "value")
         _save(temporary / "value" / "value_head.safetensors", dict(policy.value_head.state_dict()))
     _save(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer, policy))
-    _save(temporary / "random.safetensors", _random_tensors())
+    _save(temporary / "random.safetensors", random_tensors())
     files = {
         str(path.relative_to(temporary)): _fingerprint(path) for path in sorted(temporary.rglob("*")) if path.is_file()
     }
     state = {
         "format": FORMAT, "version": VERSION, "position": asdict(position), "run": dict(run), "files": files,
-        "python_random": _python_random(),
+        "python_random": python_random(),
     }  # fmt: skip
     path = temporary / "state.json"
     path.write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -229,7 +228,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], policy: ActorCritic, o
         load_adapter(policy, VALUE, path / "value")
         policy.value_head.load_state_dict(_load(path / "value" / "value_head.safetensors"))
     _restore_optimizer(_load(path / "optimizer.safetensors"), optimizer, policy)
-    _restore_random(_load(path / "random.safetensors"), state["python_random"])
+    restore_random(_load(path / "random.safetensors"), state["python_random"])
     return Position(**state["position"])
 
 
@@ -288,9 +287,10 @@ def reference_mark(policy: ActorCritic) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    content = save({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, {"format": "pt"})
+    path.write_bytes(content)  # its own save_file makes private files, and an error of its own of a full disk
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -339,32 +339,3 @@ def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Any, policy: Ac
         kind, name = key.split("/", 1)
         parameter = parameters[name]
         state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
-
-
-def _random_tensors() -> dict[str, Tensor]:
-    tensors = {"torch": torch.get_rng_state()}
-    kind: Any = np.random.get_state(legacy=True)
-    tensors["numpy"] = torch.tensor(np.asarray(kind[1], dtype=np.int64))
-    tensors["numpy_position"] = torch.tensor([int(kind[2]), int(kind[3])])
-    tensors["numpy_gauss"] = torch.tensor([float(kind[4])], dtype=torch.float64)
-    if torch.cuda.is_available():
-        for index, rng in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda.{index}"] = rng
-    return tensors
-
-
-def _python_random() -> list[Any]:
-    version, internal, gauss = random.getstate()
-    return [version, list(internal), gauss]
-
-
-def _restore_random(tensors: Mapping[str, Tensor], python: list[Any]) -> None:
-    random.setstate((python[0], tuple(python[1]), python[2]))
-    torch.set_rng_state(tensors["torch"].cpu())
-    position, has_gauss = tensors["numpy_position"].tolist()
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, float(tensors["numpy_gauss"])))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{index}"].cpu(), index)

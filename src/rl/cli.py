@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from flowgraph import FlowgraphError
+from flowgraph import FlowgraphError, atomic_write
+from rl.align_cli import align_command
 from rl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from rl.screen import console, spinner, table
 
 app = typer.Typer(
     name="flowgraph-rl",
@@ -112,7 +110,7 @@ def train(
     from rl.tracking import check_trackers
 
     check_trackers(tracker or [])
-    with _progress() as say:
+    with spinner() as say:
         say(f"loading {run.model}")
         from rl.loading import load_policy
 
@@ -127,7 +125,10 @@ def train(
             accelerator=make_accelerator(run.output, tracker or (), device),
         )  # fmt: skip
     if trainer.accelerator.is_main_process:
-        (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        with atomic_write(run.output / "run.yaml") as temporary:
+            temporary.write_text(run.to_yaml(), encoding="utf-8")
+        if trainer.accelerator.num_processes > 1:  # a launcher that started one alone says nothing either
+            typer.echo(f"{trainer.accelerator.num_processes} processes share the work", err=True)
         if trainer.position.step:
             typer.echo(f"resumed after step {trainer.position.step}", err=True)
     history = trainer.train()
@@ -167,7 +168,7 @@ def evaluate_command(
     limit = max_response_tokens
     if limit is None:
         limit = int(CHAIN_DEFAULTS["max_response_tokens"]) if model == "chain" else 256
-    with _progress() as say:
+    with spinner() as say:
         say(f"loading {model}")
         network, tokenizer = load_policy(model, dtype, device, folder)
         from rl.evaluation import evaluate
@@ -179,26 +180,20 @@ def evaluate_command(
             progress=lambda done, total: say(f"{done}/{total} responses"),
         )  # fmt: skip
     if out is not None:
-        import json
-
-        from flowgraph import atomic_write
-
         with atomic_write(out) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in result.responses), encoding="utf-8")
     if json_output:
-        import json
-
         typer.echo(json.dumps(result.summary()))
         return
-    table = _table("figure", "value")
-    table.add_row("mean reward", f"{result.reward:.3f}  (95 %: {result.low:.3f} to {result.high:.3f})")
+    rows = table("figure", "value")
+    rows.add_row("mean reward", f"{result.reward:.3f}  (95 %: {result.low:.3f} to {result.high:.3f})")
     if samples > 1:
-        table.add_row(f"best of {samples}", f"{result.best_of:.3f}")
-    table.add_row("problems", f"{result.num_problems}")
-    table.add_row("with an answer", f"{result.answer_share:.1%}")
-    table.add_row("cut off", f"{result.truncated_share:.1%}")
-    table.add_row("tokens a response", f"{result.response_tokens:.1f}")
-    _console().print(table)
+        rows.add_row(f"best of {samples}", f"{result.best_of:.3f}")
+    rows.add_row("problems", f"{result.num_problems}")
+    rows.add_row("with an answer", f"{result.answer_share:.1%}")
+    rows.add_row("cut off", f"{result.truncated_share:.1%}")
+    rows.add_row("tokens a response", f"{result.response_tokens:.1f}")
+    console().print(rows)
 
 
 @app.command()
@@ -232,7 +227,7 @@ def pretrain_command(
     if task != "chain":
         raise ConfigError(f"task: must be 'chain', got {task!r}; other tasks have no demonstrations, so bring a model")
     options = parse_options(settings or [])
-    with _progress() as say:
+    with spinner() as say:
         say("loading torch")
         from dataclasses import fields
 
@@ -260,7 +255,7 @@ def rules() -> None:
     """List the credit rules."""
     from rl.credit.registry import find_rule, rule_names
 
-    table = _table("rule", "reads", "scores")
+    rows = table("rule", "reads", "scores")
     for name in rule_names():
         rule = find_rule(name)
         needs = (
@@ -268,8 +263,8 @@ def rules() -> None:
             + ["a backward pass"] * rule.gradient
             + ["ground truth"] * rule.needs_oracle
         )
-        table.add_row(name, ", ".join(needs) or "-", rule.summary)
-    _console().print(table)
+        rows.add_row(name, ", ".join(needs) or "-", rule.summary)
+    console().print(rows)
 
 
 @app.command()
@@ -280,30 +275,24 @@ def merge(
     dtype: Dtype = "auto",
 ) -> None:
     """Merge a trained adapter into its base; plain transformers loads the result."""
+    from rl.folders import new_folder
     from rl.loading import load_policy
     from rl.runfile import policy_folder
 
     if out.exists():
         raise ConfigError(f"out: must be a new folder, got {out}, which exists; choose another name")
-    with _progress() as say:
+    with spinner() as say:
         say(f"loading {model}")
         network, tokenizer = load_policy(model, dtype, None, policy_folder(adapter))
         say("merging")
         merged = network.merge_and_unload()
-        temporary = out.with_name(f".writing-{out.name}")
-        merged.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(out)
+        with new_folder(out) as temporary:
+            merged.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     typer.echo(f"wrote {out}")
 
 
-def _register() -> None:
-    from rl.align_cli import align_command
-
-    app.command("align")(align_command)
-
-
-_register()
+app.command("align")(align_command)
 
 
 def _summary(history: list[dict[str, Any]], output: Path) -> None:
@@ -312,41 +301,16 @@ def _summary(history: list[dict[str, Any]], output: Path) -> None:
         return form.format(sum(values) / len(values)) if values else "-"
 
     window = max(1, len(history) // 10)
-    table = _table("figure", f"first {window} steps", f"last {window} steps")
+    rows = table("figure", f"first {window} steps", f"last {window} steps")
     for label, name, form in (
         ("reward", "reward", "{:.3f}"), ("entropy", "entropy", "{:.3f}"),
         ("tokens a response", "response_tokens", "{:.1f}"),
         ("seconds a step", "seconds", "{:.2f}"), ("credit overhead, %", "credit_overhead_percent", "{:.1f}"),
     ):  # fmt: skip
-        table.add_row(label, mean(history[:window], name, form), mean(history[-window:], name, form))
-    _console().print(table)
+        rows.add_row(label, mean(history[:window], name, form), mean(history[-window:], name, form))
+    console().print(rows)
     typer.echo(f"metrics and checkpoints in {output}; next: flowgraph-rl eval --adapter {output}")
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with one line on a terminal; nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("starting") as status:
-        yield status.update
+if __name__ == "__main__":  # `accelerate launch -m rl.cli`
+    main()

@@ -14,13 +14,11 @@ from rl.errors import ConfigError
 from rl.generation import evaluating, generate
 from rl.rollout import PromptEncoder, draw_samples, judge
 from rl.seeds import generator
+from rl.significance import Z_95
 from rl.tasks.base import SPLITS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_Z = 1.959964
-"""97.5 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +147,9 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
         >>> [round(end, 3) for end in wilson_interval(8, 10)]
         [0.49, 0.943]
     """
-    share, spread = successes / trials, _Z**2 / trials
+    share, spread = successes / trials, Z_95**2 / trials
     middle = (share + spread / 2) / (1 + spread)
-    half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    half = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -161,7 +159,7 @@ def _interval(rewards: torch.Tensor, distinct: int) -> tuple[float, float]:
     means = rewards.mean(1)
     if bool((means == means[0]).all()) and float(means[0]) in (0.0, 1.0):  # no spread is no certainty
         return wilson_interval(float(means[0]) * distinct, distinct)
-    half = _Z * float(means.std()) / math.sqrt(distinct) if distinct > 1 else math.inf
+    half = Z_95 * float(means.std()) / math.sqrt(distinct) if distinct > 1 else math.inf
     return float(means.mean()) - half, float(means.mean()) + half
 
 

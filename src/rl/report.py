@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgraph import InvalidInputError, atomic_write
+from rl.metrics import flattened
 from rl.records import Experience, Responses
 from rl.rolloutfile import PathLike, Tokens, load_rollout
 
@@ -109,7 +110,7 @@ def report_payload(
         "schema": PAGE_SCHEMA,
         "title": title,
         "subtitle": subtitle,
-        "settings": [list(pair) for pair in _flattened(settings or {})],
+        "settings": [[name, _said(value)] for name, value in flattened(settings or {}).items()],
         "right_at": right_at,
         "quantities": [quantity.described() for quantity in quantities],
         "summary": _summary(experience, right_at),
@@ -117,19 +118,14 @@ def report_payload(
     }
 
 
-def write_report(
-    path: PathLike,
-    experience: Experience,
-    tokens: Tokens,
-    *,
-    ratio: Float[Tensor, "batch response"] | None = None,
-    title: str = "Token credit",
-    subtitle: str = "",
-    settings: Mapping[str, Any] | None = None,
-    groups: Sequence[int] | None = None,
-    right_at: float = 1.0,
-) -> Path:
-    """Write the report of a rollout as one HTML page, atomically; arguments as in :func:`report_payload`.
+def write_report(path: PathLike, experience: Experience, tokens: Tokens, **options: Any) -> Path:
+    """Write the report of a rollout as one HTML page, atomically.
+
+    Args:
+        path: of the page.
+        experience: the rollout.
+        tokens: B lists of R readable token strings; see :func:`token_texts`.
+        **options: of :func:`report_payload`: ratio, title, subtitle, settings, groups, right_at.
 
     Raises:
         InvalidInputError: as there.
@@ -137,11 +133,7 @@ def write_report(
 
     Cost: about 80 bytes per token and quantity shown, 10 at most.
     """
-    payload = report_payload(
-        experience, tokens, ratio=ratio, title=title, subtitle=subtitle,
-        settings=settings, groups=groups, right_at=right_at,
-    )  # fmt: skip
-    page = render_report(payload).encode("utf-8", "replace")
+    page = render_report(report_payload(experience, tokens, **options)).encode("utf-8", "replace")
     with atomic_write(path) as temporary:
         temporary.write_bytes(page)
     return Path(path)
@@ -296,14 +288,11 @@ def _short(value: float) -> float | None:
     return int(short) if short == int(short) else short
 
 
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{name}.")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield f"{prefix}{name}", ", ".join(map(str, value))
-        else:
-            yield f"{prefix}{name}", "none" if value is None else str(value)
+def _said(value: Any) -> str:
+    """A setting as text."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 def _printable(text: str) -> str:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from flowgraph import MemoryLimitError, MissingExtraError, OutputError
 from rl.align import align
 from rl.align_cli import align_command
-from rl.alignment import SCHEMA, Estimate, Products, compare, cosines, holm, jackknife, multipliers, signal_shares
+from rl.alignment import SCHEMA, Estimate, Products, compare, cosines, jackknife, multipliers, signal_shares
 from rl.alignment_gradients import decompose_weights, inner_products, policy_gradients
 from rl.alignment_plot import plot_alignment
 from rl.arms import arm_name, named_arms, parse_arm, split_arms
@@ -21,6 +21,7 @@ from rl.experience import build_experience
 from rl.policy import ActorCritic
 from rl.rollout import PromptEncoder, judge, sample_responses
 from rl.scoring import score_rollout
+from rl.significance import holm
 from tests.fixtures.policies import Digits, alphabet, tiny_policy
 from tests.reference import rl_align as slow
 

@@ -1,11 +1,8 @@
 """The report shows what the rollout holds; tokens are data; a rollout file comes back as it was or not at all."""
 
-import base64
-import hashlib
 import json
 import math
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +12,16 @@ import torch
 from flowgraph import InvalidInputError, OutputError
 from rl.records import Credit, Experience, Responses, Sample, TokenScores
 from rl.report import render_report, report_payload, write_report
+from tests.fixtures.browser import (
+    assert_nothing_is_loaded_or_written_as_markup,
+    assert_policy_names_the_inline_code,
+    browser,  # noqa: F401
+    contrasts,
+    is_dark,
+    open_file,  # noqa: F401
+    token_of,
+)
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = [
     "</script><img src=x onerror=window.hacked=1>",
     "<!--<script>",
@@ -314,26 +319,12 @@ def test_text_outside_the_data_is_escaped_and_visible(hostile: dict):
 
 
 def test_the_policy_names_exactly_the_inline_code(hostile: dict):
-    page = render_report(hostile)
-    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
-    assert policy is not None
-    rules = dict(rule.strip().split(" ", 1) for rule in policy[1].split(";"))
-    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
-    assert "unsafe" not in policy[1]
-    for directive, element in (("style-src", "style"), ("script-src", "script")):
-        content = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        assert len(content) == 1
-        digest = base64.b64encode(hashlib.sha256(content[0].encode()).digest()).decode()
-        assert rules[directive] == f"'sha256-{digest}'"
+    assert_policy_names_the_inline_code(render_report(hostile))
 
 
 def test_nothing_is_loaded_and_nothing_is_written_as_markup():
     experience, tokens, _ = example()
-    page = render_report(report_payload(experience, tokens))
-    for trace_of_a_load in ("http://", "https://", "url(", "@import", "src=", "href=", "fetch(", "XMLHttpRequest"):
-        assert trace_of_a_load not in page
-    for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function("):
-        assert danger not in page
+    assert_nothing_is_loaded_or_written_as_markup(render_report(report_payload(experience, tokens)))
 
 
 def test_the_header_says_what_the_summary_says():
@@ -379,41 +370,15 @@ def test_the_file_is_the_page(tmp_path: Path):
 # --- in a browser ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if BROWSER is None:
-        pytest.skip("needs chromium or google-chrome on the PATH")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(browser, tmp_path: Path):
-    """Open a rollout's page from disk; afterwards no error and no request may have happened."""
-    complaints, contexts = [], []
+def visit(open_file, tmp_path: Path):  # noqa: F811
+    """Open a rollout's page from disk."""
 
     def open_page(rollout: tuple, **options):
         experience, tokens, ratio = rollout
-        path = write_report(tmp_path / "page.html", experience, tokens, ratio=ratio)
-        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
-        page.goto(path.as_uri())
-        return page
+        return open_file(write_report(tmp_path / "page.html", experience, tokens, ratio=ratio), **options)
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def token_of(page, index: int):
-    return page.locator(f'.t[data-index="{index}"]')
+    return open_page
 
 
 def readout_of(page) -> str:
@@ -544,29 +509,5 @@ def test_a_phone_needs_no_sideways_scrolling(visit):
 @pytest.mark.parametrize("side", ["", "above", "below"])
 def test_every_token_is_readable_on_every_colour(visit, scheme: str, side: str):
     page = visit(example(1, 2, 6), color_scheme=scheme)
-    page_is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 23, 27)"
-    assert page_is_dark == (scheme == "dark")
-    contrasts = page.evaluate(
-        """side => {
-        const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-        const luminance = colour => {
-            pixel.fillStyle = colour;
-            pixel.fillRect(0, 0, 1, 1);
-            const [r, g, b] = [...pixel.getImageData(0, 0, 1, 1).data].map(v => v / 255)
-                .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-        };
-        const token = document.querySelector("main .t"), contrasts = [];
-        token.className = `t ${side}`;
-        for (let f = 0; f <= 1; f += 0.02) {
-            token.style.setProperty("--f", f);
-            const style = getComputedStyle(token);
-            const both = [luminance(style.color), luminance(style.backgroundColor)].sort((a, b) => b - a);
-            contrasts.push((both[0] + 0.05) / (both[1] + 0.05));
-        }
-        return contrasts;
-    }""",
-        side,
-    )
-    assert len(contrasts) > 40
-    assert min(contrasts) >= 4.4
+    assert is_dark(page) == (scheme == "dark")
+    assert min(contrasts(page, "main .t", f"t {side}", 50)) >= 4.4

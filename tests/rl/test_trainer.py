@@ -362,8 +362,8 @@ def test_a_long_prompt_is_found_before_the_first_step_not_at_its_turn(tmp_path):
     )  # fmt: skip
     with pytest.raises(
         PolicyError,
-        match=r"every problem must have at most 20 tokens .*, got 6 of 9 that are longer, up to 80 \(numbers 3, 4, 5, 6, "
-        r"7, \.\.\.\)",
+        match=r"every problem must have at most 20 tokens .*, got 6 of 9 that are longer, up to 80 "
+        r"\(numbers 3, 4, 5, 6, 7, \.\.\.\)",
     ):
         run.train()
     assert not run.history

@@ -1,60 +1,31 @@
 """The page is whole, shows what the payload says, and treats token text as data."""
 
-import base64
 import copy
-import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from flowgraph.errors import OutputError
-from flowgraph.graph import FlowGraph
-from flowgraph.payload import trace_payload
-from flowgraph.solving import solve
+from flowgraph.pruning import backbone
 from flowgraph.views.html import render_html, write_html
+from tests.fixtures.browser import (
+    assert_nothing_is_loaded_or_written_as_markup,
+    assert_policy_names_the_inline_code,
+    browser,  # noqa: F401
+    contrasts,
+    is_dark,
+    open_file,  # noqa: F401
+    token_of,
+)
+from tests.fixtures.pages import HOSTILE, infeasible, make_flow, make_payload
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-HOSTILE = [
-    "</script><img src=x onerror=window.hacked=1>",
-    "<script>window.hacked=1</script>",
-    "<!--<script>",
-    "-->",
-    "]]>",
-    "&lt;img src=x onerror=window.hacked=1&gt;",
-    "\u2028window.hacked=1\u2029",
-    "\x00\x07\x1b[31m\x7f",
-    "\ud83d",
-    "\u202eevil\u2066",
-    "{{ 7 * 7 }}{% raw %}",
-    '" onfocus="window.hacked=1',
-]
-
-
-def make_payload(num_tokens: int, question: int, answer: int, texts: list[str] | None = None) -> dict:
-    """A trace of sharp random attention: the first tokens ask, the last ones answer."""
-    generator = torch.Generator().manual_seed(7)
-    scores = 4 * torch.randn(num_tokens, num_tokens, generator=generator, dtype=torch.float64)
-    rows = torch.softmax(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf), 1)
-    index = torch.arange(num_tokens)
-    graph = FlowGraph.from_dense(rows, question=index < question, answer=index >= num_tokens - answer)
-    words = ["Tom", " has", " ", "3", " apples", ".", "\n", " so", " 7"]
-    texts = texts or [words[i % len(words)] for i in range(num_tokens)]
-    ends = torch.tensor([len(text) for text in texts]).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return trace_payload(
-        solve(graph),
-        tokens=texts,
-        text="".join(texts),
-        spans=torch.stack([starts, ends], 1),
-        generated=index >= question,
-        provenance={"model": "tiny/model", "layers": [1, 2], "versions": {"torch": "2"}, "tokenizer": None},
-        keep=0.9,
-        max_edges=20_000,
-    )
+MENTIONED = (  # names that are never fetched
+    "http://www.w3.org/2000/svg",
+    "https://d3js.org/d3-array/",
+    "https://github.com/d3/d3-sankey",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +39,6 @@ def hostile() -> dict:
     payload["model"] = HOSTILE[0] + "\u202e\x00"
     payload["provenance"] = {"model": payload["model"], HOSTILE[1]: [HOSTILE[0], 2], "nested": {"x": HOSTILE[-1]}}
     return payload
-
-
-def infeasible() -> dict:
-    graph = FlowGraph.from_edges(
-        torch.tensor([[1], [2]]), torch.ones(1, dtype=torch.float64), num_nodes=3, question=[0], answer=[2]
-    )
-    return trace_payload(
-        solve(graph),
-        tokens=["Why", " not", "?"],
-        text="Why not?",
-        spans=torch.tensor([[0, 3], [3, 7], [7, 8]]),
-        generated=torch.tensor([False, True, True]),
-        provenance={},
-        keep=0.9,
-        max_edges=10,
-    )
 
 
 def data_of(page: str) -> dict:
@@ -112,26 +67,17 @@ def test_text_outside_the_data_is_escaped_and_visible(hostile: dict):
 
 
 def test_the_policy_names_exactly_the_inline_code(payload: dict):
-    page = render_html(payload)
-    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
-    assert policy is not None
-    rules = dict(rule.strip().split(" ", 1) for rule in policy[1].split(";"))
-    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
-    assert "unsafe" not in policy[1]
-    for directive, element in (("style-src", "style"), ("script-src", "script")):
-        content = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        assert len(content) == 1
-        digest = base64.b64encode(hashlib.sha256(content[0].encode()).digest()).decode()
-        assert rules[directive] == f"'sha256-{digest}'"
+    assert_policy_names_the_inline_code(render_html(payload))
 
 
 def test_nothing_is_loaded_and_nothing_is_written_as_markup(payload: dict):
+    assert_nothing_is_loaded_or_written_as_markup(render_html(payload), names=MENTIONED)
+
+
+def test_the_vendored_files_carry_their_licences(payload: dict):
     page = render_html(payload)
-    names = page.replace("http://www.w3.org/2000/svg", "")  # a name, never fetched
-    for trace_of_a_load in ("http://", "https://", "url(", "@import", "src=", "href=", "fetch(", "XMLHttpRequest"):
-        assert trace_of_a_load not in names
-    for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function("):
-        assert danger not in page
+    assert page.count("Redistribution and use in source and binary forms") == 2
+    assert page.count("Mike Bostock\nAll rights reserved") == 2
 
 
 def test_the_header_says_what_the_summary_says(payload: dict):
@@ -166,7 +112,9 @@ def test_an_infeasible_trace_says_so_and_keeps_its_text():
 
 def test_two_tokens_are_enough():
     page = render_html(make_payload(2, 1, 1))
-    assert data_of(page)["arcs"] == [[0, 1, 1.0]]
+    assert data_of(page)["edges"] == [[0, 1, 1.0]]
+    assert data_of(page)["entering"] == [[0, 1.0]]
+    assert data_of(page)["leaving"] == [[1, 1.0]]
     assert "<dd>100 %</dd>" in page
 
 
@@ -194,12 +142,11 @@ def test_a_long_trace_stays_small_and_says_what_it_leaves_out(payload: dict):
     big["edges_left_out"] = 11
     big["backbone"]["edges"] = [[source, target, flow] for source, target, _, flow in big["edges"][:25_000]]
     page = render_html(big)
-    assert len(page.encode()) < 1_500_000
+    assert len(page.encode()) < 3_000_000
     values = data_of(page)
     assert len(values["edges"]) == 20_000
     assert values["edges_left_out"] == 10_011
-    assert len(values["arcs"]) == 4_000
-    assert values["num_arcs"] == 25_000
+    assert values["backbone"] == {"share": pytest.approx(payload["backbone"]["share"], abs=1e-6), "num_edges": 25_000}
 
 
 def test_the_file_is_the_page(tmp_path: Path, hostile: dict):
@@ -209,44 +156,14 @@ def test_the_file_is_the_page(tmp_path: Path, hostile: dict):
         write_html(tmp_path, hostile)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if BROWSER is None:
-        pytest.skip("needs chromium or google-chrome on the PATH")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(browser, tmp_path: Path):
-    """Open a payload's page from disk; afterwards no error and no request may have happened."""
-    complaints, contexts = [], []
-
-    def open_page(payload: dict, **options):
-        path = write_html(tmp_path / "trace.html", payload)
-        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
+def visit(open_file, tmp_path: Path):  # noqa: F811
+    """Open a payload's page from disk."""
+    return lambda payload, **options: open_file(write_html(tmp_path / "trace.html", payload), **options)
 
 
 def strongest(payload: dict, region: str) -> dict:
     return max((t for t in payload["tokens"] if t["region"] == region), key=lambda token: token["throughput"])
-
-
-def token_of(page, index: int):
-    return page.locator(f'.t[data-index="{index}"]')
 
 
 def panel_of(page) -> str:
@@ -293,22 +210,62 @@ def test_a_question_token_says_what_starts_there_and_an_answer_token_what_ends(v
     assert "ends here" in panel_of(page)
 
 
+def move_slider(page, to: int):
+    page.eval_on_selector(
+        "#arcs", "(slider, to) => { slider.value = to; slider.dispatchEvent(new Event('input')); }", to
+    )
+
+
 @pytest.mark.browser
-def test_the_slider_sets_how_many_curves_are_drawn(visit, payload: dict):
-    page = visit(payload)
-    total = len(payload["backbone"]["edges"])
-    arcs = page.locator(".arcs .all path")
-    assert arcs.count() == min(60, total)
-    slider = page.locator("#arcs")
-    slider.focus()
+def test_the_slider_keeps_the_edges_and_the_share_of_the_backbone(visit, payload: dict):
+    page, flow = visit(payload), make_flow(40, 12, 3)
+    known = len(payload["edges"])
+    assert 0 < page.locator(".arcs .all path").count() <= 60
+    page.locator("#arcs").focus()
     page.keyboard.press("Home")
-    assert arcs.count() == 0
+    assert page.locator(".arcs .all path").count() == 0
+    assert page.locator("#arc-share").inner_text() == "0 % of the flow"
     page.keyboard.press("ArrowRight")
-    assert arcs.count() == 5
-    assert page.locator("#arc-count").inner_text() == f"the strongest 5 of {total}"
+    assert page.locator(".arcs .all path").count() == min(5, backbone(flow, 0.05).num_edges)
     page.keyboard.press("End")
-    assert arcs.count() == total
-    assert page.locator("#arc-count").inner_text() == f"all {total}"
+    assert page.locator(".arcs .all path").count() == known
+    assert page.locator("#arc-share").inner_text() == "100 % of the flow"
+    sizes = {backbone(flow, percent / 100).num_edges: percent for percent in range(5, 100, 5)}
+    met = 0
+    for stop in range(int(page.get_attribute("#arcs", "max"))):
+        move_slider(page, stop)
+        shown = page.locator(".arcs .all path").count()
+        held = sum(edge[3] for edge in payload["edges"][:shown]) / payload["summary"]["mean_hops"]
+        assert f"stay on {shown} of {known} edges" in page.locator("#arc-count").inner_text()
+        assert percent_in(page, "#arc-count", r"([\d.]+) % of all hops") == pytest.approx(100 * held, abs=0.1)
+        if shown in sizes:
+            exact = 100 * backbone(flow, sizes[shown] / 100).share
+            assert percent_in(page, "#arc-share", r"^([\d.]+) %") == pytest.approx(exact, abs=0.1)
+            met += 1
+    assert met >= 15, "the stops by share are the backbones of those shares"
+
+
+def percent_in(page, selector: str, pattern: str) -> float:
+    found = re.search(pattern, page.locator(selector).inner_text())
+    assert found is not None
+    return float(found[1])
+
+
+@pytest.mark.browser
+def test_the_slider_knows_its_share_where_weak_edges_are_not_listed(visit):
+    page = visit(make_payload(40, 12, 3, max_edges=100))
+    move_slider(page, 3)
+    count = re.search(r"stay on (\d+) of 777", page.locator("#arc-count").inner_text())
+    assert count is not None
+    flow, size = make_flow(40, 12, 3), int(count[1])
+    strongest = flow.edge_flow().argsort(descending=True, stable=True)[:size]
+    carried = flow.source.clone()
+    for edge in strongest[flow.graph.edge_index[0, strongest].argsort(stable=True)].tolist():
+        source, target = flow.graph.edge_index[:, edge].tolist()
+        carried[target] += carried[source] * flow.edge_flow()[edge] / flow.throughput[source]
+    exact = float((carried * flow.absorbed() / flow.throughput.clamp(min=1e-300)).sum())
+    assert 0 < size < 100
+    assert percent_in(page, "#arc-share", r"^([\d.]+) %") == pytest.approx(100 * exact, abs=0.1)
 
 
 @pytest.mark.browser
@@ -380,7 +337,7 @@ def test_a_tap_pins_on_a_phone_without_sideways_scrolling(visit, payload: dict):
 @pytest.mark.browser
 def test_a_route_highlights_its_tokens(visit, payload: dict):
     page = visit(payload)
-    page.locator("#routes button").first.hover()
+    page.locator("#routes .path").first.hover()
     route = payload["routes"][0]["tokens"]
     marked = page.eval_on_selector_all("#text .t.on", "tokens => tokens.map(token => Number(token.dataset.index))")
     assert marked == list(route)
@@ -406,7 +363,7 @@ def test_hostile_tokens_are_shown_and_never_run(visit, hostile: dict):
 
 
 @pytest.mark.browser
-def test_the_policy_stops_what_slips_through(browser, payload: dict, tmp_path: Path):
+def test_the_policy_stops_what_slips_through(browser, payload: dict, tmp_path: Path):  # noqa: F811
     page = browser.new_page()
     page.goto(write_html(tmp_path / "trace.html", payload).as_uri())
     blocked = page.evaluate("""async () => {
@@ -426,27 +383,8 @@ def test_the_policy_stops_what_slips_through(browser, payload: dict, tmp_path: P
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_colour_schemes_keep_every_token_readable(visit, payload: dict, scheme: str):
     page = visit(payload, color_scheme=scheme)
-    page_is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 23, 27)"
-    assert page_is_dark == (scheme == "dark")
-    contrasts = page.evaluate("""() => {
-        const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-        const luminance = colour => {
-            pixel.fillStyle = colour;
-            pixel.fillRect(0, 0, 1, 1);
-            const [r, g, b] = [...pixel.getImageData(0, 0, 1, 1).data].map(v => v / 255)
-                .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-        };
-        const token = document.querySelector(".t:not(.dim)"), contrasts = [];
-        for (let f = 0; f <= 1; f += 0.01) {
-            token.style.setProperty("--f", f);
-            const style = getComputedStyle(token);
-            const both = [luminance(style.color), luminance(style.backgroundColor)].sort((a, b) => b - a);
-            contrasts.push((both[0] + 0.05) / (both[1] + 0.05));
-        }
-        return contrasts;
-    }""")
-    assert min(contrasts) >= 4.4
+    assert is_dark(page) == (scheme == "dark")
+    assert min(contrasts(page, ".t:not(.dim)")) >= 4.5
 
 
 @pytest.mark.browser

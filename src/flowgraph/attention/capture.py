@@ -58,7 +58,7 @@ def capture(
     recorder = AttentionRecorder(model, layers=layers, heads=heads, edge_weight=edge_weight)
     input_ids = _checked_ids(input_ids)
     attention_mask = _checked_mask(input_ids, attention_mask)
-    _check_fits(inner, input_ids, attention_mask)
+    check_fits(inner, input_ids, attention_mask)
     device = next(inner.get_input_embeddings().parameters()).device
     if device.type == "meta":  # offloaded weights: the offloading hooks move the inputs themselves
         device = input_ids.device
@@ -135,7 +135,7 @@ def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Int[Tenso
     return inside.long()
 
 
-def _check_fits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+def check_fits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
     """Ids inside the vocabulary, text inside the context."""
     config = model.config.get_text_config(decoder=True)
     low, high = int(input_ids.min()), int(input_ids.max())

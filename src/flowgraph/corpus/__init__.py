@@ -1,0 +1,1 @@
+"""Many answers from one file: batched, resumable, with tables and an index page."""

@@ -1,0 +1,1 @@
+"""To the tools people already use, and back."""

@@ -1,0 +1,1 @@
+"""Steps: tokens joined to lines, sentences or numbered steps, and the same flow between them."""
