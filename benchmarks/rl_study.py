@@ -29,6 +29,7 @@ ARMS = {
     "uniform": {"rule": "uniform"},
     "random": {"rule": "random"},
     "oracle": {"rule": "oracle"},
+    "oracle, soft": {"rule": "oracle", "shape": "soft"},
     "max attention": {"rule": "max_attention"},
     "max attention, soft": {"rule": "max_attention", "shape": "soft"},
     "entropy": {"rule": "entropy"},
@@ -39,7 +40,7 @@ ARMS = {
     "flow x entropy, soft": {"rule": "flow_entropy", "shape": "soft"},
 }
 PRIMARY = ("flow", "flow, soft", "flow x entropy, soft")
-LEARNING_RATES = (1.5e-3, 3e-3)
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 GRID_SEEDS = (100,)
 SEEDS = tuple(range(8))
 SETTINGS: dict[str, Any] = {
