@@ -4,9 +4,9 @@
 
 Both train the same LoRA adapter on the same model: the same number of prompts and responses, temperature 1, responses
 of exactly the same length (the end token can never be drawn), one update a step, KL and critic off, dropout off,
-float32, no gradient checkpointing, the same trivial reward. What differs is left as it comes: sampling, padding, how
-log-probabilities are computed, and the old-policy pass, which TRL leaves out where one update follows a rollout and
-this package always makes (credit rides on it). Each way is built once and makes its steps in turns, so that a busy
+float32, no gradient checkpointing, the same trivial reward. Where one update follows a rollout, as here, neither makes
+a forward pass for the old policy alone. What differs is left as it comes: sampling, padding, how log-probabilities are
+computed. Each way is built once and makes its steps in turns, so that a busy
 machine slows all alike.
 """
 

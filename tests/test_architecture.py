@@ -27,7 +27,7 @@ PUBLIC = {
     "CorpusSummary",
     "EdgeRules",
     "EncodedText",
-    "Fields",
+    "CorpusFields",
     "Flow",
     "FlowGraph",
     "FlowTrace",

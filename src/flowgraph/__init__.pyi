@@ -8,7 +8,7 @@ from .certificate import certify_each as certify_each
 from .checks import Check as Check
 from .comparison.comparing import Comparison as Comparison
 from .comparison.comparing import compare as compare
-from .corpus.records import Fields as Fields
+from .corpus.records import CorpusFields as CorpusFields
 from .corpus.run import CorpusProgress as CorpusProgress
 from .corpus.tracefile import CorpusSummary as CorpusSummary
 from .corpus.tracefile import trace_file as trace_file

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flowgraph.commands.trace_file import trace_file as command
-from flowgraph.corpus.records import Fields, Line, scan
+from flowgraph.corpus.records import CorpusFields, Line, scan
 from flowgraph.corpus.run import CorpusProgress, Prepared, batches
 from flowgraph.corpus.tracefile import CorpusSummary, trace_file
 from flowgraph.errors import InvalidInputError, MemoryLimitError, MissingExtraError, OutputError
@@ -344,9 +344,9 @@ def test_csv_tables_and_a_missing_pyarrow(finished: CorpusSummary, tmp_path: Pat
     found = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pyarrow" else found(name))
     with pytest.raises(MissingExtraError, match=r"format: 'parquet' needs pyarrow, .* pip install 'flowgraph-llm\["):
-        run(tmp_path)
+        run(tmp_path, format="parquet")
     assert not (tmp_path / "out").exists()
-    summary = run(tmp_path, format="csv")
+    summary = run(tmp_path)
     with (summary.out / "tokens.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     wanted = table(finished.out / "tokens.parquet")
@@ -385,7 +385,7 @@ def test_progress_knows_rate_and_time_left(tmp_path: Path):
 def test_options_are_checked_before_anything_is_written(tmp_path: Path):
     for options, message in (
         ({"batch_tokens": 0}, "batch_tokens: must be a positive number, got 0"),
-        ({"format": "xlsx"}, "format: must be 'parquet' or 'csv', got 'xlsx'"),
+        ({"format": "xlsx"}, "format: must be 'auto', 'parquet' or 'csv', got 'xlsx'"),
         ({"answer": "("}, "pattern: must be a regular expression, got '\\('"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
         ({"keep": 0}, r"keep: must lie in \(0, 1\], got 0"),
@@ -396,9 +396,9 @@ def test_options_are_checked_before_anything_is_written(tmp_path: Path):
         with pytest.raises(InvalidInputError, match=message):
             run(tmp_path, **options)
     with pytest.raises(InvalidInputError, match=r"fields: each must have a name of its own, got 'question' more"):
-        Fields(prompt="question")
+        CorpusFields(prompt="question")
     with pytest.raises(InvalidInputError, match=r"path: must be a file that can be read, got"):
-        scan(tmp_path / "nothing", Fields())
+        scan(tmp_path / "nothing", CorpusFields())
     with pytest.raises(InvalidInputError, match=r"path: must hold at least one line, got none in"):
         run(tmp_path, [""])
     assert not (tmp_path / "out").exists()

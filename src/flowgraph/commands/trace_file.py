@@ -55,19 +55,21 @@ def trace_file(
     keep: Keep = 0.9,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one forward pass.")] = 512,
     html: Annotated[bool, typer.Option("--html", help="Also write a page for each trace.")] = False,
-    table_format: Annotated[str, typer.Option("--format", help="Of the tables: 'parquet' or 'csv'.")] = "parquet",
+    tables: Annotated[
+        str, typer.Option("--format", help="Of the tables: 'parquet' (needs pyarrow), 'csv', or 'auto'.")
+    ] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Throw earlier results in the folder away.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
     """Trace every line of a JSONL file; exit code 1 when a line could not be traced."""
     from flowgraph.commands.trace import _heads
-    from flowgraph.corpus.records import Fields, scan
-    from flowgraph.corpus.tables import check_format
+    from flowgraph.corpus.records import CorpusFields, scan
+    from flowgraph.corpus.tables import table_format
     from flowgraph.corpus.tracefile import trace_file as run
 
-    check_format(table_format)
-    names = Fields(prompt_field, messages_field, response_field, id_field, question_field, answer_field)
+    table_format(tables)
+    names = CorpusFields(prompt_field, messages_field, response_field, id_field, question_field, answer_field)
     scan(file, names)  # a wrong file name should not have to wait for a model
     with stages() as say:
         network, tokenizer = load_model(model, dtype, device, say)
@@ -77,7 +79,7 @@ def trace_file(
                 network, tokenizer, file, out, fields=names, question=question, answer=answer, plain=plain,
                 system=system, layers=layers, heads=_heads(heads), preset=preset, rows=rows,
                 source=source, damping=damping, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
-                keep=keep, batch_tokens=batch_tokens, html=html, format=table_format,  # type: ignore[arg-type]
+                keep=keep, batch_tokens=batch_tokens, html=html, format=tables,
                 restart=restart, progress=report,
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ _SHORT_NAME = 40
 
 
 @dataclass(frozen=True)
-class Fields:
+class CorpusFields:
     """The keys of a line, by what they hold; ``""`` turns an optional one off.
 
     Attributes:
@@ -109,7 +109,7 @@ class Request:
     answer: Selector | None
 
 
-def scan(path: PathLike, names: Fields) -> list[Line]:
+def scan(path: PathLike, names: CorpusFields) -> list[Line]:
     """Every line that is not blank, in order; those that are no request say why.
 
     Raises:
@@ -140,7 +140,7 @@ def scan(path: PathLike, names: Fields) -> list[Line]:
     return lines
 
 
-def read_requests(path: PathLike, lines: list[Line], names: Fields) -> Iterator[tuple[Line, Request]]:
+def read_requests(path: PathLike, lines: list[Line], names: CorpusFields) -> Iterator[tuple[Line, Request]]:
     """The requests of some lines, in the order given.
 
     Raises:
@@ -202,7 +202,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return values
 
 
-def _identity(values: Mapping[str, Any], names: Fields, default: str) -> str:
+def _identity(values: Mapping[str, Any], names: CorpusFields, default: str) -> str:
     given = _optional(values, names.id)
     if given is None:
         return default
@@ -213,7 +213,7 @@ def _identity(values: Mapping[str, Any], names: Fields, default: str) -> str:
     return str(given)
 
 
-def _request(values: Mapping[str, Any], names: Fields) -> Request:
+def _request(values: Mapping[str, Any], names: CorpusFields) -> Request:
     prompts = {name: values[name] for name in (names.prompt, names.messages) if _optional(values, name) is not None}
     if len(prompts) != 1:
         wanted = " or ".join(repr(name) for name in (names.prompt, names.messages) if name)

@@ -167,20 +167,24 @@ def _finite(vector: Tensor) -> list[float | None]:
     return [value if abs(value) < float("inf") else None for value in vector.double().tolist()]
 
 
-def check_format(kind: str) -> None:
-    """Refuse a table format that cannot be written, before anything runs.
+def table_format(kind: str) -> TableFormat:
+    """The format that is meant, refused before anything runs where it cannot be written.
 
     Raises:
         InvalidInputError: no such format.
         MissingExtraError: Parquet without pyarrow.
     """
+    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
+    if kind == "auto":
+        return "parquet" if has_pyarrow else "csv"
     if kind not in ("parquet", "csv"):
-        raise InvalidInputError(f"format: must be 'parquet' or 'csv', got {kind!r}; 'parquet' is the default")
-    if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise InvalidInputError(f"format: must be 'auto', 'parquet' or 'csv', got {kind!r}; 'auto' is the default")
+    if kind == "parquet" and not has_pyarrow:
         raise MissingExtraError(
             "format: 'parquet' needs pyarrow, got an environment without it; "
             "run pip install 'flowgraph-llm[parquet]', or choose the format 'csv'"
         )
+    return kind  # type: ignore[return-value]
 
 
 def write_table(out: Path, name: str, kind: TableFormat, columns: Mapping[str, str], groups: Rows) -> Path:

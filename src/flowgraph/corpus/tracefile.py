@@ -17,9 +17,9 @@ from torch import nn
 
 from flowgraph.attention.selection import HeadSelector, LayerRule
 from flowgraph.corpus.index import CorpusFolder, claimed, fingerprint
-from flowgraph.corpus.records import Fields, read_requests, scan
+from flowgraph.corpus.records import CorpusFields, read_requests, scan
 from flowgraph.corpus.run import Choices, CorpusProgress, Run
-from flowgraph.corpus.tables import TableFormat, check_format, write_results
+from flowgraph.corpus.tables import table_format, write_results
 from flowgraph.edges import EdgeRules
 from flowgraph.errors import InvalidInputError
 from flowgraph.files import PathLike
@@ -66,7 +66,7 @@ def trace_file(
     path: PathLike,
     out: PathLike,
     *,
-    fields: Fields | None = None,
+    fields: CorpusFields | None = None,
     question: str | Selector | None = None,
     answer: str | Selector | None = None,
     plain: bool = False,
@@ -87,7 +87,7 @@ def trace_file(
     keep: float = 0.9,
     batch_tokens: int = 512,
     html: bool = False,
-    format: TableFormat = "parquet",
+    format: str = "auto",
     restart: bool = False,
     progress: Callable[[CorpusProgress], None] | None = None,
 ) -> CorpusSummary:
@@ -102,7 +102,7 @@ def trace_file(
         path: one JSON object a line, with a prompt or chat messages, and optionally a response, an id, and literal
             texts of question and answer.
         out: folder for the results; a new one, or that of an earlier run with the same input and options.
-        fields: the keys of a line; see :class:`flowgraph.corpus_records.Fields`.
+        fields: the keys of a line; see :class:`flowgraph.CorpusFields`.
         question: for lines that name none: ``"user"``, ``"prompt"``, a regular expression or a selector.
         answer: for lines that name none: a regular expression or a selector. Default: found.
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
@@ -123,7 +123,7 @@ def trace_file(
         keep: share of the flow whose routes make the backbone.
         batch_tokens: most tokens, padding included, of one forward pass; a longer line runs alone.
         html: also write a page for each trace.
-        format: of the tables, ``"parquet"`` (needs pyarrow) or ``"csv"``.
+        format: of the tables: ``"parquet"`` (needs pyarrow), ``"csv"``, or ``"auto"``: Parquet where pyarrow is.
         restart: throw away what an earlier run left in ``out``.
         progress: called after every step.
 
@@ -139,7 +139,7 @@ def trace_file(
 
     Cost: as many times :func:`flowgraph.trace`, less what batching saves.
     """
-    check_format(format)
+    tables = table_format(format)
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
         raise InvalidInputError(f"batch_tokens: must be a positive number, got {batch_tokens!r}; 512 is the default")
     rules = EdgeRules.preset(preset, rows=rows, self_attention=self_attention, first_token=first_token)
@@ -148,7 +148,7 @@ def trace_file(
         max_edges, backend, max_new_tokens, keep,
     )  # fmt: skip
     choices.check(model, tokenizer)
-    names = fields or Fields()
+    names = fields or CorpusFields()
     lines = scan(path, names)
     with claimed(Path(out)):
         settings = {**fingerprint(model, tokenizer), **choices.settings(), "fields": asdict(names)}
@@ -162,6 +162,6 @@ def trace_file(
                     run.give_up(line, line.error)
             run.trace_window(good, partial(read_requests, path, good, names))
         run.say("writing the tables")
-        write_results(folder, windows, run.failed, format, {"input": Path(path).name, **settings})
+        write_results(folder, windows, run.failed, tables, {"input": Path(path).name, **settings})
     errors = tuple(sorted(run.failed.items()))
     return CorpusSummary(Path(out), run.done, run.now, run.tokens, time.perf_counter() - run.began, errors)
