@@ -13,8 +13,6 @@ import math
 import os
 import platform
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rl.errors import ConfigError, PolicyError
+from rl.folders import new_folder
 from rl.measurement import measure
 from rl.tasks.chain import Chain, correct_sum, demonstration
 
@@ -153,7 +152,10 @@ def pretrain(
         "versions": _versions(),
         "measured": measure(model, tokenizer, Chain(), num_problems=recipe.evaluate),
     }
-    _write(folder, model, tokenizer, report)
+    with new_folder(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        (part / "recipe.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 
@@ -297,21 +299,6 @@ def _free_folder(out: str | Path) -> Path:
             f"out: must lie in a folder that exists and can be written, got {str(out)!r}; make {folder.parent} first"
         )
     return folder
-
-
-def _write(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, report: dict[str, Any]) -> None:
-    """All files, or none: they are written beside the folder, which then takes its name in one move."""
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        (part / "recipe.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        part.chmod(0o755)  # what is temporary is private, a model is not
-        for path in part.iterdir():
-            path.chmod(0o644)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:
