@@ -11,7 +11,7 @@ TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo test lint types unit docs wheel test-scatter fuzz bench study clean
+.PHONY: help demo train-demo test lint types unit docs wheel test-scatter fuzz bench study figures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -107,6 +107,11 @@ study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, an
 	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --adapter out/midway --out benchmarks/results/alignment_mid
 	$(BIN)/python -m benchmarks.rl_trl --threads 1
 	$(BIN)/python -m benchmarks.plots
+
+figures: $(VENV)/.bench  ## draw every picture of the documentation from the committed results and the demo model
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.gallery
+	$(BIN)/python -m benchmarks.screenshots
 
 clean:  ## remove what was built (not the environment)
 	rm -rf build dist site out .hypothesis .ruff_cache .coverage
