@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flowgraph.errors import OutputError, TraceFileError
+from flowgraph.errors import InvalidInputError, OutputError, TraceFileError
 from flowgraph.files import atomic_write, check_writable, write_text
 from flowgraph.flowtrace import FlowTrace, load_trace
 from flowgraph.graph import FlowGraph
@@ -65,6 +65,26 @@ def test_float64_capacities_survive_so_the_certificate_does(tmp_path):
     again = load_trace(tmp_path / "t")
     assert again.graph.capacity.dtype == torch.float64
     assert again.certify().ok
+
+
+def test_a_loss_that_nobody_knows_comes_back_unknown(tmp_path):
+    made = small_trace()
+    made.graph.kept_attention = torch.full_like(made.graph.kept_attention, torch.nan)
+    made.save(tmp_path / "t")
+    again = load_trace(tmp_path / "t").graph
+    assert bool(torch.isnan(again.kept_attention).all())
+    assert again.kept_flow.item() == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.ones(1), {1, 2}])
+def test_a_provenance_that_is_no_json_is_refused(value, tmp_path):
+    made = small_trace()
+    made = FlowTrace(
+        made.tokens, made.token_ids, made.text, made.spans, made.generated, made.graph, made.flow, {"mine": value}
+    )
+    with pytest.raises(InvalidInputError, match=r"record: must hold plain JSON values and finite numbers, got others"):
+        made.save(tmp_path / "t")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, 1000])

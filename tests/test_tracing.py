@@ -191,7 +191,14 @@ MODEL, TOKENIZER = tiny()
         ((PROMPT, RESPONSE), {"preset": "mine"}, InvalidInputError, r"preset: must be one of"),
         ((PROMPT, RESPONSE), {"damping": 2.0}, InvalidInputError, r"damping: must lie in"),
         ((PROMPT, RESPONSE), {"max_edges": 0}, InvalidInputError, r"max_edges: must be"),
-        ((PROMPT,), {"max_new_tokens": 0}, InvalidInputError, r"max_new_tokens: must be at least 1, got 0"),
+        (
+            (PROMPT,),
+            {"max_new_tokens": 0},
+            InvalidInputError,
+            r"max_new_tokens: must be at least 1, a whole number, got 0",
+        ),
+        ((PROMPT,), {"max_new_tokens": 2.5}, InvalidInputError, r"max_new_tokens: must be .* a whole number, got 2.5"),
+        ((PROMPT,), {"max_new_tokens": "3"}, InvalidInputError, r"max_new_tokens: must be .* a whole number, got '3'"),
         ((PROMPT * 30, RESPONSE), {}, InvalidInputError, r"input_ids: must fit the model's context of 512 tokens, got"),
         ((PROMPT * 30,), {}, InvalidInputError, r"prompt: must leave room in the context of 512 tokens, got"),
     ],
@@ -201,9 +208,69 @@ def test_bad_input_with_text(arguments: tuple, options: dict, error: type[Except
         trace(MODEL, TOKENIZER, *arguments, **options)
 
 
+@pytest.mark.parametrize("prompt", [["x"], [None], ("x",), 5, b"x", {"role": "user"}, [{}], [{"content": "x"}]])
+@pytest.mark.parametrize("response", [RESPONSE, None])
+def test_what_is_no_prompt(prompt, response: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flowgraph.inputs.generate_response", lambda *a: pytest.fail("the model ran"))
+    with pytest.raises(InvalidInputError, match=r"prompt: must be text or a list of chat messages, .*; pass one conv"):
+        trace(MODEL, TOKENIZER, prompt, response)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": "user", "content": None}]])
+def test_messages_without_text_are_refused_before_anything_is_generated(messages, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flowgraph.inputs.generate_response", lambda *a: pytest.fail("the model ran"))
+    with pytest.raises(RegionError, match=r"prompt: must hold text in the 'content' of a message, got"):
+        trace(MODEL, TOKENIZER, messages)
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        ([10**30, 5], r"response: ids must lie in 0..359, the model's vocabulary, got 10{30};"),
+        ([60, 360], r"response: ids must lie in 0..359, the model's vocabulary, got 360;"),
+        (7, r"response: must be text or a list of token ids, got 7;"),
+        (b"x", r"response: must be text or a list of token ids, got b'x';"),
+        ({60, 61}, r"response: must be text or a list of token ids, got \{"),
+    ],
+)
+def test_what_is_no_response(response, message: str):
+    with pytest.raises(InvalidInputError, match=message):
+        trace(MODEL, TOKENIZER, chat(), response)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (
+            {"input_ids": "abc", "question": [0], "answer": [1]},
+            InvalidInputError,
+            r"input_ids: must be a tensor or list",
+        ),
+        (
+            {"input_ids": [[1, 2], [3]], "question": [0], "answer": [1]},
+            InvalidInputError,
+            r"input_ids: must be a tensor",
+        ),
+        (
+            {"input_ids": torch.ones(5).bool(), "question": [0], "answer": [4]},
+            InvalidInputError,
+            r"input_ids: must be one sequence .* got torch.bool",
+        ),
+        (
+            {"input_ids": torch.arange(5), "question": [0], "answer": [4], "prompt_length": 2.5},
+            InvalidInputError,
+            r"prompt_length: must lie in 1..4, got 2.5",
+        ),
+        (
+            {"input_ids": torch.arange(5), "question": [0], "answer": [4], "prompt_length": True},
+            InvalidInputError,
+            r"prompt_length: must lie in 1..4, got True",
+        ),
+        (
+            {"input_ids": torch.arange(5), "question": "user", "answer": [4]},
+            RegionError,
+            r"question: must be a mask or indices with input_ids, got 'user'; text needs a prompt",
+        ),
         (
             {"input_ids": torch.arange(1), "question": [0], "answer": [0]},
             InvalidInputError,

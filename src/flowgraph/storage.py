@@ -6,6 +6,7 @@ Nothing is ever unpickled; a file is data, checked as it is read.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowgraph.errors import OutputError, TraceFileError
+from flowgraph.errors import InvalidInputError, OutputError, TraceFileError
 from flowgraph.files import PathLike, atomic_write
 
 FORMAT = "flowgraph-trace"
@@ -26,8 +27,16 @@ def write_record(path: PathLike, tensors: dict[str, Tensor], record: dict[str, A
 
     Raises:
         OutputError: the path cannot be written.
+        InvalidInputError: the record holds something that JSON cannot.
     """
-    metadata = {"format": FORMAT, "schema": str(SCHEMA), "record": json.dumps(record, allow_nan=False)}
+    try:
+        text = json.dumps(record | {"graph": _nulls(record.get("graph", {}))}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInputError(
+            f"record: must hold plain JSON values and finite numbers, got others ({error}); "
+            "change the trace's provenance, or what else it was made with"
+        ) from error
+    metadata = {"format": FORMAT, "schema": str(SCHEMA), "record": text}
     copies = {
         name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()
     }  # none may share memory
@@ -54,6 +63,8 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
             _check_schema(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         record = json.loads(metadata["record"])
+        if isinstance(record, dict) and isinstance(record.get("graph"), dict):
+            record["graph"] = {name: math.nan if fact is None else fact for name, fact in record["graph"].items()}
     except FileNotFoundError:
         raise TraceFileError(f"path: must be an existing trace file, got {path}; check the name") from None
     except (SafetensorError, OSError) as error:
@@ -66,6 +77,11 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"path: must hold a trace record, got {path} without a readable one; write it again"
         ) from error
     return tensors, record
+
+
+def _nulls(facts: dict[str, Any]) -> dict[str, Any]:
+    """Null for a loss that nobody knows (NaN), as of a graph that was read from an export."""
+    return {name: None if isinstance(fact, float) and math.isnan(fact) else fact for name, fact in facts.items()}
 
 
 def _check_schema(path: PathLike, metadata: dict[str, str]) -> None:

@@ -299,6 +299,15 @@ def test_what_cannot_be_compared_says_why():
         compare(one, one).largest(0)
 
 
+def test_no_prompt_in_either_is_no_prompt_in_common():
+    made = [dense_trace(words(text), 3, 1) for text in ("How many ? so it is 7", "Why so blue ? so 8")]
+    bare = [FlowTrace(**{**vars(one), "generated": torch.ones_like(one.generated)}) for one in made]
+    with pytest.raises(InvalidInputError, match="must trace one text or answer one question"):
+        compare(*bare)
+    foreign = FlowTrace(**{**vars(made[0]), "provenance": {"versions": "1.0"}})
+    assert compare(foreign, foreign).notes == ()
+
+
 def test_a_route_of_no_hops_and_flows_without_hubs():
     """Everything in one group: nothing moves between groups, and that is the same in both."""
     graph = FlowGraph.from_dense(torch.tensor([[0.0, 0], [1, 0]]).double(), question=[0], answer=[1])
@@ -396,4 +405,6 @@ def test_bad_files_are_refused_before_anything_is_written(run, two_layers, tmp_p
         assert message in str(result.exception)
     result = run(good, good, "--json", tmp_path / "no" / "c.json", "--html", page)
     assert isinstance(result.exception, OutputError)
+    assert not page.exists()
+    assert "must name two files" in run(good, good, "--json", page, "--html", page).output
     assert not page.exists()

@@ -27,7 +27,13 @@ LINES = [
     {"id": "messages", "messages": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSE}]},
     {"id": "short", "prompt": "3 + 4?", "response": "7", "answer": 7},
     {"prompt": "Tom has 3 apples. How many?", "response": "Tom has 3, so the answer is 3."},
-    {"id": "literal", "prompt": "Tom (a+b). Who?", "question": "(a+b)", "response": "(a+b) or 17 or 7.", "answer": "7"},
+    {
+        "id": "literal",
+        "prompt": "Tom (a+b). Who?",
+        "question": "(a+b)",
+        "response": "(a+b) or 17 or 7. (75)",
+        "answer": "7",
+    },
     {"id": "../../etc/passwd", "prompt": "He buys 4 more.", "response": "So 4 it is.", "answer": "4"},
     {"id": "many parts", "prompt": "Say it.", "response": "So it is\n 7 ש 7."},
     {"id": "long", "prompt": PROMPT * 3, "response": RESPONSE * 3},
@@ -93,6 +99,8 @@ def test_the_tables_say_what_the_traces_hold(finished: CorpusSummary):
         assert [token["region"] for token in mine].count("answer") == row["answer"] == int(held.answer.sum())
         assert row["mean_hops"] == float(held.throughput.sum()) - 1
         bone = held.backbone(0.9)
+        assert row["alpha"] == float(held.flow.alpha)
+        assert (row["edges"], row["kept_flow"]) == (held.graph.num_edges, float(held.graph.kept_flow))
         assert (row["backbone_edges"], row["backbone_share"]) == (bone.num_edges, bone.share)
         assert row["error"] is None
     by_id = {row["id"]: row for row in rows}
@@ -144,7 +152,9 @@ BAD = [
     ({"messages": "x"}, "messages: must be chat messages, got 'x'"),
     ({"messages": [{"role": 7, "content": "x"}]}, "prompt: must be text or a list of chat messages"),
     ({"prompt": "x", "response": {"a": 1}}, "response: must be text or a list of token ids"),
-    ({"prompt": "x y", "response": [10**6, 60, 61, 62]}, "input_ids: must lie in 0..359"),
+    ({"prompt": "x y", "response": [10**6, 60, 61, 62]}, "response: ids must lie in 0..359"),
+    ({"prompt": "x y", "response": [10**30]}, "response: ids must lie in 0..359"),
+    ({"messages": [{"role": "assistant"}]}, "prompt: must hold text in the 'content' of a message"),
     ({"prompt": "x", "response": ""}, "response: must hold visible text, got ''"),
     ({"prompt": " ", "response": "x"}, "prompt: must hold text, got only blanks"),
     ({"id": True, "prompt": "x"}, "id: must be a text or a whole number, got True"),
@@ -315,8 +325,22 @@ def test_folders_of_no_run_are_left_alone(tmp_path: Path):
             run(tmp_path, restart=restart)
     assert (tmp_path / "out" / "index.html").read_text() == "mine"
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="out: must be a folder that can be made, got"):
-        trace_file(*tiny(), tmp_path / "in.jsonl", tmp_path / "file")
+    for out in (tmp_path / "file", "a\0b"):
+        with pytest.raises(OutputError, match="out: must be a folder that can be made, got"):
+            trace_file(*tiny(), tmp_path / "in.jsonl", out)
+
+
+def test_an_input_that_changes_while_it_is_read_ends_the_run(tmp_path: Path):
+    """What was scanned and what is traced must be the same lines; those of other bytes have another result."""
+    path = tmp_path / "in.jsonl"
+
+    def change(at: CorpusProgress) -> None:
+        if at.stage == "reading the lines":
+            path.write_text(path.read_text().replace("apples", "grapes"))
+
+    with pytest.raises(InvalidInputError, match=r"path: must stay as it is during a run, got another line 1 in"):
+        run(tmp_path, LINES[:2], progress=change)
+    assert _count(tmp_path / "out") == 0
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path):
@@ -369,6 +393,7 @@ def test_batches_hold_similar_lengths_within_the_budget(tmp_path: Path):
     items = [Prepared(Line(k, 0, 0, "", str(k)), Text(n), None) for k, n in enumerate(lengths)]
     made = [[item.encoded.num_tokens for item in batch] for batch in batches(items, 100)]
     assert made == [[5, 5, 6, 7], [40, 41], [90], [300]]
+    assert [len(batch) for batch in batches(items[1:2] * 3, 180)] == [2, 1]  # the one that is added counts too
     assert [item.line.number for batch in batches(items, 10_000) for item in batch][:2] == [0, 7]
 
 
@@ -387,7 +412,10 @@ def test_options_are_checked_before_anything_is_written(tmp_path: Path):
         ({"batch_tokens": 0}, "batch_tokens: must be a positive number, got 0"),
         ({"format": "xlsx"}, "format: must be 'auto', 'parquet' or 'csv', got 'xlsx'"),
         ({"answer": "("}, "pattern: must be a regular expression, got '\\('"),
-        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, a whole number, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: must be at least 1, a whole number, got 2.5"),
+        ({"fields": {}}, r"fields: must be a CorpusFields, got \{\}"),
+        ({"keep": "most"}, r"keep: must lie in \(0, 1\], got 'most'"),
         ({"keep": 0}, r"keep: must lie in \(0, 1\], got 0"),
         ({"damping": 2.0}, "damping: "),
         ({"layers": "99"}, "layers: "),
@@ -399,6 +427,8 @@ def test_options_are_checked_before_anything_is_written(tmp_path: Path):
         CorpusFields(prompt="question")
     with pytest.raises(InvalidInputError, match=r"path: must be a file that can be read, got"):
         scan(tmp_path / "nothing", CorpusFields())
+    with pytest.raises(InvalidInputError, match=r"path: must be a file that can be read, got .*null byte"):
+        scan("a\0b", CorpusFields())
     with pytest.raises(InvalidInputError, match=r"path: must hold at least one line, got none in"):
         run(tmp_path, [""])
     assert not (tmp_path / "out").exists()

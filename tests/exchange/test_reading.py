@@ -203,6 +203,32 @@ def test_what_is_wrong_in_a_graph_file_is_named(old: str, new: str, message: str
         read_graphml(tmp_path / "g.graphml")
 
 
+@pytest.mark.parametrize("kind", XML)
+@pytest.mark.parametrize("prefix", ["", "other:"])
+def test_a_file_of_several_graphs_is_refused(kind: str, prefix: str, tmp_path: Path):
+    """Reading the first and saying nothing would give the numbers of another graph."""
+    write, read = XML[kind]
+    write(GRAPH, tmp_path / "g.xml")
+    text = (tmp_path / "g.xml").read_text()
+    more = f'</graph><{prefix}graph edgedefault="directed" xmlns:other="http://graphml.example/ns"></{prefix}graph>'
+    (tmp_path / "g.xml").write_text(text.replace("</graph>", more))
+    with pytest.raises(
+        TraceFileError, match=r"graph: must be one, got several <graph> elements; write each to its own"
+    ):
+        read(tmp_path / "g.xml")
+
+
+def test_an_unknown_loss_in_json_is_unknown_again(tmp_path: Path):
+    graph = GRAPH.clone()
+    graph.kept_attention = torch.full_like(graph.kept_attention, torch.nan)
+    made = FlowTrace(
+        tuple("abcd"), torch.arange(4), "abcd", torch.tensor([[k, k + 1] for k in range(4)]), torch.ones(4).bool(),
+        graph, solve(graph),
+    )  # fmt: skip
+    made.to_json(tmp_path / "t.json")
+    assert bool(torch.isnan(read_json(tmp_path / "t.json").kept_attention).all())
+
+
 def test_a_foreign_description_is_no_fact(tmp_path: Path):
     write_gexf(GRAPH, tmp_path / "g.gexf")
     text = (tmp_path / "g.gexf").read_text()

@@ -1,6 +1,7 @@
 """The hub test: which tokens each arm masks, that its figures are those of single knock-outs, and its intervals."""
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from statistics import fmean
@@ -8,6 +9,7 @@ from statistics import fmean
 import pytest
 import torch
 import typer
+from scipy import stats
 from typer.testing import CliRunner
 
 import flowgraph
@@ -15,7 +17,8 @@ from flowgraph.commands.hub_test import hub_test as hub_command
 from flowgraph.errors import FlowgraphError, InfeasibleFlowError, InvalidInputError, RegionError
 from flowgraph.flowtrace import FlowTrace
 from flowgraph.graph import FlowGraph
-from flowgraph.interventions.hubtest import HubTest, hub_test, t_interval, wilson_interval
+from flowgraph.interventions.hubtest import HubRun, HubTest, _summary, hub_test
+from flowgraph.interventions.intervals import t_interval, wilson_interval
 from flowgraph.interventions.knocking import knockout
 from flowgraph.solving import solve
 from tests.fixtures.tiny import save_tiny, tiny, tiny_model
@@ -177,8 +180,17 @@ def unreachable() -> FlowTrace:
         ({"fractions": [0.1, 0.1]}, InvalidInputError, "each once"),
         ({"arms": ["middle"]}, InvalidInputError, "arms: must be some of 'top'"),
         ({"arms": "top"}, InvalidInputError, "arms: must be some of 'top'"),
-        ({"seeds": []}, InvalidInputError, "seeds: must be non-negative numbers"),
-        ({"seeds": [1, 1]}, InvalidInputError, "seeds: must be non-negative numbers, each once"),
+        ({"seeds": []}, InvalidInputError, "seeds: must be non-negative whole numbers"),
+        ({"seeds": [1, 1]}, InvalidInputError, "seeds: must be non-negative whole numbers, each once"),
+        ({"seeds": [1.5]}, InvalidInputError, r"seeds: must be non-negative whole numbers, each once, got \[1.5\]"),
+        ({"seeds": 5}, InvalidInputError, "whole numbers, each once, got 5"),
+        ({"fractions": 0.2}, InvalidInputError, r"fractions: must lie in \(0, 1\), each once, got 0.2"),
+        ({"fractions": ["a"]}, InvalidInputError, r"got \['a'\]"),
+        ({"arms": [["top"]]}, InvalidInputError, "arms: must be some of 'top'"),
+        ({"arms": None}, InvalidInputError, "arms: must be some of 'top'"),
+        ({"scores": None}, InvalidInputError, "scores: must be one finite number"),
+        ({"scores": [["a"] * 40]}, InvalidInputError, "scores: must be one finite number"),
+        ({"scores": torch.ones(40, dtype=torch.complex64)}, InvalidInputError, "scores: must be one finite number"),
         ({"seeds": [-1]}, InvalidInputError, "seeds: must be non-negative"),
         ({"region": "answer"}, InvalidInputError, "region: must be 'reasoning' or 'question'"),
         ({"scores": "luck"}, InvalidInputError, "scores: must be 'throughput'"),
@@ -195,6 +207,8 @@ def test_bad_input_is_refused(options: dict, kind: type[Exception], message: str
 def test_traces_that_cannot_be_hub_result():
     with pytest.raises(InvalidInputError, match="trace: must be a FlowTrace or several"):
         hub_test(tiny_model(), [])
+    with pytest.raises(InvalidInputError, match=r"trace: must be a FlowTrace or several, got \['NoneType'\]"):
+        hub_test(tiny_model(), None)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="trace: must be a FlowTrace"):
         hub_test(tiny_model(), ["t.safetensors"])  # type: ignore[list-item]
     with pytest.raises(InfeasibleFlowError, match="must have a flow to be ranked by throughput"):
@@ -204,6 +218,48 @@ def test_traces_that_cannot_be_hub_result():
     bare = flowgraph.trace(tiny_model(), input_ids=ids, question=range(1, 38), answer=[38, 39], prompt_length=38)
     with pytest.raises(RegionError, match="reasoning: must hold tokens to mask, got none"):
         hub_test(tiny_model(), bare)
+
+
+def test_reasoning_that_the_answer_cannot_read_is_refused():
+    def traced(**regions) -> FlowTrace:
+        return flowgraph.trace(
+            tiny_model(), input_ids=trace_of().token_ids, question=range(1, 6), prompt_length=7, **regions
+        )
+
+    with pytest.raises(RegionError, match="that the answer can read, got none before token 11, which emits"):
+        hub_test(tiny_model(), traced(answer=[12], reasoning=range(13, 38)), fractions=[0.2])
+    with pytest.raises(RegionError, match="that the answer can read"):
+        hub_test(tiny_model(), traced(answer=[12], reasoning=[11, 14, 15]), fractions=[0.4])
+    readable = hub_test(
+        tiny_model(), traced(answer=[12], reasoning=[10, 14, 15]), fractions=[0.4], arms=["bottom", "top"],
+        scores="position",
+    ).runs  # fmt: skip
+    assert readable[0].tokens == (10,)
+    assert readable[0].change != 0
+    assert readable[1].change == pytest.approx(0, abs=1e-5)  # what stands behind the answer is idle
+
+
+def test_intervals_against_scipy():
+    for count in (2, 3, 4, 11, 40):
+        values = [math.sin(k) for k in range(count)]
+        expected = stats.t.interval(0.95, count - 1, fmean(values), stats.sem(values))
+        assert t_interval(values) == pytest.approx(expected, rel=1e-9)
+        for hits in {0, 1, count // 2, count}:
+            share = stats.binomtest(hits, count).proportion_ci(0.95, "wilson")
+            assert wilson_interval(hits / count, count) == pytest.approx((share.low, share.high), abs=1e-9)
+
+
+def test_a_difference_of_shares_stays_between_minus_one_and_one():
+    flips = {"top": (True, True, True), "bottom": (False, False, True)}
+    runs = [
+        HubRun(number, 0.2, arm, None, (9,), 0.0, 0.0, flip, 0.0)
+        for arm, found in flips.items()
+        for number, flip in enumerate(found)
+    ]
+    (gap,) = _summary(runs, [0.2], list(flips), 3)[1]
+    low, high = t_interval([1.0, 1.0, 0.0]) or (0.0, 0.0)
+    assert high > 1
+    assert gap.flip_interval == (low, 1.0)
 
 
 def test_progress_json_and_text():

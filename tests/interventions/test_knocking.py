@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import flowgraph
 from flowgraph.attention.capture import capture
 from flowgraph.commands.knockout import knockout as knockout_command
-from flowgraph.errors import CaptureError, FlowgraphError, InvalidInputError
+from flowgraph.errors import CaptureError, FlowgraphError, InvalidInputError, MemoryLimitError, NumericalRangeError
 from flowgraph.flowtrace import FlowTrace
 from flowgraph.interventions.knocking import Intervention, attention_cell, attention_cut, knockout, knockouts
 from flowgraph.routes import Route
@@ -238,6 +238,44 @@ def test_other_threads_and_training_flags_are_left_alone():
         model.eval()
 
 
+def test_what_an_iterator_yields_is_cut():
+    model, trace = model_of("llama"), trace_of()
+    listed = knockout(model, trace, tokens=[4], edges=[(6, 15)], routes=[(3, 20)], layers=[1])
+    once = knockout(
+        model, trace, tokens=iter([4]), edges=zip([6], [15], strict=True), routes=iter([(3, 20)]), layers=iter([1])
+    )  # type: ignore[arg-type]
+    assert once.change == listed.change != 0
+    assert once.to_dict() == listed.to_dict()
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "all"])
+def test_the_edge_into_every_token_is_the_cell_its_capacity_was_read_from(preset: str):
+    """A sliding-window layer, grouped heads: the cell's attention, without the first token, is the capacity."""
+    rows = "emission_all" if preset == "all" else None
+    trace = trace_of("mistral_sliding", "paper" if preset == "paper" else "default", rows)
+    attention = capture(
+        model_of("mistral_sliding"), trace.token_ids, layers=trace.provenance["layers"], heads="mean"
+    ).dense()[0].double()  # fmt: skip
+    if preset != "paper":
+        attention[:, 0] = 0
+        attention /= attention.sum(1, keepdim=True).clamp_min(1e-300)
+    read = [float(attention[attention_cell(trace, *edge)]) for edge in trace.graph.edge_index.T.tolist()]
+    torch.testing.assert_close(torch.tensor(read).double(), trace.graph.capacity.double(), rtol=0, atol=1e-6)
+
+
+def test_an_answer_without_a_finite_log_probability_is_refused(monkeypatch):
+    model, trace = build("llama"), trace_of()
+    said, plain = int(trace.token_ids[20]), model.lm_head.forward
+    for value in (-torch.inf, torch.inf, torch.nan):
+        monkeypatch.setattr(
+            model.lm_head,
+            "forward",
+            lambda hidden, value=value: plain(hidden).index_fill(-1, torch.tensor([said]), value),
+        )
+        with pytest.raises(NumericalRangeError, match="every token of the answer a finite log-probability"):
+            knockout(model, trace, tokens=[12])
+
+
 def test_a_result_is_plain_json():
     model, trace = model_of("llama"), trace_of()
     what = Intervention(torch.tensor([4]), [(6, 15)], [Route((3, 20), 0.5)], range(2), 1)  # type: ignore[arg-type]
@@ -269,6 +307,12 @@ def test_a_result_is_plain_json():
         ({"edges": [(4, 4)]}, r"edges: must run from an earlier"),
         ({"edges": [(4, 30)]}, r"edges: must lie in 0..23"),
         ({"edges": [(4, 9), (4, 9)]}, r"edges: each may be named once, got 4 -> 9 twice"),
+        ({"edges": torch.tensor([[4, 9], [4, 9]])}, r"edges: each may be named once, got 4 -> 9 twice"),
+        ({"edges": None}, r"edges: must be a list, got None"),
+        ({"edges": [None]}, r"edges: must be pairs \(source, target\), got None"),
+        ({"edges": [(1.0, 2)]}, r"edges: must be token indices"),
+        ({"routes": 3}, r"routes: must be a list, got 3"),
+        ({"routes": Route((3, 9, 20), 0.1)}, r"routes: must be a list, got Route"),
         ({"edges": [4, 9]}, r"edges: must be pairs \(source, target\), got 4"),
         ({"edges": [(0, 1)], "tokens": [2], "routes": [(3,)]}, r"routes: must have at least two tokens, got \[3\]"),
         ({"routes": [(3, 9, 7)]}, r"edges: must run from an earlier to a later token, got 9 -> 7"),
@@ -315,6 +359,21 @@ def test_a_model_that_does_not_fit_the_trace():
     ids[5] = 1000
     with pytest.raises(InvalidInputError, match="vocabulary of 99, got id 1000"):
         knockout(model, replace(trace, token_ids=ids), tokens=[4])
+    ids[5] = -1
+    with pytest.raises(InvalidInputError, match="vocabulary of 99, got id -1"):
+        knockout(model, replace(trace, token_ids=ids), tokens=[4])
+    for foreign in ("middle", 2, [None]):  # no figure depends on it
+        other = replace(trace, provenance={"layers": foreign, "rows": "emission"})
+        assert knockout(model, other, tokens=[4]).change == knockout(model, trace, tokens=[4]).change
+    with pytest.raises(InvalidInputError, match="trace: must be a FlowTrace, got NoneType"):
+        knockout(model, None, tokens=[4])  # type: ignore[arg-type]
+    for wrong in (Intervention(tokens=[4]), [{"tokens": [4]}]):
+        with pytest.raises(InvalidInputError, match="interventions: must be a list of Intervention"):
+            knockouts(model, trace, wrong)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowgraph.memory.available_bytes", lambda device: 1000)
+        with pytest.raises(MemoryLimitError, match="batch_size: would need about"):
+            knockout(model, trace, tokens=[4])
     with pytest.raises(InvalidInputError, match=r"trace's layers \(7\), got 3"):
         knockout(model, replace(trace, provenance={"layers": [6, 7], "rows": "emission"}), tokens=[4])
     with pytest.raises(InvalidInputError, match="context of 20, got 24"):
@@ -384,6 +443,9 @@ def test_the_command(saved, tmp_path):
         ([], "say what to knock out"),
         (["--tokens", "5,x"], "numbers and ranges like"),
         (["--tokens", "9-5"], "numbers and ranges like"),
+        (["--tokens", "0-99999999999"], "numbers and ranges like"),
+        (["--tokens", "9" * 5000], "numbers and ranges like"),
+        (["--edges", "1-" + "9" * 5000], "must be pairs"),
         (["--edges", "3"], "must be pairs"),
         (["--route", "0"], "the routes of this"),
         (["--route", "100000"], "the routes of this"),

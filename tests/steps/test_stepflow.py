@@ -534,6 +534,15 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def test_tokens_and_spans_of_another_kind_are_refused():
+    regions = {"question": [0], "reasoning": [1], "answer": [2]}
+    for spans in (None, ["a", "b", "c"]):
+        with pytest.raises(InvalidInputError, match="spans: must be one"):
+            split_steps(["a", "b", "c"], spans, "", **regions)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="tokens: must be the text of each token"):
+        split_steps([1, 2, 3], torch.zeros(3, 2).long(), "", **regions)  # type: ignore[list-item]
+
+
 def test_the_command_prints_steps_and_flows_and_writes_them(tmp_path: Path):
     trace = small_trace()
     trace.save(tmp_path / "t.safetensors")
@@ -559,6 +568,9 @@ def test_the_command_keeps_token_text_from_steering_the_terminal_and_checks_outp
     assert "[red]" in done.output
     assert "\x1b[31m" not in done.output
     assert "\u202e" not in done.output
+    twice = run(tmp_path / "t", "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.csv")
+    assert twice.exit_code == 2
+    assert not (tmp_path / "s.csv").exists()
     failed = run(tmp_path / "missing", "--csv", tmp_path / "no" / "s.csv")
     assert isinstance(failed.exception, OutputError)
     assert isinstance(run(tmp_path / "t", "--by", "line").exception, InvalidInputError)

@@ -22,7 +22,14 @@ from flowgraph.flowtrace import FlowTrace
 from flowgraph.graph import FlowGraph
 from flowgraph.solving import solve
 from flowgraph.steps.stepflow import step_flow
-from flowgraph.views.figures import plot_comparison, plot_potentials, plot_steps, plot_throughput, save_figure
+from flowgraph.views.figures import (
+    _root_ticks,
+    plot_comparison,
+    plot_potentials,
+    plot_steps,
+    plot_throughput,
+    save_figure,
+)
 from flowgraph.views.labels import drawable, families
 
 WORDS = ("Tom", " has", " 3", " apples", ".", "\n", "So", " 7")
@@ -110,6 +117,12 @@ def test_a_long_text_is_binned_with_its_maximum(num_tokens: int):
     assert len(bins) <= 50
     assert f"maximum of each {width} tokens" in ax.get_ylabel()
     assert max(bars_of(ax).values()) == trace.throughput.max()
+
+
+@pytest.mark.parametrize("highest", [1.0, 1 - 2**-52, 1 - 1e-12])
+def test_the_root_scale_ends_at_1_also_where_sums_round_below(highest: float):
+    assert _root_ticks(highest) == [0, 0.01, 0.05, 0.1, 0.2, 0.5, 1]
+    assert _root_ticks(0.4 * highest)[-1] == 0.2
 
 
 def test_labels_name_the_strongest_and_never_overlap():

@@ -39,6 +39,8 @@ def compare(
     for path in (html, json_file):
         if path is not None:
             check_writable(path)
+    if html is not None and html == json_file:
+        raise typer.BadParameter(f"--html and --json must name two files, got {html} for both")
     with stages() as say:
         say("comparing")
         comparison = compare(load_trace(first), load_trace(second), by=by)

@@ -11,7 +11,8 @@ from flowgraph.commands.common import Device, Dtype, Model, console, load_model,
 from flowgraph.commands.knockout import warnings_on_stderr
 
 if TYPE_CHECKING:
-    from flowgraph.interventions.hubtest import HubTest, Interval
+    from flowgraph.interventions.hubtest import HubTest
+    from flowgraph.interventions.intervals import Interval
 
 
 def hub_test(

@@ -66,19 +66,25 @@ def knockout(
 def numbers(name: str, text: str | None) -> list[int]:
     """ "5,7-9" is 5, 7, 8, 9."""
     found: list[int] = []
+    problem = typer.BadParameter(f"--{name} must be numbers and ranges like 5,7-9, got {(text or '')[:80]!r}")
     for part in (text or "").split(",") if text is not None else ():
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise typer.BadParameter(f"--{name} must be numbers and ranges like 5,7-9, got {text!r}")
+        if not _is_number(first) or (dash and (not _is_number(last) or int(last) < int(first))):
+            raise problem
         found += range(int(first), int(last or first) + 1)
     return found
 
 
 def _edge(text: str) -> tuple[int, int]:
     source, _, target = text.strip().partition("-")
-    if not source.isdecimal() or not target.isdecimal():
-        raise typer.BadParameter(f"--edges must be pairs SOURCE-TARGET like 3-9,4-9, got {text!r}")
+    if not _is_number(source) or not _is_number(target):
+        raise typer.BadParameter(f"--edges must be pairs SOURCE-TARGET like 3-9,4-9, got {text[:80]!r}")
     return int(source), int(target)
+
+
+def _is_number(text: str) -> bool:
+    """Whether it counts tokens, heads or routes: of seven digits at most, so that a slip makes no endless range."""
+    return text.isdecimal() and len(text) <= 7
 
 
 @contextmanager

@@ -37,9 +37,11 @@ def steps(
     from flowgraph.files import check_writable
     from flowgraph.flowtrace import load_trace
 
-    for path in (csv_file, flows_csv, json_file):
-        if path is not None:
-            check_writable(path)
+    outputs = [path for path in (csv_file, flows_csv, json_file) if path is not None]
+    for path in outputs:
+        check_writable(path)
+    if len(set(outputs)) < len(outputs):
+        raise typer.BadParameter("--csv, --flows-csv and --json must each name a file of its own, got one twice")
     result = load_trace(file).steps(by, split_question=split_question)
     screen = console()
     screen.print(f"{result.num_steps} steps by {result.by}", markup=False, highlight=False)

@@ -120,7 +120,7 @@ def _rule(first: FlowTrace, second: FlowTrace, by: str) -> str:
         return SAME_TOKENS
     if same_text and by != "tokens":
         return SAME_TEXT
-    if prompt_ids(first) == prompt_ids(second):
+    if prompt_ids(first) == prompt_ids(second) and prompt_ids(first):
         return SAME_PROMPT
     questions = question_text(first), question_text(second)
     if questions[0] == questions[1] and questions[0]:

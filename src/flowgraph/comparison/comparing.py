@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -317,7 +317,8 @@ def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str
     if question_text(first) != question_text(second) or int(first.question.sum()) != int(second.question.sum()):
         counts = int(first.question.sum()), int(second.question.sum())
         notes.append(f"flow enters at other tokens: the question has {counts[0]} in A and {counts[1]} in B")
-    made = [dict(trace.provenance.get("versions") or {}).get("flowgraph-llm") for trace in (first, second)]
+    versions = [trace.provenance.get("versions") for trace in (first, second)]
+    made = [found.get("flowgraph-llm") if isinstance(found, Mapping) else None for found in versions]
     if made[0] != made[1]:
         notes.append(
             f"made by two versions of flowgraph-llm, {made[0]} and {made[1]}: part of a difference may be theirs"

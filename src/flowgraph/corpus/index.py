@@ -155,7 +155,13 @@ def claimed(out: Path) -> Iterator[None]:
     except ImportError:  # Windows: two runs at once would only do the same work twice
         yield
         return
-    with (out / ".lock").open("w") as lock:
+    try:
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise OutputError(
+            f"out: must be a folder that can be written, got {out} ({error.strerror}); choose another place"
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -186,9 +192,10 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[st
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(
-            f"out: must be a folder that can be made, got {folder} ({error.strerror}); choose another place"
+            f"out: must be a folder that can be made, got {str(folder)!r} ({reason}); choose another place"
         ) from error
 
 

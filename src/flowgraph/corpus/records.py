@@ -160,9 +160,10 @@ def read_requests(path: PathLike, lines: list[Line], names: CorpusFields) -> Ite
 def _open(path: PathLike) -> Any:
     try:
         return Path(path).open("rb")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidInputError(
-            f"path: must be a file that can be read, got {path} ({error.strerror}); check the name"
+            f"path: must be a file that can be read, got {str(path)!r} ({reason}); check the name"
         ) from error
 
 

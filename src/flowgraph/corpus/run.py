@@ -23,7 +23,7 @@ from flowgraph.corpus.tables import figures
 from flowgraph.edges import EdgeRules
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimitError, NumericalRangeError
 from flowgraph.flowtrace import FlowTrace, load_trace
-from flowgraph.inputs import generate_response, regions_of_text
+from flowgraph.inputs import check_max_new_tokens, check_prompt, ends_with_response, generate_response, regions_of_text
 from flowgraph.propagation.backends import Backend
 from flowgraph.regions import Regex, Regions
 from flowgraph.selectors import Selector
@@ -102,13 +102,9 @@ class Choices:
         for pattern in (self.question, self.answer):
             if isinstance(pattern, str):
                 Regex(pattern)
-        if self.max_new_tokens < 1:
-            raise InvalidInputError(
-                f"max_new_tokens: must be at least 1, got {self.max_new_tokens}; 256 is the default"
-            )
-        if not 0 < self.keep <= 1:
-            raise InvalidInputError(f"keep: must lie in (0, 1], got {self.keep}; 0.9 keeps the routes of 90 %")
-
+        check_max_new_tokens(self.max_new_tokens)
+        if not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+            raise InvalidInputError(f"keep: must lie in (0, 1], got {self.keep!r}; 0.9 keeps the routes of 90 %")
         if self.system and (self.plain or not getattr(tokenizer, "chat_template", None)):
             raise InvalidInputError(
                 f"system: needs a chat template, got {self.system!r:.80} without; write it into the prompts"
@@ -194,7 +190,7 @@ class Run:
 
     def _generated(self, line: Line, prompt: str | list[dict[str, Any]]) -> list[int] | None:
         """The response of a line that has none, generated once and kept."""
-        if not isinstance(prompt, str) and prompt[-1].get("role") == "assistant":
+        if ends_with_response(prompt):
             return None
         ids = self.folder.response(line)
         if ids is None:
@@ -289,9 +285,8 @@ def _as_chat(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], choices: Choices
 ) -> str | list[dict[str, Any]]:
     """A text prompt as a user's message, where the tokenizer has a chat template and nobody said plain."""
+    check_prompt(prompt)
     if not isinstance(prompt, str) or choices.plain or not getattr(tokenizer, "chat_template", None):
         return prompt
-    if not prompt.strip():
-        raise InvalidInputError("prompt: must hold text, got only blanks; ask the question there")
     before = [{"role": "system", "content": choices.system}] if choices.system else []
     return [*before, {"role": "user", "content": prompt}]

@@ -148,7 +148,9 @@ def trace_file(
         max_edges, backend, max_new_tokens, keep,
     )  # fmt: skip
     choices.check(model, tokenizer)
-    names = fields or CorpusFields()
+    names = CorpusFields() if fields is None else fields
+    if not isinstance(names, CorpusFields):
+        raise InvalidInputError(f"fields: must be a CorpusFields, got {fields!r:.80}; e.g. CorpusFields(prompt='q')")
     lines = scan(path, names)
     with claimed(Path(out)):
         settings = {**fingerprint(model, tokenizer), **choices.settings(), "fields": asdict(names)}

@@ -134,7 +134,11 @@ def read_json(path: PathLike) -> FlowGraph:
         if [token["index"] for token in tokens] != list(range(len(tokens))):
             raise InvalidInputError("tokens: must be in order, got other indices; write it again")
         found = regions_of({"region": [token["region"] or NO_REGION for token in tokens]})
-        losses = {name: summary[name] for name in LOSSES if complete or name != "kept_attention"}
+        losses = {
+            name: summary[name]
+            for name in LOSSES
+            if summary[name] is not None and (complete or name != "kept_attention")
+        }
         facts = {"schema": GRAPH_SCHEMA, "rules": "", **losses}
         return assembled(len(tokens), [(s, t, c) for s, t, c, _ in edges], found, {}, facts, "capacity")
 
@@ -160,15 +164,23 @@ def _reading(path: PathLike) -> Iterator[None]:
 
 
 def _plain_xml(path: PathLike) -> bytes:
-    """The file, known to be well-formed and without a document type: entities can only be declared in one."""
+    """The file, known to be well-formed, with one graph, without a document type: only there are entities declared."""
+    num_graphs = 0
 
     def refuse(*_: object) -> NoReturn:
         raise TraceFileError(
             f"path: must be XML without a document type, got a DOCTYPE in {path}; delete it (entities are not expanded)"
         )
 
+    def count(tag: str, _: object) -> None:  # of several graphs the library reads one and says nothing
+        nonlocal num_graphs
+        num_graphs += tag.rpartition(":")[2] == "graph"
+        if num_graphs > 1:
+            raise InvalidInputError("graph: must be one, got several <graph> elements; write each to its own file")
+
     content = Path(path).read_bytes()
     parser = expat.ParserCreate()
+    parser.StartElementHandler = count
     parser.StartDoctypeDeclHandler = refuse
     parser.Parse(content, True)
     return content

@@ -6,7 +6,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist, fmean, stdev
+from operator import index
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,13 +19,12 @@ from torch_geometric.utils import scatter
 from flowgraph.attention.selection import LayerRule
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, RegionError
 from flowgraph.flowtrace import FlowTrace
+from flowgraph.interventions.intervals import Interval, t_interval, wilson_interval
 from flowgraph.interventions.knocking import Intervention, KnockoutResult, knockouts
 
 Arm = Literal["top", "random", "matched", "bottom"]
 Score = Literal["throughput", "potential", "attention", "position"]
-Interval = tuple[float, float] | None
 _DRAWN = ("random", "matched")
-_CONFIDENCE = 0.95
 _BINS = 10
 
 
@@ -156,10 +156,8 @@ def hub_test(
 
     Cost: (2 + 2 seeds) x fractions / batch_size forward passes a trace.
     """
-    traces = [trace] if isinstance(trace, FlowTrace) else list(trace)
-    drawn = [int(seed) for seed in seeds]
-    shares = [float(fraction) for fraction in fractions]
-    _check_options(traces, shares, arms, drawn)
+    traces = list(trace) if isinstance(trace, Iterable) else [trace]
+    shares, drawn = _checked_options(traces, fractions, arms, seeds)
     ranked = [_ranked(one, region, _scores_of(scores, traces, number)) for number, one in enumerate(traces)]
     plans = [_plan(one, order, shares, arms, drawn) for one, order in zip(traces, ranked, strict=True)]
     runs: list[HubRun] = []
@@ -177,20 +175,38 @@ def hub_test(
     return HubTest(tuple(rows), tuple(differences), tuple(runs), len(traces), name, region)
 
 
-def _check_options(traces: Sequence[Any], fractions: list[float], arms: Sequence[str], seeds: list[int]) -> None:
+def _checked_options(traces: Sequence[Any], fractions: Any, arms: Any, seeds: Any) -> tuple[list[float], list[int]]:
+    """Fractions and seeds as plain numbers."""
     if not traces or not all(isinstance(trace, FlowTrace) for trace in traces):
         raise InvalidInputError(
             f"trace: must be a FlowTrace or several, got {[type(trace).__name__ for trace in traces]}; "
             "load_trace reads one from a file"
         )
-    if not fractions or not all(0 < fraction < 1 for fraction in fractions) or len(set(fractions)) < len(fractions):
-        raise InvalidInputError(f"fractions: must lie in (0, 1), each once, got {fractions}; e.g. 0.05, 0.1, 0.2")
-    if isinstance(arms, str) or not arms or not set(arms) <= set(get_args(Arm)) or len(set(arms)) < len(arms):
+    try:
+        shares = [float(fraction) for fraction in fractions]
+    except (TypeError, ValueError):
+        shares = []
+    if not shares or not all(0 < fraction < 1 for fraction in shares) or len(set(shares)) < len(shares):
         raise InvalidInputError(
-            f"arms: must be some of {', '.join(map(repr, get_args(Arm)))}, each once, got {arms!r}; default: all"
+            f"fractions: must lie in (0, 1), each once, got {shares or fractions!r}; e.g. [0.05, 0.1, 0.2]"
         )
-    if (set(arms) & set(_DRAWN) and not seeds) or len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-        raise InvalidInputError(f"seeds: must be non-negative numbers, each once, got {seeds}; e.g. range(10)")
+    known = get_args(Arm)
+    if (
+        not isinstance(arms, list | tuple)
+        or not arms
+        or not all(arm in known for arm in arms)
+        or len(set(arms)) < len(arms)
+    ):
+        raise InvalidInputError(
+            f"arms: must be some of {', '.join(map(repr, known))}, each once, got {arms!r}; default: all"
+        )
+    try:
+        drawn = [index(seed) for seed in seeds]
+    except TypeError:
+        drawn = [-1]
+    if (set(arms) & set(_DRAWN) and not drawn) or len(set(drawn)) < len(drawn) or any(seed < 0 for seed in drawn):
+        raise InvalidInputError(f"seeds: must be non-negative whole numbers, each once, got {seeds!r}; e.g. range(10)")
+    return shares, drawn
 
 
 def _scores_of(scores: Any, traces: list[FlowTrace], number: int) -> Float[Tensor, " tokens"]:
@@ -198,9 +214,13 @@ def _scores_of(scores: Any, traces: list[FlowTrace], number: int) -> Float[Tenso
     if isinstance(scores, str):
         return _named_scores(scores, trace)
     vector = scores if isinstance(scores, Tensor) and len(traces) == 1 else None
-    if vector is None and not isinstance(scores, Tensor) and len(scores) == len(traces):
-        vector = torch.as_tensor(scores[number])
-    if vector is None or vector.shape != (trace.num_tokens,) or not bool(torch.isfinite(vector.double()).all()):
+    if isinstance(scores, Sequence) and len(scores) == len(traces):
+        try:
+            vector = torch.as_tensor(scores[number])
+        except (TypeError, ValueError, RuntimeError):
+            vector = None
+    fits = vector is not None and vector.shape == (trace.num_tokens,) and not vector.is_complex()
+    if vector is None or not fits or not bool(torch.isfinite(vector.double()).all()):
         raise InvalidInputError(
             f"scores: must be one finite number for each of the {trace.num_tokens} tokens of trace {number}, got "
             f"{'none' if vector is None else tuple(vector.shape)}; pass a list with one vector for each trace"
@@ -237,6 +257,12 @@ def _ranked(trace: FlowTrace, region: str, scores: Float[Tensor, " tokens"]) -> 
             f"{region}: must hold tokens to mask, got none; trace an answer with steps before it, or test "
             "region='question'"
         )
+    last = int(trace.answer.cpu().nonzero().max())
+    if int(tokens.min()) >= last - 1:  # the row of its own position, which a masked token keeps, emits the next
+        raise RegionError(
+            f"{region}: must hold tokens that the answer can read, got none before token {last - 1}, which emits the "
+            "last of the answer; mask what stands before it"
+        )
     return tokens[torch.argsort(scores[tokens], descending=True, stable=True)].tolist()
 
 
@@ -247,9 +273,8 @@ def _plan(
     trace: FlowTrace, order: list[int], fractions: list[float], arms: Sequence[str], seeds: list[int]
 ) -> list[Entry]:
     """Fraction, arm, seed and tokens of every run on one trace."""
-    text = zlib.crc32(
-        np.asarray(trace.token_ids.tolist(), dtype="<i8").tobytes()
-    )  # draws follow the text, not the list
+    ids = np.asarray(trace.token_ids.tolist(), dtype="<i8")
+    text = zlib.crc32(ids.tobytes())  # draws follow the text, not its place in the list
     plan: list[Entry] = []
     for fraction in fractions:
         count = math.floor(fraction * len(order) + 0.5)
@@ -286,17 +311,8 @@ def _run(
     trace: int, fraction: float, arm: str, seed: int | None, tokens: tuple[int, ...], result: KnockoutResult
 ) -> HubRun:
     change = result.change
-    return HubRun(
-        trace,
-        fraction,
-        arm,
-        seed,
-        tokens,
-        change,
-        change / result.answer.numel(),
-        result.flips,
-        float(result.kl.mean()),
-    )
+    per_token, kl = change / result.answer.numel(), float(result.kl.mean())
+    return HubRun(trace, fraction, arm, seed, tokens, change, per_token, result.flips, kl)
 
 
 def _summary(
@@ -331,41 +347,6 @@ def _units(runs: list[HubRun], num_traces: int) -> list[tuple[float, float]]:
     if num_traces == 1:
         groups = [[run] for run in runs]
     return [(fmean(run.change for run in group), fmean(run.flips for run in group)) for group in groups]
-
-
-def t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of a mean by Student's t; None for a single value, or values without any spread to judge by."""
-    if len(values) < 2 or min(values) == max(values):
-        return None
-    half = _t_quantile((1 + _CONFIDENCE) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
-
-
-def wilson_interval(rate: float, count: int) -> Interval:
-    """95 % interval of a share by Wilson's score; None for a single unit. Conservative for averages of shares."""
-    if count < 2:
-        return None
-    z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
-    middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _t_quantile(level: float, degrees: int) -> float:
-    """Quantile of Student's t for whole degrees of freedom: its finite sum (Abramowitz & Stegun 26.7.3-4), bisected."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):
-        angle = (low + high) / 2
-        odd = degrees % 2
-        term, total = (math.cos(angle) if odd else 1.0), 0.0
-        for step in range(odd, degrees - 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (step + 1) / (step + 2)
-        inside = math.sin(angle) * total  # probability of -t < T < t, up to the part of odd degrees
-        if odd:
-            inside = 2 / math.pi * (angle + inside)
-        low, high = (angle, high) if inside < 2 * level - 1 else (low, angle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
 
 
 def _brackets(interval: Interval, style: str) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,8 +18,10 @@ from flowgraph.attention.cutting import Cut, cutting, resolve_cut_heads, resolve
 from flowgraph.attention.modules import attention_modules, base_model
 from flowgraph.attention.selection import LayerRule
 from flowgraph.edges import RowRule
-from flowgraph.errors import InvalidInputError, NumericalRangeError
+from flowgraph.errors import InvalidInputError
 from flowgraph.flowtrace import FlowTrace
+from flowgraph.interventions.measuring import answer_logprobs, check_fits
+from flowgraph.memory import require_memory
 from flowgraph.routes import Route
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ class Intervention:
     routes: Sequence[Route | Sequence[int]] = ()
     layers: LayerRule = "all"
     heads: str | int | Sequence[int] = "all"
+
+    def __post_init__(self) -> None:
+        """Keep what an iterator yields: it is read more than once."""
+        for name in ("tokens", "edges", "routes", "layers", "heads"):
+            if isinstance(getattr(self, name), Iterator):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,25 +164,37 @@ def knockouts(
 
     Raises:
         InvalidInputError, CaptureError: see :func:`knockout`.
+        NumericalRangeError: logits that give the answer no log-probability.
+        MemoryLimitError: no room for the distributions at the answer's positions.
 
-    Cost: 1 + interventions / batch_size forward passes; memory of a mask ``[batch, heads, T, T]``.
+    Cost: 1 + interventions / batch_size forward passes; memory of a mask ``[batch, heads, T, T]`` and of the
+    distributions ``[batch, answer, vocabulary]``.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidInputError(f"batch_size: must be a positive number, got {batch_size!r}; 8 is the default")
+    if not isinstance(trace, FlowTrace):
+        raise InvalidInputError(f"trace: must be a FlowTrace, got {type(trace).__name__}; load_trace reads a file")
+    if not isinstance(interventions, Sequence) or not all(isinstance(one, Intervention) for one in interventions):
+        raise InvalidInputError(
+            f"interventions: must be a list of Intervention, got {interventions!r:.80}; e.g. [Intervention(tokens=[5])]"
+        )
     inner = base_model(model)
-    _check_fits(inner, trace)
+    check_fits(inner, trace)
     for intervention in interventions:  # all of them before the first pass, without keeping their masks
         _cuts(inner, trace, [intervention])
     answer = trace.answer.cpu().nonzero().flatten()
     said = trace.token_ids.cpu()[answer]
-    plain = _answer_logprobs(inner, trace, answer, 1)
+    vocabulary = inner.config.get_text_config(decoder=True).vocab_size
+    rows = min(batch_size, max(len(interventions), 1)) * answer.numel()
+    require_memory(4 * 8 * rows * vocabulary, "batch_size", "use a smaller batch_size, or trace a shorter answer")
+    plain = answer_logprobs(inner, trace, answer, 1)
     results = []
     for start in range(0, len(interventions), batch_size):
         some = interventions[start : start + batch_size]
         if progress is not None:
             progress(f"interventions {start + 1} to {start + len(some)} of {len(interventions)}")
         with attention_cut(inner, trace, some):
-            cut = _answer_logprobs(inner, trace, answer, len(some))
+            cut = answer_logprobs(inner, trace, answer, len(some))
         divergence = (plain.exp() * (plain - cut).masked_fill(plain == -torch.inf, 0)).sum(-1)
         for row, intervention in enumerate(some):
             result = KnockoutResult(
@@ -251,11 +269,11 @@ def _cells(what: Intervention, trace: FlowTrace) -> Bool[Tensor, "tokens tokens"
         raise InvalidInputError(
             f"tokens: must not belong to the answer, which is what is measured, got {answered[0]}; leave it out"
         )
-    pairs = [_pair(edge) for edge in what.edges]
+    pairs = [_pair(edge, trace.num_tokens) for edge in _several(what.edges, "edges", "[(3, 9)]")]
     if len(set(pairs)) < len(pairs):
         source, target = next(pair for pair in pairs if pairs.count(pair) > 1)
         raise InvalidInputError(f"edges: each may be named once, got {source} -> {target} twice; remove one")
-    for route in what.routes:
+    for route in _several(what.routes, "routes", "trace.routes(1)"):
         stops = _tokens(route.tokens if isinstance(route, Route) else route, "routes", trace.num_tokens)
         if len(stops) < 2:
             raise InvalidInputError(f"routes: must have at least two tokens, got {list(stops)}; or knock out tokens")
@@ -268,17 +286,26 @@ def _cells(what: Intervention, trace: FlowTrace) -> Bool[Tensor, "tokens tokens"
     return cells
 
 
-def _indices(choice: str | int | Sequence[int]) -> str | list[int]:
+def _indices(choice: Any) -> str | list[int]:
     """A choice of layers or heads as JSON has it."""
-    return (
-        choice if isinstance(choice, str) else [int(one) for one in ([choice] if isinstance(choice, int) else choice)]
-    )
+    if isinstance(choice, str):
+        return choice
+    return [int(one) for one in (choice if isinstance(choice, Iterable) else [choice])]
 
 
-def _pair(edge: Any) -> tuple[int, int]:
-    if isinstance(edge, (str, int)) or len(edge) != 2:
-        raise InvalidInputError(f"edges: must be pairs (source, target), got {edge!r}; e.g. edges=[(3, 9)]")
-    return (edge[0], edge[1])
+def _several(values: Any, name: str, example: str) -> Iterable[Any]:
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise InvalidInputError(f"{name}: must be a list, got {values!r:.80}; e.g. {name}={example}")
+    return values
+
+
+def _pair(edge: Any, num_tokens: int) -> tuple[int, int]:
+    try:
+        source, target = edge
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"edges: must be pairs (source, target), got {edge!r}; e.g. edges=[(3, 9)]") from None
+    source, target = _tokens((source, target), "edges", num_tokens)
+    return source, target
 
 
 def _tokens(values: Any, name: str, num_tokens: int) -> tuple[int, ...]:
@@ -297,57 +324,3 @@ def _tokens(values: Any, name: str, num_tokens: int) -> tuple[int, ...]:
             f"{name}: must lie in 0..{num_tokens - 1}, the tokens of the trace, got {outside[0]}; count from the start"
         )
     return found
-
-
-def _check_fits(model: PreTrainedModel, trace: FlowTrace) -> None:
-    """The trace's text can be read by this model; a model of another name is allowed, and said.
-
-    Raises:
-        InvalidInputError: ids outside the vocabulary, more tokens than the context, other layers, nothing to emit.
-    """
-    config = model.config.get_text_config(decoder=True)
-    high, traced = int(trace.token_ids.max()), trace.provenance.get("layers") or [0]
-    limit = getattr(config, "max_position_embeddings", None)
-    for problem, rule, got in (
-        (high >= config.vocab_size, f"have the trace's tokens in its vocabulary of {config.vocab_size}", f"id {high}"),
-        (limit and limit < trace.num_tokens, f"have room for the trace in its context of {limit}", trace.num_tokens),
-        (max(traced) >= config.num_hidden_layers, f"have the trace's layers ({max(traced)})", config.num_hidden_layers),
-    ):
-        if problem:
-            raise InvalidInputError(
-                f"model: must {rule}, got {got} with {type(model).__name__}; load the model that the trace was made of"
-            )
-    if bool(trace.answer[0]):
-        raise InvalidInputError(
-            "trace: its answer must have something before it, got an answer at token 0; nothing emits the first token"
-        )
-    name, made = str(getattr(model.config, "_name_or_path", "") or type(model).__name__), trace.provenance.get("model")
-    if made is not None and made != name:
-        warnings.warn(
-            f"model: the trace was made of {made!r}, got {name!r}; the figures are of the latter", stacklevel=3
-        )
-
-
-def _answer_logprobs(
-    model: PreTrainedModel, trace: FlowTrace, answer: Int64[Tensor, " answer"], batch: int
-) -> Float64[Tensor, "batch answer vocabulary"]:
-    """Log-probabilities at the positions that emit the answer's tokens, for ``batch`` copies of the text."""
-    device = next(model.get_input_embeddings().parameters()).device
-    ids = trace.token_ids.to("cpu" if device.type == "meta" else device)[None].expand(batch, -1)
-    emitting = answer - 1
-    tail = trace.num_tokens - int(emitting.min())
-    few = {"logits_to_keep": tail} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False, **few).logits[:, -tail:]
-    finally:
-        for module in training:
-            module.training = True
-    chosen = logits[:, (emitting - emitting.min()).to(logits.device)].double().cpu()
-    if bool(chosen.isnan().any()):
-        raise NumericalRangeError(
-            f"model: its logits must be numbers, got NaN from {type(model).__name__}; load it in float32 or bfloat16"
-        )
-    return chosen.log_softmax(-1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from torch import Tensor
 
 from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.masks import MaskLike, read_mask
-
-if TYPE_CHECKING:
-    pass
 
 Region = Literal["question", "reasoning", "answer"]
 By = str | re.Pattern[str] | Callable[[str], Iterable[tuple[int, int]]] | Sequence[tuple[int, int]]
@@ -43,7 +40,12 @@ class Places:
 
     @classmethod
     def of(cls, tokens: Sequence[str], spans: Tensor, text: str) -> Places:
-        spans = torch.as_tensor(spans).long()
+        try:
+            spans = torch.as_tensor(spans).long()
+        except (TypeError, ValueError, RuntimeError):
+            spans = torch.empty(0)
+        if not all(isinstance(token, str) for token in tokens):
+            raise InvalidInputError(f"tokens: must be the text of each token, got {tokens!r:.80}; pass trace.tokens")
         if spans.shape != (len(tokens), 2) or len(tokens) == 0:
             raise InvalidInputError(
                 f"spans: must be one (start, end) for each of at least one token, got shape {tuple(spans.shape)} for "

@@ -83,7 +83,7 @@ def plot_throughput(
     highest = float(throughput.max()) if trace.feasible else 1.0
     ax.set_ylim(0, highest)
     if scale == "sqrt":  # the usual even ticks would leave the lower half of a root scale without any
-        ax.set_yticks([0, *(tick for tick in _TICKS if highest / 100 <= tick <= highest)])
+        ax.set_yticks(_root_ticks(highest))
     ax.set_xlabel("token")
     ax.set_ylabel(
         ("throughput" if width == 1 else f"throughput, maximum of each {width} tokens")
@@ -324,6 +324,11 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
             f"ax: must be matplotlib axes, got {type(ax).__name__}; pass one of plt.subplots()[1], or nothing"
         )
     return ax
+
+
+def _root_ticks(highest: float) -> list[float]:
+    """Ticks of a root scale up to ``highest``; an answer that takes everything may sum to a rounding below 1."""
+    return [0.0, *(tick for tick in _TICKS if highest / 100 <= tick <= highest * (1 + 1e-9))]
 
 
 def _root(value: np.ndarray) -> np.ndarray:
