@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, messages, files."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,9 @@ def test_bad_answers_and_outputs_stop_before_anything_is_written(run, checkpoint
     code, _, said = run("trace", PROMPT, "-m", checkpoint, "-o", tmp_path / "file")
     assert code == 2
     assert "--out: must be a folder that can be made" in said
+
+
+@pytest.mark.parametrize("module", ["flowgraph.cli", "rl.cli"])
+def test_the_version_is_told(module: str):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"flowgraph(-rl)? \d+\.\d+\.\d+\S*\n", done.stdout)

@@ -249,6 +249,7 @@ GRAPH = FlowGraph.from_edges(torch.tensor([[0], [1]]), torch.ones(1), num_nodes=
         ({"source": "random"}, r"source: must be one of 'uniform', 'potential', got 'random'"),
         ({"absorption": "leak"}, r"absorption: must be one of 'absorb', 'pass_through', got 'leak'"),
         ({"damping": 0.0}, r"damping: must lie in \(0, 1\], got 0.0; 1 is undamped"),
+        ({"damping": "0.5"}, r"damping: must lie in \(0, 1\], got .0.5."),
         ({"damping": float("nan")}, r"damping: must lie in"),
         ({"source": torch.ones(3)}, r"source: must have one entry per token \(2,\), got shape \(3,\)"),
         ({"demand": -torch.ones(2)}, r"demand: must be finite and non-negative, got -1"),

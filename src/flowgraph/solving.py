@@ -117,7 +117,7 @@ def check_options(backend: str, source: str | Tensor, absorption: str | None, da
     for name, value, allowed in choices:
         if value not in allowed:
             raise InvalidInputError(f"{name}: must be one of {', '.join(map(repr, allowed))}, got {value!r}; see solve")
-    if not 0 < damping <= 1:
+    if not isinstance(damping, (int, float)) or not 0 < damping <= 1:
         raise InvalidInputError(f"damping: must lie in (0, 1], got {damping!r}; 1 is undamped")
 
 

@@ -61,16 +61,17 @@ def _report(result: HubTest) -> None:
     from rich.table import Table
 
     table = Table(show_edge=False)
-    for heading in ("masked", "arm", "change of log p", "95 %", "flips", "95 %", "over"):
+    for heading in ("masked", "arm", "change of log p, 95 %", "flips, 95 %", "over"):  # fits 80 columns
         table.add_column(heading, justify="left" if heading in ("arm", "over") else "right", no_wrap=True)
     previous = None
     for row in sorted((*result.rows, *result.differences), key=lambda row: row.fraction):
         if previous not in (None, row.fraction):
             table.add_section()
         previous = row.fraction
+        units = row.units if row.count > 1 else row.units.removesuffix("s")
         table.add_row(
-            f"{row.fraction:.3g}", row.arm, f"{row.change:+.3f}", _interval(row.change_interval, "+.2f"),
-            f"{row.flip_rate:.0%}", _interval(row.flip_interval, ".0%"), f"{row.count} {row.units}",
+            f"{row.fraction:.3g}", row.arm, f"{row.change:+.2f}{_interval(row.change_interval, '+.2f')}",
+            f"{row.flip_rate:.0%}{_interval(row.flip_interval, '.0%')}", f"{row.count} {units}",
         )  # fmt: skip
     terminal = console()
     terminal.print(
@@ -86,4 +87,4 @@ def _report(result: HubTest) -> None:
 
 
 def _interval(interval: Interval, style: str) -> str:
-    return "-" if interval is None else f"{interval[0]:{style}} to {interval[1]:{style}}"
+    return "" if interval is None else f" [{interval[0]:{style}}, {interval[1]:{style}}]"

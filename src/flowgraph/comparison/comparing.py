@@ -206,13 +206,13 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
 
     Returns:
         A :class:`Comparison`. Groups and steps are compared by the share of the flow that visits them, exactly
-        (:func:`flowgraph.contraction.contract`).
+        (:func:`flowgraph.contract`).
 
     Raises:
         InvalidInputError: the two cannot be aligned; the message says what differs.
         InfeasibleFlowError: in one of them no question token reaches the answer.
 
-    Cost: ten widest routes of each, and the alignment; see :func:`flowgraph.alignment.align`.
+    Cost: ten widest routes of each, and the alignment; see :func:`flowgraph.comparison.alignment.align`.
     """
     for name, trace in (("first", first), ("second", second)):
         if not isinstance(trace, FlowTrace):

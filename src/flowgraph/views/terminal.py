@@ -85,7 +85,7 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
         )
     table.caption = (
         "Q question, R reasoning, A answer; throughput: share of the flow that passes through the token; "
-        "h: its total influence on the answer"
+        "h: its total influence on the answer; answer tokens have no bar"
     )
     return table
 
@@ -110,6 +110,16 @@ def certificate_table(certificate: Certificate) -> RenderableType:
     return Group(Text(head, style="bold"), Text(numbers), table, *(Text(f"note: {note}") for note in certificate.notes))
 
 
+_FOUND_AS = {
+    "auto: Boxed()": "in the last box",
+    "auto: NUMBER_SIGN": "after ####",
+    "auto: TAG": "in the answer tag",
+    "auto: PHRASE": "as a stated answer",
+    "auto: LastLine()": "as the last line",
+}
+"""The rules that look for an answer when nobody says where it is, in words."""
+
+
 def _letter(trace: FlowTrace, index: int) -> str:
     return next((letter for name, letter in _REGION_LETTER.items() if bool(trace.graph[f"{name}_mask"][index])), "")
 
@@ -118,7 +128,8 @@ def _selection(trace: FlowTrace) -> Text:
     """What was taken for the answer, and by which rule: the first thing to check when a trace looks odd."""
     found = "".join(trace.tokens[t] for t in trace.answer.nonzero().flatten().tolist())
     rule = trace.provenance.get("answer_selector", "")
-    line = Text(f"answer: {found.strip()!r}").append(f" by {rule}" if rule else "", style="dim")
+    how = _FOUND_AS.get(rule, f"by {rule}" if rule else "")
+    line = Text(f"answer: {found.strip()!r}").append(f" {how}" if how else "", style="dim")
     if "LastLine" in rule and rule.startswith("auto"):
         line.append(
             "\nno stated answer was found, so the last line was taken; name it with --answer or answer=", "yellow"
