@@ -20,6 +20,12 @@ def main() -> None:
         assert package.__file__ is not None
         assert Path(package.__file__).is_relative_to(folder), f"{package.__name__} came from {package.__file__}"
         assert (Path(package.__file__).parent / "py.typed").is_file()
+    source = Path(__file__).parent.parent / "src"
+    files = [
+        path.relative_to(source) for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    absent = [str(path) for path in files if not (folder / path).is_file()]
+    assert not absent, f"files that the wheel lacks: {absent}"
     missing = [name for name in dir(fg) if getattr(fg, name, None) is None]
     assert not missing, f"names that do not load: {missing}"
     weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
