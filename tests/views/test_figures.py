@@ -264,7 +264,8 @@ def test_a_small_set_of_fonts_is_enough_and_is_the_readers():
 @pytest.mark.parametrize("num_tokens", [4, 7])
 def test_small_traces_draw(num_tokens: int, tmp_path: Path):
     for plot in (plot_throughput, plot_potentials, plot_steps):
-        save_figure(plot(make(num_tokens, 1)), tmp_path / "figure.png", dpi=40)
+        path = save_figure(plot(make(num_tokens, 1)), tmp_path / f"{plot.__name__}.png", dpi=40)
+        assert plt.imread(path).std() > 0.01, "something is drawn"
 
 
 def test_a_trace_without_flow_says_so(tmp_path: Path):

@@ -27,8 +27,20 @@ Model = Annotated[
         "--model", "-m", help="A model name, a folder, a .gguf file, or 'demo' for the shipped SmolLM2-135M-Instruct."
     ),
 ]
+Layers = Annotated[str, typer.Option(help="'middle', 'all', 'FIRST-LAST'.")]
+Heads = Annotated[str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or indices like 0,3,5.")]
+Preset = Annotated[str, typer.Option(help="'default' or 'paper' (arXiv 2606.10646).")]
+Rows = Annotated[str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")]
+Source = Annotated[str, typer.Option(help="'uniform' or 'potential'.")]
+Damping = Annotated[float, typer.Option(help="Factor per hop, in (0, 1].")]
+MaxNewTokens = Annotated[int, typer.Option(help="Limit of a generated response.")]
 Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16'.")]
 Device = Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps'.")]
+
+
+def head_choice(text: str) -> str | list[int]:
+    """Names stay names; "0,3,5" are indices."""
+    return [int(index) for index in text.split(",")] if text.replace(",", "").isdigit() else text
 
 
 def load_model(model: str, dtype: str, device: str, say: Callable[[str], None]) -> tuple[Any, Any]:

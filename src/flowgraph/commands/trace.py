@@ -8,7 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowgraph.commands.common import AllTokens, Device, Dtype, Keep, Model, console, load_model, outputs_in, stages
+from flowgraph.commands.common import (
+    AllTokens,
+    Damping,
+    Device,
+    Dtype,
+    Heads,
+    Keep,
+    Layers,
+    MaxNewTokens,
+    Model,
+    Preset,
+    Rows,
+    Source,
+    console,
+    head_choice,
+    load_model,
+    outputs_in,
+    stages,
+)
 
 if TYPE_CHECKING:
     from flowgraph.flowtrace import FlowTrace
@@ -40,17 +58,13 @@ def trace(
     last_line: Annotated[
         bool, typer.Option("--last-line", help="The last line of the response is the answer.")
     ] = False,
-    layers: Annotated[str, typer.Option(help="'middle', 'all', 'FIRST-LAST'.")] = "middle",
-    heads: Annotated[
-        str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or indices like 0,3,5.")
-    ] = "mean",
-    preset: Annotated[str, typer.Option(help="'default' or 'paper' (arXiv 2606.10646).")] = "default",
-    rows: Annotated[
-        str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")
-    ] = None,
-    source: Annotated[str, typer.Option(help="'uniform' or 'potential'.")] = "uniform",
-    damping: Annotated[float, typer.Option(help="Factor per hop, in (0, 1].")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of a generated response.")] = 256,
+    layers: Layers = "middle",
+    heads: Heads = "mean",
+    preset: Preset = "default",
+    rows: Rows = None,
+    source: Source = "uniform",
+    damping: Damping = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     out: Annotated[
@@ -88,7 +102,7 @@ def trace(
 
         result = flowgraph.trace(
             network, tokenizer, prompt_or_chat, reply, question=asked, answer=chosen, layers=layers,
-            heads=_heads(heads), preset=preset, rows=rows, source=source,  # type: ignore[arg-type]
+            heads=head_choice(heads), preset=preset, rows=rows, source=source,  # type: ignore[arg-type]
             damping=damping, max_new_tokens=max_new_tokens, outputs=outputs_in(out), progress=say,
         )  # fmt: skip
     _report(result, out, keep, all_tokens)
@@ -128,11 +142,6 @@ def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool =
             raise typer.BadParameter(f"give the {name} as an argument, by --{name}-file, or on standard input")
         return sys.stdin.read()
     return given
-
-
-def _heads(text: str) -> str | list[int]:
-    """Names stay names; "0,3,5" are indices."""
-    return [int(index) for index in text.split(",")] if text.replace(",", "").isdigit() else text
 
 
 def _span(name: str, text: str) -> tuple[int, int]:

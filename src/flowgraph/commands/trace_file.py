@@ -11,7 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowgraph.commands.common import Device, Dtype, Keep, Model, console, load_model, stages
+from flowgraph.commands.common import (
+    Damping,
+    Device,
+    Dtype,
+    Heads,
+    Keep,
+    Layers,
+    MaxNewTokens,
+    Model,
+    Preset,
+    Rows,
+    Source,
+    console,
+    head_choice,
+    load_model,
+    stages,
+)
 
 if TYPE_CHECKING:
     from flowgraph.corpus.run import CorpusProgress
@@ -41,17 +57,13 @@ def trace_file(
     answer: Annotated[str | None, typer.Option(help="For lines without one: a regular expression.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message in front of text prompts.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: a prompt is the text itself.")] = False,
-    layers: Annotated[str, typer.Option(help="'middle', 'all', 'FIRST-LAST'.")] = "middle",
-    heads: Annotated[
-        str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or indices like 0,3,5.")
-    ] = "mean",
-    preset: Annotated[str, typer.Option(help="'default' or 'paper' (arXiv 2606.10646).")] = "default",
-    rows: Annotated[
-        str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")
-    ] = None,
-    source: Annotated[str, typer.Option(help="'uniform' or 'potential'.")] = "uniform",
-    damping: Annotated[float, typer.Option(help="Factor per hop, in (0, 1].")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of a generated response.")] = 256,
+    layers: Layers = "middle",
+    heads: Heads = "mean",
+    preset: Preset = "default",
+    rows: Rows = None,
+    source: Source = "uniform",
+    damping: Damping = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
     keep: Keep = 0.9,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one forward pass.")] = 512,
     html: Annotated[bool, typer.Option("--html", help="Also write a page for each trace.")] = False,
@@ -63,7 +75,6 @@ def trace_file(
     device: Device = "cpu",
 ) -> None:
     """Trace every line of a JSONL file; exit code 1 when a line could not be traced."""
-    from flowgraph.commands.trace import _heads
     from flowgraph.corpus.records import CorpusFields, scan
     from flowgraph.corpus.tables import table_format
     from flowgraph.corpus.tracefile import trace_file as run
@@ -77,7 +88,7 @@ def trace_file(
         with _reporting() as report:
             summary = run(
                 network, tokenizer, file, out, fields=names, question=question, answer=answer, plain=plain,
-                system=system, layers=layers, heads=_heads(heads), preset=preset, rows=rows,
+                system=system, layers=layers, heads=head_choice(heads), preset=preset, rows=rows,
                 source=source, damping=damping, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
                 keep=keep, batch_tokens=batch_tokens, html=html, format=tables,
                 restart=restart, progress=report,
@@ -115,15 +126,16 @@ class _Lines:
     """Progress as plain lines: news at once, figures every few seconds."""
 
     def __init__(self, console: Any) -> None:
-        self.console, self.last = console, -_EVERY
+        self.console, self.last, self.said = console, -_EVERY, ""
 
     def __call__(self, at: CorpusProgress) -> None:
         now = time.monotonic()
         if _is_news(at.stage):
             self.console.print(at.stage, highlight=False, markup=False, soft_wrap=True)
         elif now - self.last >= _EVERY or at.done + at.failed == at.total:
-            self.last = now
-            self.console.print(_figures(at), highlight=False, markup=False, soft_wrap=True)
+            self.last, before, self.said = now, self.said, _figures(at)
+            if self.said != before:  # the last figures stand while the tables are written
+                self.console.print(self.said, highlight=False, markup=False, soft_wrap=True)
 
 
 def _is_news(stage: str) -> bool:

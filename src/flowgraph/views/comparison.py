@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph.files import PathLike, write_text
-from flowgraph.views.page import asset, flattened, printable, render_page
+from flowgraph.views.page import asset, flattened, one_function, printable, render_page
 
 _LISTED = 8
 """Rows of each table of largest differences."""
@@ -31,7 +31,7 @@ def render_comparison(payload: Mapping[str, Any]) -> str:
     return render_page(
         "comparison.html.jinja",
         style=asset("comparison.css"),
-        script=asset("comparison.js"),
+        script=one_function("scripts/signs.js", "comparison.js"),
         page_data=_page_data(payload),
         names=[printable(name) for name in payload["names"]],
         notes=[printable(note) for note in payload["notes"]],

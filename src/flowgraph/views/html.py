@@ -10,13 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph.files import PathLike, write_text
-from flowgraph.views.page import asset, flattened, percent, printable, render_page
+from flowgraph.views.page import asset, flattened, one_function, percent, printable, render_page
 from flowgraph.views.pagedata import page_data
 
 _STYLES = ("page.css", "text.css", "steps.css")
 _VENDORED = ("d3-array", "d3-sankey")
-_SCRIPTS = ("base", "text", "curves", "backbone", "panel", "selection", "steps", "river", "routes", "search", "page")
-"""One script in eleven parts, by concern; together they are the body of one function."""
+_SCRIPTS = (
+    "base",
+    "signs",
+    "text",
+    "curves",
+    "backbone",
+    "panel",
+    "selection",
+    "steps",
+    "river",
+    "routes",
+    "search",
+    "page",
+)
+"""One script in twelve parts, by concern; together they are the body of one function."""
 
 
 def render_html(payload: Mapping[str, Any]) -> str:
@@ -48,8 +61,7 @@ def _script() -> str:
     vendored = [
         f"/* {name}\n{asset(f'vendor/{name}.LICENSE')}*/\n{asset(f'vendor/{name}.min.js')}" for name in _VENDORED
     ]
-    parts = [asset(f"scripts/{name}.js") for name in _SCRIPTS]
-    return "\n".join([*vendored, '"use strict";\n(() => {', *parts, "})();\n"])
+    return "\n".join([*vendored, one_function(*(f"scripts/{name}.js" for name in _SCRIPTS))])
 
 
 def _header(payload: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ def asset(name: str) -> str:
     return text.replace("\r\n", "\n")  # browsers hash what they parsed, and parsing turns CRLF into LF
 
 
+def one_function(*names: str) -> str:
+    """Script files as the body of one function, so that nothing of them is global."""
+    return "\n".join(['"use strict";\n(() => {', *map(asset, names), "})();\n"])
+
+
 def _csp_hash(content: str) -> str:
     """The source expression that lets a browser run exactly this inline content."""
     digest = hashlib.sha256(content.encode()).digest()
