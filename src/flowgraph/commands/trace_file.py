@@ -126,16 +126,15 @@ class _Lines:
     """Progress as plain lines: news at once, figures every few seconds."""
 
     def __init__(self, console: Any) -> None:
-        self.console, self.last, self.said = console, -_EVERY, ""
+        self.console, self.last, self.ended = console, -_EVERY, False
 
     def __call__(self, at: CorpusProgress) -> None:
         now = time.monotonic()
         if _is_news(at.stage):
             self.console.print(at.stage, highlight=False, markup=False, soft_wrap=True)
-        elif now - self.last >= _EVERY or at.done + at.failed == at.total:
-            self.last, before, self.said = now, self.said, _figures(at)
-            if self.said != before:  # the last figures stand while the tables are written
-                self.console.print(self.said, highlight=False, markup=False, soft_wrap=True)
+        elif now - self.last >= _EVERY or (at.done + at.failed == at.total and not self.ended):
+            self.last, self.ended = now, at.done + at.failed == at.total
+            self.console.print(_figures(at), highlight=False, markup=False, soft_wrap=True)
 
 
 def _is_news(stage: str) -> bool:
