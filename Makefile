@@ -43,7 +43,7 @@ train-demo: ONE := OMP_NUM_THREADS=1
 train-demo: $(VENV)/.base  ## train the small chain model with flow credit, write out/train/ and the token-credit page
 	@rm -rf out/train
 	$(ONE) $(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1
-	$(ONE) $(BIN)/flowgraph-rl train benchmarks/train_demo.yaml --output out/train
+	$(ONE) $(BIN)/flowgraph-rl train benchmarks/configs/train_demo.yaml --output out/train
 	$(ONE) $(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1 --adapter out/train
 	$(ONE) $(BIN)/flowgraph-rl report out/train --out out/train/credit.html
 
@@ -79,39 +79,39 @@ build/scatter/.done: $(VENV)/.dev
 	@touch $@
 
 test-scatter: build/scatter/.done  ## the propagation tests with torch-scatter built from source
-	FLOWGRAPH_EXPECT_SCATTER=1 PYTHONPATH=build/scatter $(TESTENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_flow.py tests/propagation tests/test_routes.py
+	FLOWGRAPH_EXPECT_SCATTER=1 PYTHONPATH=build/scatter $(TESTENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/flow/test_solve.py tests/propagation tests/analysis/test_routes.py
 
 # The seed and the number of a failing graph are printed with the command that solves that graph alone.
 FUZZ ?= 100000
 fuzz: $(VENV)/.dev  ## certify every flow on 100,000 small graphs, solved in every way (FUZZ=N for another number)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz_certificates --graphs $(FUZZ) --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz.fuzz_certificates --graphs $(FUZZ) --workers $(WORKERS)
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) install --group bench
 	@touch $@
 
 bench: $(VENV)/.bench  ## measure capture, engine, long texts and a peer (an hour); write benchmarks/results/ and plots
-	$(BIN)/python -m benchmarks.capture
-	$(BIN)/python -m benchmarks.engine
-	$(BIN)/python -m benchmarks.streaming
-	$(BIN)/python -m benchmarks.peer_flashtrace
-	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.speed.capture
+	$(BIN)/python -m benchmarks.speed.engine
+	$(BIN)/python -m benchmarks.speed.streaming
+	$(BIN)/python -m benchmarks.speed.peer_flashtrace
+	$(BIN)/python -m benchmarks.figures.plots
 
 ARMS := uniform,random,oracle,oracle:soft,entropy,entropy:soft,max_attention,max_attention:soft,flow,flow:rows=literal,flow:soft,flow:bottom_q,reach:soft,reach_entropy:soft,flow_entropy,flow_entropy:soft,shuffled_flow:soft,atpo:soft,correlation,correlation:soft,fai,waad,coupled:raw,gradient,gradient:soft
 ALIGN := --task chain --batches 200 --arms $(ARMS) --baselines uniform,random,max_attention
 study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, and the speed beside TRL (two hours)
-	$(BIN)/python -m benchmarks.rl_study --workers $(WORKERS)
+	$(BIN)/python -m benchmarks.study.rl_study --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --out benchmarks/results/alignment_start
 	@rm -rf out/midway
-	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl train benchmarks/train_midway.yaml --output out/midway
+	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl train benchmarks/configs/train_midway.yaml --output out/midway
 	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --adapter out/midway --out benchmarks/results/alignment_mid
-	$(BIN)/python -m benchmarks.rl_trl --threads 1
-	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.speed.rl_trl --threads 1
+	$(BIN)/python -m benchmarks.figures.plots
 
 figures: $(VENV)/.bench  ## draw every picture of the documentation from the committed results and the demo model
-	$(BIN)/python -m benchmarks.plots
-	$(BIN)/python -m benchmarks.gallery
-	$(BIN)/python -m benchmarks.screenshots
+	$(BIN)/python -m benchmarks.figures.plots
+	$(BIN)/python -m benchmarks.figures.gallery
+	$(BIN)/python -m benchmarks.figures.screenshots
 
 clean:  ## remove what was built (not the environment)
 	rm -rf build dist site out .hypothesis .ruff_cache .coverage

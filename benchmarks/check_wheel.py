@@ -31,8 +31,8 @@ def main() -> None:
     weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
     flow = fg.solve(fg.FlowGraph.from_dense(weights, question=[0], answer=[3]))
     assert fg.certify(flow).ok
-    from flowgraph.payload import trace_payload
-    from flowgraph.views.html import render_html
+    from flowgraph.pages.trace_page import render_html
+    from flowgraph.tracing.payload import trace_payload
 
     payload = trace_payload(
         flow,

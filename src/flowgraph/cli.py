@@ -10,7 +10,7 @@ import typer
 
 from flowgraph.commands.compare import compare
 from flowgraph.commands.export import export
-from flowgraph.commands.hub_test import hub_test
+from flowgraph.commands.hubtest import hub_test
 from flowgraph.commands.knockout import knockout
 from flowgraph.commands.show import certify, show
 from flowgraph.commands.steps import steps

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from flowgraph import FlowgraphError, atomic_write
-from rl.align_cli import align_command
+from rl.commands.align import align_command
+from rl.commands.terminal import console, spinner, table
 from rl.errors import ConfigError
-from rl.screen import console, spinner, table
 
 app = typer.Typer(
     name="flowgraph-rl",
@@ -111,7 +111,7 @@ def train(
     dtype: Dtype = "auto",
 ) -> None:
     """Train a policy; writes metrics.jsonl, checkpoints and rollouts into a folder."""
-    from rl.runfile import policy_folder, read_run
+    from rl.commands.run_file import policy_folder, read_run
 
     flags = {
         "model": model,
@@ -124,17 +124,17 @@ def train(
     if show_settings:
         typer.echo(run.to_yaml(), nl=False)
         return
-    from rl.tracking import check_trackers
+    from rl.training.tracking import check_trackers
 
     check_trackers(tracker or [])
     with spinner() as say:
         say(f"loading {run.model}")
-        from rl.loading import load_policy
+        from rl.policy.loading import load_policy
 
         network, tokenizer = load_policy(run.model, dtype, device, None if adapter is None else policy_folder(adapter))
-        from rl.processes import make_accelerator
         from rl.tasks import make_task
-        from rl.trainer import PPOTrainer
+        from rl.training.distributed import make_accelerator
+        from rl.training.trainer import PPOTrainer
 
         trainer = PPOTrainer(
             network, tokenizer, task=make_task(run.task, **run.task_options), config=run.config, output=run.output,
@@ -175,8 +175,8 @@ def evaluate_command(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure a policy on fresh problems: mean reward with a 95 % interval."""
-    from rl.loading import load_policy
-    from rl.runfile import CHAIN_DEFAULTS, parse_options, policy_folder
+    from rl.commands.run_file import CHAIN_DEFAULTS, parse_options, policy_folder
+    from rl.policy.loading import load_policy
 
     options = parse_options(task_option or [], flag="--task-option")
     if out is not None and not out.parent.is_dir():
@@ -188,7 +188,7 @@ def evaluate_command(
     with spinner() as say:
         say(f"loading {model}")
         network, tokenizer = load_policy(model, dtype, device, folder)
-        from rl.evaluation import evaluate
+        from rl.evaluation.evaluate import evaluate
         from rl.tasks import make_task
 
         result = evaluate(
@@ -220,8 +220,8 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Make the token-credit page of a rollout: what each token was worth, right answers beside wrong ones."""
-    from rl.report import report_file
-    from rl.runfile import newest_rollout
+    from rl.commands.run_file import newest_rollout
+    from rl.reports.credit_report import report_file
 
     path = report_file(newest_rollout(source), out)
     typer.echo(f"wrote {path}")
@@ -239,7 +239,7 @@ def pretrain_command(
     ] = None,
 ) -> None:
     """Train a small base model from scratch: the one that is shipped, or your own variant of it."""
-    from rl.runfile import parse_options
+    from rl.commands.run_file import parse_options
 
     if task != "chain":
         raise ConfigError(f"task: must be 'chain', got {task!r}; other tasks have no demonstrations, so bring a model")
@@ -248,7 +248,7 @@ def pretrain_command(
         say("loading torch")
         from dataclasses import fields
 
-        from rl.pretrain import Recipe, pretrain
+        from rl.chain_model.pretrain import Recipe, pretrain
 
         names = [item.name for item in fields(Recipe)]
         for name in options:
@@ -292,9 +292,9 @@ def merge(
     dtype: Dtype = "auto",
 ) -> None:
     """Merge a trained adapter into its base; plain transformers loads the result."""
+    from rl.commands.run_file import policy_folder
     from rl.folders import new_folder
-    from rl.loading import load_policy
-    from rl.runfile import policy_folder
+    from rl.policy.loading import load_policy
 
     if out.exists():
         raise ConfigError(f"out: must be a new folder, got {out}, which exists; choose another name")

@@ -21,13 +21,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from flowgraph.attention import rows as rows_module
+from flowgraph.attention import attention_rows as rows_module
+from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.capture import capture
 from flowgraph.attention.interception import AttentionCall
+from flowgraph.attention.layers_and_heads import HeadSelector
 from flowgraph.attention.modules import attention_modules, base_model
 from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.attention.rows import AttentionRows
-from flowgraph.attention.selection import HeadSelector
 from flowgraph.errors import CaptureError, InvalidInputError, MemoryLimitError
 from tests.fixtures.models import FAMILIES, VOCABULARY, build, family, padded, sequences
 

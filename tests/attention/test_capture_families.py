@@ -11,10 +11,10 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.capture import capture
 from flowgraph.attention.modules import attention_modules
 from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.attention.rows import AttentionRows
 from flowgraph.errors import CaptureError
 from tests.fixtures.models import FAMILIES, LENGTHS, SINKS, WINDOW, WINDOWED, family, padded, sequences
 

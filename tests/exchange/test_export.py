@@ -13,6 +13,7 @@ import typer
 from torch_geometric.data import Batch, Data
 from typer.testing import CliRunner
 
+from flowgraph.analysis.backbone import backbone
 from flowgraph.commands.export import export
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MissingExtraError, OutputError
 from flowgraph.exchange.export import (
@@ -25,12 +26,11 @@ from flowgraph.exchange.export import (
     write_graphml,
     write_tokens,
 )
-from flowgraph.exchange.importing import from_networkx
-from flowgraph.exchange.reading import read_json
-from flowgraph.flowtrace import FlowTrace
-from flowgraph.graph import FlowGraph
-from flowgraph.pruning import backbone
-from flowgraph.solving import solve
+from flowgraph.exchange.from_files import read_json
+from flowgraph.exchange.from_objects import from_networkx
+from flowgraph.flow.solve import solve
+from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.tracing.flow_trace import FlowTrace
 
 WEIGHTS = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
 GRAPH = FlowGraph.from_dense(WEIGHTS, question=[0], answer=[3])

@@ -13,14 +13,14 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import flowgraph
-from flowgraph.commands.hub_test import hub_test as hub_command
+from flowgraph.analysis.statistics import t_interval, wilson_interval
+from flowgraph.commands.hubtest import hub_test as hub_command
 from flowgraph.errors import FlowgraphError, InfeasibleFlowError, InvalidInputError, RegionError
-from flowgraph.flowtrace import FlowTrace
-from flowgraph.graph import FlowGraph
+from flowgraph.flow.solve import solve
+from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.interventions.hubtest import HubRun, HubTest, _summary, hub_test
-from flowgraph.interventions.intervals import t_interval, wilson_interval
-from flowgraph.interventions.knocking import knockout
-from flowgraph.solving import solve
+from flowgraph.interventions.knockout import knockout
+from flowgraph.tracing.flow_trace import FlowTrace
 from tests.fixtures.tiny import save_tiny, tiny, tiny_model
 
 

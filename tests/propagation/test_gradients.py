@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch_geometric.data import Batch
 
-from flowgraph.rowflow import solve_rows
-from flowgraph.solving import solve
+from flowgraph.flow.solve import solve
+from flowgraph.flow.solve_rows import solve_rows
 from tests.fixtures.networks import GRAPH_ENGINES, Network, network
 from tests.reference import flow as reference
 from tests.strategies import FlowGraph as Case
@@ -342,7 +342,7 @@ def test_demand_over_streamed_rows(monkeypatch: pytest.MonkeyPatch):
     )
     position, gradients = torch.arange(20)[None], []
     for limit in (2**28, 0):
-        monkeypatch.setattr("flowgraph.rowflow._DENSE_BYTES", limit)
+        monkeypatch.setattr("flowgraph.flow.solve_rows._DENSE_BYTES", limit)
         demand = (position > 15).double().requires_grad_()
         flow = solve_rows(logits.softmax(-1), question=position < 3, answer=position > 18, demand=demand)
         flow.throughput[0, 8].backward()

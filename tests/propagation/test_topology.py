@@ -13,9 +13,9 @@ from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
 from flowgraph.errors import GraphError
-from flowgraph.graph import FlowGraph
+from flowgraph.flow.solve import solve
+from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.propagation.topology import CACHE, Topology, topology_of
-from flowgraph.solving import solve
 from tests.fixtures.networks import GRAPH_ENGINES, network
 
 every_backend = pytest.mark.parametrize("backend", GRAPH_ENGINES)

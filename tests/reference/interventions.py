@@ -1,4 +1,4 @@
-"""Attention with cells cut out, read by read: the slow twin of the masks in ``flowgraph.attention.cutting``."""
+"""Attention with cells cut out, read by read: the slow twin of the masks in ``flowgraph.attention.masking``."""
 
 from __future__ import annotations
 

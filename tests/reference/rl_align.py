@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rl.losses import policy_loss, token_logprobs
+from rl.algorithm.losses import policy_loss, token_logprobs
 
 Vector = list[float]
 

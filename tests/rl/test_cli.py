@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from rl.cli import app
 from rl.credit.registry import rule_names
-from rl.tracking import read_metrics
+from rl.training.tracking import read_metrics
 from tests.fixtures.policies import alphabet, tiny_policy
 
 ROOT = Path(__file__).parents[2]

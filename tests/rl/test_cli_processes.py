@@ -16,9 +16,9 @@ import yaml
 from typer.testing import CliRunner
 
 from flowgraph import OutputError
-from rl.checkpoint import read_state
 from rl.cli import app
-from rl.tracking import read_metrics
+from rl.training.checkpoint import read_state
+from rl.training.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_prompts": 2, "group_size": 2, "max_response_tokens": 6, "advantage": "rloo", "num_minibatches": 2,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rl import ConfigError, CreditConfig, LoraConfig, PPOConfig
+from rl.algorithm.schedules import adapted_kl_weight, learning_rate_factor
 from rl.config import differences
-from rl.schedules import adapted_kl_weight, learning_rate_factor
 from rl.seeds import derive, generator
 
 NAN, INF = float("nan"), float("inf")

@@ -15,9 +15,9 @@ import yaml
 from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer, load_chain_model
 from rl.cli import app
 from rl.credit import find_rule, registry
-from rl.policy import ActorCritic
-from rl.rollout import PromptEncoder, judge, sample_responses
-from rl.scoring import score_rollout
+from rl.credit.scoring import score_rollout
+from rl.policy.actor_critic import ActorCritic
+from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
 from rl.tasks import make_task
 from tests.fixtures.policies import alphabet, tiny_policy
 

@@ -1,1 +1,1 @@
-"""One forward pass of any Hugging Face causal LM -> aggregated attention rows, streamed in blocks."""
+"""Capture attention rows from one forward pass of a causal LM, or mask them."""

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
+from flowgraph.attention.attention_rows import AttentionRows
+from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
 from flowgraph.attention.modules import base_model
 from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.attention.rows import AttentionRows
-from flowgraph.attention.selection import HeadSelector, LayerRule
 from flowgraph.errors import CaptureError, InvalidInputError
 
 if TYPE_CHECKING:

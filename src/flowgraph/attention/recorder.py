@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from flowgraph.attention.heads import HeadAggregator
+from flowgraph.attention.attention_rows import AttentionRows, WeightedLayer
+from flowgraph.attention.head_aggregation import HeadAggregator
 from flowgraph.attention.interception import AttentionCall, AttentionDispatch, KernelWatch
+from flowgraph.attention.layer_record import LayerRecord, frozen
+from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule, resolve_heads, resolve_layers
 from flowgraph.attention.modules import attention_modules, base_model, text_decoder, uses_attention_interface
-from flowgraph.attention.records import LayerRecord, frozen
-from flowgraph.attention.rows import AttentionRows, WeightedLayer
-from flowgraph.attention.selection import HeadSelector, LayerRule, resolve_heads, resolve_layers
 from flowgraph.errors import CaptureError, InvalidInputError
 
 _WEIGHT_SUM = 0.02

@@ -1,1 +1,1 @@
-"""The commands of ``flowgraph``, a module each; heavy imports stay inside the functions."""
+"""One module per command of the command line."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from flowgraph.comparison.comparing import Comparison
+    from flowgraph.comparison.compare import Comparison
 
 _ROWS = 6
 _NUM_ROUTES = 6
@@ -32,9 +32,9 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the comparison here.")] = None,
 ) -> None:
     """Compare two traces: of one text (two models, two layer ranges), or of two answers to one question."""
-    from flowgraph.comparison.comparing import compare
+    from flowgraph.comparison.compare import compare
     from flowgraph.files import check_writable
-    from flowgraph.flowtrace import load_trace
+    from flowgraph.tracing.flow_trace import load_trace
 
     for path in (html, json_file):
         if path is not None:
@@ -66,7 +66,7 @@ def _render(comparison: Comparison) -> RenderableType:
 def _summary(comparison: Comparison) -> list[Text]:
     from rich.text import Text
 
-    from flowgraph.views.terminal import visible
+    from flowgraph.commands.terminal import visible
 
     units = "groups of tokens" if comparison.by == "characters" else comparison.by
     counts = [f"{len(side)} {units}" for side in comparison.units]
@@ -124,7 +124,7 @@ def _changes(comparison: Comparison, title: str, gains: bool) -> RenderableType:
 def _in_context(comparison: Comparison, pair: int) -> Text:
     from rich.text import Text
 
-    from flowgraph.views.terminal import visible
+    from flowgraph.commands.terminal import visible
 
     before, text, after = comparison.context(pair, _CONTEXT)
     line = Text()
@@ -151,7 +151,7 @@ def _routes(comparison: Comparison) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from flowgraph.views.terminal import visible
+    from flowgraph.commands.terminal import visible
 
     table = Table(title="widest routes", title_justify="left", box=None, pad_edge=False, caption_justify="left")
     for name in ("A", "B", "", "route"):

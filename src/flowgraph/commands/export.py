@@ -10,7 +10,7 @@ import typer
 from flowgraph.commands.common import console, stages
 
 if TYPE_CHECKING:
-    from flowgraph.flowtrace import FlowTrace
+    from flowgraph.tracing.flow_trace import FlowTrace
 
 _FORMATS = {
     ".graphml": "GraphML, for Cytoscape, igraph, yEd",
@@ -41,7 +41,7 @@ def export(
     if tokens and (suffix not in _TABLES or keep is not None):
         raise typer.BadParameter("--tokens writes every token to a .csv or .parquet table; leave --keep out")
     from flowgraph.files import check_writable
-    from flowgraph.flowtrace import load_trace
+    from flowgraph.tracing.flow_trace import load_trace
 
     check_writable(out)
     with stages() as say:

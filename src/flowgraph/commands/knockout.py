@@ -13,8 +13,8 @@ import typer
 from flowgraph.commands.common import Device, Dtype, Model, console, load_model, stages
 
 if TYPE_CHECKING:
-    from flowgraph.flowtrace import FlowTrace
-    from flowgraph.interventions.knocking import KnockoutResult
+    from flowgraph.interventions.knockout import KnockoutResult
+    from flowgraph.tracing.flow_trace import FlowTrace
 
 
 def knockout(
@@ -31,8 +31,8 @@ def knockout(
 ) -> None:
     """Mask tokens, edges or routes of a saved trace in the model's attention, and measure the answer again."""
     from flowgraph.files import check_writable
-    from flowgraph.flowtrace import load_trace
-    from flowgraph.payload import write_json
+    from flowgraph.tracing.flow_trace import load_trace
+    from flowgraph.tracing.payload import write_json
 
     if tokens is None and edges is None and route is None:
         raise typer.BadParameter("say what to knock out: --tokens, --edges or --route")
@@ -51,7 +51,7 @@ def knockout(
         chosen["routes"] = [routes[rank - 1] for rank in ranks]
     with stages() as say:
         network, tokenizer = load_model(model, dtype, device, say)
-        import flowgraph.interventions.knocking as interventions
+        import flowgraph.interventions.knockout as interventions
 
         say("measuring the answer")
         with warnings_on_stderr():
@@ -101,8 +101,8 @@ def _report(trace: FlowTrace, result: KnockoutResult, tokenizer: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from flowgraph.decoding import token_name
-    from flowgraph.views.terminal import visible
+    from flowgraph.commands.terminal import visible
+    from flowgraph.text.decoding import token_name
 
     def name(token: int) -> Text:
         return Text(visible(tokenizer.decode([token]) or token_name(tokenizer, token)))
@@ -134,7 +134,7 @@ def _report(trace: FlowTrace, result: KnockoutResult, tokenizer: Any) -> None:
 
 
 def _knocked_out(trace: FlowTrace, result: KnockoutResult) -> str:
-    from flowgraph.views.terminal import visible
+    from flowgraph.commands.terminal import visible
 
     what = result.intervention
 

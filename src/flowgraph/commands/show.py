@@ -17,9 +17,9 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Also write the web page here.")] = None,
 ) -> None:
     """Print a saved trace."""
+    from flowgraph.commands.terminal import render_trace
     from flowgraph.files import check_writable
-    from flowgraph.flowtrace import load_trace
-    from flowgraph.views.terminal import render_trace
+    from flowgraph.tracing.flow_trace import load_trace
 
     if html is not None:
         check_writable(html)
@@ -41,10 +41,10 @@ def certify(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the certificate here.")] = None,
 ) -> None:
     """Check everything that is provable about a saved trace; exit code 1 when a check fails."""
+    from flowgraph.commands.terminal import certificate_table
     from flowgraph.files import check_writable
-    from flowgraph.flowtrace import load_trace
-    from flowgraph.payload import write_json
-    from flowgraph.views.terminal import certificate_table
+    from flowgraph.tracing.flow_trace import load_trace
+    from flowgraph.tracing.payload import write_json
 
     if json_file is not None:
         check_writable(json_file)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from flowgraph.steps.stepflow import StepFlow
+    from flowgraph.steps.step_flow import StepFlow
 
 _BAR = 12
 _WIDTH = 72
@@ -35,7 +35,7 @@ def steps(
 ) -> None:
     """Print how the flow of a saved trace runs from step to step."""
     from flowgraph.files import check_writable
-    from flowgraph.flowtrace import load_trace
+    from flowgraph.tracing.flow_trace import load_trace
 
     outputs = [path for path in (csv_file, flows_csv, json_file) if path is not None]
     for path in outputs:
@@ -98,7 +98,7 @@ def _line(text: str, width: int = _WIDTH, before: str = "") -> Text:
     """A step on one line, both ends of a long one; nothing in it can steer the terminal."""
     from rich.text import Text
 
-    from flowgraph.views.terminal import visible
+    from flowgraph.commands.terminal import visible
 
     line = visible(" ".join(text.split())) if text.strip() else visible(text)
     half = (width - 3) // 2

@@ -29,7 +29,7 @@ from flowgraph.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from flowgraph.flowtrace import FlowTrace
+    from flowgraph.tracing.flow_trace import FlowTrace
 
 
 def trace(
@@ -74,7 +74,7 @@ def trace(
     all_tokens: AllTokens = False,
 ) -> None:
     """Trace one answer and print its tokens, backbone and certificate."""
-    from flowgraph.regions import LastLine, Span
+    from flowgraph.text.regions import LastLine, Span
 
     text = _text("prompt", prompt if prompt != "-" else None, prompt_file, read_stdin=True)
     reply = _text("response", response, response_file)
@@ -153,7 +153,7 @@ def _span(name: str, text: str) -> tuple[int, int]:
 
 
 def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) -> None:
-    from flowgraph.views.terminal import certificate_table, render_trace
+    from flowgraph.commands.terminal import certificate_table, render_trace
 
     terminal = console()
     with stages() as say:

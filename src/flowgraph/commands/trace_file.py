@@ -31,7 +31,7 @@ from flowgraph.commands.common import (
 
 if TYPE_CHECKING:
     from flowgraph.corpus.run import CorpusProgress
-    from flowgraph.corpus.tracefile import CorpusSummary
+    from flowgraph.corpus.trace_corpus import CorpusSummary
 
 _EVERY = 5.0
 """Seconds between the lines of progress where there is no terminal."""
@@ -75,9 +75,9 @@ def trace_file(
     device: Device = "cpu",
 ) -> None:
     """Trace every line of a JSONL file; exit code 1 when a line could not be traced."""
-    from flowgraph.corpus.records import CorpusFields, scan
+    from flowgraph.corpus.requests import CorpusFields, scan
     from flowgraph.corpus.tables import table_format
-    from flowgraph.corpus.tracefile import trace_file as run
+    from flowgraph.corpus.trace_corpus import trace_file as run
 
     table_format(tables)
     names = CorpusFields(prompt_field, messages_field, response_field, id_field, question_field, answer_field)

@@ -1,1 +1,1 @@
-"""Two traces side by side: what is aligned, and how far their flows agree."""
+"""Align two traces and measure how far their flows agree."""

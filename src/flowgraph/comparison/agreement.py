@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from flowgraph.analysis.routes import widest_routes
 from flowgraph.comparison.alignment import Group
-from flowgraph.flow import Flow
-from flowgraph.graph import FlowGraph
-from flowgraph.routes import widest_routes
+from flowgraph.flow.flow import Flow
+from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.steps.contraction import Contraction, contract
 
 _NUM_HUBS = 10

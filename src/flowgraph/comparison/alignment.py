@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from flowgraph.errors import InvalidInputError
-from flowgraph.flowtrace import FlowTrace
+from flowgraph.tracing.flow_trace import FlowTrace
 
 Group = tuple[int, int]
 """Tokens [start, stop) that are compared as one."""

@@ -1,1 +1,1 @@
-"""Many answers from one file: batched, resumable, with tables and an index page."""
+"""Trace every line of a JSONL file: batched, resumable, with result tables."""

@@ -11,25 +11,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.capture import capture, check_fits
+from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
 from flowgraph.attention.modules import base_model
 from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.attention.rows import AttentionRows
-from flowgraph.attention.selection import HeadSelector, LayerRule
-from flowgraph.collecting import edges_kept
-from flowgraph.corpus.index import CorpusFolder
-from flowgraph.corpus.records import Line, Request
+from flowgraph.corpus.requests import Line, Request
+from flowgraph.corpus.run_folder import CorpusFolder
 from flowgraph.corpus.tables import figures
-from flowgraph.edges import EdgeRules
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimitError, NumericalRangeError
-from flowgraph.flowtrace import FlowTrace, load_trace
-from flowgraph.inputs import check_max_new_tokens, check_prompt, ends_with_response, generate_response, regions_of_text
-from flowgraph.propagation.backends import Backend
-from flowgraph.regions import Regex, Regions
-from flowgraph.selectors import Selector
-from flowgraph.solving import Absorption, SourceRule, check_options
-from flowgraph.text import EncodedText
-from flowgraph.tracing import assemble, provenance_of, require_room
+from flowgraph.flow.solve import Absorption, SourceRule, check_options
+from flowgraph.graph.edge_collection import edges_kept
+from flowgraph.graph.edge_rules import EdgeRules
+from flowgraph.propagation.edge_sweeps import Backend
+from flowgraph.text.encoding import EncodedText
+from flowgraph.text.regions import Regex, Regions
+from flowgraph.text.selectors import Selector
+from flowgraph.tracing.flow_trace import FlowTrace, load_trace
+from flowgraph.tracing.inputs import (
+    check_max_new_tokens,
+    check_prompt,
+    ends_with_response,
+    generate_response,
+    regions_of_text,
+)
+from flowgraph.tracing.trace import assemble, provenance_of, require_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from flowgraph.corpus.index import CorpusFolder
-from flowgraph.corpus.records import Line
+from flowgraph.corpus.requests import Line
+from flowgraph.corpus.run_folder import CorpusFolder
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import atomic_write, write_text
-from flowgraph.flowtrace import FlowTrace
-from flowgraph.views.index import write_index
+from flowgraph.pages.corpus_page import write_index
+from flowgraph.tracing.flow_trace import FlowTrace
 
 TableFormat = Literal["parquet", "csv"]
 Rows = Iterable[Sequence[Mapping[str, Any]]]

@@ -1,1 +1,1 @@
-"""To the tools people already use, and back."""
+"""Convert graphs to and from other libraries and file formats."""

@@ -1,6 +1,6 @@
 """Take the graph to the tools people already use: networkx, igraph, PyG, Gephi, Cytoscape, tables.
 
-What :mod:`flowgraph.exchange.importing` reads back is one graph with its regions and ``facts`` about it: a schema, the
+What :mod:`flowgraph.exchange.from_objects` reads back is one graph with its regions and ``facts`` about it: a schema, the
 type of its capacities, the rules it was made by, and what pruning lost.
 """
 
@@ -22,12 +22,12 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import to_networkx as pyg_to_networkx
 
+from flowgraph.analysis.backbone import backbone
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import PathLike, atomic_write
-from flowgraph.flow import Flow
-from flowgraph.flowtrace import FlowTrace
-from flowgraph.graph import REGIONS, FlowGraph
-from flowgraph.pruning import backbone
+from flowgraph.flow.flow import Flow
+from flowgraph.graph.flow_graph import REGIONS, FlowGraph
+from flowgraph.tracing.flow_trace import FlowTrace
 
 if TYPE_CHECKING:
     import igraph

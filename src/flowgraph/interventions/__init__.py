@@ -1,1 +1,1 @@
-"""Knock tokens, edges and routes out of the attention and measure the answer."""
+"""Mask tokens, edges or routes in the model and measure the answer."""

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch_geometric.utils import scatter
 
-from flowgraph.attention.selection import LayerRule
+from flowgraph.analysis.statistics import Interval, t_interval, wilson_interval
+from flowgraph.attention.layers_and_heads import LayerRule
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, RegionError
-from flowgraph.flowtrace import FlowTrace
-from flowgraph.interventions.intervals import Interval, t_interval, wilson_interval
-from flowgraph.interventions.knocking import Intervention, KnockoutResult, knockouts
+from flowgraph.interventions.knockout import Intervention, KnockoutResult, knockouts
+from flowgraph.tracing.flow_trace import FlowTrace
 
 Arm = Literal["top", "random", "matched", "bottom"]
 Score = Literal["throughput", "potential", "attention", "position"]

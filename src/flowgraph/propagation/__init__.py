@@ -1,1 +1,1 @@
-"""Two exact sweeps over the DAG, and the operators that feed them blocks of rows."""
+"""Solve the two triangular systems of the method exactly, on edges, matrices or streamed rows."""

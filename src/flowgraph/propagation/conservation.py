@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from flowgraph.propagation import gradients
-from flowgraph.propagation.balance import exponents
 from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.scaling import exponents
 
 _LEAST, _LARGEST = 2.0**-150, 2.0**150
 """Potentials inside make g * N * h right to the last digit, in any order, for every flow above 2**-800 of the unit."""
@@ -39,7 +39,7 @@ def conserve(
     r"""Solve :math:`h = b + N^\top h`, spread one unit over the source tokens, solve :math:`g = \mathrm{src}/h + N g`.
 
     Should h leave the middle of the range of float64, or g the range, the same system is solved once more in balanced
-    units (:mod:`~flowgraph.propagation.balance`). Which token reaches the demand is then read off the topology; before,
+    units (:mod:`~flowgraph.propagation.scaling`). Which token reaches the demand is then read off the topology; before,
     it is ``h > 0``, and checked to be the same.
 
     Args:

@@ -1,6 +1,6 @@
 """Three ways to hold C: a dense matrix, the edges of a PyG graph, or rows recomputed on demand.
 
-All three present the same blocks of rows (:class:`~flowgraph.propagation.sweeps.BlockOperator`), so there is
+All three present the same blocks of rows (:class:`~flowgraph.propagation.block_substitution.BlockOperator`), so there is
 one solver. Weights keep their own dtype in memory and are widened to float64 block by block: a float32 weight
 is an exact float64 number, so nothing is lost and the copy stays small.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch_geometric.utils import segment
 
-from flowgraph.propagation.sweeps import BLOCK
+from flowgraph.propagation.block_substitution import BLOCK
 from flowgraph.propagation.topology import Topology
 
 

@@ -1,1 +1,1 @@
-"""Steps: tokens joined to lines, sentences or numbered steps, and the same flow between them."""
+"""Merge tokens into lines, sentences or numbered steps and keep the flow exact."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_geometric.utils import coalesce, scatter
 
 from flowgraph.errors import InvalidInputError
-from flowgraph.flow import Flow, require_single_feasible
+from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.memory import require_memory
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ def contract(flow: Flow, step_of_token: Int64[Tensor, " tokens"] | Sequence[int]
     Cost: one sort of the edges between steps.
 
     Example:
-        >>> from flowgraph.graph import FlowGraph
-        >>> from flowgraph.solving import solve
+        >>> from flowgraph.graph.flow_graph import FlowGraph
+        >>> from flowgraph.flow.solve import solve
         >>> weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
         >>> flow = solve(FlowGraph.from_dense(weights, question=[0], answer=[3]))
         >>> contracted = contract(flow, [0, 1, 1, 2])

@@ -1,7 +1,7 @@
 """The registry of token-credit rules: one interface, open to everyone.
 
 A rule looks at a rollout and gives every response token a score, higher where the token matters more. What a score
-does to the training is not the rule's business: a *shape* (``rl.weights``) turns scores into weights, and the *entry
+does to the training is not the rule's business: a *shape* (``rl.credit.weights``) turns scores into weights, and the *entry
 point* (advantage, reward or potential) decides where they act.
 """
 

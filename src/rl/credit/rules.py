@@ -1,8 +1,8 @@
 """The rules of the package: importing this module registers them all."""
 
-from rl.credit.attention import atpo, correlation, coupled, fai, max_attention, waad
-from rl.credit.flow import flow, flow_entropy, reach, reach_entropy, shuffled_flow
-from rl.credit.policy import entropy, gradient, oracle, random, uniform
+from rl.credit.attention_rules import atpo, correlation, coupled, fai, max_attention, waad
+from rl.credit.flow_rules import flow, flow_entropy, reach, reach_entropy, shuffled_flow
+from rl.credit.policy_rules import entropy, gradient, oracle, random, uniform
 
 __all__ = [
     "atpo",

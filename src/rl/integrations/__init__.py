@@ -1,1 +1,1 @@
-"""Adapters that bring token credit into other trainers."""
+"""Token credit inside other trainers."""

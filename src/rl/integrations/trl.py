@@ -12,15 +12,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgraph import AttentionRecorder, MissingExtraError
-from rl.answers import find_answer as stated_answer
 from rl.config import CreditConfig
 from rl.credit.registry import AttentionNeed
+from rl.credit.scoring import join_records, to_device
 from rl.errors import ConfigError
-from rl.generation import evaluating
-from rl.integrations.verl import FindAnswer, read_responses, scale_advantages, token_credit, usable_rule
+from rl.integrations.tensors import FindAnswer, read_responses, scale_advantages, token_credit, usable_rule
+from rl.policy.sampling import evaluating
 from rl.records import Credit, Responses, TokenScores
-from rl.scoring import join_records, to_device
 from rl.seeds import generator
+from rl.tasks.answers import find_answer as stated_answer
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _GRPOTrainer
@@ -203,7 +203,7 @@ def _refuse(trainer: Any) -> None:
 
 
 def _tensors(output: dict[str, Any], rows: list[int]) -> dict[str, Tensor]:
-    """The rollout under the names that :func:`rl.integrations.verl.read_responses` knows."""
+    """The rollout under the names that :func:`rl.integrations.tensors.read_responses` knows."""
     mask = output["completion_mask"]
     chosen = mask * output["tool_mask"] if "tool_mask" in output else mask
     return {

@@ -11,7 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rl.answers import (
+from rl.errors import TaskError
+from rl.records import CharSpan, Messages, Sample
+from rl.tasks.answers import (
     MAX_ANSWER,
     check_pattern,
     equal_math,
@@ -20,10 +22,8 @@ from rl.answers import (
     find_answer,
     parse_number,
 )
-from rl.errors import TaskError
-from rl.records import CharSpan, Messages, Sample
-from rl.rewards import RewardFunction, checked_rewards, function_name, load_function
 from rl.tasks.base import SPLITS
+from rl.tasks.rewards import RewardFunction, checked_rewards, function_name, load_function
 
 EQUALITIES: Mapping[str, Callable[[str, str], bool]] = {
     "text": equal_text,
@@ -50,7 +50,7 @@ class JsonlTask:
             or ``folder/file.py:function``. None compares the stated answer with the reference.
         equality: how to compare: ``"text"`` (case and white space ignored), ``"number"`` (exact) or ``"math"``
             (math-verify).
-        pattern: how responses state their answer; see :func:`rl.answers.find_answer`.
+        pattern: how responses state their answer; see :func:`rl.tasks.answers.find_answer`.
         eval_path: file of the eval split.
         eval_every: hold out every k-th line for eval instead; 0 holds out none. Default 10 without ``eval_path``.
         shuffle: whether training problems change their order.

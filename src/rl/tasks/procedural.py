@@ -20,9 +20,17 @@ from functools import lru_cache
 from typing import Any
 
 from flowgraph import MissingExtraError
-from rl.answers import FORMATS, MAX_ANSWER, equal_number, evaluate_arithmetic, find_answer, is_costly, parse_number
 from rl.errors import TaskError
 from rl.records import CharSpan, Messages, Sample
+from rl.tasks.answers import (
+    FORMATS,
+    MAX_ANSWER,
+    equal_number,
+    evaluate_arithmetic,
+    find_answer,
+    is_costly,
+    parse_number,
+)
 from rl.tasks.base import SPLITS
 
 BLOCK = 64

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows, HeadSelector, InvalidInputError, MemoryLimitError
-from flowgraph.attention.heads import HeadAggregator
-from flowgraph.attention.rows import WeightedLayer
+from flowgraph.attention.attention_rows import WeightedLayer
+from flowgraph.attention.head_aggregation import HeadAggregator
 from rl.credit import AttentionNeed, CreditInput, find_rule, rule_names
-from rl.credit import attention as attention_rules
+from rl.credit import attention_rules as attention_rules
 from rl.credit.registry import score_tokens
 from rl.errors import CreditError
 from rl.records import Responses, Sample, TokenScores
@@ -416,7 +416,7 @@ def test_coupled_ranks_only_tokens_that_compete():
 
 @pytest.mark.parametrize("rows", ["emission", "literal"])
 def test_shuffling_moves_what_is_read_and_keeps_how_much(rows: str):
-    from rl.credit.flow import _shuffled
+    from rl.credit.flow_rules import _shuffled
 
     case = random_case(40, 4, 8)
     before = case.rows["attention"][0]
@@ -481,7 +481,7 @@ def test_dense_rows_are_refused_where_they_do_not_fit(monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise MemoryLimitError("dense rows of 1 x 21 tokens: must fit")
 
-    monkeypatch.setattr("flowgraph.attention.rows.require_memory", full)
+    monkeypatch.setattr("flowgraph.attention.attention_rows.require_memory", full)
     with pytest.raises(MemoryLimitError, match="dense rows"):
         score_tokens(find_rule("shuffled_flow"), batch)
     for name in BUILT_IN:

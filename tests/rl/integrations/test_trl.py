@@ -29,17 +29,17 @@ import torch
 from peft import LoraConfig as PeftLora
 
 from flowgraph import MissingExtraError
-from rl.advantages import group_advantages, spread
+from rl.algorithm.advantages import group_advantages, spread
 from rl.config import CreditConfig, LoraConfig, PPOConfig
+from rl.credit.scoring import score_rollout
 from rl.errors import ConfigError, CreditError
-from rl.experience import build_experience
-from rl.generation import Generated, evaluating
 from rl.integrations.trl import flow_grpo_trainer
-from rl.policy import ActorCritic, ModelInput
+from rl.policy.actor_critic import ActorCritic, ModelInput
+from rl.policy.sampling import Generated, evaluating
 from rl.records import Credit, Experience, Responses, TokenScores
-from rl.rollout import judge
-from rl.scoring import score_rollout
-from rl.update import micro_losses
+from rl.rollouts.rollout import judge
+from rl.training.experience import build_experience
+from rl.training.update import micro_losses
 from tests.fixtures.policies import Digits, alphabet, tiny_policy
 
 REASON = "TRL is an optional package: pip install trl"

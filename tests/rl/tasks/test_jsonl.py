@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flowgraph import MissingExtraError
-from rl import answers
 from rl.errors import ConfigError, RewardError, TaskError
+from rl.tasks import answers
 from rl.tasks.base import Task
 from rl.tasks.jsonl import JsonlTask
 

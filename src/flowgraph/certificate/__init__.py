@@ -1,0 +1,1 @@
+"""Check every provable property of a flow against the edges, the max flow and exact fractions."""

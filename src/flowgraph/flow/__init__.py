@@ -1,0 +1,1 @@
+"""The conserved flow: solve, solve_rows and their result."""

@@ -1,0 +1,1 @@
+"""FlowGraph, and how attention rows become its edges."""

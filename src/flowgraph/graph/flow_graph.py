@@ -1,0 +1,328 @@
+"""``FlowGraph``: the attention-induced DAG over tokens, held as a PyG sparse graph."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch_geometric.data import Data
+
+from flowgraph.errors import GraphError, RegionError
+from flowgraph.graph.edge_collection import collect_edges
+from flowgraph.graph.edge_rules import EdgeRules
+from flowgraph.masks import MaskLike, as_mask, between
+from flowgraph.propagation.operators import RowSource
+
+REGIONS = ("question", "reasoning", "answer")
+
+
+class FlowGraph(Data):
+    """A DAG over tokens; an edge ``s -> t`` (``s < t``) is information moving from token s to token t.
+
+    Attributes:
+        edge_index: ``[2, E]`` int64; row 0 = source (the earlier token), row 1 = target (the later one).
+            Sorted by (target, source), so the edges into one token, or into a block of tokens, are one slice.
+        capacity: ``[E]`` float > 0; ``c(s, t)`` = share of token t's reading that is taken from token s.
+        question_mask, reasoning_mask, answer_mask: ``[N]`` bool, disjoint; where flow may enter, the
+            generated tokens before the answer, where flow leaves. A token may be in none of them.
+        kept_attention: ``[1]`` float, share of the edge mass before pruning that the graph still holds.
+        kept_flow: ``[1]`` float, share of the unpruned unit flow whose whole route survived pruning.
+        throughput_error: ``[1]`` float, largest change of any token's throughput that pruning caused, against the
+            exact solution before it.
+        rules: one line naming the choices that turned attention into edges ("" for edges given as they are).
+
+    Token order is a topological order, so nothing here can contain a cycle. Every tensor follows PyG's
+    naming, so ``Batch``, ``DataLoader``, ``.to(device)`` and ``torch_geometric.utils.to_networkx`` work on it.
+
+    Build one with :meth:`from_edges`, :meth:`from_dense` or :meth:`from_rows`; the bare constructor exists
+    because PyG calls it without arguments.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.25, 0.75, 0.0]])
+        >>> FlowGraph.from_dense(weights, question=[0], answer=[2]).edge_index.tolist()
+        [[0, 0, 1], [1, 2, 2]]
+    """
+
+    edge_index: Int64[Tensor, "2 edges"]
+    capacity: Float[Tensor, " edges"]
+    question_mask: Bool[Tensor, " tokens"]
+    reasoning_mask: Bool[Tensor, " tokens"]
+    answer_mask: Bool[Tensor, " tokens"]
+    kept_attention: Float[Tensor, 1]
+    kept_flow: Float[Tensor, 1]
+    throughput_error: Float[Tensor, 1]
+    rules: str
+
+    @classmethod
+    def from_edges(
+        cls,
+        edge_index: Int64[Tensor, "2 edges"],
+        capacity: Float[Tensor, " edges"],
+        *,
+        num_nodes: int,
+        question: MaskLike,
+        answer: MaskLike,
+        reasoning: MaskLike | None = None,
+        rules: str = "",
+    ) -> Self:
+        """Build from an edge list in any order; zero capacities are dropped (they are no edges).
+
+        Args:
+            edge_index: ``[2, E]``, source before target.
+            capacity: ``[E]``, finite and non-negative.
+            num_nodes: number of tokens, isolated ones included.
+            question: mask, indices or slice of the tokens where flow enters.
+            answer: the same for the tokens where flow leaves.
+            reasoning: the same for the tokens between; default: every token after the last question token and
+                before the first answer token.
+            rules: one line of provenance, kept on the graph.
+
+        Raises:
+            GraphError: an edge backwards in time, twice, or outside; NaN, infinite or negative capacity.
+            RegionError: a region that is empty, overlaps another or lies outside.
+
+        Cost: one sort of the E edges when they do not come sorted.
+        """
+        _check_shapes(edge_index, capacity, num_nodes)
+        keep = capacity != 0
+        edge_index, capacity = edge_index[:, keep], capacity[keep]
+        key = edge_index[1] * num_nodes + edge_index[0]
+        if bool((key[1:] < key[:-1]).any()):
+            order = torch.argsort(key)
+            edge_index, capacity = edge_index[:, order], capacity[order]
+        graph = cls._assemble(edge_index.contiguous(), capacity, num_nodes, question, reasoning, answer, rules)
+        graph.validate()
+        return graph
+
+    @classmethod
+    def from_dense(
+        cls,
+        capacity: Float[Tensor, "tokens tokens"],
+        *,
+        question: MaskLike,
+        answer: MaskLike,
+        reasoning: MaskLike | None = None,
+    ) -> Self:
+        """Build from a matrix of capacities, taken as they are: ``capacity[t, s]`` is the edge ``s -> t``.
+
+        The diagonal is ignored (a token is not its own predecessor); anything above it is an error.
+
+        Raises:
+            GraphError: not square, NaN, infinite, negative, or non-zero above the diagonal.
+            RegionError: see :meth:`from_edges`.
+        """
+        capacity = torch.as_tensor(capacity)
+        if capacity.ndim != 2 or capacity.shape[0] != capacity.shape[1]:
+            raise GraphError(
+                f"capacity: must be a square matrix [tokens, tokens], got shape {tuple(capacity.shape)}; "
+                "pass one graph at a time and join them with torch_geometric.data.Batch"
+            )
+        if not capacity.is_floating_point():
+            raise GraphError(f"capacity: must be floating point, got {capacity.dtype}; call .float() on it")
+        if not bool(torch.isfinite(capacity).all()):
+            t, s = (~torch.isfinite(capacity)).nonzero()[0].tolist()
+            raise GraphError(
+                f"capacity: must be finite and non-negative, got {capacity[t, s].item()} at [{t}, {s}]; "
+                "check the attention for NaN or overflow"
+            )
+        if bool((capacity.triu(1) != 0).any()):
+            t, s = (capacity.triu(1) != 0).nonzero()[0].tolist()
+            raise GraphError(
+                f"capacity: must be causal (zero above the diagonal), got {capacity[t, s].item():g} at [{t}, {s}], "
+                f"an edge from token {s} back to token {t}; rows are readers: capacity[t, s] with s < t"
+            )
+        below = capacity.tril(-1)
+        target, source = below.nonzero(as_tuple=True)
+        return cls.from_edges(
+            torch.stack([source, target]),
+            below[target, source],
+            num_nodes=capacity.shape[0],
+            question=question,
+            answer=answer,
+            reasoning=reasoning,
+        )
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: RowSource | Float[Tensor, "tokens tokens"],
+        *,
+        question: MaskLike,
+        answer: MaskLike,
+        reasoning: MaskLike | None = None,
+        generated: MaskLike | None = None,
+        preset: str = "default",
+        rules: EdgeRules | None = None,
+        max_edges: int | str = "auto",
+    ) -> Self:
+        """Turn attention rows into the DAG; the choices of the method are made here.
+
+        Args:
+            rows: attention, row t = what token t reads: a matrix, or captured rows of one sequence (see
+                :func:`flowgraph.capture`), read block by block and never held whole unless the graph is.
+            question: where flow enters (mask, indices or slice).
+            answer: where flow leaves.
+            reasoning: generated tokens before the answer; see :meth:`from_edges` for the default.
+            generated: tokens that the model produced; under emission rows they take the row of the
+                position that emitted them. Default: everything after the last question token.
+            preset: ``"default"`` (emission rows, first token excluded) or ``"paper"`` (literal rows, first
+                token kept, self-attention dropped).
+            rules: the same choices one by one; overrides ``preset``.
+            max_edges: ``"all"``, a number, or ``"auto"``: all up to 2,048 tokens, else 64 per token. A limit
+                keeps the edges with most *flow*, found by an exact solve over the streamed rows, and
+                records ``kept_attention``, ``kept_flow`` and ``throughput_error``.
+
+        Raises:
+            GraphError: NaN, negative, non-causal rows, or rows that sum to more than 1.
+            RegionError: see :meth:`from_edges`.
+
+        Cost: one read of the rows, or two with a limit; memory O(block x T + E).
+        """
+        num_nodes = rows.num_tokens if not isinstance(rows, Tensor) else rows.shape[-1]
+        question_mask = as_mask(question, num_nodes, "question")
+        answer_mask = as_mask(answer, num_nodes, "answer")
+        if generated is None:
+            generated_mask = (
+                torch.arange(num_nodes) > int(question_mask.nonzero().max()) if question_mask.any() else question_mask
+            )
+        else:
+            generated_mask = as_mask(generated, num_nodes, "generated")
+        rules = rules or EdgeRules.preset(preset)
+        edges = collect_edges(rows, rules, generated_mask, question_mask, answer_mask, max_edges=max_edges)
+        graph = cls._assemble(edges.edge_index, edges.capacity, num_nodes, question, reasoning, answer, str(rules))
+        graph.kept_attention = graph.kept_attention * edges.kept_attention
+        graph.kept_flow = graph.kept_flow * edges.kept_flow
+        graph.throughput_error = graph.throughput_error + edges.throughput_error
+        graph.validate()
+        return graph
+
+    @classmethod
+    def _assemble(
+        cls,
+        edge_index: Tensor,
+        capacity: Tensor,
+        num_nodes: int,
+        question: MaskLike,
+        reasoning: MaskLike | None,
+        answer: MaskLike,
+        rules: str,
+    ) -> Self:
+        device = edge_index.device
+        question_mask = as_mask(question, num_nodes, "question", device)
+        answer_mask = as_mask(answer, num_nodes, "answer", device)
+        if reasoning is None:
+            reasoning_mask = between(question_mask, answer_mask)
+        else:
+            reasoning_mask = as_mask(reasoning, num_nodes, "reasoning", device)
+        return cls(
+            edge_index=edge_index,
+            capacity=capacity,
+            question_mask=question_mask,
+            reasoning_mask=reasoning_mask,
+            answer_mask=answer_mask,
+            kept_attention=torch.ones(1, dtype=torch.float64, device=device),
+            kept_flow=torch.ones(1, dtype=torch.float64, device=device),
+            throughput_error=torch.zeros(1, dtype=torch.float64, device=device),
+            rules=rules,
+            num_nodes=num_nodes,
+        )
+
+    def validate(self, raise_on_error: bool = True) -> bool:
+        """Check every invariant of the class, at the cost of a few reads of the edges.
+
+        Raises:
+            GraphError: order, duplicates, causality, range or finiteness of the edges.
+            RegionError: masks that are empty, overlapping or of the wrong length.
+        """
+        try:
+            _check_shapes(self.edge_index, self.capacity, int(self.num_nodes or 0))
+            _check_edges(self.edge_index, self.capacity, int(self.num_nodes or 0))
+            _check_regions(self)
+        except (GraphError, RegionError):
+            if raise_on_error:
+                raise
+            return False
+        return True
+
+    def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Batching shifts node ids and nothing else (PyG's default also shifts any name with ``index`` in it)."""
+        return self.num_nodes if key == "edge_index" else super().__inc__(key, value, *args, **kwargs)
+
+
+def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
+    if edge_index.dtype != torch.int64 or edge_index.ndim != 2 or edge_index.shape[0] != 2:
+        raise GraphError(
+            f"edge_index: must be int64 of shape [2, edges], got {edge_index.dtype} of shape "
+            f"{tuple(edge_index.shape)}; stack sources over targets and call .long()"
+        )
+    if capacity.shape != edge_index.shape[1:] or not capacity.is_floating_point():
+        raise GraphError(
+            f"capacity: must be one floating point number per edge ({edge_index.shape[1]}), got {capacity.dtype} "
+            f"of shape {tuple(capacity.shape)}; pass one weight per column of edge_index"
+        )
+    if edge_index.device != capacity.device:
+        raise GraphError(
+            f"capacity: must be on the device of edge_index ({edge_index.device}), got {capacity.device}; call .to()"
+        )
+    if num_nodes < 1:
+        raise GraphError(f"num_nodes: must be at least 1, got {num_nodes}; a trace needs tokens")
+    bad = ~torch.isfinite(capacity) | (capacity < 0)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise GraphError(
+            f"capacity: must be finite and non-negative, got {capacity[at].item()} on the edge "
+            f"{edge_index[0, at].item()} -> {edge_index[1, at].item()}; check the attention for NaN or overflow"
+        )
+
+
+def _check_edges(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
+    source, target = edge_index
+    if edge_index.numel() == 0:
+        return
+    if int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes:
+        raise GraphError(
+            f"edge_index: must lie in 0..{num_nodes - 1}, got {int(edge_index.min())}..{int(edge_index.max())}; "
+            "pass num_nodes = number of tokens"
+        )
+    backwards = source >= target
+    if bool(backwards.any()):
+        at = int(backwards.nonzero()[0])
+        raise GraphError(
+            f"edge_index: an edge must run from an earlier to a later token, got {int(source[at])} -> "
+            f"{int(target[at])}; row 0 is the source, row 1 the target"
+        )
+    key = target * num_nodes + source
+    if bool((key[1:] == key[:-1]).any()):
+        at = int((key[1:] == key[:-1]).nonzero()[0])
+        raise GraphError(
+            f"edge_index: an edge may appear once, got {int(source[at])} -> {int(target[at])} twice; "
+            "sum the capacities first (torch_geometric.utils.coalesce)"
+        )
+    if bool((key[1:] < key[:-1]).any()):
+        raise GraphError(
+            "edge_index: must be sorted by (target, source), got another order; build with FlowGraph.from_edges, "
+            "or sort with torch_geometric's data.sort(sort_by_row=False)"
+        )
+
+
+def _check_regions(graph: FlowGraph) -> None:
+    masks = {name: graph[f"{name}_mask"] for name in REGIONS}
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.shape != (graph.num_nodes,):
+            raise RegionError(
+                f"{name}: must be a bool mask over {graph.num_nodes} tokens, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}; build the graph with FlowGraph.from_edges"
+            )
+    for name in ("question", "answer"):
+        if not bool(masks[name].any()):
+            raise RegionError(f"{name}: must hold at least one token, got none; select the tokens of the {name}")
+    for one, other in (("question", "answer"), ("question", "reasoning"), ("reasoning", "answer")):
+        both = masks[one] & masks[other]
+        if bool(both.any()):
+            raise RegionError(
+                f"{one}, {other}: regions must be disjoint, got token {int(both.nonzero()[0])} in both; "
+                "remove it from one of them"
+            )

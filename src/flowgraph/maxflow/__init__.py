@@ -1,0 +1,1 @@
+"""Exact max flow and min cut by igraph, re-verified."""

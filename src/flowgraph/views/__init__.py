@@ -1,1 +1,0 @@
-"""Where people would rather look than read."""

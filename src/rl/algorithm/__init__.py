@@ -1,0 +1,1 @@
+"""Pure functions of the PPO family: advantages, losses, schedules."""

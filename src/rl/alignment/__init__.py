@@ -1,0 +1,1 @@
+"""Compare credit rules by the policy gradients they produce."""

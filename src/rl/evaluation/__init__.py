@@ -1,0 +1,1 @@
+"""Reward on held-out problems, with intervals."""

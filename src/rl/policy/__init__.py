@@ -1,0 +1,1 @@
+"""The model being trained: actor-critic, sampling, loading."""

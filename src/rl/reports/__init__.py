@@ -1,0 +1,1 @@
+"""The token-credit page of a rollout."""

@@ -1,0 +1,1 @@
+"""The PPO loop, its updates, checkpoints, logging and distribution."""

@@ -1,0 +1,519 @@
+"""Broken sweeps: each mutant is one line of the library rewritten, and both the certificate and the reference see it.
+
+A mutant is data: where, what the line said, what it says instead, what that breaks, the ways to solve that run through
+it, and the check of the certificate that must fail (among others). On every way, over a fixed set of graphs and
+options, the comparison with the reference of ``tests/reference`` must fail too; flows over rows have no certificate.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import textwrap
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch_geometric.data import Batch
+
+from flowgraph.certificate.certify import certify_each
+from flowgraph.flow.solve import solve
+from tests.fixtures.networks import ENGINES, GRAPH_ENGINES, Network, Solved, network, solve_by
+from tests.reference import arrays
+
+# The ways that run through each part of the engine.
+EDGES = ("dense", "scatter", "numba", "reference")
+BLOCKS = ("dense", "scatter", "rows dense", "streamed rows")
+TILES = ("dense", "rows dense", "streamed rows")
+SPARSE = ("scatter",)
+TENSOR = ("dense",)
+COMPILED = ("numba",)
+COMPILED_ROWS = ("rows numba",)
+LOOPS = ("reference",)
+MATRICES = ("rows dense", "rows numba")
+STREAMED = ("streamed rows",)
+
+
+class Mutant(NamedTuple):
+    """One line of one function, wrong."""
+
+    where: str  # module:function, below flowgraph.propagation
+    old: str
+    new: str
+    breaks: str
+    ways: tuple[str, ...]
+    check: str  # of the certificate; "" where no way has one
+
+
+M = Mutant
+P, G, R, S = "out-mass", "influence", "reachability", "source"
+
+POTENTIAL = [
+    M("block_substitution:potential", "leaves[:, here] * handed_back", "-leaves[:, here] * handed_back", "sign", BLOCKS, P),
+    M("block_substitution:potential", "rows.push(h[:, here]", "rows.push(-h[:, here]", "sign of what is pushed", BLOCKS, P),
+    M("block_substitution:potential", "operator.num_tokens, ", "operator.num_tokens - operator.block, ", "last block", BLOCKS, P),
+    M("block_substitution:potential", "range(0, ", "range(operator.block, ", "first block forgotten", BLOCKS, P),
+    M("block_substitution:potential", "reversed(range(0, operator.num_tokens, operator.block))",
+      "range(0, operator.num_tokens, operator.block)", "blocks in the wrong order", BLOCKS, P),
+    M("block_substitution:potential", "rows.push(h[:, here], handed_back)", "pass", "blocks hand nothing back", BLOCKS, P),
+    M("block_substitution:potential", "rows.push(h[:, here]", "rows.push(known", "what is pushed is not solved yet", BLOCKS, P),
+    M("block_substitution:potential", "_solve((rows.inner * leaves[:, None, here]).mT, known, upper=True)", "known",
+      "system within a block ignored", BLOCKS, P),
+    M("block_substitution:potential", "leaves[:, None, here]).mT", "leaves[:, None, here])", "inner not transposed", BLOCKS, P),
+    M("block_substitution:potential", "rows.inner * leaves[:, None, here]", "rows.inner", "inner undamped, answers hand on",
+      BLOCKS, P),
+    M("block_substitution:potential", "leaves[:, here] * handed_back", "handed_back", "mask missing: answers hand on", BLOCKS, P),
+    M("block_substitution:potential", "leaves[:, here] * handed", "leaves[:, here] ** 2 * handed", "damped twice", BLOCKS, P),
+    M("block_substitution:potential", "leaves[:, None, here]", "leaves[:, here, None]", "mask of the reader, not of the read",
+      BLOCKS, P),
+    M("block_substitution:potential", "demand[:, here] +", "0 *", "demand forgotten", BLOCKS, P),
+    M("block_substitution:potential", "h, handed_back = demand.clone(), torch.zeros_like(demand)",
+      "h, handed_back = demand.clone(), demand.clone()", "demand counted twice", BLOCKS, P),
+    M("block_substitution:_solve", "solve_triangular(-inner", "solve_triangular(inner", "sign within blocks", BLOCKS, P),
+    M("block_substitution:_solve", "-inner, rhs.unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1)",
+      "-inner.float(), rhs.float().unsqueeze(-1), upper=upper, unitriangular=True).squeeze(-1).double()",
+      "float32 within blocks", BLOCKS, P),
+    M("operators:DenseRows.push", "y[:, None, :] @ self._before", "y.flip(-1)[:, None, :] @ self._before",
+      "rows in reverse", TILES, P),
+    M("operators:DenseRows.push", "+= (y", "= (y", "overwritten, not added", TILES, P),
+    M("operators:DenseRows.push", "@ self._before", "@ self._before.float().double()", "float32", TILES, P),
+    M("operators:DenseRows.__init__", "wide[..., start:].tril(-1)", "wide[..., start:].tril(-2)",
+      "edges to the next token lost within a block", TILES, P),
+    M("operators:_SparseRows.push", "scatter_add_(0, self.source,", "scatter_(0, self.source,",
+      "overwritten, not added", SPARSE, P),
+    M("operators:_SparseRows.push", "index_select(0, self.row)", "index_select(0, self.row.roll(1))", "off by one",
+      SPARSE, P),
+    M("operators:_SparseRows.push", "self.weight *", "self.weight.roll(1) *", "weights of the edges beside", SPARSE, P),
+    M("operators:_SparseRows.push", "handed_back = self.weight", "handed_back = self.weight.float()", "float32",
+      SPARSE, P),
+    M("numba_backend:over_edges", "out = x.detach().double().clone()", "out = x.detach().float().double()", "float32",
+      COMPILED, P),
+    M("numba_kernels:potential", "h[t] += leaves[t] * handed_back[t]", "h[t] -= leaves[t] * handed_back[t]", "sign",
+      COMPILED, P),
+    M("numba_kernels:potential", "range(last - 1, first - 1, -1)", "range(last - 2, first - 1, -1)", "last token forgotten",
+      COMPILED, P),
+    M("numba_kernels:potential", "range(last - 1, first - 1, -1)", "range(last - 1, first, -1)", "first token forgotten",
+      COMPILED, P),
+    M("numba_kernels:potential", "range(last - 1, first - 1, -1)", "range(first, last)", "tokens in the wrong order",
+      COMPILED, P),
+    M("numba_kernels:potential", "row_ptr[t + 1])", "row_ptr[t + 1] - 1)", "last edge of each row", COMPILED, P),
+    M("numba_kernels:potential", "range(row_ptr[t], row_ptr", "range(row_ptr[t] + 1, row_ptr", "first edge of each row",
+      COMPILED, P),
+    M("numba_kernels:potential", "leaves[t] * handed_back[t]", "handed_back[t]", "mask missing, undamped", COMPILED, P),
+    M("numba_kernels:potential", "leaves[t] * handed_back[t]", "leaves[t] ** 2 * handed_back[t]", "damped twice",
+      COMPILED, P),
+    M("numba_kernels:potential", "handed_back[source[edge]] +=", "handed_back[source[edge]] =", "overwritten", COMPILED, P),
+    M("numba_kernels:potential", "weight[edge] * value", "weight[edge - 1] * value", "weights off by one", COMPILED, P),
+    M("numba_kernels:potential", "if value != 0.0", "if value > 0.5", "small values skipped", COMPILED, P),
+    # Skipping values below 1e-200 would change nothing: the range check sees it, and balanced units have none.
+    M("numba_kernels:potential", "weight[edge] * value", "np.float32(weight[edge] * value)", "float32", COMPILED, P),
+    M("numba_kernels:dense_potential", "range(t, t - 4, -1)", "range(t, t - 3, -1)", "last of four rows", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "for s in range(t - 3, row):", "for s in range(t - 3, row - 1):",
+      "edge to the next token within four rows", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "for s in range(t - 3):", "for s in range(t - 4):", "column before four rows",
+      COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "matrix[t - 1, s] * b", "matrix[t - 1, s] * c", "values of another row",
+      COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "+ matrix[t - 3, s] * d", "- matrix[t - 3, s] * d", "sign", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "for row in range(t, -1, -1):", "for row in range(t, 0, -1):",
+      "first token forgotten", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "leaves[row] * handed_back[row]", "handed_back[row]",
+      "mask missing, undamped", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "a, b, c, d = h[t]", "b, a, c, d = h[t]", "rows mixed up", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "+= matrix[t, s] * a", "= matrix[t, s] * a", "overwritten", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "for s in range(row):", "for s in range(row - 1):",
+      "edge to the next token in the rest", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_potential", "t -= 4", "t -= 4 + (t > 90)", "a row skipped", COMPILED_ROWS, ""),
+    M("reference:potential", "h[s] += d[s] * w * h[t]", "h[s] -= d[s] * w * h[t]", "sign", LOOPS, P),
+    M("reference:potential", "h[s] += d[s] * w * h[t]", "h[s] += w * h[t]", "mask missing, undamped", LOOPS, P),
+    M("reference:potential", "h[s] += d[s] * w * h[t]", "h[s] += d[t] * w * h[t]", "mask of the reader", LOOPS, P),
+    M("reference:potential", "h[s] += d[s] * w * h[t]", "h[t] += d[s] * w * h[s]", "transposed", LOOPS, P),
+    M("reference:potential", "h[s] += d[s] * w * h[t]", "h[s] += d[s] ** 2 * w * h[t]", "damped twice", LOOPS, P),
+    M("reference:potential", "reversed(_edges(edge_index, weight))", "_edges(edge_index, weight)", "order", LOOPS, P),
+    M("reference:potential", "reversed(_edges(edge_index, weight))", "reversed(_edges(edge_index, weight)[1:])",
+      "first edge", LOOPS, P),
+    M("reference:potential", "reversed(_edges(edge_index, weight))", "reversed(_edges(edge_index, weight)[:-1])",
+      "last edge", LOOPS, P),
+    M("reference:potential", "_edges(edge_index, weight)", "_edges(edge_index, weight.roll(1))", "weights off by one",
+      LOOPS, P),
+    M("reference:potential", "_edges(edge_index, weight)", "_edges(edge_index, weight.bfloat16())", "half precision",
+      LOOPS, P),
+    M("reference:potential", "demand.double()", "(demand > 0).double()", "demand taken for a mask", LOOPS, P),
+]  # fmt: skip
+
+INFLUENCE = [
+    M("block_substitution:influence_steps", "+ rows.pull", "- rows.pull", "sign", BLOCKS, G),
+    M("block_substitution:influence_steps", "g[:, here] + rows.pull(handed_on)", "g[:, here]", "blocks receive nothing", BLOCKS, G),
+    M("block_substitution:influence_steps", "g[:, here] + rows.pull", "rows.pull", "what enters is lost", BLOCKS, G),
+    M("block_substitution:influence_steps", "operator.num_tokens, ", "operator.num_tokens - operator.block, ", "last block",
+      BLOCKS, G),
+    M("block_substitution:influence_steps", "range(0, ", "range(operator.block, ", "first block forgotten", BLOCKS, G),
+    M("block_substitution:influence_steps", "range(0, operator.num_tokens, operator.block)",
+      "reversed(range(0, operator.num_tokens, operator.block))", "blocks in the wrong order", BLOCKS, G),
+    M("block_substitution:influence_steps", "_solve(rows.inner * leaves[:, None, here], known, upper=False)", "known",
+      "system within a block ignored", BLOCKS, G),
+    M("block_substitution:influence_steps", "rows.inner * leaves[:, None, here], known", "rows.inner.mT, known", "inner transposed",
+      BLOCKS, G),
+    M("block_substitution:influence_steps", "rows.inner * leaves[:, None, here]", "rows.inner", "inner undamped, answers hand on",
+      BLOCKS, G),
+    M("block_substitution:influence_steps", "leaves[:, None, here]", "leaves[:, here, None]", "mask of the reader", BLOCKS, G),
+    M("block_substitution:influence_steps", "leaves[:, here] * g[:, here]", "g[:, here]", "mask missing, undamped", BLOCKS, G),
+    M("block_substitution:influence_steps", "leaves[:, here] * g[:, here]", "leaves[:, here] ** 2 * g[:, here]", "damped twice",
+      BLOCKS, G),
+    M("block_substitution:influence_steps", "leaves[:, here] * g[:, here]", "leaves[:, here] * known", "handed on before solved",
+      BLOCKS, G),
+    M("block_substitution:influence_steps", "leaves[:, here] * g[:, here]", "(leaves[:, here] * g[:, here]).float()", "float32",
+      BLOCKS, G),
+    M("block_substitution:_solve", "unitriangular=True", "unitriangular=False", "diagonal not implied", BLOCKS, P),
+    M("block_substitution:_solve", "upper=upper", "upper=True", "no system within a block", BLOCKS, G),
+    M("operators:DenseRows.pull", "self._before @ x", "self._before @ x.flip(0)", "another graph", TILES, G),
+    M("operators:DenseRows.pull", "(self._before @", "(self._before.flip(-2) @", "rows in reverse", TILES, G),
+    M("operators:DenseRows.pull", "self._before @", "self._before.float().double() @", "float32", TILES, G),
+    M("operators:DenseRows.__init__", "wide[..., :start]", "wide[..., :start].tril(start - 2)",
+      "column before the block lost", TILES, P),
+    M("operators:_SparseRows.pull", "self.weight * x", "self.weight.roll(1) * x", "weights of the edges beside",
+      SPARSE, G),
+    M("operators:_SparseRows.pull", "x.view(-1).index_select(0, self.source)",
+      "x.view(-1).roll(1).index_select(0, self.source)", "off by one", SPARSE, G),
+    M("operators:_SparseRows.pull", 'reduce="sum"', 'reduce="max"', "largest edge only", SPARSE, G),
+    M("operators:_SparseRows.pull", "received = self.weight *", "received = self.weight.float() *", "float32",
+      SPARSE, G),
+    M("operators:_SparseRows.pull", "self.ptr, reduce", "torch.cat([self.ptr[:1], self.ptr[:-1]]), reduce",
+      "rows off by one", SPARSE, G),
+    M("numba_kernels:influence", "g[t] += received", "g[t] -= received", "sign", COMPILED, G),
+    M("numba_kernels:influence", "g[t] += received", "g[t] = received", "what enters is lost", COMPILED, G),
+    M("numba_kernels:influence", "range(first, last)", "range(first, last - 1)", "last token forgotten", COMPILED, G),
+    M("numba_kernels:influence", "range(first, last)", "range(first + 1, last)", "first token forgotten", COMPILED, G),
+    M("numba_kernels:influence", "range(first, last)", "range(last - 1, first - 1, -1)", "order", COMPILED, G),
+    M("numba_kernels:influence", "row_ptr[t + 1])", "row_ptr[t + 1] - 1)", "last edge of each row", COMPILED, G),
+    M("numba_kernels:influence", "range(row_ptr[t], row_ptr", "range(row_ptr[t] + 1, row_ptr", "first edge of each row",
+      COMPILED, G),
+    M("numba_kernels:influence", "leaves[t] * g[t]", "g[t]", "mask missing, undamped", COMPILED, G),
+    M("numba_kernels:influence", "leaves[t] * g[t]", "leaves[t] ** 2 * g[t]", "damped twice", COMPILED, G),
+    M("numba_kernels:influence", "handed_on[t] = leaves[t] * g[t]", "handed_on[t] = leaves[t] * received",
+      "what enters is not handed on", COMPILED, G),
+    M("numba_kernels:influence", "weight[edge] * handed", "weight[edge - 1] * handed", "weights off by one", COMPILED, G),
+    M("numba_kernels:influence", "g[t] += received", "g[t] += np.float32(received)", "float32", COMPILED, G),
+    M("numba_kernels:dense_influence", "handed_on[row] = leaves[row] * g[row]", "handed_on[row] = g[row]",
+      "mask missing, undamped", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "handed_on[row] = leaves[row] * g[row]", "handed_on[row] = leaves[row] ** 2 * g[row]",
+      "damped twice", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "g[t + 3] += d", "g[t + 3] = d", "what enters is lost", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "g[t + 1] += b", "g[t + 1] += a", "sum of another row", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "d += matrix[t + 3, s] * x", "d -= matrix[t + 3, s] * x", "sign", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "for s in range(t):", "for s in range(t - 1):", "column before four rows",
+      COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "for s in range(t, row):", "for s in range(t + 1, row):",
+      "first column within four rows", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "range(whole, g.size)", "range(whole + 1, g.size)", "first of the rest",
+      COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "range(0, whole, 4)", "range(4, whole, 4)", "first four rows", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "range(t, t + 4)", "range(t, t + 3)", "last of four rows", COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "c += matrix[t + 2, s] * x", "c += matrix[t + 2, s + 1] * x", "off by one",
+      COMPILED_ROWS, ""),
+    M("numba_kernels:dense_influence", "a += matrix[t, s] * x", "a += np.float32(matrix[t, s] * x)", "float32",
+      COMPILED_ROWS, ""),
+    M("reference:influence", "g[t] += w * d[s] * g[s]", "g[t] -= w * d[s] * g[s]", "sign", LOOPS, G),
+    M("reference:influence", "g[t] += w * d[s] * g[s]", "g[t] += w * g[s]", "mask missing, undamped", LOOPS, G),
+    M("reference:influence", "g[t] += w * d[s] * g[s]", "g[t] += w * d[t] * g[s]", "mask of the reader", LOOPS, G),
+    M("reference:influence", "g[t] += w * d[s] * g[s]", "g[s] += w * d[s] * g[t]", "transposed", LOOPS, G),
+    M("reference:influence", "g[t] += w * d[s] * g[s]", "g[t] = w * d[s] * g[s]", "overwritten", LOOPS, G),
+    M("reference:influence", "g[t] += w * d[s] * g[s]", "g[t] += w * d[s] ** 2 * g[s]", "damped twice", LOOPS, G),
+    M("reference:influence", "in _edges(edge_index, weight)", "in reversed(_edges(edge_index, weight))", "order",
+      LOOPS, G),
+    M("reference:influence", "in _edges(edge_index, weight)", "in _edges(edge_index, weight)[1:]", "first edge",
+      LOOPS, G),
+    M("reference:influence", "in _edges(edge_index, weight)", "in _edges(edge_index, weight)[:-1]", "last edge",
+      LOOPS, G),
+    M("reference:influence", "_edges(edge_index, weight)", "_edges(edge_index, weight.roll(1))", "weights off by one",
+      LOOPS, G),
+    M("reference:influence", "_edges(edge_index, weight)", "_edges(edge_index, weight.bfloat16())", "half precision",
+      LOOPS, G),
+]  # fmt: skip
+
+# The last edge of a block may be forgotten here: it lies within the block, so the block's system has it.
+BOTH = [
+    M("operators:SparseOperator.__init__", "weight[self.blocks.order]", "weight", "not in block order", SPARSE, P),
+    M("operators:SparseOperator.rows", "self.weight[edges].double()",
+      "self.weight[edges].double().index_fill(0, torch.tensor([0]), 0.0)",
+      "first edge of each block", SPARSE, P),
+    M("operators:SparseOperator.rows", "inside = self.weight[blocks.inner_edge[cells]]",
+      "inside = self.weight[blocks.inner_edge[cells]].flip(0)", "cells mixed up", SPARSE, P),
+    M("operators:SparseOperator.rows", "blocks.inner_cell[cells]", "blocks.inner_cell[cells].roll(1)",
+      "cells off by one", SPARSE, P),
+    M("operators:SparseOperator.rows", "self.weight[edges].double()", "self.weight.roll(1)[edges].double()",
+      "boundaries off by one", SPARSE, P),
+    M("topology:EdgeBlocks.of", "torch.argsort(at, stable=True)", "torch.argsort(at, descending=True, stable=True)",
+      "wrong order", SPARSE, P),
+    M("topology:EdgeBlocks.of", "torch.argsort(at, stable=True)", "torch.argsort(at)", "order not stable", SPARSE, G),
+    M("topology:EdgeBlocks.of", "source >= at * block", "source > at * block", "first column of each block's system",
+      SPARSE, P),
+    M("topology:EdgeBlocks.of", "row[inside] * block + source[inside] % block",
+      "graph[inside] * block * block + source[inside] % block * block + target[inside]", "inner transposed", SPARSE, P),
+    M("topology:EdgeBlocks.of", "source=graph * (num_blocks * block) + source", "source=source",
+      "sources of the first graph of the batch", SPARSE, P),
+    M("topology:EdgeBlocks.of", "row, rows_per_block = graph * block + target,", "row, rows_per_block = target,",
+      "targets of the first graph of the batch", SPARSE, P),
+    M("topology:EdgeBlocks.of", "(start, end), order = topology.edge_index, None",
+      "(start, end), order = topology.edge_index, None; start = start - topology.local[start].sign()",
+      "stale plan: the edges as they once were", SPARSE, P),
+    M("topology:EdgeBlocks.of", "inner_ends=torch.searchsorted(at[inside], limits)",
+      "inner_ends=torch.searchsorted(at[inside], limits + 1)", "blocks off by one", SPARSE, P),
+    M("topology:Topology.row_ptr", "self.edge_index[1].contiguous(), nodes",
+      "self.edge_index[1].contiguous(), nodes, right=True", "rows off by one", COMPILED, P),
+    M("topology:Topology.source32", "self.edge_index[0].to", "self.local[self.edge_index[0]].to",
+      "sources of the first graph of the batch", COMPILED, P),
+    M("topology:Topology.source32", "self.edge_index[0].to", "(self.edge_index[0] - 1).clamp_min(0).to",
+      "stale sources", COMPILED, P),
+    M("topology:Topology.unpad", "x[self.graph_of_node, self.local]", "x.roll(1, 0)[self.graph_of_node, self.local]",
+      "another graph of the batch", ("dense", "scatter"), P),
+    M("topology:Topology.pad", "padded[self.graph_of_node, self.local]", "padded[0 * self.graph_of_node, self.local]",
+      "all graphs of the batch in the first", ("dense", "scatter"), P),
+    M("topology:Topology.total", 'scatter(x, self.graph_of_node, dim_size=self.num_graphs, reduce="sum")',
+      "x.sum().expand(self.num_graphs)", "one unit for the whole batch", EDGES, S),
+    M("edge_sweeps:_matrices", "topology.local[target], topology.local[source]]",
+      "topology.local[source], topology.local[target]]", "transposed", TENSOR, P),
+    M("edge_sweeps:_matrices", "matrix[topology.graph_of_node[target]", "matrix[0 * topology.graph_of_node[target]",
+      "all graphs of the batch in the first", TENSOR, P),
+    M("edge_sweeps:_matrices", "] = weight", "] = weight.roll(1)", "weights off by one", TENSOR, P),
+    M("edge_sweeps:EdgeSweeps._run", "topology.pad(leaves, tokens)", "topology.pad(leaves, tokens) ** 0",
+      "mask missing, undamped", ("dense", "scatter"), P),
+    M("edge_sweeps:EdgeSweeps._sparse", "self._operator[0] is not weight", "False", "weights of before the new units",
+      SPARSE, P),
+    M("numba_backend:over_edges", "leaves.numpy(), out", "np.ones(out.numel()), out", "mask missing, undamped", COMPILED, P),
+    M("numba_backend:over_edges", "_ranges(topology)]", "_ranges(topology)[:-1]]", "last share of the batch", COMPILED, P),
+    M("numba_backend:_ranges", "return [(0, topology.num_nodes)]",
+      "return [(topology.num_nodes // 3, topology.num_nodes), (0, topology.num_nodes // 3)]",
+      "shares that end inside a graph", COMPILED, G),
+    M("numba_backend:over_rows", "matrices[b], leaves[b]", "matrices[b - 1], leaves[b]", "another graph of the batch",
+      COMPILED_ROWS, ""),
+    M("numba_backend:over_rows", "leaves[b].numpy()", "np.ones(out.shape[1])", "mask missing, undamped", COMPILED_ROWS, ""),
+    M("operators:DenseOperator.rows", "self.matrix[:, start:stop, :stop]", "self.matrix.mT[:, start:stop, :stop]",
+      "transposed", ("dense", "rows dense"), P),
+    M("operators:DenseOperator.rows", "self.matrix[:, start:stop, :stop]", "self.matrix.flip(0)[:, start:stop, :stop]",
+      "another graph of the batch", ("dense", "rows dense"), P),
+    M("operators:StreamedOperator.rows", "self.source.block(start, stop)",
+      "self.source.block(0, stop)[:, : stop - start]", "rows of another block", STREAMED, ""),
+]  # fmt: skip
+
+ENTRY = [
+    M("conservation:_entry", "(question & reaches).to(h.dtype)", "question.to(h.dtype)",
+      "question tokens that reach nothing counted", ENGINES, S),
+    M("conservation:_entry", "share / torch.where(total > 0, total, 1.0)", "share", "not normalised", ENGINES, S),
+    M("conservation:_entry", "share = rule * reaches", "share = (rule > 0) * reaches.double()",
+      "a vector taken for a mask", ENGINES, "reference source"),
+    M("conservation:_entry", "(units - largest).clamp_max(0)", "0 * units", "wrong units", ENGINES, S),
+    M("conservation:_entry", "scaled(h, (units - largest).clamp_max(0))", "(h > 0).double()", "rule", ENGINES, S),
+    M("conservation:_entry", "torch.where(question & reaches, scaled", "torch.where(reaches, scaled",
+      "tokens outside the question", ENGINES, S),
+    M("conservation:_entry", "sweeps.spread(sweeps.total(share))", "sweeps.total(share).sum()",
+      "one unit for the whole batch", ENGINES, S),
+    M("conservation:_per_potential", "entry / torch.where(entry > 0, h, 1.0)", "entry", "per token", ENGINES, G),
+    M("conservation:_per_potential", "entry / torch.where(entry > 0, h, 1.0)", "entry * torch.where(entry > 0, h, 1.0)",
+      "times the potential", ENGINES, G),
+    M("conservation:_per_potential", "torch.where(entry > 0, entry /", "torch.where(entry > 0, entry.float() /",
+      "float32", ENGINES, G),
+    M("conservation:_in_range", "return not bool(vanished.any()) or", "return True or", "unseen underflow", ENGINES, R),
+    M("conservation:conserve", "weight, demand = sweeps.balanced(weight, units), scaled(demand, -units)",
+      "demand = scaled(demand, -units)", "weights in the old units", ENGINES, P),
+    M("conservation:conserve", "sweeps.balanced(weight, units), scaled(demand, -units)",
+      "sweeps.balanced(weight, units), demand", "demand in the old units", ENGINES, P),
+    M("conservation:conserve", "sweeps.balanced(weight, units), scaled", "sweeps.balanced(weight, -units), scaled",
+      "units the wrong way round", ENGINES, P),
+    M("scaling:exponents", "log_h[token] = np.logaddexp2(own[token],", "log_h[token] = 0 * np.logaddexp2(own[token],",
+      "every potential taken for 1", ENGINES, "reference h"),
+    M("scaling:exponents", "k = np.where(unread, 0.0, np.rint(log_h))", "k = np.where(unread, 0.0, -np.rint(log_h))",
+      "units the wrong way round", ENGINES, "reference h"),
+    M("conservation:_in_range", "not float(h.max()) <= _LARGEST or", "", "unseen overflow", ENGINES, P),
+    M("conservation:_entry", "torch.where(question & reaches, units, -(2**40))", "units",
+      "units of tokens that are no source", ENGINES, S),
+    M("edge_sweeps:EdgeSweeps.any_weight", "return bool((", "return False and bool((", "unseen underflow", EDGES, R),
+    M("row_sweeps:DenseSweeps.any_weight", "return True", "return False", "unseen underflow", MATRICES, ""),
+    M("row_sweeps:StreamSweeps.any_weight", "return True", "return False", "unseen underflow", STREAMED, ""),
+    M("topology:Topology.largest", 'reduce="max"', 'reduce="min"', "the smallest instead", EDGES, S),
+    M("powers:scaled", "torch.exp2(step.double())", "torch.exp2(-step.double())", "sign of the exponent", ENGINES, P),
+    M("powers:scaled", "range(4)", "range(0)", "not scaled", ENGINES, P),
+    M("edge_sweeps:EdgeSweeps.balanced", "exponent[target] - exponent[source]", "exponent[source] - exponent[target]",
+      "units the wrong way round", EDGES, P),
+    M("edge_sweeps:EdgeSweeps.balanced", "weight * (self.leaves > 0)[source]", "weight * self.leaves[source]",
+      "damped twice", EDGES, P),
+    M("edge_sweeps:EdgeSweeps.weights_into", "slice(first[node], first[node + 1])", "slice(first[node], first[node])",
+      "no edges", EDGES, "reference h"),
+    M("row_sweeps:DenseSweeps.balanced", "exponent[:, :, None] - exponent[:, None, :]",
+      "exponent[:, None, :] - exponent[:, :, None]", "units the wrong way round", MATRICES, ""),
+    M("row_sweeps:DenseSweeps.balanced", "(self.leaves > 0)[:, None, :]", "self.leaves[:, None, :]", "damped twice",
+      MATRICES, ""),
+    M("row_sweeps:BalancedRows.block", "self.exponent[:, None, :stop]", "self.exponent[:, None, start:stop].sum(-1)[:, None]",
+      "units of other tokens", STREAMED, ""),
+    M("row_sweeps:BalancedRows.block", "self.source.block(start, stop) *", "self.source.block(start, stop).flip(0) *",
+      "another graph of the batch", STREAMED, ""),
+    M("row_sweeps:BalancedRows.block", "* self.leaves[:, None, :stop]", "* self.leaves[:, start:stop, None]",
+      "mask of the reader", STREAMED, ""),
+]  # fmt: skip
+MUTANTS = [*POTENTIAL, *INFLUENCE, *BOTH, *ENTRY]
+
+
+# Rewriting -------------------------------------------------------------------------------------------------
+
+
+def break_code(patch: pytest.MonkeyPatch, mutant: Mutant) -> None:
+    """Compile the function anew with one line changed, and put it wherever the library holds the old one."""
+    module_name, path = mutant.where.split(":")
+    module = importlib.import_module(f"flowgraph.propagation.{module_name}")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, module)
+    original = inspect.getattr_static(owner, name)
+    plain = getattr(original, "py_func", getattr(original, "func", getattr(original, "__func__", original)))
+    code = textwrap.dedent(inspect.getsource(plain))
+    old, new = (textwrap.indent(part, "") for part in (mutant.old, mutant.new))
+    assert old in code, f"{mutant.where} no longer says {old!r}"
+    code = code[code.index("def ") :].replace(old, new, 1)
+    scope: dict[str, Any] = {}
+    exec(compile("from __future__ import annotations\n" + code, f"<{mutant.breaks}>", "exec"), vars(module), scope)
+    broken = scope[name]
+    if isinstance(original, functools.cached_property):
+        broken = functools.cached_property(broken)
+        broken.__set_name__(owner, name)
+    elif isinstance(original, classmethod):
+        broken = classmethod(broken)
+    patch.setattr(owner, name, broken)
+    if isinstance(owner, types.ModuleType):  # other modules import functions by name
+        for other in [m for key, m in sys.modules.items() if key.startswith(("flowgraph.", "tests."))]:
+            if vars(other).get(name) is original:
+                patch.setattr(other, name, broken)
+
+
+# The graphs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Networks that are solved in one call, and how."""
+
+    networks: Sequence[Network]
+    options: dict[str, Any]
+
+    @functools.cached_property
+    def expected(self) -> list[arrays.Solution]:
+        return [n.expected(**self.of(k)) for k, n in enumerate(self.networks)]
+
+    def of(self, k: int) -> dict[str, Any]:
+        """The options of one network; vectors are one per network."""
+        return {name: value[k] if isinstance(value, list) else value for name, value in self.options.items()}
+
+    def for_batch(self) -> dict[str, Any]:
+        return {name: torch.cat(value) if isinstance(value, list) else value for name, value in self.options.items()}
+
+
+def unread(network: Network) -> Network:
+    """A network whose first question token nobody reads."""
+    keep = network.pairs[0] != int(network.question.nonzero()[0])
+    return Network(network.pairs[:, keep], network.capacity[keep], network.question, network.answer)
+
+
+def problems() -> list[Problem]:
+    """Single graphs and batches; one block and several; sinks, absorbing answers, and potentials out of range."""
+    random = np.random.default_rng(0)
+
+    def answering(kind: str, tokens: int, seed: int = 0, **options: Any) -> Network:
+        """With the last ten tokens as the answer: there are edges between them, and between blocks."""
+        given = network(kind, tokens, seed, **options)
+        answer = torch.arange(tokens) >= tokens - min(10, tokens // 2)
+        return Network(given.pairs, given.capacity, given.question & ~answer, answer)
+
+    def vectors(networks: Sequence[Network]) -> list[torch.Tensor]:
+        return [torch.from_numpy(random.random(n.num_tokens) * (random.random(n.num_tokens) < 0.5)) for n in networks]
+
+    batch = [answering("sparse", 150), answering("dense", 37, 1), answering("sink", 97, 2), answering("chain", 5, 3)]
+    single = [answering("chain", 203, 8, most=1e-3)]
+    weak = [answering("chain", 161, 4, most=1e-3), answering("sparse", 70, 5), answering("dense", 20, 6)]
+    steps = torch.stack([torch.arange(3), torch.arange(1, 4)])  # h falls from 1e-30 to 0 in one product
+    weights, token = torch.tensor([1e-300, 1e-30, 0.5], dtype=torch.float64), torch.arange(4)
+    jump = Network(steps, weights, token == 0, token == 3)
+    return [
+        Problem([jump], {}),
+        Problem([unread(answering("sparse", 300))], {}),
+        Problem([unread(answering("dense", 45, 7))], {"damping": 0.7, "absorption": "pass_through"}),
+        Problem(batch, {"damping": 0.7, "source": "potential"}),
+        Problem(
+            batch[::-1], {"source": vectors(batch[::-1]), "demand": vectors(batch[::-1]), "absorption": "pass_through"}
+        ),
+        Problem(weak, {"damping": 0.9}),
+        Problem([answering("chain", 95, 9, most=1e-3)], {}),  # potentials down to 1e-260, still in range
+        Problem([answering("chain", 161, 10, most=1e3)], {}),  # up to 1e450
+        Problem(single, {"source": "potential", "absorption": "absorb", "demand": [1e-5 * single[0].answer.double()]}),
+    ]
+
+
+PROBLEMS = problems()
+
+
+def differences(solved: Sequence[Solved], expected: Sequence[arrays.Solution]) -> Iterator[str]:
+    """Numbers that are not those of the reference: 1e-12, relative, entry by entry; influence where flow passes."""
+    for one, exact in zip(solved, expected, strict=True):
+        unit, flows = one.exponent.numpy(), np.asarray(exact.throughput > 0)
+        got = {
+            "h": np.ldexp(one.h.numpy().astype(np.longdouble), unit),
+            "g": np.where(flows, np.ldexp(one.g.numpy().astype(np.longdouble), -unit), 0),
+            "source": one.source.numpy(),
+            "throughput": one.throughput.numpy(),
+        }
+        for name, values in got.items():
+            wanted = np.where(flows, exact.g, 0) if name == "g" else getattr(exact, name)
+            if not bool((np.abs(values - wanted) <= 1e-12 * np.abs(wanted)).all()):
+                yield f"reference {name}"
+
+
+def seen(way: str) -> set[str]:
+    """The checks and comparisons that fail on any of the problems."""
+    failed: set[str] = set()
+    for problem in PROBLEMS:
+        try:
+            solved = solve_by(way, problem.networks, **problem.options)
+        except AssertionError:  # something where there are no tokens
+            failed.add("reference padding")
+        else:
+            failed |= set(differences(solved, problem.expected))
+        if way in GRAPH_ENGINES:
+            graphs = [n.graph() for n in problem.networks]
+            flow = solve(Batch.from_data_list([*graphs]), backend=way, **problem.for_batch())
+            for certificate in certify_each(flow, level="fast"):
+                failed |= {check.name for check in certificate.failed}
+    return failed
+
+
+@pytest.mark.parametrize("way", ENGINES)
+def test_what_is_not_broken_passes(way: str):
+    assert seen(way) == set()
+
+
+APPLIED = [(mutant, way) for mutant in MUTANTS for way in mutant.ways]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "way"), APPLIED, ids=[f"{way}-{mutant.where}-{mutant.breaks}" for mutant, way in APPLIED]
+)
+def test_a_broken_sweep_is_seen(mutant: Mutant, way: str, monkeypatch: pytest.MonkeyPatch):
+    break_code(monkeypatch, mutant)
+    with np.errstate(all="ignore"):
+        failed = seen(way)
+    compared = {name for name in failed if name.startswith("reference ")}
+    assert compared, f"the reference missed it; the certificate says {sorted(failed)}"
+    if way in GRAPH_ENGINES or mutant.check in compared:
+        assert mutant.check in failed, sorted(failed)
+
+
+@pytest.mark.parametrize(("mutants", "direction"), [(POTENTIAL, "potential"), (INFLUENCE, "influence")])
+@pytest.mark.parametrize("way", ENGINES)
+def test_at_least_ten_mutants_per_direction_and_way(mutants: list[Mutant], direction: str, way: str):
+    assert sum(way in mutant.ways for mutant in mutants) >= 10, direction
+
+
+def test_the_list_names_no_mutant_twice():
+    assert len({(mutant.where, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)

