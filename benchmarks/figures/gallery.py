@@ -64,7 +64,7 @@ def draw(case: Case, trace: fg.FlowTrace) -> None:
 
 def describe(case: Case, trace: fg.FlowTrace) -> None:
     """The numbers behind the page's sentences."""
-    edges, flow = trace.graph.edge_index, trace.flow.edge_flow()
+    edges, flow = trace.graph.edge_index, trace.flow.edge_flow
     direct = float(flow[trace.question[edges[0]] & trace.answer[edges[1]]].sum())
     bone = trace.backbone(0.9)
     routes = trace.routes(1000)

@@ -37,14 +37,14 @@ from benchmarks.common import RESULTS
 from benchmarks.fuzz.fuzz_graphs import EPS, GROUP, Case, Options, described, draw
 from benchmarks.fuzz.fuzz_report import Report, show, write
 from flowgraph.certificate.certify import Certificate, certify, certify_each
-from flowgraph.certificate.checks import NOTHING
+from flowgraph.certificate.flow_arrays import NOTHING
 from flowgraph.errors import NumericalRangeError
 from flowgraph.flow.solve import solve
 from flowgraph.flow.solve_rows import solve_rows
-from flowgraph.graph.edge_rules import MatrixRows
 from flowgraph.maxflow.max_flow import max_flow, max_flow_bracket
 from flowgraph.maxflow.problem import TOLERANCE, MaxFlow
 from flowgraph.propagation.conservation import conserve
+from flowgraph.propagation.row_sources import MatrixRows
 from flowgraph.propagation.row_sweeps import StreamSweeps
 
 BACKENDS = ("reference", "scatter", "dense", "numba")
@@ -240,7 +240,7 @@ def _max_flows(report: Report, options: Options, case: Case) -> None:
     if bool(((flow.source > 0) & (flow.demand > 0)).any()) or not bool(flow.feasible):
         return
     best, (low, high) = max_flow(flow), max_flow_bracket(flow)
-    total = float(flow.weight().sum())
+    total = float(flow.weight.sum())
     outside = max(low - best.cut_capacity, best.cut_capacity - best.error - high, 0.0)
     detail = f"V in [{low!r}, {high!r}] and {best!r}"
     report.add("V inside the bracket", outside / total, 4 * EPS, case.number, "igraph", detail)

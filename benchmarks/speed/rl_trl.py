@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import print_table, save
-from rl.chain_model.pretrain import load_chain_model
 from rl.config import CreditConfig, LoraConfig, PPOConfig
 from rl.credit.registry import rule_names
 from rl.integrations.trl import flow_grpo_trainer
+from rl.policy.loading import load_chain_model
 from rl.records import CharSpan, Sample
 from rl.training.trainer import PPOTrainer
 

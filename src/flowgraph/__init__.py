@@ -1,10 +1,18 @@
 """flowgraph traces how a language model's answer drew on its question.
 
-Attention becomes a DAG over tokens; two exact sweeps give the conserved flow from question to answer.
-Start with :func:`trace`, or with :class:`FlowGraph` and :func:`solve` for graphs of your own. Names load
-on first use, so importing the package (and ``flowgraph --help``) is quick.
+Attention becomes a DAG over tokens. Two exact sweeps give the conserved flow from question to answer.
+Start with :func:`trace`, or with :class:`FlowGraph` and :func:`solve` for other graphs. Names load on first
+use, so importing the package (and ``flowgraph --help``) is quick.
 """
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, _names = lazy_loader.attach_stub(__name__, __file__)
+
+_UNLISTED = {"atomic_write", "trace_file"}
+"""Names that can be imported but are not part of the API: a helper of ``rl``, and a deprecated alias."""
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(set(_names) - _UNLISTED)

@@ -1,3 +1,4 @@
+from . import selectors as selectors
 from .analysis.backbone import Backbone as Backbone
 from .analysis.backbone import backbone as backbone
 from .analysis.backbone import prune as prune
@@ -26,6 +27,7 @@ from .comparison.compare import compare as compare
 from .corpus.requests import CorpusFields as CorpusFields
 from .corpus.run import CorpusProgress as CorpusProgress
 from .corpus.trace_corpus import CorpusSummary as CorpusSummary
+from .corpus.trace_corpus import trace_corpus as trace_corpus
 from .corpus.trace_corpus import trace_file as trace_file
 from .errors import CaptureError as CaptureError
 from .errors import FlowgraphError as FlowgraphError
@@ -80,6 +82,7 @@ from .plots.trace_plots import plot_potentials as plot_potentials
 from .plots.trace_plots import plot_steps as plot_steps
 from .plots.trace_plots import plot_throughput as plot_throughput
 from .plots.trace_plots import save_figure as save_figure
+from .propagation.row_sources import RowSource as RowSource
 from .steps.contraction import Contraction as Contraction
 from .steps.contraction import contract as contract
 from .steps.step_flow import Step as Step

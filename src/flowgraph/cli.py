@@ -15,7 +15,7 @@ from flowgraph.commands.knockout import knockout
 from flowgraph.commands.show import certify, show
 from flowgraph.commands.steps import steps
 from flowgraph.commands.trace import demo, trace
-from flowgraph.commands.trace_file import trace_file
+from flowgraph.commands.trace_corpus import trace_corpus
 from flowgraph.errors import FlowgraphError
 
 app = typer.Typer(
@@ -45,8 +45,9 @@ def _options(
     pass
 
 
-for command in (trace, demo, trace_file, show, steps, compare, certify, knockout, hub_test, export):
+for command in (trace, demo, trace_corpus, show, steps, compare, certify, knockout, hub_test, export):
     app.command()(command)
+app.command("trace-file", hidden=True, deprecated=True)(trace_corpus)
 
 
 def main() -> None:

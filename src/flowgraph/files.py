@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flowgraph.errors import OutputError
 
@@ -60,3 +62,12 @@ def write_text(path: PathLike, text: str) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return Path(path)
+
+
+def write_json(path: PathLike, payload: dict[str, Any]) -> None:
+    """Write a payload as JSON, atomically; lone surrogates of broken token text are escaped, not lost.
+
+    Raises:
+        OutputError: the path cannot be written.
+    """
+    write_text(path, json.dumps(payload, ensure_ascii=True, allow_nan=False, indent=1) + "\n")

@@ -307,3 +307,22 @@ def _check_types(config: Any) -> None:
         finite = not isinstance(value, float) or math.isfinite(value)  # NaN would pass every comparison
         _within(name, value, finite or (name in _MAY_BE_INFINITE and value > 0), "be finite",
                 "see its description for the default")  # fmt: skip
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under flat names.
+
+    Example:
+        >>> flattened({"seed": 1, "lora": {"rank": 2}})
+        {'seed': 1, 'lora.rank': 2}
+    """
+    out: dict[str, Any] = {}
+    for name, value in settings.items():
+        out |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as flat names and plain values, which is what trackers take."""
+    plain = (int, float, str, bool)
+    return {name: value if isinstance(value, plain) else str(value) for name, value in flattened(settings).items()}

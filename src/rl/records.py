@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -169,3 +169,25 @@ def select(record: Any, rows: Sequence[int]) -> Any:
         elif hasattr(value, "select"):
             chosen[item.name] = value.select(rows)
     return replace(record, **chosen)
+
+
+Record = TypeVar("Record")
+
+
+def to_device(record: Record, device: torch.device) -> Record:
+    """A record with its tensors on another device."""
+    moved = {
+        item.name: value.to(device)
+        for item in fields(record)  # type: ignore[arg-type]
+        if isinstance(value := getattr(record, item.name), Tensor)
+    }
+    return replace(record, **moved)  # type: ignore[type-var]
+
+
+def join_records(parts: list[Record]) -> Record:
+    """Records of the same columns as one, sequences in order; a field that is None stays None."""
+    joined = {}
+    for item in fields(parts[0]):  # type: ignore[arg-type]
+        values = [getattr(part, item.name) for part in parts]
+        joined[item.name] = None if values[0] is None else torch.cat(values)
+    return type(parts[0])(**joined)

@@ -88,7 +88,7 @@ def test_pruning_keeps_the_strongest_edges_and_records_what_it_lost(case: Case, 
     flow = solved(case)
     limit = data.draw(st.integers(1, flow.graph.num_edges)) if flow.graph.num_edges else 1
     graph = prune(flow, max_edges=limit)
-    strength = flow.edge_flow()
+    strength = flow.edge_flow
     assert graph.num_edges == min(limit, int((strength > 0).sum()))
     pairs = set(zip(*graph.edge_index.tolist(), strict=True))
     kept = torch.tensor([pair in pairs for pair in zip(*flow.graph.edge_index.tolist(), strict=True)], dtype=torch.bool)

@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 from torch_geometric.data import Batch
 
 from flowgraph.analysis.backbone import backbone
-from flowgraph.analysis.max_flow_gap import GapReport, gap_report, gap_table, spearman
+from flowgraph.analysis.max_flow_gap import GapReport, gap_report, gap_table
+from flowgraph.analysis.statistics import spearman
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, TooLargeError
 from flowgraph.flow.solve import solve
 from flowgraph.graph.flow_graph import FlowGraph

@@ -41,10 +41,10 @@ def test_the_decomposition_adds_up_to_the_flow(case: Case):
     rebuilt = dict.fromkeys(zip(*flow.graph.edge_index.tolist(), strict=True), 0.0)
     for route in routes:
         assert bool(flow.source[route.tokens[0]] > 0)
-        assert bool(flow.absorbed()[route.tokens[-1]] > 0)
+        assert bool(flow.absorbed[route.tokens[-1]] > 0)
         for pair in pairwise(route.tokens):
             rebuilt[pair] += route.flow
-    assert list(rebuilt.values()) == pytest.approx(flow.edge_flow().tolist(), abs=1e-9)
+    assert list(rebuilt.values()) == pytest.approx(flow.edge_flow.tolist(), abs=1e-9)
 
 
 @given(case=flow_graphs(max_nodes=7, min_nodes=2))

@@ -199,7 +199,7 @@ class Dropped(Flow):
     """Reports nothing on its fullest edge."""
 
     def edge_flow(self) -> Tensor:
-        flow = super().edge_flow()
+        flow = super().edge_flow
         flow[flow.argmax()] = 0.0
         return flow
 
@@ -208,7 +208,7 @@ class Leaky(Flow):
     """Loses one per mille on one edge."""
 
     def edge_flow(self) -> Tensor:
-        flow = super().edge_flow()
+        flow = super().edge_flow
         flow[flow.argmax()] *= 0.999
         return flow
 
@@ -242,7 +242,7 @@ def with_graph(flow: Flow, **tensors: Tensor) -> Flow:
 
 
 def without_edge(flow: Flow) -> Flow:
-    keep = torch.arange(flow.graph.num_edges) != int(flow.edge_flow().argmax())
+    keep = torch.arange(flow.graph.num_edges) != int(flow.edge_flow.argmax())
     return with_graph(flow, edge_index=flow.graph.edge_index[:, keep], capacity=flow.graph.capacity[keep])
 
 

@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from flowgraph.commands.trace_file import trace_file as command
+from flowgraph.commands.trace_corpus import trace_corpus as command
 from flowgraph.corpus.requests import CorpusFields, Line, scan
 from flowgraph.corpus.run import CorpusProgress, Prepared, batches
-from flowgraph.corpus.trace_corpus import CorpusSummary, trace_file
+from flowgraph.corpus.trace_corpus import CorpusSummary, trace_corpus
 from flowgraph.errors import InvalidInputError, MemoryLimitError, MissingExtraError, OutputError
 from flowgraph.tracing.flow_trace import load_trace
 from flowgraph.tracing.trace import trace
@@ -47,7 +47,7 @@ def write(path: Path, lines: list) -> Path:
 
 def run(folder: Path, lines: list | None = None, **options) -> CorpusSummary:
     path = write(folder / "in.jsonl", LINES if lines is None else lines)
-    return trace_file(*tiny(), path, folder / "out", **{"batch_tokens": 2048, **options})
+    return trace_corpus(*tiny(), path, folder / "out", **{"batch_tokens": 2048, **options})
 
 
 def files(out: Path) -> set[str]:
@@ -126,7 +126,7 @@ def test_file_names_stay_inside_the_folder(finished: CorpusSummary):
 
 def test_running_again_does_nothing_and_changes_nothing(finished: CorpusSummary):
     before = {name: (finished.out / name).read_bytes() for name in files(finished.out)}
-    again = trace_file(*tiny(), finished.out.parent / "in.jsonl", finished.out, html=True, batch_tokens=1)
+    again = trace_corpus(*tiny(), finished.out.parent / "in.jsonl", finished.out, html=True, batch_tokens=1)
     assert (again.now, again.traced, again.errors) == (0, len(LINES), ())
     assert {name: (finished.out / name).read_bytes() for name in files(finished.out)} == before
 
@@ -172,7 +172,7 @@ def test_bad_lines_are_reported_and_skipped(tmp_path: Path):
     path = write(tmp_path / "in.jsonl", lines)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b'{"prompt": "\xff\xfe"}\n')
     seen: list[CorpusProgress] = []
-    summary = trace_file(*tiny(), path, tmp_path / "out", progress=seen.append)
+    summary = trace_corpus(*tiny(), path, tmp_path / "out", progress=seen.append)
     assert summary.traced == 2
     messages = dict(summary.errors)
     for number, (_, message) in enumerate(BAD, 2):
@@ -230,7 +230,7 @@ def traced_in_a_process(path: Path, out: Path, file_limit: int | None = None) ->
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     try:
-        trace_file(*tiny(), path, out, batch_tokens=300)
+        trace_corpus(*tiny(), path, out, batch_tokens=300)
     except OutputError as error:
         (out / "refused").write_text(str(error))
 
@@ -308,7 +308,7 @@ def test_another_input_or_other_options_are_refused(tmp_path: Path):
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight.mul_(1.001)
     with pytest.raises(InvalidInputError, match="got weights '"):
-        trace_file(changed, tiny()[1], write(tmp_path / "in.jsonl", LINES[:2]), tmp_path / "out")
+        trace_corpus(changed, tiny()[1], write(tmp_path / "in.jsonl", LINES[:2]), tmp_path / "out")
     (tmp_path / "out" / "mine.txt").touch()
     again = run(tmp_path, LINES[2:4], restart=True, damping=0.5)
     assert (again.now, again.traced) == (2, 2)
@@ -327,7 +327,7 @@ def test_folders_of_no_run_are_left_alone(tmp_path: Path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", "a\0b"):
         with pytest.raises(OutputError, match="out: must be a folder that can be made, got"):
-            trace_file(*tiny(), tmp_path / "in.jsonl", out)
+            trace_corpus(*tiny(), tmp_path / "in.jsonl", out)
 
 
 def test_an_input_that_changes_while_it_is_read_ends_the_run(tmp_path: Path):

@@ -63,7 +63,7 @@ def test_networkx_keeps_masks_capacities_and_flow():
     full = to_networkx(flow)
     assert full.nodes[1]["throughput"] == pytest.approx(2 / 3)
     pairs = zip(*GRAPH.edge_index.tolist(), strict=True)
-    assert [full.edges[pair]["flow"] for pair in pairs] == flow.edge_flow().tolist()
+    assert [full.edges[pair]["flow"] for pair in pairs] == flow.edge_flow.tolist()
 
 
 def test_a_trace_brings_its_tokens_and_igraph_the_same_numbers():
@@ -79,7 +79,7 @@ def test_pyg_gets_a_plain_copy():
     data = to_pyg(trace)
     assert type(data) is Data
     assert "x" not in data
-    assert torch.equal(data.flow, trace.flow.edge_flow())
+    assert torch.equal(data.flow, trace.flow.edge_flow)
     assert torch.equal(data.throughput, trace.throughput)
     assert data.token_id.tolist() == [0, 1, 2, 3]
     data.capacity.zero_()
@@ -96,7 +96,7 @@ def test_keep_exports_the_backbone_with_the_flow_of_the_whole():
     bone = backbone(flow, 0.5)
     part, data = to_networkx(flow, keep=0.5), to_pyg(flow, keep=0.5)
     assert set(part.edges) == {(0, 1), (1, 3)}
-    assert [flow for *_, flow in part.edges(data="flow")] == flow.edge_flow()[bone.edge_mask].tolist()
+    assert [flow for *_, flow in part.edges(data="flow")] == flow.edge_flow[bone.edge_mask].tolist()
     assert part.nodes[2]["throughput"] == pytest.approx(1 / 3)
     assert part.graph["kept_flow"] == pytest.approx(2 / 3) == data.kept_flow.item()
     assert to_igraph(flow, keep=0.5).ecount() == data.num_edges == 2
@@ -137,11 +137,11 @@ def test_igraph_reads_our_graphml(tmp_path: Path):
     assert read.vs["position"] == list(range(8))
     assert read.vs["region"] == ["other", "question", *["reasoning"] * 5, "answer"]
     assert read.vs["throughput"] == trace.throughput.tolist()
-    assert read.vs["h"] == trace.h.tolist()
+    assert read.vs["h"] == trace.potential.tolist()
     assert sorted(zip(read.get_edgelist(), read.es["weight"], read.es["capacity"], strict=True)) == sorted(
         zip(
             zip(*trace.graph.edge_index.tolist(), strict=True),
-            trace.flow.edge_flow().tolist(),
+            trace.flow.edge_flow.tolist(),
             trace.graph.capacity.tolist(),
             strict=True,
         )
@@ -160,7 +160,7 @@ def test_networkx_reads_our_gexf(tmp_path: Path):
     assert nodes[1]["viz"]["size"] == 50
     weights = {(int(s), int(t)): weight for s, t, weight in read.edges(data="weight")}
     assert [weights[pair] for pair in zip(*trace.graph.edge_index.tolist(), strict=True)] == (
-        trace.flow.edge_flow().tolist()
+        trace.flow.edge_flow.tolist()
     )
 
 
@@ -200,7 +200,7 @@ def test_a_number_too_large_for_float64_is_left_out(tmp_path: Path):
     edges = torch.tensor([[0, 1, 2], [1, 2, 3]])
     tiny = torch.full((3,), 1e-150, dtype=torch.float64)
     flow = solve(FlowGraph.from_edges(edges, tiny, num_nodes=4, question=[0], answer=[3]))
-    assert flow.potentials()[1].isinf().any()
+    assert flow.potentials[1].isinf().any()
     write_gexf(flow, tmp_path / "t.gexf")
     assert b"inf" not in (tmp_path / "t.gexf").read_bytes().lower()
     write_tokens(flow, tmp_path / "t.csv")
@@ -217,7 +217,7 @@ def test_tables_in_csv_and_parquet(tmp_path: Path):
         write_edges(trace, tmp_path / name)
     for name in ("t.csv", "t.parquet"):
         write_tokens(trace, tmp_path / name)
-    wanted = {"capacity": trace.graph.capacity.tolist(), "flow": trace.flow.edge_flow().tolist()}
+    wanted = {"capacity": trace.graph.capacity.tolist(), "flow": trace.flow.edge_flow.tolist()}
     with (tmp_path / "e.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["source", "target", "capacity", "flow"]

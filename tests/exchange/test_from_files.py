@@ -61,7 +61,7 @@ def assert_same(one: FlowGraph, other: FlowGraph, facts: bool = True):
             assert torch.equal(one[name], other[name]), name
     first, second = solve(one), solve(other)
     assert torch.equal(first.throughput, second.throughput)
-    assert torch.equal(first.edge_flow(), second.edge_flow())
+    assert torch.equal(first.edge_flow, second.edge_flow)
 
 
 @pytest.mark.parametrize("trip", TRIPS)
@@ -361,13 +361,13 @@ def test_json_gives_the_same_flow(case: Case):
                 read_json(Path(folder) / "t.json")
             return
         back = read_json(Path(folder) / "t.json")
-    carries = trace.flow.edge_flow() > 0
+    carries = trace.flow.edge_flow > 0
     assert torch.equal(back.edge_index, graph.edge_index[:, carries])
     assert torch.equal(back.capacity, graph.capacity[carries])
     assert bool(back.kept_attention.isnan()) == (not bool(carries.all()))
     again = solve(back)
     torch.testing.assert_close(again.throughput, trace.throughput, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(again.edge_flow(), trace.flow.edge_flow()[carries], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(again.edge_flow, trace.flow.edge_flow[carries], rtol=1e-12, atol=1e-15)
 
 
 def test_json_without_all_edges_is_refused(tmp_path: Path):

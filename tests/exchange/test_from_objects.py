@@ -36,7 +36,7 @@ def assert_same(one: FlowGraph, other: FlowGraph):
     assert (one.num_nodes, one.rules) == (other.num_nodes, other.rules)
     first, second = solve(one), solve(other)
     assert torch.equal(first.throughput, second.throughput)
-    assert torch.equal(first.edge_flow(), second.edge_flow())
+    assert torch.equal(first.edge_flow, second.edge_flow)
 
 
 @pytest.mark.parametrize("trip", TRIPS)

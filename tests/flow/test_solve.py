@@ -51,7 +51,7 @@ def test_hand_worked_graphs(worked: WorkedGraph, backend: str):
     assert close(flow.g, worked.g)
     assert close(flow.throughput, worked.throughput)
     pairs = zip(*graph.edge_index.tolist(), strict=True)
-    assert close(flow.edge_flow(), [worked.edge_flow.get(pair, 0) for pair in pairs])
+    assert close(flow.edge_flow, [worked.edge_flow.get(pair, 0) for pair in pairs])
     assert close(flow.alpha, [worked.alpha])
 
 
@@ -76,8 +76,8 @@ def test_every_backend_agrees_with_exact_arithmetic(
     assert bool(flow.feasible) == (sum(injected) > 0)
     by_pair = dict(zip([(s, t) for s, t, _ in edges], reference.edge_flow(edges, g, h), strict=True))
     pairs = zip(*graph.edge_index.tolist(), strict=True)
-    assert close(flow.edge_flow(), [by_pair.get(pair, 0) for pair in pairs])
-    assert close(flow.absorbed(), reference.absorbed(g, case.answer))
+    assert close(flow.edge_flow, [by_pair.get(pair, 0) for pair in pairs])
+    assert close(flow.absorbed, reference.absorbed(g, case.answer))
     best = reference.alpha(edges, g, h)
     assert close(flow.alpha, [best]) if best is not None else bool(torch.isinf(flow.alpha))
 
@@ -94,7 +94,7 @@ def test_a_demand_and_a_source_of_ones_own(case: Case, data: st.DataObject):
     assert flow.absorption == "pass_through"
     assert close(flow.source, injected)
     assert close(flow.throughput, reference.throughput(g, h))
-    assert flow.absorbed().sum().item() == pytest.approx(float(sum(injected)), rel=1e-12)
+    assert flow.absorbed.sum().item() == pytest.approx(float(sum(injected)), rel=1e-12)
 
 
 def large_graph(kind: str, tokens: int, seed: int) -> FlowGraph:
@@ -204,7 +204,7 @@ def test_chains_that_leave_the_range_of_float64_are_solved_and_certified(backend
     assert flow.exponent.any()
     assert flow.throughput.tolist() == pytest.approx([1.0] * len(flow.throughput), rel=1e-13)
     wanted = [sum(math.log2(w) for w in weights[s:]) for s in range(len(weights) + 1)]
-    assert flow.log2_potential().tolist() == pytest.approx(wanted, abs=1e-9)
+    assert flow.log2_potential.tolist() == pytest.approx(wanted, abs=1e-9)
     assert flow.alpha.item() == pytest.approx(min(weights), rel=1e-12)
     assert certify(flow).ok, certify(flow)
 

@@ -291,7 +291,7 @@ def test_a_sequence_without_a_region_has_no_flow(missing: str, held: str):
     assert bool(torch.isfinite(flow.h).all() & torch.isfinite(flow.g).all())
     assert torch.equal(flow.throughput[[0, 2]], whole.throughput[[0, 2]])
     assert "3 x 30 tokens, 2/3 feasible" in repr(flow)
-    assert bool(torch.isinf(flow.log2_potential()[1]).all()) == (missing == "answer")
+    assert bool(torch.isinf(flow.log2_potential[1]).all()) == (missing == "answer")
 
 
 # Without numba ----------------------------------------------------------------------------------------------

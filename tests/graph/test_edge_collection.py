@@ -7,8 +7,9 @@ from flowgraph.analysis.backbone import kept_share
 from flowgraph.errors import GraphError, InvalidInputError, MemoryLimitError
 from flowgraph.flow.solve import solve
 from flowgraph.graph.edge_collection import collect_edges, edges_kept
-from flowgraph.graph.edge_rules import EdgeRules, KeptRows, MatrixRows
+from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.propagation.row_sources import KeptRows, MatrixRows
 from tests.fixtures.convert import random_attention
 
 
@@ -18,7 +19,7 @@ def test_keeping_edges_by_flow_records_what_it_lost():
     flow = solve(whole)
     limited = FlowGraph.from_rows(attention, question=range(1, 40), answer=[199], max_edges=2000)
     assert limited.num_edges == 2000
-    strongest = torch.topk(flow.edge_flow(), 2000).indices.sort().values
+    strongest = torch.topk(flow.edge_flow, 2000).indices.sort().values
     assert torch.equal(limited.edge_index, whole.edge_index[:, strongest])
     assert torch.equal(limited.capacity, whole.capacity[strongest])
     assert limited.kept_flow.item() == pytest.approx(kept_share(flow, strongest), rel=1e-12)
@@ -85,7 +86,7 @@ def test_pruning_where_the_potential_leaves_float64():
     pruned = FlowGraph.from_rows(attention, max_edges=size, **options)
     flow = solve(whole)
     assert flow.exponent.any()
-    strongest = (flow.edge_flow() > 0).nonzero().flatten()
+    strongest = (flow.edge_flow > 0).nonzero().flatten()
     assert torch.equal(pruned.edge_index, whole.edge_index[:, strongest])
     assert torch.equal(pruned.capacity, whole.capacity[strongest])
     assert pruned.kept_flow.item() == pytest.approx(1, rel=1e-12)

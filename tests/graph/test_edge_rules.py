@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.graph.edge_rules import EdgeRows, EdgeRules, MatrixRows
+from flowgraph.graph.edge_rules import EdgeRows, EdgeRules
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.propagation.row_sources import MatrixRows
 from tests.fixtures.convert import random_attention
 from tests.reference.edges import edges_from_attention
 from tests.strategies import attention_matrices

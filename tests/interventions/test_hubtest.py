@@ -150,7 +150,7 @@ def test_other_scores_rank_other_tokens():
     received = torch.zeros(40, dtype=torch.float64)
     for (source, _), weight in zip(trace.graph.edge_index.T.tolist(), trace.graph.capacity.tolist(), strict=True):
         received[source] += weight
-    scored = {"position": torch.arange(40.0), "attention": received, "potential": trace.h}
+    scored = {"position": torch.arange(40.0), "attention": received, "potential": trace.potential}
     for name, vector in scored.items():
         (run,) = hub_test(tiny_model(), trace, fractions=[0.2], arms=["top"], scores=name).runs
         best = sorted(inside, key=lambda token, vector=vector: -float(vector[token]))[: len(run.tokens)]

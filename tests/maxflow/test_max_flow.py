@@ -14,7 +14,7 @@ from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError,
 from flowgraph.flow.solve import solve
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.maxflow.max_flow import dominators, max_flow, max_flow_bracket, max_flow_through, max_flow_without
-from flowgraph.maxflow.problem import MaxFlow, Network
+from flowgraph.maxflow.problem import MaxFlow, MaxFlowProblem
 from tests.fixtures.convert import to_graph
 from tests.fixtures.graphs import DIAMOND, RELAY_PASS_THROUGH, WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference
@@ -298,7 +298,7 @@ def test_token_outside(token: int):
     ],
 )
 def test_a_solver_that_lies_is_caught(flow: list[float], side: list[int], reason: str):
-    network = Network(built(DIAMOND))
+    network = MaxFlowProblem(built(DIAMOND))
     network._solver = lambda arcs, sources, sinks: (np.array(flow), np.array(side, dtype=bool))
     with pytest.raises(NumericalRangeError, match=f"failure of .*{reason}"):
         network.between(network.sources, network.sinks)

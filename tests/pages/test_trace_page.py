@@ -258,12 +258,12 @@ def test_the_slider_knows_its_share_where_weak_edges_are_not_listed(visit):
     count = re.search(r"stay on (\d+) of 777", page.locator("#arc-count").inner_text())
     assert count is not None
     flow, size = make_flow(40, 12, 3), int(count[1])
-    strongest = flow.edge_flow().argsort(descending=True, stable=True)[:size]
+    strongest = flow.edge_flow.argsort(descending=True, stable=True)[:size]
     carried = flow.source.clone()
     for edge in strongest[flow.graph.edge_index[0, strongest].argsort(stable=True)].tolist():
         source, target = flow.graph.edge_index[:, edge].tolist()
-        carried[target] += carried[source] * flow.edge_flow()[edge] / flow.throughput[source]
-    exact = float((carried * flow.absorbed() / flow.throughput.clamp(min=1e-300)).sum())
+        carried[target] += carried[source] * flow.edge_flow[edge] / flow.throughput[source]
+    exact = float((carried * flow.absorbed / flow.throughput.clamp(min=1e-300)).sum())
     assert 0 < size < 100
     assert percent_in(page, "#arc-share", r"^([\d.]+) %") == pytest.approx(100 * exact, abs=0.1)
 

@@ -61,7 +61,7 @@ def edge_outputs(nets: list[Network], backend: str, **options: Any) -> Callable[
         graph.capacity = capacity
         entry = options if source is None else options | {"source": source}
         flow = solve(graph, backend=backend, demand=demand, **entry)
-        return flow.throughput, flow.h, flow.g, flow.edge_flow(), flow.alpha, flow.absorbed()
+        return flow.throughput, flow.h, flow.g, flow.edge_flow, flow.alpha, flow.absorbed
 
     return outputs
 
@@ -154,7 +154,7 @@ def test_the_adjoint_sweeps_equal_plain_autograd(backend: str, case: Case, absor
     graph = net.graph()
     graph.capacity = ours
     flow = solve(graph, backend=backend, demand=b1, absorption=absorption, source=rule)
-    got = [flow.h, flow.g, flow.throughput, flow.edge_flow()]
+    got = [flow.h, flow.g, flow.throughput, flow.edge_flow]
     wanted = plain(case, theirs, b2, absorption, rule)
     torch.autograd.backward(sum(((x * u).sum() for x, u in zip(got, [*up, up_edges[t, s]], strict=True)), b1.sum() * 0))
     torch.autograd.backward(sum(((x * u).sum() for x, u in zip(wanted, [*up, up_edges], strict=True)), b2.sum() * 0))
@@ -215,8 +215,8 @@ def elasticities(net: Network, backend: str, of: Callable[[Any], Tensor]) -> Ten
 def test_derivatives_of_logarithms_know_no_units(backend: str, step: int, rule: str):
     of = {
         "throughput": lambda flow: flow.throughput[20].log() + 2 * flow.throughput[7].log(),
-        "log potential": lambda flow: flow.log2_potential()[:5].sum(),
-        "edge flow": lambda flow: flow.edge_flow()[[10, 33]].log().sum(),
+        "log potential": lambda flow: flow.log2_potential[:5].sum(),
+        "edge flow": lambda flow: flow.edge_flow[[10, 33]].log().sum(),
     }[rule]
     position = torch.arange(41)
     ordinary, extreme = lanes(position * 0), lanes((position - 40) * step)
@@ -260,7 +260,7 @@ def test_an_infeasible_graph_has_zero_gradients(backend: str, source: str):
         graph.capacity = torch.cat([net.capacity for net in nets]).requires_grad_()
         demand = graph.answer_mask.double().requires_grad_()
         flow = solve(graph, backend=backend, source=source, demand=demand, absorption="absorb")
-        (flow.throughput.sum() + (flow.edge_flow() ** 2).sum() + flow.absorbed().sum()).backward()
+        (flow.throughput.sum() + (flow.edge_flow**2).sum() + flow.absorbed.sum()).backward()
         assert not gradient_of(graph.capacity)[:6].any()
         assert not gradient_of(demand)[:6].any()
         assert bool(torch.isfinite(gradient_of(graph.capacity)).all() & torch.isfinite(gradient_of(demand)).all())
@@ -318,7 +318,7 @@ def test_two_solves_of_one_capacity(backend: str):
 def test_only_what_requires_a_gradient_keeps_a_graph(backend: str):
     net = fork()
     flow = solve(net.graph(), backend=backend)
-    assert not any(x.requires_grad for x in (flow.h, flow.g, flow.throughput, flow.edge_flow(), flow.alpha))
+    assert not any(x.requires_grad for x in (flow.h, flow.g, flow.throughput, flow.edge_flow, flow.alpha))
     graph = net.graph()
     graph.capacity = net.capacity.clone().requires_grad_()
     with torch.no_grad():

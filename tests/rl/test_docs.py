@@ -14,11 +14,11 @@ import yaml
 
 from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer, load_chain_model
 from rl.cli import app
-from rl.credit import find_rule, registry
+from rl.credit.registry import find_rule, registry
 from rl.credit.scoring import score_rollout
 from rl.policy.actor_critic import ActorCritic
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
-from rl.tasks import make_task
+from rl.tasks.registry import make_task
 from tests.fixtures.policies import alphabet, tiny_policy
 
 DOCS = Path(__file__).parents[2] / "docs"

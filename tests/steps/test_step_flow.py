@@ -90,7 +90,7 @@ def test_the_flow_is_conserved_at_every_step(drawn: tuple[Case, list[int]], abso
     assert bool((steps.edge_index[0] < steps.edge_index[1]).all())
     matrix = steps.matrix(within=True)
     assert torch.equal(matrix, matrix.tril())
-    assert matrix.sum() == pytest.approx(float(flow.edge_flow().sum()))
+    assert matrix.sum() == pytest.approx(float(flow.edge_flow.sum()))
     assert torch.equal(matrix - torch.diag(steps.within), steps.matrix())
 
 
@@ -99,9 +99,9 @@ def test_steps_of_one_token_are_the_graph_itself_and_one_step_holds_everything()
     flow = solve(FlowGraph.from_dense(rows, question=range(4), answer=[18, 19]))
     alone, whole = contract(flow, range(20)), contract(flow, [0] * 20)  # type: ignore[arg-type]
     torch.testing.assert_close(alone.throughput, flow.throughput)
-    used = flow.edge_flow() > 0
+    used = flow.edge_flow > 0
     assert torch.equal(alone.edge_index, flow.graph.edge_index[:, used])
-    assert torch.equal(alone.edge_flow, flow.edge_flow()[used])
+    assert torch.equal(alone.edge_flow, flow.edge_flow[used])
     assert not alone.within.any()
     assert (whole.edge_index.shape, whole.throughput.tolist()) == ((2, 0), [pytest.approx(1)])
     assert float(whole.within) == pytest.approx(float(flow.throughput.sum()) - 1)

@@ -158,7 +158,7 @@ class TestFindRegions:
     @pytest.mark.parametrize("wrong", [7, 1.5, slice(0, 3), (1, 2, 3), ("a", "b"), ["a"], {"a": 1}, object()])
     def test_no_selector(self, wrong: Any) -> None:
         for name in ("question", "answer"):
-            message = f"{name}: must be a selector, a string, .* got .*; see flowgraph.text.regions.find_regions"
+            message = f"{name}: must be a selector, a string, .* got .*; see flowgraph.find_regions"
             with pytest.raises(InvalidInputError, match=message):
                 find_regions(answered("7"), **{name: wrong})
 

@@ -13,7 +13,7 @@ from flowgraph.errors import (
 )
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.text.regions import LastLine
-from flowgraph.tracing.inputs import generate_response
+from flowgraph.tracing.generation import generate_response
 from tests.fixtures.tiny import PROMPT, RESPONSE, chat, tiny, tiny_model
 from tests.fixtures.tokenizers import byte_level
 

@@ -13,7 +13,7 @@ from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.flow.solve import solve
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.propagation.edge_sweeps import EdgeSweeps
-from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import topology_of
 
 _NEGLIGIBLE = 1e-12
@@ -70,10 +70,10 @@ def backbone(flow: Flow, keep: float = 0.9) -> Backbone:
     if not 0 < keep <= 1:
         raise InvalidInputError(f"keep: must lie in (0, 1], got {keep!r}; 0.9 keeps the routes of 90 % of the flow")
     require_single_feasible(flow)
-    edge_flow = flow.edge_flow()
+    edge_flow = flow.edge_flow
     order = torch.argsort(edge_flow, descending=True, stable=True)[: int((edge_flow > 0).sum())]
     low, high = 0, order.numel()
-    share_of_high = float(flow.absorbed().sum())
+    share_of_high = float(flow.absorbed.sum())
     while low < high:  # smallest number of edges that reaches the share; the share grows with the set
         middle = (low + high) // 2
         share = kept_share(flow, order[:middle])
@@ -126,7 +126,7 @@ def prune(flow: Flow, *, max_edges: int | None = None, keep: float | None = None
             f"max_edges: must be a positive number, got {max_edges!r}; 64 per token keeps most of the flow"
         )
     require_single_feasible(flow)
-    strength = flow.edge_flow()
+    strength = flow.edge_flow
     order = torch.argsort(strength, descending=True, stable=True)[: min(max_edges, int((strength > 0).sum()))]
     mask = torch.zeros_like(strength, dtype=torch.bool)
     mask[order] = True
@@ -165,8 +165,8 @@ def kept_share(flow: Flow, edges: Tensor) -> float:
     """
     kept = torch.zeros(flow.graph.num_edges, dtype=torch.float64, device=flow.h.device)
     kept[edges] = 1.0
-    leaves = (~flow.absorbing).double() * flow.damping
-    sweeps = EdgeSweeps(topology_of(flow.graph), leaves, "auto")
+    propagation_factor = (~flow.absorbing).double() * flow.damping
+    sweeps = EdgeSweeps(topology_of(flow.graph), propagation_factor, "auto")
     inflow = torch.where(flow.source > 0, flow.source / flow.h, 0.0)
     g = sweeps.influence(flow.in_units(flow.graph.capacity.double()) * kept, inflow)
     return float((g * scaled(flow.demand, -flow.exponent)).sum())

@@ -28,10 +28,11 @@ from flowgraph.flow.solve import check_options
 from flowgraph.graph.edge_rules import row_sum_tolerance
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.masks import MaskLike, as_mask
-from flowgraph.maxflow.problem import Network
+from flowgraph.maxflow.problem import MaxFlowProblem
 from flowgraph.memory import require_memory
 from flowgraph.propagation import gradients
-from flowgraph.propagation.edge_sweeps import Backend, EdgeSweeps
+from flowgraph.propagation.edge_sweeps import EdgeSweeps
+from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.topology import topology_of
 
 MAX_EDGES = 20_000_000
@@ -158,7 +159,7 @@ def attention_rollout(
     sweeps = EdgeSweeps(topology_of(graph), torch.ones_like(graph.answer_mask, dtype=torch.float64), backend)
     rows = []
     for node in graph.answer_mask.nonzero().flatten().tolist():
-        demand = torch.zeros_like(sweeps.leaves)
+        demand = torch.zeros_like(sweeps.propagation_factor)
         demand[node] = 1.0
         rows.append(gradients.potential(sweeps, graph.capacity, demand)[: wanted.numel()])
     return torch.stack(rows)
@@ -211,7 +212,7 @@ def attention_flow(
         graph, wanted, given = _graph_between(attention, targets, sources, residual)
     pairs = int(wanted.sum()) * int(given.sum())
     _require_small(graph.num_edges, pairs, max_edges)
-    network = Network(graph, max_edges=max_edges)
+    network = MaxFlowProblem(graph, max_edges=max_edges)
     nodes = np.arange(network.num_tokens)
     values = [
         [network.between(nodes == start, nodes == end).cut_capacity for start in np.flatnonzero(network.sources)]

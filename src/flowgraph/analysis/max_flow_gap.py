@@ -9,17 +9,17 @@ is nearly the trivial cut on attention graphs. (Method, section 4: a max flow is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flowgraph.analysis.backbone import backbone
+from flowgraph.analysis.statistics import spearman
 from flowgraph.errors import InvalidInputError
 from flowgraph.flow.flow import Flow, require_single_feasible
-from flowgraph.maxflow.problem import MAX_EDGES, Network
+from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def gap_report(flow: Flow, *, keep: float = 0.9, num_compared: int = 32, max_edg
     if num_compared < 0:
         raise InvalidInputError(f"num_compared: must be at least 0, got {num_compared}; 0 leaves the comparison out")
     require_single_feasible(flow)
-    network = Network(flow, max_edges=max_edges)
+    network = MaxFlowProblem(flow, max_edges=max_edges)
     best = network.between(network.sources, network.sinks)
-    edge_flow = flow.edge_flow().cpu()
+    edge_flow = flow.edge_flow.cpu()
     bone = backbone(flow, keep).edge_mask.cpu()
     cut = best.cut_edges.cpu()
     inside = best.source_side.cpu().numpy()
@@ -132,18 +132,3 @@ def gap_table(reports: Iterable[GapReport]) -> dict[str, tuple[float, float, flo
         quartiles = np.quantile(numbers, [0.25, 0.5, 0.75]) if numbers.size else np.full(3, np.nan)
         table[name] = tuple(float(x) for x in quartiles)
     return table
-
-
-def spearman(one: Sequence[float] | NDArray, other: Sequence[float] | NDArray) -> float:
-    """Rank correlation, equal values sharing their mean rank; NaN where it is not defined."""
-    if len(one) < 3:
-        return math.nan
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (one, other)]
-    a, b = (rank - rank.mean() for rank in ranks)
-    scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / scale if scale else math.nan
-
-
-def _ranks(values: NDArray) -> NDArray:
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[group]

@@ -89,12 +89,12 @@ def decompose(flow: Flow, share: float = 0.9, max_routes: int = 1000) -> list[Ro
 
 def _peel(flow: Flow) -> Iterator[Route]:
     """Widest route after widest route, each taken out of the residual flow."""
-    edge_flow = flow.edge_flow()
+    edge_flow = flow.edge_flow
     kept = edge_flow > _NEGLIGIBLE
     residual = edge_flow[kept].cpu().numpy()
     source = flow.graph.edge_index[0, kept].cpu().numpy()
     target = flow.graph.edge_index[1, kept].cpu().numpy()
-    entering, leaving = flow.source.cpu().numpy().copy(), flow.absorbed().cpu().numpy().copy()
+    entering, leaving = flow.source.cpu().numpy().copy(), flow.absorbed.cpu().numpy().copy()
     first_edge = np.searchsorted(target, np.arange(entering.size + 1))
     while True:
         width, via = _widest(residual, source, first_edge, entering)
@@ -167,7 +167,7 @@ def _ranked(flow: Flow, score: Float64[Tensor, " tokens"], k: int, region: str) 
 
 def _flow_entropies(flow: Flow) -> tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]:
     """Entropy in nats of each token's inflow shares and outflow shares."""
-    edge_flow = flow.edge_flow()
+    edge_flow = flow.edge_flow
     source, target = flow.graph.edge_index
     entropies = []
     for end in (target, source):

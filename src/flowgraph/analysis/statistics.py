@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
+import numpy as np
+from numpy.typing import NDArray
+
 Interval = tuple[float, float] | None
 _CONFIDENCE = 0.95
 
@@ -43,3 +46,18 @@ def _t_quantile(level: float, degrees: int) -> float:
             inside = 2 / math.pi * (angle + inside)
         low, high = (angle, high) if inside < 2 * level - 1 else (low, angle)
     return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def spearman(one: Sequence[float] | NDArray, other: Sequence[float] | NDArray) -> float:
+    """Rank correlation, equal values sharing their mean rank; NaN where it is not defined."""
+    if len(one) < 3:
+        return math.nan
+    ranks = [_mean_ranks(np.asarray(values, dtype=np.float64)) for values in (one, other)]
+    a, b = (rank - rank.mean() for rank in ranks)
+    scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / scale if scale else math.nan
+
+
+def _mean_ranks(values: NDArray) -> NDArray:
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[group]

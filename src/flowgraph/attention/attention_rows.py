@@ -241,7 +241,7 @@ class AttentionRows:
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """One sequence of a batch as a :class:`~flowgraph.propagation.operators.RowSource`."""
+    """One sequence of a batch as a :class:`~flowgraph.propagation.row_sources.RowSource`."""
 
     layers: Sequence[Layer]
     positions: Int[Tensor, " tokens"]

@@ -16,7 +16,6 @@ import numpy as np
 from torch_geometric.data import Batch
 
 from flowgraph.certificate.checks import (
-    Books,
     Check,
     against_max_flow,
     check,
@@ -28,10 +27,11 @@ from flowgraph.certificate.checks import (
     smallest_cut,
     structure,
 )
+from flowgraph.certificate.flow_arrays import FlowArrays
 from flowgraph.certificate.rational import RATIONAL_EDGES, against_fractions, require_rational_size
 from flowgraph.errors import InvalidInputError
 from flowgraph.flow.flow import Flow
-from flowgraph.maxflow.problem import MAX_EDGES, Network
+from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
 
 Level = Literal["auto", "fast", "exact", "rational"]
 
@@ -157,26 +157,26 @@ def certify(
     if level == "rational":  # before the max flow, which would be for nothing
         require_rational_size(flow.graph.num_edges, RATIONAL_EDGES if max_edges is None else max_edges)
     with np.errstate(all="ignore"):  # a corrupted flow may hold anything; NaN fails every comparison
-        books = Books(flow)
-        checks = [graph_check, *structure(books)]
+        arrays = FlowArrays(flow)
+        checks = [graph_check, *structure(arrays)]
         notes = []
         sides = []
-        if books.feasible:
+        if arrays.feasible:
             rng = np.random.default_rng(seed)
-            sides = separating_cuts(books, rng)
-            checks += [*conservation(books), net_flow_across_cuts(books, sides, rng), *scaling(books)]
+            sides = separating_cuts(arrays, rng)
+            checks += [*conservation(arrays), net_flow_across_cuts(arrays, sides, rng), *scaling(arrays)]
         else:
-            checks.append(nothing_flows(books))
+            checks.append(nothing_flows(arrays))
             notes.append("no flow: no source token reaches the demand, so conservation and scaling say nothing")
-        network = _network(books, level, MAX_EDGES if max_edges is None else max_edges, notes)
+        network = _network(arrays, level, MAX_EDGES if max_edges is None else max_edges, notes)
         value = None
         if network is not None:
-            value, exact_checks = against_max_flow(books, network, sides, num_through, notes)
+            value, exact_checks = against_max_flow(arrays, network, sides, num_through, notes)
             checks += exact_checks
         elif sides:
-            checks.append(smallest_cut(books, sides, books.alpha))
+            checks.append(smallest_cut(arrays, sides, arrays.alpha))
         if level == "rational":
-            checks += against_fractions(books, value, max_edges=RATIONAL_EDGES if max_edges is None else max_edges)
+            checks += against_fractions(arrays, value, max_edges=RATIONAL_EDGES if max_edges is None else max_edges)
     gap = alpha / value if value and math.isfinite(alpha) else None
     return Certificate(tuple(checks), value, alpha, gap, tuple(notes))
 
@@ -234,10 +234,10 @@ def _fault(flow: Flow) -> str:
     return ""
 
 
-def _network(books: Books, level: Level, max_edges: int, notes: list[str]) -> Network | None:
+def _network(arrays: FlowArrays, level: Level, max_edges: int, notes: list[str]) -> MaxFlowProblem | None:
     """The max flow problem between the flow's own source and demand tokens, or a note that says why not."""
-    num_edges = books.weight.size
-    if (books.enters & books.leaves).any():
+    num_edges = arrays.weight.size
+    if (arrays.is_source & arrays.is_sink).any():
         notes.append("max flow: not computed; a token is both source and demand, so no edge limits what passes there")
     elif level == "fast":
         notes.append("max flow: not computed, as asked (level='fast'); alpha is a lower bound of it")
@@ -247,5 +247,5 @@ def _network(books: Books, level: Level, max_edges: int, notes: list[str]) -> Ne
             f"pass max_edges={num_edges} to compute it"
         )
     else:
-        return Network(books.flow, max_edges=max_edges)
+        return MaxFlowProblem(arrays.flow, max_edges=max_edges)
     return None

@@ -20,11 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flowgraph.flow.flow import Flow
-from flowgraph.maxflow.problem import TOLERANCE, Network, source_tokens
+from flowgraph.certificate.flow_arrays import EPS, NOTHING, FlowArrays
+from flowgraph.maxflow.problem import TOLERANCE, MaxFlowProblem
 
-EPS = float(np.finfo(np.float64).eps)
-NOTHING = 2.0**-800
 _PREFIX_CUTS, _RANDOM_CUTS = 8, 16
 _STATEMENTS = {
     "graph": "edges run forward in token order; regions are disjoint",
@@ -86,178 +84,118 @@ def check(name: str, residual: float, bound: float, detail: str = "") -> Check:
     return Check(name, _STATEMENTS[name], residual, bound, residual <= bound, detail)
 
 
-class Books:
-    """One flow on the CPU in float64: what it claims, and N rebuilt from the graph and the named options."""
-
-    def __init__(self, flow: Flow) -> None:
-        graph = flow.graph
-        self.flow, self.feasible, self.alpha = flow, bool(flow.feasible), float(flow.alpha)
-        self.tail, self.head = graph.edge_index.cpu().numpy()
-        self.h, self.g, self.f, self.source, self.demand = (
-            vector.detach().double().cpu().numpy()
-            for vector in (flow.h, flow.g, flow.throughput, flow.source, flow.demand)
-        )
-        self.absorbed = flow.absorbed().detach().cpu().numpy()
-        self.edge_flow = flow.edge_flow().detach().cpu().numpy()
-        self.absorbing = graph.answer_mask.cpu().numpy() & (flow.absorption == "absorb")
-        self.capacity = graph.capacity.detach().double().cpu().numpy()
-        self.weight = self.capacity * ~self.absorbing[self.tail] * flow.damping
-        # h and g count in powers of two; the same system in those units has these weights and this demand.
-        unit = flow.exponent.cpu().numpy()
-        self.unit_change = unit[self.head] - unit[self.tail]
-        self.balanced, self.unit_demand = np.ldexp(self.weight, self.unit_change), np.ldexp(self.demand, -unit)
-        self.question = graph.question_mask.cpu().numpy()
-        self.enters, self.leaves = source_tokens(flow).cpu().numpy(), self.demand > 0
-        self.reaches = self._reaches_demand()
-        degree = max(np.bincount(ends, minlength=1).max() for ends in (self.tail, self.head))
-        self.local = float(degree + 32) * EPS
-        self.whole = 2 * self.local * float(self.f.sum()) + self.f.size * EPS
-
-    def _reaches_demand(self) -> NDArray[np.bool_]:
-        """A search of the topology: last token first, so a token is settled before the edges into it are read."""
-        reaches = self.leaves.copy()
-        ends = np.searchsorted(self.head, np.arange(reaches.size + 1))
-        live = self.weight > 0
-        for token in reversed(range(reaches.size)):
-            if reaches[token]:
-                into = slice(ends[token], ends[token + 1])
-                reaches[self.tail[into][live[into]]] = True
-        return reaches
-
-    def reached_from_source(self) -> NDArray[np.bool_]:
-        """The same search forwards: a share too small for float64 is a share all the same."""
-        reached, ends = self.enters.copy(), np.searchsorted(self.head, np.arange(self.f.size + 1))
-        live = self.weight > 0
-        for token in range(reached.size):
-            into = slice(ends[token], ends[token + 1])
-            reached[token] |= bool((reached[self.tail[into]] & live[into]).any())
-        return reached
-
-    def into(self, per_edge: NDArray) -> NDArray:
-        """Sum over the edges into each token."""
-        return np.bincount(self.head, per_edge, self.f.size)
-
-    def out_of(self, per_edge: NDArray) -> NDArray:
-        """Sum over the edges out of each token."""
-        return np.bincount(self.tail, per_edge, self.f.size)
-
-    def out_of_side(self, side: NDArray, per_edge: NDArray) -> float:
-        """Sum over the edges that leave a set of tokens."""
-        return float(per_edge[side[self.tail] & ~side[self.head]].sum())
-
-
 def _difference(got: NDArray, wanted: NDArray) -> float:
     """Largest difference relative to the larger of the two: 0 for nothing, 1 for something against nothing."""
     scale = np.maximum(np.maximum(np.abs(got), np.abs(wanted)), NOTHING)
     return float(np.max(np.abs(got - wanted) / scale, initial=0.0))
 
 
-def structure(books: Books) -> list[Check]:
+def structure(arrays: FlowArrays) -> list[Check]:
     """What holds with and without a flow (items 1 and 2): who absorbs, who reaches the demand, and P."""
-    h, absorbing, reaches = books.h, books.absorbing, books.reaches
-    wrong_mask = (books.flow.absorbing.cpu().numpy() != absorbing).sum()
-    possible = bool((books.enters & reaches).any())
-    handed_on = books.unit_demand + books.out_of(books.balanced * h[books.head])
+    h, absorbing, reaches = arrays.h, arrays.absorbing, arrays.reaches
+    wrong_mask = (arrays.flow.absorbing.cpu().numpy() != absorbing).sum()
+    possible = bool((arrays.is_source & reaches).any())
+    handed_on = arrays.unit_demand + arrays.out_of(arrays.balanced * h[arrays.head])
     return [
-        check("absorbing", wrong_mask, 0, f"{books.flow.absorption}: {absorbing.sum()} of {h.size} tokens"),
+        check("absorbing", wrong_mask, 0, f"{arrays.flow.absorption}: {absorbing.sum()} of {h.size} tokens"),
         check("reachability", ((h > 0) != reaches).sum(), 0, f"{reaches.sum()} of {h.size} tokens"),
-        check("feasible", books.feasible != possible, 0),
-        check("out-mass", _difference(handed_on, h), books.local),
+        check("feasible", arrays.feasible != possible, 0),
+        check("out-mass", _difference(handed_on, h), arrays.local),
     ]
 
 
-def conservation(books: Books) -> list[Check]:
+def conservation(arrays: FlowArrays) -> list[Check]:
     """Items 2, 3 and 6: the unit enters, is conserved at every token, and leaves."""
-    h, g, f, F, source = books.h, books.g, books.f, books.edge_flow, books.source
+    h, g, f, F, source = arrays.h, arrays.g, arrays.f, arrays.edge_flow, arrays.source
     q = np.divide(source, h, out=np.zeros_like(h), where=source != 0)
-    misplaced = max(_difference(source, _named_source(books)), abs(float(source.sum()) - 1))
-    received = q + books.into(books.balanced * g[books.tail])
-    arriving, leaving, length = float(np.sum(q * h)), float(books.absorbed.sum()), float(F.sum())
+    misplaced = max(_difference(source, _named_source(arrays)), abs(float(source.sum()) - 1))
+    received = q + arrays.into(arrays.balanced * g[arrays.tail])
+    arriving, leaving, length = float(np.sum(q * h)), float(arrays.absorbed.sum()), float(F.sum())
     outside = max(float(f.max()) - 1, -float(f.min()))
-    local, whole = books.local, books.whole
-    entry = f"{books.flow.source_rule}, {(source > 0).sum()} tokens"
+    local, whole = arrays.local, arrays.whole
+    entry = f"{arrays.flow.source_rule}, {(source > 0).sum()} tokens"
     return [
         check("source", misplaced, (f.size + 32) * EPS, entry),
         check("influence", _difference(g, received), local),
-        check("inflow", _difference(source + books.into(F), f), local),
-        check("outflow", _difference(books.out_of(F) + books.absorbed, f), local),
-        check("absorbed", abs(leaving - 1), whole, f"{(books.absorbed > 0).sum()} tokens"),
+        check("inflow", _difference(source + arrays.into(F), f), local),
+        check("outflow", _difference(arrays.out_of(F) + arrays.absorbed, f), local),
+        check("absorbed", abs(leaving - 1), whole, f"{(arrays.absorbed > 0).sum()} tokens"),
         check("range", max(outside, 0.0), whole, f"{f.min():.3g} to {f.max():.6g}"),
         check("path length", abs(length - float(f.sum()) + 1), whole, f"{length:.4g} edges"),
         check("inner products", abs(arriving - leaving), whole, f"{arriving:.6g} and {leaving:.6g}"),
     ]
 
 
-def _named_source(books: Books) -> NDArray:
+def _named_source(arrays: FlowArrays) -> NDArray:
     """The distribution that the rule names; of a vector only its support and its sum can be checked."""
-    unit = books.flow.exponent.cpu().numpy()
-    asked = books.question & books.reaches
-    potential = np.where(asked, np.ldexp(books.h, np.minimum(unit - unit[asked].max(initial=unit.min()), 0)), 0.0)
-    rules = {"uniform": books.question, "potential": potential}
-    weights = rules.get(books.flow.source_rule, books.source)
-    share = np.where(books.reaches, np.maximum(weights, 0.0), 0.0)
+    unit = arrays.flow.exponent.cpu().numpy()
+    asked = arrays.question & arrays.reaches
+    potential = np.where(asked, np.ldexp(arrays.h, np.minimum(unit - unit[asked].max(initial=unit.min()), 0)), 0.0)
+    rules = {"uniform": arrays.question, "potential": potential}
+    weights = rules.get(arrays.flow.source_rule, arrays.source)
+    share = np.where(arrays.reaches, np.maximum(weights, 0.0), 0.0)
     return share / share.sum()
 
 
-def nothing_flows(books: Books) -> Check:
+def nothing_flows(arrays: FlowArrays) -> Check:
     """Without a route every number of the flow is exactly zero and any scaling fits."""
-    largest = np.abs(np.concatenate([books.g, books.f, books.source, books.edge_flow])).max()
-    return check("zero flow", largest if math.isinf(books.alpha) else 1.0, 0)
+    largest = np.abs(np.concatenate([arrays.g, arrays.f, arrays.source, arrays.edge_flow])).max()
+    return check("zero flow", largest if math.isinf(arrays.alpha) else 1.0, 0)
 
 
-def separating_cuts(books: Books, rng: np.random.Generator) -> list[NDArray]:
+def separating_cuts(arrays: FlowArrays, rng: np.random.Generator) -> list[NDArray]:
     """Source sides of cuts: the two trivial ones, the narrowest prefixes of the text, random ones."""
-    enters, leaves, position = books.enters, books.leaves, np.arange(books.f.size)
-    if (enters & leaves).any() or not enters.any() or not leaves.any():
+    is_source, is_sink, position = arrays.is_source, arrays.is_sink, np.arange(arrays.f.size)
+    if (is_source & is_sink).any() or not is_source.any() or not is_sink.any():
         return []
-    sides = [enters, ~leaves]
-    narrow = np.cumsum(books.out_of(books.weight) - books.into(books.weight))  # [k]: out of the first k + 1 tokens
-    between = np.arange(position[enters].max(), position[leaves].min())
+    sides = [is_source, ~is_sink]
+    narrow = np.cumsum(arrays.out_of(arrays.weight) - arrays.into(arrays.weight))  # [k]: out of the first k + 1 tokens
+    between = np.arange(position[is_source].max(), position[is_sink].min())
     sides += [position <= k for k in between[np.argsort(narrow[between], kind="stable")[:_PREFIX_CUTS]]]
-    sides += [(rng.random(position.size) < rng.random()) & ~leaves | enters for _ in range(_RANDOM_CUTS)]
+    sides += [(rng.random(position.size) < rng.random()) & ~is_sink | is_source for _ in range(_RANDOM_CUTS)]
     return sides
 
 
-def net_flow_across_cuts(books: Books, sides: list[NDArray], rng: np.random.Generator) -> Check:
+def net_flow_across_cuts(arrays: FlowArrays, sides: list[NDArray], rng: np.random.Generator) -> Check:
     """Item 4, on every prefix of the text, on the separating cuts, and on random sets of tokens."""
-    F, balance = books.edge_flow, books.source - books.absorbed
-    prefixes = np.cumsum(books.out_of(F) - books.into(F)) - np.cumsum(balance)
+    F, balance = arrays.edge_flow, arrays.source - arrays.absorbed
+    prefixes = np.cumsum(arrays.out_of(F) - arrays.into(F)) - np.cumsum(balance)
     worst = [float(np.abs(prefixes).max())]
     anywhere = [rng.random(balance.size) < rng.random() for _ in range(_RANDOM_CUTS)]
     for side, wanted in [*((side, 1.0) for side in sides), *((side, float(balance[side].sum())) for side in anywhere)]:
-        worst.append(abs(books.out_of_side(side, F) - books.out_of_side(~side, F) - wanted))
-    running = balance.size * EPS * (float(books.f.sum()) + 1)  # two running sums over the tokens
+        worst.append(abs(arrays.out_of_side(side, F) - arrays.out_of_side(~side, F) - wanted))
+    running = balance.size * EPS * (float(arrays.f.sum()) + 1)  # two running sums over the tokens
     tested = f"{balance.size} prefixes, {len(sides)} separating and {len(anywhere)} random sets"
-    return check("cuts", float(np.max(worst)), books.whole + running, tested)
+    return check("cuts", float(np.max(worst)), arrays.whole + running, tested)
 
 
-def scaling(books: Books) -> list[Check]:
+def scaling(arrays: FlowArrays) -> list[Check]:
     """Item 5: congestion is rank one, and alpha fills the fullest edge."""
-    rank_one = books.g[books.tail] * books.balanced * books.h[books.head]
-    congestion = np.ldexp(books.g[books.tail] * books.h[books.head], books.unit_change)
-    congestion = np.where(books.weight > 0, congestion, 0.0)
+    rank_one = arrays.g[arrays.tail] * arrays.balanced * arrays.h[arrays.head]
+    congestion = np.ldexp(arrays.g[arrays.tail] * arrays.h[arrays.head], arrays.unit_change)
+    congestion = np.where(arrays.weight > 0, congestion, 0.0)
     plain = (congestion > 0) & np.isfinite(congestion)
-    room = np.divide(books.weight, rank_one, out=np.full_like(rank_one, np.inf), where=rank_one > 0)
+    room = np.divide(arrays.weight, rank_one, out=np.full_like(rank_one, np.inf), where=rank_one > 0)
     room = np.divide(1.0, congestion, out=room, where=plain)
-    residual, full = float(not math.isinf(books.alpha)), "no edge carries flow"
+    residual, full = float(not math.isinf(arrays.alpha)), "no edge carries flow"
     if np.isfinite(room).any():
         at = room.argmin()
-        residual, full = abs(books.alpha / room[at] - 1), f"{books.tail[at]} -> {books.head[at]} is full first"
+        residual, full = abs(arrays.alpha / room[at] - 1), f"{arrays.tail[at]} -> {arrays.head[at]} is full first"
     return [
         check(
             "congestion",
-            _difference(books.edge_flow, rank_one),
+            _difference(arrays.edge_flow, rank_one),
             4 * EPS,
         ),
         check("alpha", residual, 4 * EPS, full),
     ]
 
 
-def smallest_cut(books: Books, sides: list[NDArray], largest: float) -> Check:
+def smallest_cut(arrays: FlowArrays, sides: list[NDArray], largest: float) -> Check:
     """Item 5: nothing that fits the capacities exceeds a cut."""
-    smallest = min(books.out_of_side(side, books.weight) for side in sides)
+    smallest = min(arrays.out_of_side(side, arrays.weight) for side in sides)
     detail = f"the smallest of {len(sides)} is {smallest:.6g}"
-    return check("smallest cut", _overshoot(largest, smallest), books.whole, detail)
+    return check("smallest cut", _overshoot(largest, smallest), arrays.whole, detail)
 
 
 def _overshoot(small: float, large: float) -> float:
@@ -266,7 +204,7 @@ def _overshoot(small: float, large: float) -> float:
 
 
 def against_max_flow(
-    books: Books, network: Network, sides: list[NDArray], num_through: int, notes: list[str]
+    arrays: FlowArrays, network: MaxFlowProblem, sides: list[NDArray], num_through: int, notes: list[str]
 ) -> tuple[float, list[Check]]:
     """Items 1, 5, 7 and 8 against the exact max flow."""
     best = network.between(network.sources, network.sinks)
@@ -274,26 +212,26 @@ def against_max_flow(
     exists = value > 0
     scale = value if exists else 1.0
     cut = f"V = {value:.6g}, {best.cut_edges.numel()} edges cut"
-    width = best.error / scale if exists == books.feasible else 1.0
+    width = best.error / scale if exists == arrays.feasible else 1.0
     checks = [check("max flow", width, TOLERANCE * network.total / scale, cut)]
-    if not (exists and books.feasible):
+    if not (exists and arrays.feasible):
         return value, checks
     used = best.edge_flow.cpu().numpy()
-    carries = books.reached_from_source()[books.tail] & books.reaches[books.head] & (books.weight > 0)
+    carries = arrays.reached_from_source()[arrays.tail] & arrays.reaches[arrays.head] & (arrays.weight > 0)
     stray = float(used[~carries].sum()) / scale
     noise = (best.error + EPS * network.total * max(1, int((used > 0).sum()))) / scale  # each push may round
     checks += [
-        check("alpha <= V", _overshoot(books.alpha, value), books.whole, f"alpha is {books.alpha / value:.4g} of V"),
-        smallest_cut(books, sides, max(books.alpha, value - best.error)),
+        check("alpha <= V", _overshoot(arrays.alpha, value), arrays.whole, f"alpha is {arrays.alpha / value:.4g} of V"),
+        smallest_cut(arrays, sides, max(arrays.alpha, value - best.error)),
         check("support", stray, noise, f"{(used > 0).sum()} of {carries.sum()} edges"),
     ]
-    inner = np.flatnonzero(~(books.enters | books.leaves) & (books.f > 0))
-    tokens = inner[np.argsort(-books.f[inner], kind="stable")[:num_through]].tolist()
+    inner = np.flatnonzero(~(arrays.is_source | arrays.is_sink) & (arrays.f > 0))
+    tokens = inner[np.argsort(-arrays.f[inner], kind="stable")[:num_through]].tolist()
     if tokens:
-        ratios = [books.alpha * float(books.f[v]) / np.float64(network.through(v)) for v in tokens]
+        ratios = [arrays.alpha * float(arrays.f[v]) / np.float64(network.through(v)) for v in tokens]
         worst = float(np.max(ratios))
         checks.append(
-            check("through", max(worst - 1, 0.0), books.whole, f"at most {worst:.3g} of it, {len(tokens)} tokens")
+            check("through", max(worst - 1, 0.0), arrays.whole, f"at most {worst:.3g} of it, {len(tokens)} tokens")
         )
     else:
         notes.append("through: not computed; num_through is 0, or no token between source and demand carries flow")

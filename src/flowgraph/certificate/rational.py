@@ -15,7 +15,8 @@ import numpy as np
 from networkx.algorithms.flow import shortest_augmenting_path
 from numpy.typing import NDArray
 
-from flowgraph.certificate.checks import NOTHING, Books, Check, check
+from flowgraph.certificate.checks import Check, check
+from flowgraph.certificate.flow_arrays import NOTHING, FlowArrays
 from flowgraph.errors import TooLargeError
 
 RATIONAL_EDGES = 5_000
@@ -40,29 +41,29 @@ class RationalFlow:
     max_flow_value: Fraction | None
 
 
-def rational_flow(books: Books, *, max_edges: int = RATIONAL_EDGES) -> RationalFlow:
+def rational_flow(arrays: FlowArrays, *, max_edges: int = RATIONAL_EDGES) -> RationalFlow:
     """Both sweeps, edge by edge, and the max flow by augmenting paths, all in fractions.
 
     Raises:
         TooLargeError: more than ``max_edges`` edges.
     """
-    require_rational_size(books.weight.size, max_edges)
-    damping = Fraction(books.flow.damping)
+    require_rational_size(arrays.weight.size, max_edges)
+    damping = Fraction(arrays.flow.damping)
     edges = [
         (int(s), int(t), Fraction(float(c)) * damping)
-        for s, t, c in zip(books.tail, books.head, books.capacity, strict=True)
-        if c > 0 and not books.absorbing[s]
+        for s, t, c in zip(arrays.tail, arrays.head, arrays.capacity, strict=True)
+        if c > 0 and not arrays.absorbing[s]
     ]
-    h = [Fraction(float(b)) for b in books.demand]
+    h = [Fraction(float(b)) for b in arrays.demand]
     for s, t, weight in reversed(edges):  # sorted by target: h[t] is final here
         h[s] += weight * h[t]
-    shares = _named_shares(books, h)
+    shares = _named_shares(arrays, h)
     g = [share / potential if potential else Fraction(0) for share, potential in zip(shares, h, strict=True)]
     for s, t, weight in edges:
         g[t] += weight * g[s]
     worst, through = max(((g[s] * h[t], g[s] * weight * h[t]) for s, t, weight in edges), default=(Fraction(0),) * 2)
     throughput = [x * y for x, y in zip(g, h, strict=True)]
-    return RationalFlow(h, g, throughput, 1 / worst if worst else None, through, shares, _max_flow(books, edges))
+    return RationalFlow(h, g, throughput, 1 / worst if worst else None, through, shares, _max_flow(arrays, edges))
 
 
 def require_rational_size(num_edges: int, max_edges: int) -> None:
@@ -79,50 +80,50 @@ def require_rational_size(num_edges: int, max_edges: int) -> None:
         )
 
 
-def _named_shares(books: Books, h: Numbers) -> Numbers:
+def _named_shares(arrays: FlowArrays, h: Numbers) -> Numbers:
     """The unit, spread as the rule says, exactly; a vector of one's own is normalised again, exactly."""
-    uniform = [Fraction(int(asked)) for asked in books.question]
+    uniform = [Fraction(int(asked)) for asked in arrays.question]
     rules = {"uniform": uniform, "potential": [x * y for x, y in zip(uniform, h, strict=True)]}
-    weights = rules.get(books.flow.source_rule, [Fraction(float(x)) for x in books.source])
+    weights = rules.get(arrays.flow.source_rule, [Fraction(float(x)) for x in arrays.source])
     weights = [w if potential else Fraction(0) for w, potential in zip(weights, h, strict=True)]
     total = sum(weights, Fraction(0))
     return [w / total if total else w for w in weights]
 
 
-def _max_flow(books: Books, edges: list[tuple[int, int, Fraction]]) -> Fraction | None:
+def _max_flow(arrays: FlowArrays, edges: list[tuple[int, int, Fraction]]) -> Fraction | None:
     """V in fractions; None where a token is source and sink."""
-    if (books.enters & books.leaves).any():
+    if (arrays.is_source & arrays.is_sink).any():
         return None
     network = nx.DiGraph()
     network.add_nodes_from(["from", "to"])
     unlimited = 2 * sum((c for _, _, c in edges), Fraction(1))
     network.add_edges_from((s, t, {"capacity": c}) for s, t, c in edges)
-    network.add_edges_from(("from", int(v), {"capacity": unlimited}) for v in np.flatnonzero(books.enters))
-    network.add_edges_from((int(v), "to", {"capacity": unlimited}) for v in np.flatnonzero(books.leaves))
+    network.add_edges_from(("from", int(v), {"capacity": unlimited}) for v in np.flatnonzero(arrays.is_source))
+    network.add_edges_from((int(v), "to", {"capacity": unlimited}) for v in np.flatnonzero(arrays.is_sink))
     return Fraction(shortest_augmenting_path(network, "from", "to").graph["flow_value"])
 
 
-def against_fractions(books: Books, value: float | None, *, max_edges: int = RATIONAL_EDGES) -> list[Check]:
+def against_fractions(arrays: FlowArrays, value: float | None, *, max_edges: int = RATIONAL_EDGES) -> list[Check]:
     """Every number of the flow against its exact value; alpha <= V without any tolerance.
 
     A number is the result of at most one rounding error per edge on its longest route, so componentwise it is off by
     at most tokens times the local bound of :mod:`flowgraph.certificate.checks`.
     """
-    exact = rational_flow(books, max_edges=max_edges)
-    bound = books.f.size * books.local
-    unit = books.flow.exponent.cpu().numpy()
+    exact = rational_flow(arrays, max_edges=max_edges)
+    bound = arrays.f.size * arrays.local
+    unit = arrays.flow.exponent.cpu().numpy()
     carries = [x >= Fraction(NOTHING) for x in exact.throughput]
-    f = np.where((books.f < NOTHING) & ~np.array(carries), 0.0, books.f)
+    f = np.where((arrays.f < NOTHING) & ~np.array(carries), 0.0, arrays.f)
     checks = [
-        check("rational h", _deviation(books.h, unit, exact.h), bound),
+        check("rational h", _deviation(arrays.h, unit, exact.h), bound),
         # Influence that carries nothing is no part of the flow.
-        check("rational g", _deviation(np.where(carries, books.g, 0.0), -unit, _where(carries, exact.g)), bound),
+        check("rational g", _deviation(np.where(carries, arrays.g, 0.0), -unit, _where(carries, exact.g)), bound),
         check("rational throughput", _deviation(f, np.zeros_like(unit), _where(carries, exact.throughput)), bound),
     ]
     if exact.alpha is not None:
-        same = all((x > 0) == bool(e) for x, e in zip(exact.shares, books.enters, strict=True))
+        same = all((x > 0) == bool(e) for x, e in zip(exact.shares, arrays.is_source, strict=True))
         counts_as_none = exact.alpha_flow < Fraction(NOTHING)  # then what float64 makes of alpha says nothing
-        off = 0.0 if counts_as_none else _relative(books.alpha, 0, exact.alpha)
+        off = 0.0 if counts_as_none else _relative(arrays.alpha, 0, exact.alpha)
         checks.append(check("rational alpha", off, bound, _short(exact.alpha)))
         # V is that of the tokens where float64 lets flow enter; shares below its range are no part of it.
         if exact.max_flow_value is not None and not counts_as_none and (exact.alpha <= exact.max_flow_value or same):
@@ -130,7 +131,7 @@ def against_fractions(books: Books, value: float | None, *, max_edges: int = RAT
             checks.append(check("rational alpha <= V", float(over > 0), 0, "compared as fractions"))
     if exact.max_flow_value is not None and value is not None:
         off = _relative(value, 0, exact.max_flow_value) if value or exact.max_flow_value else 0.0
-        checks.append(check("rational V", off, books.whole, f"V = {_short(exact.max_flow_value)}"))
+        checks.append(check("rational V", off, arrays.whole, f"V = {_short(exact.max_flow_value)}"))
     return checks
 
 

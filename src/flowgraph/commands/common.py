@@ -11,6 +11,11 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 
 def _keep(share: float) -> float:
@@ -43,7 +48,7 @@ def head_choice(text: str) -> str | list[int]:
     return [int(index) for index in text.split(",")] if text.replace(",", "").isdigit() else text
 
 
-def load_model(model: str, dtype: str, device: str, say: Callable[[str], None]) -> tuple[Any, Any]:
+def load_model(model: str, dtype: str, device: str, progress: Callable[[str], None]) -> tuple[Any, Any]:
     """The model and the tokenizer that ``--model``, ``--dtype`` and ``--device`` name, ready for a pass.
 
     Raises:
@@ -63,7 +68,7 @@ def load_model(model: str, dtype: str, device: str, say: Callable[[str], None]) 
     if model == "demo":
         from flowgraph.demo import load_demo_model
 
-        network, tokenizer = load_demo_model(say)
+        network, tokenizer = load_demo_model(progress)
         kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
         return network.to(device=torch.device(device), dtype=kind), tokenizer  # type: ignore[call-overload]
     looks_local = model.startswith((".", "/", "~")) or Path(model).exists()
@@ -72,7 +77,7 @@ def load_model(model: str, dtype: str, device: str, say: Callable[[str], None]) 
             f"--model: must be a folder with a config.json, got {model!r} without one; "
             "check the path, or pass a hub name"
         )
-    say(f"loading {model}")
+    progress(f"loading {model}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -127,3 +132,13 @@ def stages() -> Iterator[Callable[[str], None]]:
         return
     with console.status("starting") as status:
         yield lambda line: status.update(line)
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Show a warning as one plain line, without the place in the code that it came from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        typer.secho(f"flowgraph: warning: {warning.message}", err=True, fg=typer.colors.YELLOW)

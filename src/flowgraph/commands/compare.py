@@ -41,8 +41,8 @@ def compare(
             check_writable(path)
     if html is not None and html == json_file:
         raise typer.BadParameter(f"--html and --json must name two files, got {html} for both")
-    with stages() as say:
-        say("comparing")
+    with stages() as progress:
+        progress("comparing")
         comparison = compare(load_trace(first), load_trace(second), by=by)
     console().print(_render(comparison))
     if json_file is not None:

@@ -44,10 +44,10 @@ def export(
     from flowgraph.tracing.flow_trace import load_trace
 
     check_writable(out)
-    with stages() as say:
-        say(f"reading {file}")
+    with stages() as progress:
+        progress(f"reading {file}")
         trace = load_trace(file)
-        say(f"writing {out}")
+        progress(f"writing {out}")
         num_edges = _write(trace, out, suffix, keep, tokens)
     size = f"{out.stat().st_size / 1000:,.0f} kB"
     held = "" if tokens else f", {num_edges:,} of {trace.graph.num_edges:,} edges"
@@ -65,7 +65,7 @@ def _write(trace: FlowTrace, out: Path, suffix: str, keep: float | None, tokens:
         exports.write_tokens(trace, out)
     elif suffix == ".json":
         trace.to_json(out, keep=keep or 0.9, max_edges=num_edges)  # the backbone is the edges with most flow
-        return min(num_edges, int((trace.flow.edge_flow() > 0).sum()))
+        return min(num_edges, int((trace.flow.edge_flow > 0).sum()))
     else:
         write = {".graphml": exports.write_graphml, ".gexf": exports.write_gexf}.get(suffix, exports.write_edges)
         write(trace, out, keep=keep)

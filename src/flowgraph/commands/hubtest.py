@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph.commands.common import Device, Dtype, Model, console, load_model, stages
-from flowgraph.commands.knockout import warnings_on_stderr
+from flowgraph.commands.common import Device, Dtype, Model, console, load_model, stages, warnings_on_stderr
 
 if TYPE_CHECKING:
     from flowgraph.analysis.statistics import Interval
@@ -32,9 +31,8 @@ def hub_test(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write every measurement here.")] = None,
 ) -> None:
     """Mask the top, random and bottom tokens by throughput, and compare what that does to the answer."""
-    from flowgraph.files import check_writable
+    from flowgraph.files import check_writable, write_json
     from flowgraph.tracing.flow_trace import load_trace
-    from flowgraph.tracing.payload import write_json
 
     try:
         shares = [float(share) for share in fractions.split(",")]
@@ -43,14 +41,14 @@ def hub_test(
     if json_file is not None:
         check_writable(json_file)
     traces = [load_trace(file) for file in files]
-    with stages() as say:
-        network, _ = load_model(model, dtype, device, say)
+    with stages() as progress:
+        network, _ = load_model(model, dtype, device, progress)
         import flowgraph.interventions.hubtest as hubtest
 
         with warnings_on_stderr():
             result = hubtest.hub_test(
                 network, traces, fractions=shares, arms=[arm.strip() for arm in arms.split(",")], seeds=range(seeds),
-                region=region, scores=score, layers=layers, batch_size=batch_size, progress=say,
+                region=region, scores=score, layers=layers, batch_size=batch_size, progress=progress,
             )  # fmt: skip
     if json_file is not None:
         write_json(json_file, {**result.to_dict(), "files": [str(file) for file in files], "model": model})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +12,7 @@ from flowgraph.commands.common import Device, Dtype, Model, console, load_model,
 if TYPE_CHECKING:
     from flowgraph.interventions.knockout import KnockoutResult
     from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.commands.common import warnings_on_stderr
 
 
 def knockout(
@@ -30,9 +28,8 @@ def knockout(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
 ) -> None:
     """Mask tokens, edges or routes of a saved trace in the model's attention, and measure the answer again."""
-    from flowgraph.files import check_writable
+    from flowgraph.files import check_writable, write_json
     from flowgraph.tracing.flow_trace import load_trace
-    from flowgraph.tracing.payload import write_json
 
     if tokens is None and edges is None and route is None:
         raise typer.BadParameter("say what to knock out: --tokens, --edges or --route")
@@ -49,11 +46,11 @@ def knockout(
         if min(ranks) < 1 or max(ranks) > len(routes):
             raise typer.BadParameter(f"--route must lie in 1..{len(routes)}, the routes of this trace, got {route!r}")
         chosen["routes"] = [routes[rank - 1] for rank in ranks]
-    with stages() as say:
-        network, tokenizer = load_model(model, dtype, device, say)
+    with stages() as progress:
+        network, tokenizer = load_model(model, dtype, device, progress)
         import flowgraph.interventions.knockout as interventions
 
-        say("measuring the answer")
+        progress("measuring the answer")
         with warnings_on_stderr():
             result = interventions.knockout(
                 network, trace, layers=layers, heads=numbers("heads", heads) if heads != "all" else heads, **chosen
@@ -85,16 +82,6 @@ def _edge(text: str) -> tuple[int, int]:
 def _is_number(text: str) -> bool:
     """Whether it counts tokens, heads or routes: of seven digits at most, so that a slip makes no endless range."""
     return text.isdecimal() and len(text) <= 7
-
-
-@contextmanager
-def warnings_on_stderr() -> Iterator[None]:
-    """Show a warning as one plain line, without the place in the code that it came from."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        typer.secho(f"flowgraph: warning: {warning.message}", err=True, fg=typer.colors.YELLOW)
 
 
 def _report(trace: FlowTrace, result: KnockoutResult, tokenizer: Any) -> None:

@@ -42,14 +42,13 @@ def certify(
 ) -> None:
     """Check everything that is provable about a saved trace; exit code 1 when a check fails."""
     from flowgraph.commands.terminal import certificate_table
-    from flowgraph.files import check_writable
+    from flowgraph.files import check_writable, write_json
     from flowgraph.tracing.flow_trace import load_trace
-    from flowgraph.tracing.payload import write_json
 
     if json_file is not None:
         check_writable(json_file)
-    with stages() as say:
-        say("checking the flow")
+    with stages() as progress:
+        progress("checking the flow")
         certificate = load_trace(file).certify(level=level)
     console().print(certificate_table(certificate))
     if json_file is not None:

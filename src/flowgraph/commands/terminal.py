@@ -81,7 +81,7 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
             Text(visible(trace.tokens[index])),
             f"{value:.3f}",
             bar,
-            f"{float(trace.h[index]):.3g}",
+            f"{float(trace.potential[index]):.3g}",
         )
     table.caption = (
         "Q question, R reasoning, A answer; throughput: share of the flow that passes through the token; "

@@ -89,9 +89,9 @@ def trace(
         chosen = Span(*_span("answer-span", answer_span))
     elif last_line:
         chosen = LastLine()
-    with stages() as say:
+    with stages() as progress:
         outputs_in(out)
-        network, tokenizer = load_model(model, dtype, device, say)
+        network, tokenizer = load_model(model, dtype, device, progress)
         prompt_or_chat: Any = text
         if not plain and getattr(tokenizer, "chat_template", None):
             prompt_or_chat = [{"role": "system", "content": system}] if system else []
@@ -103,7 +103,7 @@ def trace(
         result = flowgraph.trace(
             network, tokenizer, prompt_or_chat, reply, question=asked, answer=chosen, layers=layers,
             heads=head_choice(heads), preset=preset, rows=rows, source=source,  # type: ignore[arg-type]
-            damping=damping, max_new_tokens=max_new_tokens, outputs=outputs_in(out), progress=say,
+            damping=damping, max_new_tokens=max_new_tokens, outputs=outputs_in(out), progress=progress,
         )  # fmt: skip
     _report(result, out, keep, all_tokens)
 
@@ -116,13 +116,13 @@ def demo(
     """Trace a worked answer of SmolLM2-135M-Instruct, and write HTML, JSON and safetensors."""
     from flowgraph.demo import PROMPT, load_demo_model
 
-    with stages() as say:
+    with stages() as progress:
         outputs_in(out)
-        network, tokenizer = load_demo_model(say)
+        network, tokenizer = load_demo_model(progress)
         import flowgraph
 
         result = flowgraph.trace(
-            network, tokenizer, [{"role": "user", "content": PROMPT}], outputs=outputs_in(out), progress=say
+            network, tokenizer, [{"role": "user", "content": PROMPT}], outputs=outputs_in(out), progress=progress
         )
     _report(result, out, keep, all_tokens)
 
@@ -156,13 +156,13 @@ def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) 
     from flowgraph.commands.terminal import certificate_table, render_trace
 
     terminal = console()
-    with stages() as say:
-        say("finding the backbone")
+    with stages() as progress:
+        progress("finding the backbone")
         view = render_trace(result, keep=keep, rows=None if all_tokens else 24)
-        say("checking the flow")
+        progress("checking the flow")
         certificate = result.certify()
         for path in outputs_in(out):
-            say(f"writing {path}")
+            progress(f"writing {path}")
             {".html": result.to_html, ".json": result.to_json, ".safetensors": result.save}[path.suffix](path)
     terminal.print(view)
     terminal.print()

@@ -131,7 +131,7 @@ def edge_overlap(
     matched = (pairs >= 0).all(1).numpy()
     keys, amounts, hops = [], [], []
     for side in (0, 1):
-        edge_flow = flows[side].edge_flow().cpu().numpy()
+        edge_flow = flows[side].edge_flow.cpu().numpy()
         source, target = (pair_of[side][end] for end in flows[side].graph.edge_index.cpu().numpy())
         both = matched[source] & matched[target]
         keys.append(source[both] * len(matched) + target[both])
@@ -165,8 +165,8 @@ class _Widths:
     def __init__(self, flow: Flow) -> None:
         self.size = flow.throughput.numel()
         source, target = flow.graph.edge_index.cpu().numpy()
-        self.keys, self.edge_flow = target * self.size + source, flow.edge_flow().cpu().numpy()
-        self.entering, self.leaving = flow.source.cpu().numpy(), flow.absorbed().cpu().numpy()
+        self.keys, self.edge_flow = target * self.size + source, flow.edge_flow.cpu().numpy()
+        self.entering, self.leaving = flow.source.cpu().numpy(), flow.absorbed.cpu().numpy()
 
     def of(self, units: Sequence[int]) -> float:
         if min(units) < 0:

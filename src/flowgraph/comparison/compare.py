@@ -23,11 +23,10 @@ from flowgraph.comparison.agreement import (
 )
 from flowgraph.comparison.alignment import SAME_TOKENS, Alignment, Group, align, question_text
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.files import PathLike
+from flowgraph.files import PathLike, write_json
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.pages.comparison_page import write_comparison_html
 from flowgraph.tracing.flow_trace import FlowTrace
-from flowgraph.tracing.payload import write_json
 
 SCHEMA = "flowgraph-comparison/1"
 _NEGLIGIBLE = 1e-12

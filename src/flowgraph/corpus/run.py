@@ -23,19 +23,16 @@ from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimit
 from flowgraph.flow.solve import Absorption, SourceRule, check_options
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
-from flowgraph.propagation.edge_sweeps import Backend
+from flowgraph.propagation.interface import Backend
+from flowgraph.text.chat import check_prompt, ends_with_response
 from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regex, Regions
 from flowgraph.text.selectors import Selector
 from flowgraph.tracing.flow_trace import FlowTrace, load_trace
-from flowgraph.tracing.inputs import (
-    check_max_new_tokens,
-    check_prompt,
-    ends_with_response,
-    generate_response,
-    regions_of_text,
-)
-from flowgraph.tracing.trace import assemble, provenance_of, require_room
+from flowgraph.tracing.generation import check_max_new_tokens, generate_response
+from flowgraph.tracing.inputs import regions_of_text
+from flowgraph.tracing.provenance import provenance_of
+from flowgraph.tracing.trace import assemble, require_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,7 +148,7 @@ class Run:
         self.began = time.perf_counter()
         self._progress = progress
 
-    def say(self, stage: str) -> None:
+    def progress(self, stage: str) -> None:
         if self._progress is not None:
             seconds = time.perf_counter() - self.began
             failed = len(self.failed)
@@ -169,7 +166,7 @@ class Run:
                     )
         if not left:
             return
-        self.say("reading the lines")
+        self.progress("reading the lines")
         # Finished lines too: they belong to the batches, and a batch in other company rounds differently.
         prepared = [item for line, request in requests() if (item := self._prepare(line, request)) is not None]
         for batch in batches(prepared, self.batch_tokens):
@@ -184,7 +181,7 @@ class Run:
             response = request.response if request.response is not None else self._generated(line, prompt)
             encoded, regions = regions_of_text(
                 self.model, self.tokenizer, prompt, response, request.question or choices.question,
-                request.answer or choices.answer, None, choices.max_new_tokens, self.say,
+                request.answer or choices.answer, None, choices.max_new_tokens, self.progress,
             )  # fmt: skip
             ids = encoded.input_ids[None]
             check_fits(self.inner, ids, torch.ones_like(ids))
@@ -200,7 +197,7 @@ class Run:
             return None
         ids = self.folder.response(line)
         if ids is None:
-            report = partial(_on_line, self.say, line)
+            report = partial(_on_line, self.progress, line)
             ids = generate_response(self.model, self.tokenizer, prompt, self.choices.max_new_tokens, report)
             self.folder.keep_response(line, ids)
         return ids
@@ -224,7 +221,7 @@ class Run:
             seconds = per_token * trace.num_tokens + time.perf_counter() - began
             self.folder.finish(item.line, {**record, "seconds": round(seconds, 6), "batch": len(batch)})
             self.done, self.now, self.tokens = self.done + 1, self.now + 1, self.tokens + trace.num_tokens
-            self.say("tracing")
+            self.progress("tracing")
 
     def _capture(self, batch: list[Prepared]) -> AttentionRows:
         """One forward pass of some lines, padded on the right, which every model takes."""
@@ -268,7 +265,7 @@ class Run:
     def give_up(self, line: Line, error: Exception | str) -> None:
         """Note and report a line that cannot be traced."""
         self.failed[line.number] = " ".join(str(error).split())
-        self.say(f"line {line.number} skipped: {self.failed[line.number]}")
+        self.progress(f"line {line.number} skipped: {self.failed[line.number]}")
 
 
 def batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[list[Prepared]]:
@@ -283,8 +280,8 @@ def batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[list[Pr
         yield batch
 
 
-def _on_line(say: Callable[[str], None], line: Line, stage: str) -> None:
-    say(f"line {line.number}: {stage}")
+def _on_line(progress: Callable[[str], None], line: Line, stage: str) -> None:
+    progress(f"line {line.number}: {stage}")
 
 
 def _as_chat(

@@ -121,7 +121,7 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
     """
     flow, graph = trace.flow, trace.graph
     bone = trace.backbone(keep) if trace.feasible else None
-    h, g = flow.potentials()
+    h, g = flow.potentials
     regions = {name: getattr(trace, name) for name in ("question", "reasoning", "answer")}
     row = {
         "tokens": trace.num_tokens,

@@ -1,4 +1,4 @@
-"""``trace_file``: many prompts and responses from one file, in batches, into one folder that can be resumed.
+"""``trace_corpus``: many prompts and responses from one file, in batches, into one folder that can be resumed.
 
 What decides a batch is the input alone, never what is already done: a run that was killed makes the same batches
 again and so the same numbers, to the last bit on the same machine.
@@ -7,11 +7,12 @@ again and so the same numbers, to the last bit on the same machine.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,7 +25,7 @@ from flowgraph.errors import InvalidInputError
 from flowgraph.files import PathLike
 from flowgraph.flow.solve import Absorption, SourceRule
 from flowgraph.graph.edge_rules import EdgeRules
-from flowgraph.propagation.edge_sweeps import Backend
+from flowgraph.propagation.interface import Backend
 from flowgraph.text.selectors import Selector
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class CorpusSummary:
         return self.out / "index.html"
 
 
-def trace_file(
+def trace_corpus(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     path: PathLike,
@@ -163,7 +164,15 @@ def trace_file(
                 if line.error is not None:
                     run.give_up(line, line.error)
             run.trace_window(good, partial(read_requests, path, good, names))
-        run.say("writing the tables")
+        run.progress("writing the tables")
         write_results(folder, windows, run.failed, tables, {"input": Path(path).name, **settings})
     errors = tuple(sorted(run.failed.items()))
     return CorpusSummary(Path(out), run.done, run.now, run.tokens, time.perf_counter() - run.began, errors)
+
+
+def trace_file(*args: Any, **options: Any) -> CorpusSummary:
+    """Call :func:`trace_corpus` under its old name, with a warning; removed in the next release."""
+    warnings.warn(
+        "trace_file: is deprecated, got a call by the old name; call trace_corpus", DeprecationWarning, stacklevel=2
+    )
+    return trace_corpus(*args, **options)

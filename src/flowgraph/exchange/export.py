@@ -64,7 +64,7 @@ def to_networkx(graph: Exportable, *, keep: float | None = None) -> nx.DiGraph:
     result = pyg_to_networkx(part.graph, node_attrs=_MASKS, edge_attrs=["capacity"])
     result.graph.update(_facts(part.graph))
     if part.flow and part.edge_flow is not None:
-        h, g = part.flow.potentials()
+        h, g = part.flow.potentials
         for name, values in (("throughput", part.flow.throughput), ("h", h), ("g", g)):
             nx.set_node_attributes(result, dict(enumerate(values.tolist())), name)
         pairs = zip(*part.graph.edge_index.tolist(), strict=True)
@@ -92,7 +92,7 @@ def to_pyg(graph: Exportable, *, keep: float | None = None) -> Data:
     part = _part(graph, keep)
     values: dict[str, Tensor] = {name: part.graph[name] for name in ("edge_index", "capacity", *_MASKS, *LOSSES)}
     if part.flow and part.edge_flow is not None:
-        h, g = part.flow.potentials()
+        h, g = part.flow.potentials
         values |= {"flow": part.edge_flow, "throughput": part.flow.throughput, "h": h, "g": g}
     if part.trace:
         values["token_id"] = part.trace.token_ids
@@ -181,13 +181,13 @@ def _part(graph: Exportable, keep: float | None) -> _Part:
             "export the graphs of a batch one by one (batch.to_data_list())"
         )
     if keep is None:
-        return _Part(whole, flow, flow.edge_flow() if flow else None, trace)
+        return _Part(whole, flow, flow.edge_flow if flow else None, trace)
     if flow is None:
         raise InvalidInputError(
             f"keep: needs a flow to choose edges by, got {keep!r} with a graph alone; pass solve(graph) or the trace"
         )
     bone = backbone(flow, keep)
-    return _Part(bone.subgraph(), flow, flow.edge_flow()[bone.edge_mask], trace)
+    return _Part(bone.subgraph(), flow, flow.edge_flow[bone.edge_mask], trace)
 
 
 def _facts(graph: FlowGraph) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _token_columns(part: _Part) -> dict[str, list]:
     if part.trace:
         columns["token"] = [_visible(token) for token in part.trace.tokens]
     if part.flow:
-        h, g = part.flow.potentials()
+        h, g = part.flow.potentials
         for name, values in (("throughput", part.flow.throughput), ("h", h), ("g", g)):
             columns[name] = [value if math.isfinite(value) else None for value in values.tolist()]
     return columns

@@ -12,7 +12,7 @@ from torch_geometric.data import Batch
 
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import topology_of
 
 
@@ -63,7 +63,7 @@ class Flow:
         :math:`\alpha = \min N[t, s] / F(s, t) = 1 / \max g[s] h[t]` over the edges with flow: a lower bound of the max
         flow on N. Infinite where no edge carries flow. Cost: one read of the edges, on first use.
         """
-        topology, weight, edge_flow = topology_of(self.graph), self.weight(), self.edge_flow()
+        topology, weight, edge_flow = topology_of(self.graph), self.weight, self.edge_flow
         start, end = self.graph.edge_index
         congestion = self.in_units(torch.where(weight > 0, self.g[start] * self.h[end], 0.0))
         plain, used = (congestion > 0) & torch.isfinite(congestion), edge_flow > 0
@@ -72,24 +72,29 @@ class Flow:
         unlimited = room.new_full((topology.num_graphs,), torch.inf)
         return unlimited.scatter_reduce(0, topology.graph_of_node[start], room, "amin")
 
+    @property
     def weight(self) -> Float64[Tensor, " edges"]:
         """N on the edges: capacity times damping, zero where the source absorbs."""
-        leaves = ~self.absorbing[self.graph.edge_index[0]]
-        return self.graph.capacity.double() * leaves * self.damping
+        is_active_edge = ~self.absorbing[self.graph.edge_index[0]]
+        return self.graph.capacity.double() * is_active_edge * self.damping
 
+    @property
     def edge_flow(self) -> Float64[Tensor, " edges"]:
         r"""Flow on each edge, :math:`F(s, t) = g[s] \, N[t, s] \, h[t]`, in the order of ``graph.edge_index``."""
         source, target = self.graph.edge_index
-        return self.g[source] * self.in_units(self.weight()) * self.h[target]
+        return self.g[source] * self.in_units(self.weight) * self.h[target]
 
+    @property
     def absorbed(self) -> Float64[Tensor, " nodes"]:
         """Share of the unit flow that leaves to the virtual sink at each token, ``g * b``; sums to 1 where feasible."""
         return self.g * scaled(self.demand, -self.exponent)
 
+    @property
     def potentials(self) -> tuple[Float64[Tensor, " nodes"], Float64[Tensor, " nodes"]]:
         """h and g as plain numbers: 0 or infinity where float64 cannot hold them (see ``exponent``)."""
         return scaled(self.h, self.exponent), scaled(self.g, -self.exponent)
 
+    @property
     def log2_potential(self) -> Float64[Tensor, " nodes"]:
         """Binary logarithm of the true potential; minus infinity where the demand cannot be reached."""
         return log2_potential(self.h, self.exponent)

@@ -13,7 +13,8 @@ from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.propagation.conservation import conserve
-from flowgraph.propagation.edge_sweeps import Backend, EdgeSweeps
+from flowgraph.propagation.edge_sweeps import EdgeSweeps
+from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.topology import topology_of
 
 SourceRule = Literal["uniform", "potential"]

@@ -13,11 +13,11 @@ from torch import Tensor
 from flowgraph.errors import GraphError, InvalidInputError, RegionError
 from flowgraph.flow.flow import log2_potential
 from flowgraph.flow.solve import Absorption, SourceRule, check_options, token_vector
-from flowgraph.graph.edge_rules import EdgeRows, EdgeRules, KeptRows, MatrixRows, as_row_source
+from flowgraph.graph.edge_rules import EdgeRows, EdgeRules
 from flowgraph.propagation.block_substitution import BLOCK
 from flowgraph.propagation.conservation import conserve
-from flowgraph.propagation.edge_sweeps import Backend
-from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.interface import Backend
+from flowgraph.propagation.row_sources import KeptRows, MatrixRows, RowSource, as_row_source
 from flowgraph.propagation.row_sweeps import DenseSweeps, StreamSweeps, refuse_bad_weights
 
 
@@ -52,6 +52,7 @@ class RowFlow:
         """Per sequence, whether any source token reaches the demand; where not, the throughput is zero."""
         return self.source.detach().sum(-1) > 0
 
+    @property
     def log2_potential(self) -> Float64[Tensor, "batch tokens"]:
         """Binary logarithm of the true potential; minus infinity where the demand cannot be reached."""
         return log2_potential(self.h, self.exponent)
@@ -120,11 +121,13 @@ def solve_rows(
     masks = _masks(rows, question=question, answer=answer, generated=generated)
     if absorption is None:
         absorption = "absorb" if demand is None else "pass_through"
-    leaves = (~(masks["answer"] & (absorption == "absorb"))).double() * damping
-    shape, device = leaves.shape, leaves.device
+    propagation_factor = (~(masks["answer"] & (absorption == "absorb"))).double() * damping
+    shape, device = propagation_factor.shape, propagation_factor.device
     b = masks["answer"].double() if demand is None else token_vector(_batched(demand), shape, device, "demand")
     entry = source if isinstance(source, str) else token_vector(_batched(source), shape, device, "source")
-    sweeps, weight = _prepared(rows, masks, leaves, rules or (EdgeRules.preset(preset) if preset else None), backend)
+    sweeps, weight = _prepared(
+        rows, masks, propagation_factor, rules or (EdgeRules.preset(preset) if preset else None), backend
+    )
     solved = conserve(sweeps, weight, demand=b, question=masks["question"], source=entry)
     return RowFlow(
         h=solved.h,
@@ -145,10 +148,10 @@ _DENSE_BYTES = 2**28
 
 
 def _prepared(
-    rows: Any, masks: dict[str, Tensor], leaves: Tensor, rules: EdgeRules | None, backend: Backend
+    rows: Any, masks: dict[str, Tensor], propagation_factor: Tensor, rules: EdgeRules | None, backend: Backend
 ) -> tuple[DenseSweeps | StreamSweeps, Any]:
     """The sweeps, and the capacities in the form they take."""
-    dense = DenseSweeps(leaves, backend)
+    dense = DenseSweeps(propagation_factor, backend)
     source = as_row_source(rows, triangle_only=rules is None)
     if rules is None:
         if not isinstance(source, MatrixRows):
@@ -159,21 +162,25 @@ def _prepared(
         _refuse_bad_capacities(source.matrix)
         return dense, source.matrix
     readable = getattr(rows, "attention_mask", None)
-    first = torch.zeros_like(leaves[:, 0], dtype=torch.int64) if readable is None else readable.long().argmax(-1)
+    first = (
+        torch.zeros_like(propagation_factor[:, 0], dtype=torch.int64)
+        if readable is None
+        else readable.long().argmax(-1)
+    )
     if rules.first_token == "exclude":  # nothing leaves it, and the solver need not search for what it lost
-        leaves.scatter_(1, first[:, None], 0.0)
+        propagation_factor.scatter_(1, first[:, None], 0.0)
     capacities = EdgeRows(source, rules, masks["generated"], first)
     num_tokens = source.num_tokens
     differentiable = getattr(rows, "requires_grad", False) and torch.is_grad_enabled()
-    if not differentiable and 4 * leaves.shape[0] * num_tokens**2 > _DENSE_BYTES:
+    if not differentiable and 4 * propagation_factor.shape[0] * num_tokens**2 > _DENSE_BYTES:
         if backend not in ("auto", "dense"):
             raise InvalidInputError(
-                f"backend: {leaves.shape[0]} x {num_tokens} tokens are solved while their rows stream, in torch, got "
+                f"backend: {propagation_factor.shape[0]} x {num_tokens} tokens are solved while their rows stream, in torch, got "
                 f"{backend!r}; use 'auto', or pass a matrix of capacities with preset=None"
             )
-        return StreamSweeps(leaves), KeptRows(capacities)
+        return StreamSweeps(propagation_factor), KeptRows(capacities)
     dtype = rows.dtype if isinstance(rows, Tensor) else torch.float32
-    matrix = torch.zeros(leaves.shape[0], num_tokens, num_tokens, dtype=dtype, device=source.device)
+    matrix = torch.zeros(propagation_factor.shape[0], num_tokens, num_tokens, dtype=dtype, device=source.device)
     for start in range(0, num_tokens, BLOCK):
         stop = min(start + BLOCK, num_tokens)
         matrix[:, start:stop, :stop] = capacities.block(start, stop)

@@ -9,14 +9,15 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.graph.edge_rules import EdgeRows, EdgeRules, KeptRows, as_row_source
+from flowgraph.graph.edge_rules import EdgeRows, EdgeRules
 from flowgraph.memory import require_memory
 from flowgraph.propagation.block_substitution import BLOCK, influence_steps
 from flowgraph.propagation.conservation import ConservedFlow, conserve
 from flowgraph.propagation.edge_sweeps import EdgeSweeps
-from flowgraph.propagation.operators import RowSource, StreamedOperator
-from flowgraph.propagation.powers import scaled
-from flowgraph.propagation.row_sweeps import BalancedRows, StreamSweeps
+from flowgraph.propagation.operators import StreamedOperator
+from flowgraph.propagation.row_sources import BalancedRows, KeptRows, RowSource, as_row_source
+from flowgraph.propagation.row_sweeps import StreamSweeps
+from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import Topology
 
 AUTO_ALL_TOKENS = 2048
@@ -151,8 +152,8 @@ class _CollectingSweeps(StreamSweeps):
     When a block is finished, g is known up to its end and h everywhere: that is the flow of each of its edges.
     """
 
-    def __init__(self, leaves: Float64[Tensor, "1 tokens"], limit: int) -> None:
-        super().__init__(leaves)
+    def __init__(self, propagation_factor: Float64[Tensor, "1 tokens"], limit: int) -> None:
+        super().__init__(propagation_factor)
         self.limit = limit
 
     def potential(self, weight: RowSource, demand: Tensor) -> Tensor:
@@ -161,9 +162,9 @@ class _CollectingSweeps(StreamSweeps):
 
     def influence(self, weight: RowSource, inflow: Tensor) -> Tensor:
         g, self.strongest = inflow.clone(), _Strongest(weight.num_tokens, self.limit)
-        for here, rows in influence_steps(StreamedOperator(weight), self.leaves, g):
+        for here, rows in influence_steps(StreamedOperator(weight), self.propagation_factor, g):
             weights, stop = rows.weights[0], here.stop
-            flow = weights * (g * self.leaves)[0, :stop] * self.h[0, here, None]
+            flow = weights * (g * self.propagation_factor)[0, :stop] * self.h[0, here, None]
             if isinstance(weight, BalancedRows):  # the flow is the same in other units, the capacity is not
                 weights = weight.source.block(here.start, here.stop)[0]
             self.strongest.add(here.start, weights, flow)
@@ -172,10 +173,10 @@ class _CollectingSweeps(StreamSweeps):
 
 def _strongest_by_flow(rows: EdgeRows, question: Tensor, answer: Tensor, limit: int) -> CollectedEdges:
     """Solve exactly on the streamed rows, keep the edges with most flow, and measure what that loses."""
-    leaves = (~answer).double()[None]
+    propagation_factor = (~answer).double()[None]
     if rows.rules.first_token == "exclude":  # nothing leaves it, and the solver need not search for what it lost
-        leaves[:, 0] = 0.0
-    sweeps = _CollectingSweeps(leaves, limit)
+        propagation_factor[:, 0] = 0.0
+    sweeps = _CollectingSweeps(propagation_factor, limit)
     whole = conserve(sweeps, KeptRows(rows), demand=answer.double()[None], question=question[None], source="uniform")
     edge_index, capacity = sweeps.strongest.edges()
     total = sweeps.strongest.total_capacity

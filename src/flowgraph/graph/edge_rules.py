@@ -8,7 +8,7 @@ rows: the first token (an attention sink that holds mass without information) an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.propagation.block_substitution import BLOCK
-from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.row_sources import RowSource
 
 RowRule = Literal["emission", "emission_all", "literal"]
 SelfRule = Literal["drop", "renormalize"]
@@ -66,62 +65,6 @@ class EdgeRules:
 
     def __str__(self) -> str:
         return f"rows={self.rows}, self_attention={self.self_attention}, first_token={self.first_token}"
-
-
-@dataclass(frozen=True)
-class MatrixRows:
-    """Whole attention matrices in the shape of :class:`RowSource`."""
-
-    matrix: Float[Tensor, "graphs tokens tokens"]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.matrix.shape[-1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
-        """A view."""
-        return self.matrix[:, start:stop, :stop]
-
-
-def as_row_source(rows: RowSource | Tensor, *, triangle_only: bool = False) -> RowSource:
-    """Accept a matrix ``[T, T]``, or a batch of them, wherever streamed rows are accepted.
-
-    Args:
-        rows: a matrix, or what is a source already.
-        triangle_only: what stands above the diagonal is no business of the caller's.
-
-    Raises:
-        GraphError: no square floating point matrix, or one with weights above the diagonal.
-    """
-    if not isinstance(rows, Tensor):
-        return rows
-    if rows.ndim not in (2, 3) or rows.shape[-1] != rows.shape[-2]:
-        raise GraphError(
-            f"rows: must be a square matrix [tokens, tokens] or a batch of them, got shape {tuple(rows.shape)}; "
-            "aggregate heads and layers first"
-        )
-    if not rows.is_floating_point():
-        raise GraphError(f"rows: must be floating point, got {rows.dtype}; call .float() on them")
-    matrix = rows[None] if rows.ndim == 2 else rows
-    if not triangle_only:
-        _refuse_future(matrix)
-    return MatrixRows(matrix)
-
-
-def _refuse_future(matrix: Tensor) -> None:
-    """Columns to the right of a block are never read, so a whole matrix is checked when it comes in."""
-    for start in range(0, matrix.shape[-1], BLOCK):
-        rows = matrix[:, start : start + BLOCK, start:].triu(1)
-        if bool(rows.any()):
-            _, row, column = rows.nonzero()[0].tolist()
-            raise GraphError(
-                f"attention: must be causal (zero above the diagonal), got {rows[rows != 0][0].item():g} at "
-                f"[{start + row}, {start + column}]; row t is the reader t, and it reads tokens 0..t"
-            )
 
 
 @dataclass(frozen=True)
@@ -227,45 +170,3 @@ def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int
             "average over heads and layers, do not sum them (or build with FlowGraph.from_dense)"
         )
     return sums
-
-
-@dataclass
-class KeptRows:
-    """Rows that are remembered as long as they fit: later sweeps over a short text recompute nothing.
-
-    What is kept is decided by position alone, the first blocks that fit into ``budget`` bytes, so that both
-    directions of reading find the same ones.
-    """
-
-    source: RowSource
-    budget: int = 2**28
-    _kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    _store: Tensor | None = None
-    _used: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.source.num_tokens
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
-        rows = self._kept.get((start, stop))
-        if rows is None:
-            rows = self.source.block(start, stop)
-            if rows.shape[0] * stop * (stop + 1) // 2 * rows.element_size() <= self.budget:  # it and all before it
-                self._keep(start, stop, rows)
-        return rows
-
-    def _keep(self, start: int, stop: int, rows: Tensor) -> None:
-        """Copy it into one allocation of the whole budget: kept among passing blocks, they would riddle the heap."""
-        if self._store is None:
-            widest = rows.shape[0] * rows.shape[1] * self.num_tokens
-            whole = rows.shape[0] * self.num_tokens**2 // 2 + widest
-            room = min(whole, self.budget // rows.element_size() + widest)
-            self._store = torch.empty(room, dtype=rows.dtype, device=rows.device)
-        if self._used + rows.numel() <= self._store.numel():
-            self._kept[start, stop] = self._store[self._used : self._used + rows.numel()].view(rows.shape).copy_(rows)
-            self._used += rows.numel()

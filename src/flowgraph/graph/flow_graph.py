@@ -13,7 +13,7 @@ from flowgraph.errors import GraphError, RegionError
 from flowgraph.graph.edge_collection import collect_edges
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.masks import MaskLike, as_mask, between
-from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.row_sources import RowSource
 
 REGIONS = ("question", "reasoning", "answer")
 

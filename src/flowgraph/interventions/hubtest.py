@@ -163,12 +163,12 @@ def hub_test(
     runs: list[HubRun] = []
     for number, (one, plan) in enumerate(zip(traces, plans, strict=True)):
 
-        def say(line: str, number: int = number) -> None:
+        def report(line: str, number: int = number) -> None:
             if progress is not None:
                 progress(f"trace {number + 1} of {len(traces)}: {line}")
 
         masked = [Intervention(tokens=tokens, layers=layers) for *_, tokens in plan]
-        results = knockouts(model, one, masked, batch_size=batch_size, progress=say)
+        results = knockouts(model, one, masked, batch_size=batch_size, progress=report)
         runs += [_run(number, *entry, result) for entry, result in zip(plan, results, strict=True)]
     rows, differences = _summary(runs, shares, arms, len(traces))
     name = scores if isinstance(scores, str) else "given scores"
@@ -242,7 +242,7 @@ def _named_scores(name: str, trace: FlowTrace) -> Float[Tensor, " tokens"]:
             f"trace: must have a flow to be ranked by {name}, got one whose question does not reach the answer; "
             "use scores='attention'"
         )
-    return (trace.throughput if name == "throughput" else trace.h).double().cpu()
+    return (trace.throughput if name == "throughput" else trace.potential).double().cpu()
 
 
 def _ranked(trace: FlowTrace, region: str, scores: Float[Tensor, " tokens"]) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from flowgraph.flow.flow import Flow
 from flowgraph.flow.solve import Absorption
 from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.maxflow.problem import MAX_EDGES, Backend, MaxFlow, Network
+from flowgraph.maxflow.problem import MAX_EDGES, Backend, MaxFlow, MaxFlowProblem
 
 
 def max_flow(
@@ -72,7 +72,7 @@ def max_flow(
         >>> best.value, best.source_side.tolist(), best.cut_edges.tolist()
         (0.5, [True, True, False, False], [1, 2])
     """
-    network = Network(
+    network = MaxFlowProblem(
         graph,
         source=source,
         demand=demand,
@@ -111,7 +111,7 @@ def max_flow_through(graph: FlowGraph | Flow, token: int, **options: Any) -> flo
         >>> max_flow_through(FlowGraph.from_dense(weights, question=[0], answer=[3]), 2)
         0.25
     """
-    return Network(graph, **options).through(token)
+    return MaxFlowProblem(graph, **options).through(token)
 
 
 def max_flow_without(graph: FlowGraph | Flow, token: int, **options: Any) -> float:
@@ -130,7 +130,7 @@ def max_flow_without(graph: FlowGraph | Flow, token: int, **options: Any) -> flo
 
     Cost: one max flow. Source: method, section 4; unlike the flow through a token in one max flow, it is unique.
     """
-    return Network(graph, **options).without(token)
+    return MaxFlowProblem(graph, **options).without(token)
 
 
 def max_flow_bracket(graph: FlowGraph | Flow, **options: Any) -> tuple[float, float]:
@@ -155,7 +155,7 @@ def max_flow_bracket(graph: FlowGraph | Flow, **options: Any) -> tuple[float, fl
         >>> max_flow_bracket(FlowGraph.from_dense(weights, question=[0], answer=[3]))
         (0.5, 0.5)
     """
-    return Network(graph, **options).bracket()
+    return MaxFlowProblem(graph, **options).bracket()
 
 
 def dominators(graph: FlowGraph | Flow, **options: Any) -> Bool[Tensor, " tokens"]:
@@ -178,4 +178,4 @@ def dominators(graph: FlowGraph | Flow, **options: Any) -> Bool[Tensor, " tokens
         >>> dominators(FlowGraph.from_dense(chain, question=[0], answer=[2])).tolist()
         [True, True, True]
     """
-    return Network(graph, **{"max_edges": 2**62, **options}).dominators()
+    return MaxFlowProblem(graph, **{"max_edges": 2**62, **options}).dominators()

@@ -68,7 +68,7 @@ class MaxFlow:
         return f"MaxFlow(value={self.value:.6g}, error={self.error:.1g}, cut_edges={self.cut_edges.numel()})"
 
 
-class Network:
+class MaxFlowProblem:
     """The capacities of one graph and its terminals, set up once for several max flows; options of :func:`max_flow`."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Network:
         _check_graph(self.graph, max_edges, backend)
         if isinstance(graph, Flow):
             _refuse_beside_flow(source=source, demand=demand, absorption=absorption, damping=damping)
-            weight, sources, sinks = graph.weight(), source_tokens(graph), graph.demand > 0
+            weight, sources, sinks = graph.weight, source_tokens(graph), graph.demand > 0
         else:
             weight, sources, sinks = _problem(graph, source, demand, absorption, 1.0 if damping is None else damping)
         self.num_tokens = int(self.graph.num_nodes or 0)
@@ -172,7 +172,7 @@ class Network:
             on_every_route[node], node = True, above[node]
         return torch.from_numpy(on_every_route[:size]).to(self.graph.edge_index.device)
 
-    def _with(self, capacity: NDArray, full: float | None = None) -> Network:
+    def _with(self, capacity: NDArray, full: float | None = None) -> MaxFlowProblem:
         other = copy.copy(self)
         other.capacity, other.total = capacity, math.fsum(capacity)
         other.full = self.full if full is None else full
@@ -241,7 +241,7 @@ def _support(vector: Tensor, graph: FlowGraph, name: str) -> Bool[Tensor, " toke
     return vector > 0
 
 
-def _igraph_solver(network: Network) -> _Solver:
+def _igraph_solver(network: MaxFlowProblem) -> _Solver:
     size = network.num_tokens
     tokens = np.arange(size)
     tails = np.concatenate([network.tail, np.full(size, size), tokens])
@@ -257,7 +257,7 @@ def _igraph_solver(network: Network) -> _Solver:
     return solver
 
 
-def _networkx_solver(network: Network) -> _Solver:
+def _networkx_solver(network: MaxFlowProblem) -> _Solver:
     import networkx as nx
     from networkx.algorithms.flow import preflow_push
 
@@ -283,7 +283,7 @@ def _networkx_solver(network: Network) -> _Solver:
     return solver
 
 
-def _verified(network: Network, sources: NDArray, sinks: NDArray, flow: NDArray, side: NDArray) -> MaxFlow:
+def _verified(network: MaxFlowProblem, sources: NDArray, sinks: NDArray, flow: NDArray, side: NDArray) -> MaxFlow:
     """Re-check feasibility, conservation and duality; what comes back holds whatever the solver did."""
     clipped = np.clip(flow, 0.0, network.capacity)
     allowed = TOLERANCE * network.total
@@ -325,7 +325,7 @@ def _verified(network: Network, sources: NDArray, sinks: NDArray, flow: NDArray,
     )
 
 
-def _cut(network: Network, side: NDArray) -> tuple[float, NDArray]:
+def _cut(network: MaxFlowProblem, side: NDArray) -> tuple[float, NDArray]:
     """Capacity of the edges that leave a set of tokens, rounded up if at all, and which they are."""
     crossing = np.flatnonzero(side[network.tail] & ~side[network.head] & (network.capacity > 0))
     terms = network.capacity[crossing].tolist()
@@ -337,7 +337,7 @@ def _separates(side: NDArray, sources: NDArray, sinks: NDArray) -> bool:
     return bool(side[sources].all() and not side[sinks].any())
 
 
-def _reachable(network: Network, flow: NDArray, start: NDArray, *, backwards: bool = False) -> NDArray:
+def _reachable(network: MaxFlowProblem, flow: NDArray, start: NDArray, *, backwards: bool = False) -> NDArray:
     """Tokens that more flow could still be sent to (or from): a search of the residual graph."""
     least = network.full * network.capacity
     room, used = network.capacity - flow > least, flow > least
@@ -355,7 +355,7 @@ def _reachable(network: Network, flow: NDArray, start: NDArray, *, backwards: bo
     return reached
 
 
-def _excess(network: Network, flow: NDArray) -> NDArray:
+def _excess(network: MaxFlowProblem, flow: NDArray) -> NDArray:
     """Inflow - outflow of every token, each correctly rounded."""
     arriving, leaving = flow.tolist(), (-flow[network.by_tail]).tolist()
     into, out = network.first_in, network.first_out

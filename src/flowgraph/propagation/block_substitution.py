@@ -54,61 +54,67 @@ class BlockOperator(Protocol[Rows_co]):
 
 
 def potential(
-    operator: BlockOperator, leaves: Float64[Tensor, "graphs tokens"], demand: Float64[Tensor, "graphs tokens"]
+    operator: BlockOperator,
+    propagation_factor: Float64[Tensor, "graphs tokens"],
+    demand: Float64[Tensor, "graphs tokens"],
 ) -> Float64[Tensor, "graphs tokens"]:
     r"""Backward potential :math:`h = b + D C^\top h` (total influence of each token that reaches the demand).
 
     Args:
         operator: C in blocks of rows.
-        leaves: the diagonal of D.
+        propagation_factor: the diagonal of D.
         demand: b.
 
     Returns:
         h, same shape. Cost: one read of C.
     """
-    h, handed_back = demand.clone(), torch.zeros_like(demand)
+    h, accumulated = demand.clone(), torch.zeros_like(demand)
     for start in reversed(range(0, operator.num_tokens, operator.block)):
         here = slice(start, min(start + operator.block, operator.num_tokens))
         rows = operator.rows(here.start, here.stop)
-        known = demand[:, here] + leaves[:, here] * handed_back[:, here]
-        h[:, here] = _solve((rows.inner * leaves[:, None, here]).mT, known, upper=True)
-        rows.push(h[:, here], handed_back)
+        known = demand[:, here] + propagation_factor[:, here] * accumulated[:, here]
+        h[:, here] = _solve((rows.inner * propagation_factor[:, None, here]).mT, known, upper=True)
+        rows.push(h[:, here], accumulated)
     return h
 
 
 def influence(
-    operator: BlockOperator, leaves: Float64[Tensor, "graphs tokens"], inflow: Float64[Tensor, "graphs tokens"]
+    operator: BlockOperator,
+    propagation_factor: Float64[Tensor, "graphs tokens"],
+    inflow: Float64[Tensor, "graphs tokens"],
 ) -> Float64[Tensor, "graphs tokens"]:
     r"""Forward influence :math:`g = q + C D g` (influence arriving at each token per unit of its potential).
 
     Args:
         operator: C in blocks of rows.
-        leaves: the diagonal of D.
+        propagation_factor: the diagonal of D.
         inflow: q = source / h.
 
     Returns:
         g, same shape. Cost: one read of C.
     """
     g = inflow.clone()
-    for _ in influence_steps(operator, leaves, g):
+    for _ in influence_steps(operator, propagation_factor, g):
         pass
     return g
 
 
 def influence_steps(
-    operator: BlockOperator[Rows_co], leaves: Float64[Tensor, "graphs tokens"], g: Float64[Tensor, "graphs tokens"]
+    operator: BlockOperator[Rows_co],
+    propagation_factor: Float64[Tensor, "graphs tokens"],
+    g: Float64[Tensor, "graphs tokens"],
 ) -> Iterator[tuple[slice, Rows_co]]:
     """The same sweep in place, ``g`` holding the inflow at first, one block at a time.
 
     What is yielded is the block just finished and its rows, for callers that use each row while it is in memory.
     """
-    handed_on = torch.zeros_like(g)
+    propagated = torch.zeros_like(g)
     for start in range(0, operator.num_tokens, operator.block):
         here = slice(start, min(start + operator.block, operator.num_tokens))
         rows = operator.rows(here.start, here.stop)
-        known = g[:, here] + rows.pull(handed_on)
-        g[:, here] = _solve(rows.inner * leaves[:, None, here], known, upper=False)
-        handed_on[:, here] = leaves[:, here] * g[:, here]
+        known = g[:, here] + rows.pull(propagated)
+        g[:, here] = _solve(rows.inner * propagation_factor[:, None, here], known, upper=False)
+        propagated[:, here] = propagation_factor[:, here] * g[:, here]
         yield here, rows
 
 

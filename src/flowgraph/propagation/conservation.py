@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from flowgraph.propagation import gradients
-from flowgraph.propagation.powers import scaled
-from flowgraph.propagation.scaling import exponents
+from flowgraph.propagation.scaling import exponents, scaled
 
 _LEAST, _LARGEST = 2.0**-150, 2.0**150
 """Potentials inside make g * N * h right to the last digit, in any order, for every flow above 2**-800 of the unit."""
@@ -76,7 +75,7 @@ def _in_range(sweeps: Any, weight: Any, h: Tensor) -> bool:
     """
     if not float(h.max()) <= _LARGEST or float(torch.where(h > 0, h, 1.0).min()) < _LEAST:  # NaN is not in range
         return False
-    vanished = (h == 0) & sweeps.hands_on
+    vanished = (h == 0) & sweeps.can_propagate
     if not bool(vanished.any()):
         return True
     position = torch.arange(h.shape[-1], device=h.device).expand_as(h)

@@ -2,77 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from flowgraph.propagation import block_substitution as sweeps
 from flowgraph.propagation import numba_backend as compiled
 from flowgraph.propagation import reference
+from flowgraph.propagation.interface import Backend, in_token_order
 from flowgraph.propagation.operators import DenseOperator, SparseOperator
-from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import Topology
-
-Backend = Literal["auto", "dense", "scatter", "numba", "reference"]
-
-
-def in_token_order(count: int, last_first: bool, step: int = 1) -> Sequence[int]:
-    """Tokens, or the first ones of blocks, forwards or backwards."""
-    return range(0, count, step)[:: -1 if last_first else 1]
-
-
-class Sweeps(Protocol):
-    """Both sweeps with N = C D: C the weights, the same shape in every call, and D = diag(``leaves``).
-
-    Sweeps whose weights are one tensor also have ``outer(at_target, at_source)``, ``at_target[t] * (D at_source)[s]``
-    for each weight ``C[t, s]``: the shape of every gradient of C. Vectors are ``[N]`` over the nodes of a batch, or
-    ``[B, T]`` over sequences.
-    """
-
-    leaves: Float64[Tensor, ...]
-
-    def potential(self, weight: Any, demand: Tensor) -> Tensor:
-        """``h = b + D C^T h``."""
-        ...
-
-    def influence(self, weight: Any, inflow: Tensor) -> Tensor:
-        """``g = q + C D g``."""
-        ...
-
-    @property
-    def hands_on(self) -> Bool[Tensor, ...]:
-        """Tokens that something may leave: D is positive there, and no edges are known to be missing."""
-        ...
-
-    def total(self, x: Tensor) -> Float64[Tensor, " graphs"]:
-        """Sum over each graph."""
-        ...
-
-    def largest(self, x: Int64[Tensor, ...]) -> Int64[Tensor, " graphs"]:
-        """Maximum over each graph."""
-        ...
-
-    def spread(self, x: Tensor) -> Tensor:
-        """One value per graph to all of its tokens."""
-        ...
-
-    def weights_into(self, weight: Any, *, last_first: bool) -> Iterator[tuple[int, Any, np.ndarray]]:
-        """Token by token: (its flat number, the flat numbers of what it reads, the weights of that)."""
-        ...
-
-    def balanced(self, weight: Any, exponent: Int64[Tensor, ...]) -> Any:
-        """``C[t, s] * 2**(exponent[t] - exponent[s])``, as exact as the range of float64 allows.
-
-        Zero where D is: what an absorbing token does not hand on may be of any size in other units.
-        """
-        ...
-
-    def any_weight(self, weight: Any, target: Bool[Tensor, ...], source: Bool[Tensor, ...]) -> bool:
-        """Whether any of these sources hands anything to any of these targets (D left aside)."""
-        ...
 
 
 class EdgeSweeps:
@@ -83,8 +25,10 @@ class EdgeSweeps:
         InvalidInputError: a backend that does not run where the graph is.
     """
 
-    def __init__(self, topology: Topology, leaves: Float64[Tensor, " nodes"], backend: Backend = "auto") -> None:
-        self.topology, self.leaves = topology, leaves
+    def __init__(
+        self, topology: Topology, propagation_factor: Float64[Tensor, " nodes"], backend: Backend = "auto"
+    ) -> None:
+        self.topology, self.propagation_factor = topology, propagation_factor
         self.backend = choose_backend(topology) if backend == "auto" else backend
         if self.backend == "numba":
             compiled.require(topology.device)
@@ -92,8 +36,8 @@ class EdgeSweeps:
         self.total, self.largest, self.spread = topology.total, topology.largest, topology.spread
 
     @property
-    def hands_on(self) -> Bool[Tensor, " nodes"]:
-        return (self.leaves > 0) & self.topology.has_outgoing
+    def can_propagate(self) -> Bool[Tensor, " nodes"]:
+        return (self.propagation_factor > 0) & self.topology.has_outgoing
 
     def potential(self, weight: Tensor, demand: Tensor) -> Tensor:
         return self._run("potential", weight, demand)
@@ -103,7 +47,7 @@ class EdgeSweeps:
 
     def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
         source, target = self.topology.edge_index
-        return at_target[target] * (self.leaves * at_source)[source]
+        return at_target[target] * (self.propagation_factor * at_source)[source]
 
     def weights_into(self, weight: Tensor, *, last_first: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         source = self.topology.edge_index[0].cpu().numpy()
@@ -115,24 +59,24 @@ class EdgeSweeps:
 
     def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
         source, target = self.topology.edge_index
-        return scaled(weight * (self.leaves > 0)[source], exponent[target] - exponent[source])
+        return scaled(weight * (self.propagation_factor > 0)[source], exponent[target] - exponent[source])
 
     def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
         start, end = self.topology.edge_index
         return bool((source[start] & target[end] & (weight > 0)).any())
 
     def _run(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
-        topology, leaves = self.topology, self.leaves
+        topology, propagation_factor = self.topology, self.propagation_factor
         if self.backend == "reference":
-            return getattr(reference, name)(topology.edge_index, weight, leaves, x)
+            return getattr(reference, name)(topology.edge_index, weight, propagation_factor, x)
         if self.backend == "numba":
-            return compiled.over_edges(name, topology, weight, leaves, x)
+            return compiled.over_edges(name, topology, weight, propagation_factor, x)
         if self.backend == "dense":
             operator = DenseOperator(_matrices(topology, weight))
         else:
             operator = self._sparse(weight)
         tokens = operator.num_tokens
-        solved = getattr(sweeps, name)(operator, topology.pad(leaves, tokens), topology.pad(x, tokens))
+        solved = getattr(sweeps, name)(operator, topology.pad(propagation_factor, tokens), topology.pad(x, tokens))
         return topology.unpad(solved)
 
     def _sparse(self, weight: Tensor) -> SparseOperator:

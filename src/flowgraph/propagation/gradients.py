@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgraph.propagation.edge_sweeps import Sweeps
+from flowgraph.propagation.interface import Sweeps
 
 
 def potential(sweeps: Sweeps, weight: Any, demand: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def require(device: torch.device) -> None:
         )
 
 
-def over_edges(name: str, topology: Topology, weight: Tensor, leaves: Tensor, x: Tensor) -> Tensor:
+def over_edges(name: str, topology: Topology, weight: Tensor, propagation_factor: Tensor, x: Tensor) -> Tensor:
     """One sweep (``"potential"`` or ``"influence"``) over the edges of a batch, graphs shared out to threads."""
     from flowgraph.propagation import numba_kernels as kernels
 
@@ -49,7 +49,14 @@ def over_edges(name: str, topology: Topology, weight: Tensor, leaves: Tensor, x:
         weight = weight.float()  # exact: half precision numbers are float32 numbers
     out = x.detach().double().clone()
     row_ptr, source = topology.row_ptr.numpy(), topology.source32.numpy().view(np.uint32)
-    arrays = (row_ptr, source, weight.contiguous().numpy(), leaves.numpy(), out.numpy(), np.zeros(out.numel()))
+    arrays = (
+        row_ptr,
+        source,
+        weight.contiguous().numpy(),
+        propagation_factor.numpy(),
+        out.numpy(),
+        np.zeros(out.numel()),
+    )
     kernel = getattr(kernels, name)
     _in_threads([lambda a=a, b=b: kernel(*arrays, a, b) for a, b in _ranges(topology)])
     return out
@@ -67,13 +74,15 @@ def _ranges(topology: Topology) -> list[tuple[int, int]]:
     return list(pairwise(borders))
 
 
-def over_rows(name: str, weight: Tensor, leaves: Tensor, x: Tensor) -> Tensor:
+def over_rows(name: str, weight: Tensor, propagation_factor: Tensor, x: Tensor) -> Tensor:
     """The same over matrices ``[B, T, T]``, float32 or float64, read in place."""
     from flowgraph.propagation import numba_kernels as kernels
 
     out, matrices = x.detach().double().clone(), weight.detach().numpy()
     kernel = getattr(kernels, f"dense_{name}")
-    calls = [lambda b=b: kernel(matrices[b], leaves[b].numpy(), out[b].numpy()) for b in range(out.shape[0])]
+    calls = [
+        lambda b=b: kernel(matrices[b], propagation_factor[b].numpy(), out[b].numpy()) for b in range(out.shape[0])
+    ]
     _in_threads(calls, torch.get_num_threads() if weight[0].numel() > _EDGES_PER_THREAD else 1)
     return out
 

@@ -20,19 +20,19 @@ def potential(
     row_ptr: NDArray,
     source: NDArray,
     weight: NDArray,
-    leaves: NDArray,
+    propagation_factor: NDArray,
     h: NDArray,
-    handed_back: NDArray,
+    accumulated: NDArray,
     first: int,
     last: int,
 ) -> None:
     """``h = b + D C^T h`` on nodes ``[first, last)``; ``h`` holds b at first. Each row hands its value back."""
     for t in range(last - 1, first - 1, -1):
-        h[t] += leaves[t] * handed_back[t]
+        h[t] += propagation_factor[t] * accumulated[t]
         value = h[t]
         if value != 0.0:
             for edge in range(row_ptr[t], row_ptr[t + 1]):
-                handed_back[source[edge]] += weight[edge] * value
+                accumulated[source[edge]] += weight[edge] * value
 
 
 @njit(nogil=True, cache=True)
@@ -40,9 +40,9 @@ def influence(
     row_ptr: NDArray,
     source: NDArray,
     weight: NDArray,
-    leaves: NDArray,
+    propagation_factor: NDArray,
     g: NDArray,
-    handed_on: NDArray,
+    propagated: NDArray,
     first: int,
     last: int,
 ) -> None:
@@ -50,40 +50,40 @@ def influence(
     for t in range(first, last):
         received = 0.0
         for edge in range(row_ptr[t], row_ptr[t + 1]):
-            received += weight[edge] * handed_on[source[edge]]
+            received += weight[edge] * propagated[source[edge]]
         g[t] += received
-        handed_on[t] = leaves[t] * g[t]
+        propagated[t] = propagation_factor[t] * g[t]
 
 
 @njit(nogil=True, cache=True, fastmath=_REGROUP)
-def dense_potential(matrix: NDArray, leaves: NDArray, h: NDArray) -> None:
+def dense_potential(matrix: NDArray, propagation_factor: NDArray, h: NDArray) -> None:
     """``h = b + D C^T h`` for one matrix ``[T, T]``, four rows at a time, so that each partial sum is stored once."""
-    handed_back = np.zeros(h.size)
+    accumulated = np.zeros(h.size)
     t = h.size - 1
     while t >= 3:
         for row in range(t, t - 4, -1):
-            h[row] += leaves[row] * handed_back[row]
+            h[row] += propagation_factor[row] * accumulated[row]
             for s in range(t - 3, row):
-                handed_back[s] += matrix[row, s] * h[row]
+                accumulated[s] += matrix[row, s] * h[row]
         a, b, c, d = h[t], h[t - 1], h[t - 2], h[t - 3]
         for s in range(t - 3):
-            handed_back[s] += matrix[t, s] * a + matrix[t - 1, s] * b + matrix[t - 2, s] * c + matrix[t - 3, s] * d
+            accumulated[s] += matrix[t, s] * a + matrix[t - 1, s] * b + matrix[t - 2, s] * c + matrix[t - 3, s] * d
         t -= 4
     for row in range(t, -1, -1):
-        h[row] += leaves[row] * handed_back[row]
+        h[row] += propagation_factor[row] * accumulated[row]
         for s in range(row):
-            handed_back[s] += matrix[row, s] * h[row]
+            accumulated[s] += matrix[row, s] * h[row]
 
 
 @njit(nogil=True, cache=True, fastmath=_REGROUP)
-def dense_influence(matrix: NDArray, leaves: NDArray, g: NDArray) -> None:
+def dense_influence(matrix: NDArray, propagation_factor: NDArray, g: NDArray) -> None:
     """``g = q + C D g`` for one matrix ``[T, T]``, four rows at a time, so that each read of g serves four sums."""
-    handed_on = np.zeros(g.size)
+    propagated = np.zeros(g.size)
     whole = g.size - g.size % 4
     for t in range(0, whole, 4):
         a = b = c = d = 0.0
         for s in range(t):
-            x = handed_on[s]
+            x = propagated[s]
             a += matrix[t, s] * x
             b += matrix[t + 1, s] * x
             c += matrix[t + 2, s] * x
@@ -94,9 +94,9 @@ def dense_influence(matrix: NDArray, leaves: NDArray, g: NDArray) -> None:
         g[t + 3] += d
         for row in range(t, t + 4):
             for s in range(t, row):
-                g[row] += matrix[row, s] * handed_on[s]
-            handed_on[row] = leaves[row] * g[row]
+                g[row] += matrix[row, s] * propagated[s]
+            propagated[row] = propagation_factor[row] * g[row]
     for row in range(whole, g.size):
         for s in range(row):
-            g[row] += matrix[row, s] * handed_on[s]
-        handed_on[row] = leaves[row] * g[row]
+            g[row] += matrix[row, s] * propagated[s]
+        propagated[row] = propagation_factor[row] * g[row]

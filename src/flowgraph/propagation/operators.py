@@ -8,7 +8,6 @@ is an exact float64 number, so nothing is lost and the copy stays small.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -16,21 +15,8 @@ from torch import Tensor
 from torch_geometric.utils import segment
 
 from flowgraph.propagation.block_substitution import BLOCK
+from flowgraph.propagation.row_sources import RowSource
 from flowgraph.propagation.topology import Topology
-
-
-class RowSource(Protocol):
-    """Rows of a batch of causal matrices, computed or fetched on demand."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
-        """Rows ``[start, stop)``, columns ``[0, stop)``: causality leaves nothing to the right."""
-        ...
 
 
 class DenseRows:
@@ -139,5 +125,5 @@ class _SparseRows:
         return segment(received, self.ptr, reduce="sum").view(self.inner.shape[:2])  # a scatter over sorted rows
 
     def push(self, y: Tensor, out: Tensor) -> None:
-        handed_back = self.weight * y.reshape(-1).index_select(0, self.row)
-        out.view(-1).scatter_add_(0, self.source, handed_back)
+        accumulated = self.weight * y.reshape(-1).index_select(0, self.row)
+        out.view(-1).scatter_add_(0, self.source, accumulated)

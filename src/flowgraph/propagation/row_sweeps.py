@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.propagation import block_substitution as sweeps
 from flowgraph.propagation import numba_backend as compiled
-from flowgraph.propagation.edge_sweeps import Backend, in_token_order
-from flowgraph.propagation.operators import DenseOperator, RowSource, StreamedOperator
-from flowgraph.propagation.powers import scaled
+from flowgraph.propagation.interface import Backend, in_token_order
+from flowgraph.propagation.operators import DenseOperator, StreamedOperator
+from flowgraph.propagation.row_sources import BalancedRows, RowSource
+from flowgraph.propagation.scaling import scaled
 
 
 class _SequenceSums:
     """Sums over vectors ``[B, T]``, one sequence a row."""
 
-    leaves: Float64[Tensor, "graphs tokens"]
+    propagation_factor: Float64[Tensor, "graphs tokens"]
 
     @property
-    def hands_on(self) -> Bool[Tensor, "graphs tokens"]:
-        return self.leaves > 0
+    def can_propagate(self) -> Bool[Tensor, "graphs tokens"]:
+        return self.propagation_factor > 0
 
     def total(self, x: Tensor) -> Float64[Tensor, " graphs"]:
         return x.sum(-1)
@@ -34,22 +34,22 @@ class _SequenceSums:
         return x.amax(-1)
 
     def spread(self, x: Tensor) -> Tensor:
-        return x[:, None].expand_as(self.leaves)
+        return x[:, None].expand_as(self.propagation_factor)
 
 
 class DenseSweeps(_SequenceSums):
     """Sweeps over matrices ``[B, T, T]`` that are read in place; entries on and above the diagonal count as zero."""
 
-    def __init__(self, leaves: Float64[Tensor, "graphs tokens"], backend: Backend = "auto") -> None:
+    def __init__(self, propagation_factor: Float64[Tensor, "graphs tokens"], backend: Backend = "auto") -> None:
         if backend not in ("auto", "dense", "numba"):
             raise InvalidInputError(
                 f"backend: dense rows are solved by 'dense' or 'numba', got {backend!r}; 'auto' takes what is there"
             )
-        self.leaves = leaves
+        self.propagation_factor = propagation_factor
         if backend == "auto":
-            backend = "numba" if compiled.available() and leaves.device.type == "cpu" else "dense"
+            backend = "numba" if compiled.available() and propagation_factor.device.type == "cpu" else "dense"
         if backend == "numba":
-            compiled.require(leaves.device)
+            compiled.require(propagation_factor.device)
         self.backend = backend
 
     def potential(self, weight: Tensor, demand: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class DenseSweeps(_SequenceSums):
         return self._run("influence", weight, inflow)
 
     def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
-        return (at_target[:, :, None] * (self.leaves * at_source)[:, None, :]).tril(-1)
+        return (at_target[:, :, None] * (self.propagation_factor * at_source)[:, None, :]).tril(-1)
 
     def weights_into(self, weight: Tensor, *, last_first: bool) -> Iterator[tuple[int, slice, np.ndarray]]:
         tokens = weight.shape[-1]
@@ -70,8 +70,8 @@ class DenseSweeps(_SequenceSums):
 
     def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
         refuse_bad_weights(weight)  # an infinite weight is one way to get here
-        handed_on = weight.tril(-1) * (self.leaves > 0)[:, None, :]
-        return scaled(handed_on, exponent[:, :, None] - exponent[:, None, :])
+        propagated = weight.tril(-1) * (self.propagation_factor > 0)[:, None, :]
+        return scaled(propagated, exponent[:, :, None] - exponent[:, None, :])
 
     def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
         for matrix, readers, read in zip(weight.detach(), target, source, strict=True):
@@ -83,8 +83,8 @@ class DenseSweeps(_SequenceSums):
 
     def _run(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
         if self.backend == "numba" and weight.dtype in (torch.float32, torch.float64):
-            return compiled.over_rows(name, weight, self.leaves, x)
-        return getattr(sweeps, name)(DenseOperator(weight), self.leaves, x)
+            return compiled.over_rows(name, weight, self.propagation_factor, x)
+        return getattr(sweeps, name)(DenseOperator(weight), self.propagation_factor, x)
 
 
 def refuse_bad_weights(matrix: Float[Tensor, "graphs tokens tokens"]) -> None:
@@ -106,19 +106,19 @@ def refuse_bad_weights(matrix: Float[Tensor, "graphs tokens tokens"]) -> None:
 class StreamSweeps(_SequenceSums):
     """Sweeps over rows that are produced on demand, block by block, and have no gradient of their own.
 
-    The weight is a :class:`~flowgraph.propagation.operators.RowSource`.
+    The weight is a :class:`~flowgraph.propagation.row_sources.RowSource`.
     """
 
     backend = "streamed"
 
-    def __init__(self, leaves: Float64[Tensor, "graphs tokens"]) -> None:
-        self.leaves = leaves
+    def __init__(self, propagation_factor: Float64[Tensor, "graphs tokens"]) -> None:
+        self.propagation_factor = propagation_factor
 
     def potential(self, weight: RowSource, demand: Tensor) -> Tensor:
-        return sweeps.potential(StreamedOperator(weight), self.leaves, demand)
+        return sweeps.potential(StreamedOperator(weight), self.propagation_factor, demand)
 
     def influence(self, weight: RowSource, inflow: Tensor) -> Tensor:
-        return sweeps.influence(StreamedOperator(weight), self.leaves, inflow)
+        return sweeps.influence(StreamedOperator(weight), self.propagation_factor, inflow)
 
     def weights_into(self, weight: RowSource, *, last_first: bool) -> Iterator[tuple[int, slice, np.ndarray]]:
         tokens, step = weight.num_tokens, StreamedOperator(weight).block  # the blocks that the sweeps read
@@ -130,7 +130,7 @@ class StreamSweeps(_SequenceSums):
                     yield first + t, slice(first, first + t), matrix[row, :t]
 
     def balanced(self, weight: RowSource, exponent: Tensor) -> RowSource:
-        return BalancedRows(weight, exponent, self.leaves > 0)
+        return BalancedRows(weight, exponent, self.propagation_factor > 0)
 
     def any_weight(self, weight: RowSource, target: Tensor, source: Tensor) -> bool:
         columns, step = source.any(0).nonzero().flatten(), StreamedOperator(weight).block
@@ -141,24 +141,3 @@ class StreamSweeps(_SequenceSums):
             if bool(((rows[:, :, at] > 0) & target[:, here, None] & source[:, None, at]).any()):
                 return True
         return False
-
-
-@dataclass(frozen=True)
-class BalancedRows:
-    """Rows in other units, see :mod:`~flowgraph.propagation.scaling`."""
-
-    source: RowSource
-    exponent: Int64[Tensor, "graphs tokens"]
-    leaves: Bool[Tensor, "graphs tokens"]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.source.num_tokens
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    def block(self, start: int, stop: int) -> Float64[Tensor, "graphs block stop"]:
-        gap = self.exponent[:, start:stop, None] - self.exponent[:, None, :stop]
-        return scaled(self.source.block(start, stop) * self.leaves[:, None, :stop], gap)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from flowgraph.propagation.edge_sweeps import Sweeps
+from flowgraph.propagation.interface import Sweeps
 
 
 def exponents(sweeps: Sweeps, weight: Any, demand: Tensor) -> Int64[Tensor, ...]:
@@ -24,17 +24,32 @@ def exponents(sweeps: Sweeps, weight: Any, demand: Tensor) -> Int64[Tensor, ...]
     Computed in logarithms, one token at a time: an error of a few bits would do no harm.
     """
     with np.errstate(divide="ignore"):
-        leaves, own = (np.log2(x.detach().flatten().cpu().numpy()) for x in (sweeps.leaves, demand))
-        log_h, handed_back = own.copy(), np.full(own.size, -np.inf)
+        propagation_factor, own = (
+            np.log2(x.detach().flatten().cpu().numpy()) for x in (sweeps.propagation_factor, demand)
+        )
+        log_h, accumulated = own.copy(), np.full(own.size, -np.inf)
         for token, read, weights in sweeps.weights_into(weight, last_first=True):
-            log_h[token] = np.logaddexp2(own[token], leaves[token] + handed_back[token])
+            log_h[token] = np.logaddexp2(own[token], propagation_factor[token] + accumulated[token])
             if log_h[token] > -np.inf:
-                handed_back[read] = np.logaddexp2(handed_back[read], np.log2(weights) + log_h[token])
+                accumulated[read] = np.logaddexp2(accumulated[read], np.log2(weights) + log_h[token])
         unread = log_h == -np.inf
         k = np.where(unread, 0.0, np.rint(log_h))
         if unread.any():
             for token, read, weights in sweeps.weights_into(weight, last_first=False):
-                arriving = np.log2(weights) + leaves[read] - k[read]
+                arriving = np.log2(weights) + propagation_factor[read] - k[read]
                 if unread[token] and arriving.max(initial=-np.inf) > -np.inf:
                     k[token] = -np.rint(np.logaddexp2.reduce(arriving))
-    return torch.from_numpy(k).long().view(sweeps.leaves.shape).to(sweeps.leaves.device)
+    return torch.from_numpy(k).long().view(sweeps.propagation_factor.shape).to(sweeps.propagation_factor.device)
+
+
+_STEP = 1000
+"""Powers of two are multiplied on in steps that float64 can hold."""
+
+
+def scaled(x: Tensor, exponent: Int64[Tensor, ...]) -> Float64[Tensor, ...]:
+    """``x * 2**exponent`` in float64, exact unless the product itself leaves the range; 0 stays 0."""
+    x, left = x.double(), exponent
+    for _ in range(4):
+        step = left.clamp(-_STEP, _STEP)
+        x, left = x * torch.exp2(step.double()), left - step
+    return x

@@ -126,14 +126,14 @@ def contract(flow: Flow, step_of_token: Int64[Tensor, " tokens"] | Sequence[int]
     require_single_feasible(flow)
     step = _step_numbers(flow, step_of_token)
     num_steps = int(step[-1]) + 1
-    edge_flow = flow.edge_flow()
+    edge_flow = flow.edge_flow
     used = edge_flow > 0
     ends, amount = step[flow.graph.edge_index[:, used]], edge_flow[used]
     crosses = ends[0] != ends[1]
     edge_index, crossing = coalesce(
         ends[:, crosses], amount[crosses], num_nodes=num_steps, reduce="sum", sort_by_row=False
     )
-    source, absorbed = (scatter(x, step, dim_size=num_steps, reduce="sum") for x in (flow.source, flow.absorbed()))
+    source, absorbed = (scatter(x, step, dim_size=num_steps, reduce="sum") for x in (flow.source, flow.absorbed))
     return Contraction(
         edge_index=edge_index,
         edge_flow=crossing,

@@ -13,6 +13,10 @@ from flowgraph.text.spans import Offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -147,3 +151,32 @@ def _locate(text: str, between: Sequence[str], contents: Sequence[str]) -> list[
         spans.append((cursor, end))
         cursor = end + len(after)
     return spans
+
+
+def check_prompt(prompt: Any) -> None:
+    """Refuse what is neither text nor chat messages, before anything is generated from it.
+
+    Raises:
+        RegionError: blank text.
+        InvalidInputError: anything else that cannot be a prompt.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise RegionError("prompt: must hold text, got only blanks; ask the question there")
+        return
+    if not isinstance(prompt, Sequence) or not all(
+        isinstance(each, Mapping) and isinstance(each.get("role"), str) for each in prompt
+    ):
+        raise InvalidInputError(
+            "prompt: must be text or a list of chat messages, each a dict with 'role' and 'content', "
+            f"got {prompt!r:.80}; pass one conversation, such as [{{'role': 'user', 'content': '...'}}]"
+        )
+    if not any(each.get("content") for each in prompt):
+        raise RegionError(
+            f"prompt: must hold text in the 'content' of a message, got {list(prompt)!r:.80}; ask the question there"
+        )
+
+
+def ends_with_response(prompt: str | Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last chat message is the model's, so that none has to be generated."""
+    return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"

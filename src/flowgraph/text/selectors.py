@@ -252,7 +252,7 @@ def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
         return Tokens(values)
     raise InvalidInputError(
         f"{ARGUMENT[part]}: must be a selector, a string, (start, end) characters, token indices or a bool mask, "
-        f"got {choice!r:.80}; see flowgraph.text.regions.find_regions"
+        f"got {choice!r:.80}; see flowgraph.find_regions"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,13 @@ from flowgraph.analysis.backbone import Backbone, backbone
 from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import TraceFileError
-from flowgraph.files import PathLike
+from flowgraph.files import PathLike, write_json
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
-from flowgraph.tracing.payload import trace_payload, write_json
+from flowgraph.tracing.payload import trace_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
 _TENSORS = {
@@ -78,9 +79,15 @@ class FlowTrace:
         return self.flow.throughput
 
     @property
+    def potential(self) -> Float64[Tensor, " tokens"]:
+        """Backward potential h: total influence of each token that reaches the answer; 0 where float64 underflows."""
+        return self.flow.potentials[0]
+
+    @property
     def h(self) -> Float64[Tensor, " tokens"]:
-        """Total influence of each token that reaches the answer; 0 also where it is too small for float64."""
-        return self.flow.potentials()[0]
+        """Return :attr:`potential` under its old name, with a warning; removed in the next release."""
+        warnings.warn("h: is deprecated, got FlowTrace.h; use FlowTrace.potential", DeprecationWarning, stacklevel=2)
+        return self.potential
 
     @property
     def question(self) -> Bool[Tensor, " tokens"]:

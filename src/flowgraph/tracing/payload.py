@@ -24,7 +24,6 @@ Schema ``flowgraph-trace/1``::
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,7 +35,6 @@ from torch import Tensor
 
 from flowgraph.analysis.backbone import backbone
 from flowgraph.analysis.routes import checkpoints, hubs, widest_routes
-from flowgraph.files import PathLike, write_text
 from flowgraph.flow.flow import Flow
 from flowgraph.steps.step_flow import step_flow
 
@@ -58,7 +56,7 @@ def trace_payload(
 ) -> dict[str, Any]:
     """The trace in the schema above. Cost: one backbone search and twenty routes."""
     graph, feasible = flow.graph, bool(flow.feasible)
-    edge_flow = flow.edge_flow()
+    edge_flow = flow.edge_flow
     strongest = torch.argsort(edge_flow, descending=True, stable=True)[: int((edge_flow > 0).sum())]
     payload: dict[str, Any] = {
         "schema": SCHEMA,
@@ -104,8 +102,8 @@ def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor)
     graph = flow.graph
     regions = {"question": graph.question_mask, "reasoning": graph.reasoning_mask, "answer": graph.answer_mask}
     starts, made = spans.tolist(), generated.tolist()
-    h, g = ([x if math.isfinite(x) else None for x in vector.tolist()] for vector in flow.potentials())
-    throughput, source, absorbed = (x.tolist() for x in (flow.throughput, flow.source, flow.absorbed()))
+    h, g = ([x if math.isfinite(x) else None for x in vector.tolist()] for vector in flow.potentials)
+    throughput, source, absorbed = (x.tolist() for x in (flow.throughput, flow.source, flow.absorbed))
     return [
         {
             "index": index,
@@ -131,12 +129,3 @@ def _edges(edge_index: Tensor, chosen: Tensor, *values: Tensor) -> list[list[flo
         *(value[chosen].tolist() for value in values),
     ]
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def write_json(path: PathLike, payload: dict[str, Any]) -> None:
-    """Write a payload as JSON, atomically; lone surrogates of broken token text are escaped, not lost.
-
-    Raises:
-        OutputError: the path cannot be written.
-    """
-    write_text(path, json.dumps(payload, ensure_ascii=True, allow_nan=False, indent=1) + "\n")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +19,17 @@ from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.memory import require_memory
-from flowgraph.propagation.edge_sweeps import Backend
-from flowgraph.propagation.operators import RowSource
+from flowgraph.propagation.interface import Backend
+from flowgraph.propagation.row_sources import RowSource
 from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.flow_trace import FlowTrace
-from flowgraph.tracing.inputs import Progress, regions_of_ids, regions_of_text
+from flowgraph.tracing.generation import Progress
+from flowgraph.tracing.inputs import regions_of_ids, regions_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from flowgraph.tracing.provenance import provenance_of
 
 
 def trace(
@@ -104,7 +104,7 @@ def trace(
 
     Cost: one forward pass, one or four reads of the attention rows, two sweeps over the edges.
     """
-    say = progress or (lambda line: None)
+    progress = progress or (lambda line: None)
     for path in outputs:
         check_writable(path)
     # Everything that needs no forward pass is checked before one is made, generation included.
@@ -119,16 +119,16 @@ def trace(
         )
     else:
         encoded, regions = regions_of_text(
-            model, tokenizer, prompt, response, question, answer, reasoning, max_new_tokens, say
+            model, tokenizer, prompt, response, question, answer, reasoning, max_new_tokens, progress
         )
     num_tokens = encoded.input_ids.numel()
     require_room(inner, num_tokens, layers, max_edges)
 
-    say(f"reading the attention of {num_tokens} tokens")
+    progress(f"reading the attention of {num_tokens} tokens")
     attention = capture(model, encoded.input_ids[None], layers=layers, heads=heads, edge_weight=edge_weight)
     return assemble(
         attention.sequence(0), encoded, regions, rules=rules, max_edges=max_edges, backend=backend, source=source,
-        demand=demand, absorption=absorption, damping=damping, progress=say,
+        demand=demand, absorption=absorption, damping=damping, progress=progress,
         provenance=provenance_of(inner, tokenizer, regions, attention.layers, heads, edge_weight, preset, rules),
     )  # fmt: skip
 
@@ -153,8 +153,8 @@ def assemble(
     Raises:
         RegionError, GraphError: regions that do not fit the rows.
     """
-    say = progress or (lambda line: None)
-    say("building the graph")
+    progress = progress or (lambda line: None)
+    progress("building the graph")
     graph = FlowGraph.from_rows(
         attention,
         question=_without_first(regions.question),
@@ -164,7 +164,7 @@ def assemble(
         rules=rules,
         max_edges=max_edges,
     ).to("cpu")
-    say("solving the flow")
+    progress("solving the flow")
     flow = solve(graph, backend=backend, source=source, demand=demand, absorption=absorption, damping=damping)
     return FlowTrace(
         tokens=tuple(encoded.tokens),
@@ -200,36 +200,3 @@ def require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edges
         f"trace of {num_tokens} tokens over {chosen} layers",
         "choose fewer layers, a shorter text or a smaller max_edges=",
     )
-
-
-def provenance_of(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    regions: Regions,
-    layers: tuple[int, ...],
-    heads: Any,
-    edge_weight: str,
-    preset: str,
-    rules: EdgeRules,
-) -> dict[str, Any]:
-    """What was run, with which choices and versions, as plain JSON values."""
-    config = model.config  # type: ignore[union-attr]
-    return {
-        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        "architecture": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "tokenizer": type(tokenizer).__name__ if tokenizer is not None else None,
-        "layers": list(layers),
-        "heads": heads if isinstance(heads, str) else str(heads),
-        "edge_weight": edge_weight,
-        "preset": preset,
-        "rows": rules.rows,
-        "self_attention": rules.self_attention,
-        "first_token": rules.first_token,
-        "question_selector": regions.question_selector,
-        "answer_selector": regions.answer_selector,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("flowgraph-llm", "torch", "transformers", "torch-geometric")},
-        },
-    }

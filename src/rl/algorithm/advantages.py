@@ -13,6 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from rl.algorithm.tensor_checks import (
+    described,
+    require_finite,
+    require_floats,
+    require_mask,
+    require_range,
+    require_run,
+)
 from rl.errors import ConfigError
 
 
@@ -37,12 +45,12 @@ def token_rewards(
         ConfigError: wrong shapes, a mask with gaps, or numbers that are not finite.
     """
     require_run(mask)
-    _require_finite("rewards", rewards, mask.any(1))
+    require_finite("rewards", rewards, mask.any(1))
     outcome = torch.where(last_tokens(mask), rewards.detach()[:, None], 0.0)
     if kl is None:
         return outcome
-    _require_finite("kl", kl, mask)
-    _require_range("kl_weight", kl_weight, 0 <= kl_weight < math.inf, "be at least 0", "0 turns the penalty off")
+    require_finite("kl", kl, mask)
+    require_range("kl_weight", kl_weight, 0 <= kl_weight < math.inf, "be at least 0", "0 turns the penalty off")
     return outcome - kl_weight * torch.where(mask, kl.detach(), 0.0)
 
 
@@ -77,15 +85,15 @@ def gae(
     Cost: one backward loop over R columns. Source: Schulman et al., arXiv 1506.02438, eq. 16.
     """
     require_run(mask)
-    _require_finite("rewards", rewards, mask)
-    _require_finite("values", values, mask)
+    require_finite("rewards", rewards, mask)
+    require_finite("values", values, mask)
     for name, value in (("discount", discount), ("gae_lambda", gae_lambda)):
-        _require_range(name, value, 0 <= value <= 1, "lie in [0, 1]", "1 and 0.95 are the defaults")
+        require_range(name, value, 0 <= value <= 1, "lie in [0, 1]", "1 and 0.95 are the defaults")
     rewards = torch.where(mask, rewards.detach(), 0.0)
     values = torch.where(mask, values.detach(), 0.0)
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     if bootstrap is not None:
-        _require_finite("bootstrap", bootstrap, mask.any(1))
+        require_finite("bootstrap", bootstrap, mask.any(1))
         following = torch.where(last_tokens(mask), bootstrap.detach()[:, None], following)
     surprise = rewards + discount * following - values  # on padding discount * 0, so the loop starts from 0
     advantages = torch.zeros_like(surprise)
@@ -120,7 +128,7 @@ def group_advantages(
         >>> group_advantages(torch.tensor([1.0, 0, 3, 3]), groups, scale_std=False).tolist()
         [0.5, -0.5, 0.0, 0.0]
     """
-    _require_range("epsilon", epsilon, epsilon > 0, "be positive", "1e-4 is the default")
+    require_range("epsilon", epsilon, epsilon > 0, "be positive", "1e-4 is the default")
     deviation, index, sizes = _deviations(rewards, groups)
     if scale_std:
         squares = torch.zeros_like(sizes, dtype=deviation.dtype).index_add(0, index, deviation.square())
@@ -172,7 +180,7 @@ def whiten(
         ConfigError: wrong shapes, or numbers that are not finite.
     """
     require_mask("mask", mask)
-    _require_finite("values", values, mask)
+    require_finite("values", values, mask)
     white = torch.zeros_like(values, requires_grad=False)
     kept = values.detach()[mask].double()
     if kept.numel() == 0:
@@ -196,10 +204,10 @@ def _deviations(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Reward minus group mean in float64, the number of each response's group, and the sizes of the groups."""
     if not isinstance(groups, Tensor) or groups.dtype != torch.int64 or groups.ndim != 1:
         raise ConfigError(
-            f"groups: must be an int64 tensor of shape (responses,), got {_described(groups)}; give every response the "
+            f"groups: must be an int64 tensor of shape (responses,), got {described(groups)}; give every response the "
             "number of its prompt"
         )
-    _require_finite("rewards", rewards, torch.ones_like(groups, dtype=torch.bool))
+    require_finite("rewards", rewards, torch.ones_like(groups, dtype=torch.bool))
     names, index, sizes = groups.unique(return_inverse=True, return_counts=True)
     if bool((sizes < 2).any()):
         raise ConfigError(
@@ -211,59 +219,3 @@ def _deviations(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor
     above = wide - lowest[index]  # measured from the lowest, equal rewards leave no rounding behind
     mean = torch.zeros_like(lowest).index_add(0, index, above) / sizes
     return above - mean[index], index, sizes
-
-
-def require_mask(name: str, mask: Tensor) -> None:
-    """A bool tensor over responses and tokens."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
-        raise ConfigError(
-            f"{name}: must be a bool tensor of shape (responses, tokens), got {_described(mask)}; convert with .bool()"
-        )
-
-
-def require_run(mask: Tensor) -> None:
-    """A mask whose tokens stand on a run from column 0."""
-    require_mask("mask", mask)
-    gaps = (mask[:, 1:] & ~mask[:, :-1]).any(1)
-    if bool(gaps.any()):
-        raise ConfigError(
-            f"mask: must be True on one run of tokens from column 0, got a gap in response {int(gaps.nonzero()[0])}; "
-            "pad responses on the right"
-        )
-
-
-def require_floats(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    """A float tensor of this shape."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != tuple(shape):
-        raise ConfigError(
-            f"{name}: must be a float tensor of shape {tuple(shape)}, got {_described(value)}; B responses and R "
-            "response columns are the same in all arguments"
-        )
-
-
-def require_alike(**tensors: Tensor) -> None:
-    """Float tensors, all of the shape of the first."""
-    shapes = [value.shape for value in tensors.values() if isinstance(value, Tensor)]
-    for name, value in tensors.items():
-        require_floats(name, value, shapes[0] if shapes else ())
-
-
-def _require_finite(name: str, value: Tensor, where: Tensor) -> None:
-    """Floats of the shape of ``where``, finite where it is True."""
-    require_floats(name, value, where.shape)
-    wrong = where & ~torch.isfinite(value)
-    if bool(wrong.any()):
-        place = wrong.nonzero()[0].tolist()
-        raise ConfigError(
-            f"{name}: must be finite wherever a token stands, got {float(value[tuple(place)])} at {place}; look for "
-            "the reward function or the model that returned it"
-        )
-
-
-def _require_range(name: str, value: float, holds: bool, rule: str, remedy: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: must {rule}, got {value!r}; {remedy}")
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

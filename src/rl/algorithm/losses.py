@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rl.algorithm.advantages import require_alike, require_floats, require_mask
+from rl.algorithm.tensor_checks import require_alike, require_floats, require_mask
 from rl.config import Aggregation
 from rl.errors import ConfigError
 

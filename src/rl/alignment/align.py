@@ -31,8 +31,8 @@ from rl.errors import ConfigError
 from rl.policy.actor_critic import ActorCritic, model_name
 from rl.records import Responses
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
-from rl.tasks import make_task
 from rl.tasks.base import Task
+from rl.tasks.registry import make_task
 from rl.training.experience import build_experience
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rl.config import CreditConfig, PPOConfig, Shape
 from rl.credit.registry import find_rule
-from rl.credit.scoring import credit_generators, join_records, on_cpu, policy_credit, recorder_for
+from rl.credit.scoring import credit_generators, on_cpu, policy_credit, recorder_for
 from rl.credit.weights import top_share
 from rl.errors import ConfigError
 from rl.policy.actor_critic import ActorCritic, ModelInput
-from rl.records import Credit, Responses, TokenScores
+from rl.records import Credit, Responses, TokenScores, join_records
 
 
 def parse_arm(text: str) -> CreditConfig:

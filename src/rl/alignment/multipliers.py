@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from flowgraph import atomic_write
 from rl.config import CreditConfig
 from rl.evaluation.significance import Z_95, holm
 
-SCHEMA = "flowgraph-rl.alignment.multipliers/1"
+SCHEMA = "flowgraph-rl.alignment/1"
 UNIFORM = "uniform"
 
 _SAME = 1e-6
@@ -140,10 +143,24 @@ class Alignment:
             rows.append(row)
         return rows
 
-    def to_json(self) -> str:
-        """Everything, as JSON text; numbers that JSON does not know become null."""
-        values = {"schema": SCHEMA, "reliable": self.is_reliable, **asdict(self)}
-        return json.dumps(_plain(values), indent=2, allow_nan=False) + "\n"
+    def to_dict(self) -> dict[str, Any]:
+        """Return every figure as plain JSON values; NaN and infinity become None."""
+        return _plain({"schema": SCHEMA, "reliable": self.is_reliable, **asdict(self)})
+
+    def to_json(self, path: str | PathLike[str] | None = None) -> str | None:
+        """Write :meth:`to_dict` to a JSON file, atomically.
+
+        Args:
+            path: the file. Without it the text is returned, with a warning; removed in the next release.
+        """
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        if path is None:
+            message = "path: must be given, got none; call to_json(path) to write a file, to_dict() for the values"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return text
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return None
 
     def __repr__(self) -> str:
         found = ", ".join(f"{arm.name} {arm.multiplier.corrected:.2f}" for arm in self.arms)

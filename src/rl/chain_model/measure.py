@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rl.evaluation.evaluate import wilson_interval
+from rl.evaluation.significance import wilson_interval
 from rl.records import Sample
 from rl.tasks.chain import Chain, first_error
 

@@ -25,15 +25,12 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rl.chain_model.measure import measure
-from rl.errors import ConfigError, PolicyError
+from rl.errors import ConfigError
 from rl.folders import new_folder
 from rl.tasks.chain import Chain, correct_sum, demonstration
-
-CHAIN_MODEL = Path(__file__).parent.parent / "assets" / "chain"
-"""The folder of the base model that comes with the package."""
 
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
 _PATTERN = r"=[a-z0-9]|\+[0-9]|."
@@ -174,24 +171,6 @@ def chain_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         padding_side="left", model_max_length=256, clean_up_tokenization_spaces=False,
     )  # fmt: skip
-
-
-def load_chain_model(folder: str | Path = CHAIN_MODEL) -> tuple[Any, Any]:
-    """The base model, in float32 and evaluation mode, and its tokenizer.
-
-    Raises:
-        PolicyError: the folder holds no model.
-    """
-    folder = Path(folder)
-    if not (folder / "model.safetensors").is_file():
-        raise PolicyError(
-            f"folder: must hold a model that pretrain() wrote, got {str(folder)!r} without model.safetensors; "
-            "install the package again, or run rl.chain_model.pretrain.pretrain"
-        )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    if folder == CHAIN_MODEL:  # where a package is installed has no place in checkpoints, logs and pages
-        model.config._name_or_path = model.name_or_path = "chain"
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def build_model(recipe: Recipe) -> Qwen3ForCausalLM:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph import MissingExtraError, OutputError, atomic_write
+from flowgraph import MissingExtraError, OutputError
 from rl.commands.terminal import console, table
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def align_command(
     from rl.commands.run_file import CHAIN_DEFAULTS, parse_options, policy_folder
     from rl.config import PPOConfig
     from rl.policy.loading import load_policy
-    from rl.tasks import make_task
+    from rl.tasks.registry import make_task
 
     chosen = split_arms(arms)
     named_arms(chosen)  # a misspelt arm is refused before a model is loaded
@@ -126,8 +126,7 @@ def _share(value: float | None) -> str:
 def _write(found: Alignment, folder: Path) -> None:
     from rl.alignment.plot import plot_alignment
 
-    with atomic_write(folder / "alignment.json") as temporary:
-        temporary.write_text(found.to_json(), encoding="utf-8")
+    found.to_json(folder / "alignment.json")
     typer.echo(f"wrote {folder / 'alignment.json'}")
     try:
         typer.echo(f"wrote {plot_alignment(found, folder / 'alignment.png')}")
@@ -153,7 +152,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     if not screen.is_terminal:
         started[_STAGES[0]] = time.monotonic()
 
-        def say(stage: str, done: int, total: int) -> None:
+        def progress(stage: str, done: int, total: int) -> None:
             nonlocal last
             now = time.monotonic()
             if done == total and stage == _STAGES[0]:
@@ -163,7 +162,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
                 left = rate * (total - done)
                 typer.echo(f"{stage} {done}/{total}: {rate:.2f} s a batch, {left:.0f} s left", err=True)
 
-        yield say
+        yield progress
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),

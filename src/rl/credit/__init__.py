@@ -1,6 +1,8 @@
-"""Token credit: rules that say which tokens of a response matter, in a registry that is open to everyone."""
+"""Token credit: rules, their registry, the scoring pass, and weights.
 
-from rl.credit import rules as _rules  # noqa: F401  (its rules are there before anyone registers another)
-from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, find_rule, rule_names
+Importing this package registers the rules that ship with it.
+"""
 
-__all__ = ["AttentionNeed", "CreditInput", "credit_rule", "find_rule", "rule_names"]
+from rl.credit import attention_rules, flow_rules, policy_rules
+
+__all__ = ["attention_rules", "flow_rules", "policy_rules"]

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgraph import AttentionRows, HeadSelector
-from rl.credit.registry import AttentionNeed, CreditInput, credit_rule
+from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, options_of, recorded
 from rl.errors import CreditError
 
 BLOCK = 128
@@ -185,47 +184,6 @@ def atpo(batch: CreditInput) -> Float[Tensor, "batch response"]:
         z = (log - log.mean()) / log.std(correction=0).clamp_min(_LEAST_SPREAD)
         scores[item, mine] = z.sigmoid().clamp_min(floor).float()
     return scores
-
-
-def recorded(batch: CreditInput, name: str) -> AttentionRows:
-    """The attention that a rule asked for under this name.
-
-    Raises:
-        CreditError: it was not recorded, or for other tokens.
-    """
-    if name not in batch.rows:
-        raise CreditError(
-            f"rows: must hold the attention {name!r} that this rule reads, got {sorted(batch.rows)}; record what "
-            "find_rule(...).needs lists and pass it under the same names"
-        )
-    rows, shape = batch.rows[name], tuple(batch.responses.input_ids.shape)
-    if (rows.batch_size, rows.num_tokens) != shape:
-        raise CreditError(
-            f"rows: {name!r} must be the attention of {shape[0]} x {shape[1]} tokens, got {rows.batch_size} x "
-            f"{rows.num_tokens}; record the pass over these very responses"
-        )
-    return rows
-
-
-def options_of(batch: CreditInput, **defaults: Any) -> dict[str, Any]:
-    """A rule's settings: its defaults, changed by the options of the batch.
-
-    Raises:
-        CreditError: an unknown option; no whole number of at least 1 where the default is whole, or no number in
-            [0, 1] where it is a fraction.
-    """
-    for name, value in batch.options.items():
-        if name == "rows":  # how the run reads rows; the flow rules look it up themselves
-            continue
-        if name not in defaults:
-            known = ", ".join(defaults) or "none"
-            raise CreditError(f"options: must be options of this rule, got {name!r}; there are {known}")
-        whole = isinstance(defaults[name], int)
-        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not (value >= 1 if whole else 0 <= value <= 1):
-            rule = "a whole number of at least 1" if whole else "a number in [0, 1]"
-            raise CreditError(f"options: {name} must be {rule}, got {value!r}; {defaults[name]} is the default")
-    return {name: batch.options.get(name, default) for name, default in defaults.items()}
 
 
 def _response_blocks(batch: CreditInput, name: str) -> Iterator[tuple[int, Float[Tensor, "batch block read"]]]:

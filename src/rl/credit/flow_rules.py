@@ -16,9 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgraph import AttentionRows, EdgeRules, RowFlow, solve_rows
-from rl.credit.attention_rules import options_of, recorded
 from rl.credit.policy_rules import generators_of
-from rl.credit.registry import AttentionNeed, CreditInput, credit_rule
+from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, options_of, recorded
 
 _NEEDS = {"attention": AttentionNeed()}
 

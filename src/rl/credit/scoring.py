@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -17,10 +16,8 @@ from rl.config import CreditConfig
 from rl.credit.registry import AttentionNeed, CreditInput, CreditRule, find_rule, score_tokens
 from rl.credit.weights import shape_weights
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
-from rl.records import Credit, Responses, TokenScores
+from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,22 +234,3 @@ def embedding_gradient(
 def on_cpu(tensor: Tensor, mask: Tensor) -> Tensor:
     """Float32, 0 on padding, on the CPU, without a gradient."""
     return tensor.detach().float().masked_fill(~mask, 0.0).cpu()
-
-
-def to_device(record: Record, device: torch.device) -> Record:
-    """A record with its tensors on another device."""
-    moved = {
-        item.name: value.to(device)
-        for item in fields(record)  # type: ignore[arg-type]
-        if isinstance(value := getattr(record, item.name), Tensor)
-    }
-    return replace(record, **moved)  # type: ignore[type-var]
-
-
-def join_records(parts: list[Record]) -> Record:
-    """Records of the same columns as one, sequences in order; a field that is None stays None."""
-    joined = {}
-    for item in fields(parts[0]):  # type: ignore[arg-type]
-        values = [getattr(part, item.name) for part in parts]
-        joined[item.name] = None if values[0] is None else torch.cat(values)
-    return type(parts[0])(**joined)

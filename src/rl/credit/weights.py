@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rl.algorithm.advantages import last_tokens, require_alike, require_floats, require_mask, require_run, token_rewards
+from rl.algorithm.advantages import last_tokens, token_rewards
+from rl.algorithm.tensor_checks import require_alike, require_floats, require_mask, require_run
 from rl.config import CreditConfig, Sign
 from rl.errors import ConfigError, CreditError
 

@@ -19,6 +19,7 @@ from rl.tasks.base import SPLITS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rl.evaluation.significance import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -138,19 +139,6 @@ def evaluate(
         float(rewards.mean()), low, high, float(rewards.max(1).values.mean()), num_problems, samples, answered,
         truncated, tokens, rows,
     )  # fmt: skip
-
-
-def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
-
-    Example:
-        >>> [round(end, 3) for end in wilson_interval(8, 10)]
-        [0.49, 0.943]
-    """
-    share, spread = successes / trials, Z_95**2 / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _interval(rewards: torch.Tensor, distinct: int) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flowgraph import AttentionRows, encode
-from rl.algorithm.advantages import require_alike, require_run
+from rl.algorithm.tensor_checks import require_alike, require_run
 from rl.config import CreditConfig
 from rl.credit.registry import CreditRule, find_rule
 from rl.credit.scoring import credit_tokens

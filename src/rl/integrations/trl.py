@@ -14,11 +14,10 @@ from torch import Tensor
 from flowgraph import AttentionRecorder, MissingExtraError
 from rl.config import CreditConfig
 from rl.credit.registry import AttentionNeed
-from rl.credit.scoring import join_records, to_device
 from rl.errors import ConfigError
 from rl.integrations.tensors import FindAnswer, read_responses, scale_advantages, token_credit, usable_rule
 from rl.policy.sampling import evaluating
-from rl.records import Credit, Responses, TokenScores
+from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
 from rl.tasks.answers import find_answer as stated_answer
 

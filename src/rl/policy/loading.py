@@ -9,6 +9,8 @@ from rl.errors import CheckpointError, ConfigError, PolicyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -26,8 +28,6 @@ def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
     if dtype not in kinds:
         raise ConfigError(f"dtype: must be one of {', '.join(kinds)}, got {dtype!r}; 'auto' takes the checkpoint's own")
     if name == "chain":
-        from rl.chain_model.pretrain import load_chain_model
-
         model, tokenizer = load_chain_model()
         return (model if dtype == "auto" else model.to(kinds[dtype])), tokenizer
     failures = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
@@ -92,3 +92,25 @@ def _with_adapter(network: Any, adapter: Path) -> Any:
             f"adapter: must be a PEFT folder that fits the model, got {adapter} ({first}); give --model the base that "
             "it was trained on"
         ) from error
+
+
+CHAIN_MODEL = Path(__file__).parent.parent / "assets" / "chain"
+"""The folder of the base model that comes with the package."""
+
+
+def load_chain_model(folder: str | Path = CHAIN_MODEL) -> tuple[Any, Any]:
+    """The base model, in float32 and evaluation mode, and its tokenizer.
+
+    Raises:
+        PolicyError: the folder holds no model.
+    """
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise PolicyError(
+            f"folder: must hold a model that pretrain() wrote, got {str(folder)!r} without model.safetensors; "
+            "install the package again, or run rl.chain_model.pretrain.pretrain"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if folder == CHAIN_MODEL:  # where a package is installed has no place in checkpoints, logs and pages
+        model.config._name_or_path = model.name_or_path = "chain"
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

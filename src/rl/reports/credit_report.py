@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgraph import InvalidInputError, atomic_write
+from rl.config import flattened
 from rl.records import Experience, Responses
 from rl.rollouts.rollout_file import PathLike, Tokens, load_rollout
-from rl.training.metrics import flattened
 
 PAGE_SCHEMA = "flowgraph-credit-report/1"
 _BINS = 30

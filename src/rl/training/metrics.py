@@ -86,22 +86,3 @@ def step_row(step: int, averages: Averages, seconds: Mapping[str, float], **sett
         "tokens_per_second": averages.sums["response_tokens"] / whole,
         "credit_overhead_percent": 100 * seconds["credit_seconds"] / (whole - seconds["credit_seconds"]),
     }
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under flat names.
-
-    Example:
-        >>> flattened({"seed": 1, "lora": {"rank": 2}})
-        {'seed': 1, 'lora.rank': 2}
-    """
-    out: dict[str, Any] = {}
-    for name, value in settings.items():
-        out |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out
-
-
-def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings as flat names and plain values, which is what trackers take."""
-    plain = (int, float, str, bool)
-    return {name: value if isinstance(value, plain) else str(value) for name, value in flattened(settings).items()}

@@ -137,7 +137,7 @@ class Display:
             rate = (time.monotonic() - self._started) / max(1, step - self._finished)
             print(f"step {step}/{self.total}: {line}, {rate * (self.total - step):.0f} s left", file=sys.stderr)  # noqa: T201
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A message beside the steps."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowgraph import InvalidInputError, OutputError
 from rl.algorithm.schedules import adapted_kl_weight, learning_rate_factor
-from rl.config import CreditConfig, PPOConfig
+from rl.config import CreditConfig, PPOConfig, flat_settings
 from rl.credit.registry import find_rule
 from rl.credit.scoring import score_rollout
 from rl.errors import CheckpointError
@@ -23,8 +23,8 @@ from rl.policy.actor_critic import ActorCritic, TokenOutput, model_name
 from rl.records import Experience, Responses
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
-from rl.tasks import make_task
 from rl.tasks.base import Task
+from rl.tasks.registry import make_task
 from rl.training.checkpoint import (
     Position,
     check_run,
@@ -36,7 +36,7 @@ from rl.training.checkpoint import (
 )
 from rl.training.distributed import check_accelerator, gathered, make_accelerator, whiten_together
 from rl.training.experience import build_experience
-from rl.training.metrics import Averages, Clock, flat_settings, step_averages, step_row
+from rl.training.metrics import Averages, Clock, step_averages, step_row
 from rl.training.tracking import Display, MetricsFile, check_trackers, read_metrics
 from rl.training.update import Updater, learning_rates, make_optimizer, minibatch_order
 

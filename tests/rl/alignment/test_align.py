@@ -315,7 +315,7 @@ def test_bad_input():
 
 
 def test_json_and_table(measured):
-    values = json.loads(measured.to_json())
+    values = json.loads(json.dumps(measured.to_dict()))
     assert values["schema"] == SCHEMA
     assert [arm["name"] for arm in values["arms"]] == [arm.name for arm in measured.arms]
     assert values["arms"][1]["multiplier"]["corrected"] == measured.arms[1].multiplier.corrected
@@ -343,7 +343,7 @@ def test_the_picture(measured, tmp_path, monkeypatch):
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("rl.policy.loading.load_model", lambda name, dtype: (tiny_policy(), alphabet()))
-    monkeypatch.setattr("rl.tasks.make_task", lambda task, **options: Digits())
+    monkeypatch.setattr("rl.tasks.registry.make_task", lambda task, **options: Digits())
     app = typer.Typer()
     app.command()(align_command)
     arguments = ["--arms", "flow:share=0.2,strength=3,random", "--batches", "3", "--out", str(tmp_path / "new" / "out")]

@@ -14,17 +14,16 @@ import torch
 from rl.chain_model import pretrain as module
 from rl.chain_model.measure import measure, respond
 from rl.chain_model.pretrain import (
-    CHAIN_MODEL,
     Recipe,
     build_model,
     chain_tokenizer,
     demonstrations,
     encode,
-    load_chain_model,
     mistaken_sums,
     pretrain,
 )
 from rl.errors import ConfigError, PolicyError
+from rl.policy.loading import CHAIN_MODEL, load_chain_model
 from rl.tasks.chain import Chain, demonstration, first_error, read_prompt
 
 TINY = Recipe(steps=3, width=16, layers=1, heads=2, batch_size=4, num_variables=3, evaluate=2)

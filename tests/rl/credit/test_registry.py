@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl.credit import AttentionNeed, CreditInput, credit_rule, find_rule, registry, rule_names
-from rl.credit.registry import score_tokens
+from flowgraph import HeadSelector
+from rl.credit import registry
+from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, find_rule, rule_names, score_tokens
 from rl.errors import CreditError
 from rl.records import Responses, Sample, TokenScores
 
@@ -57,11 +58,9 @@ def test_the_package_brings_its_rules():
 def test_attention_is_asked_for_by_name():
     assert find_rule("flow").needs == {"attention": AttentionNeed()}
     assert find_rule("uniform").needs == {}
-    heads = {name: need.heads for name, need in find_rule("coupled").needs.items()}
-    assert [(heads[name].keep, heads[name].share) for name in ("local", "global")] == [
-        ("lowest", 0.3),
-        ("highest", 0.3),
-    ]
+    needs = find_rule("coupled").needs
+    assert needs["local"].heads == HeadSelector("distance", "lowest", 0.3)
+    assert needs["global"].heads == HeadSelector("distance", "highest", 0.3)
 
 
 def test_a_third_party_registers_a_rule_in_five_lines():

@@ -13,9 +13,8 @@ from torch import Tensor
 from flowgraph import AttentionRecorder, AttentionRows, HeadSelector, InvalidInputError, MemoryLimitError
 from flowgraph.attention.attention_rows import WeightedLayer
 from flowgraph.attention.head_aggregation import HeadAggregator
-from rl.credit import AttentionNeed, CreditInput, find_rule, rule_names
 from rl.credit import attention_rules as attention_rules
-from rl.credit.registry import score_tokens
+from rl.credit.registry import AttentionNeed, CreditInput, find_rule, rule_names, score_tokens
 from rl.errors import CreditError
 from rl.records import Responses, Sample, TokenScores
 from tests.fixtures.tiny import tiny_model

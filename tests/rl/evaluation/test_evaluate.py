@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from rl import ConfigError, Evaluation, PolicyError, evaluate
-from rl.evaluation.evaluate import wilson_interval
+from rl.evaluation.significance import wilson_interval
 from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 
 TOKENIZER = alphabet()

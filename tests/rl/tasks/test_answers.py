@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from flowgraph import MissingExtraError
 from rl.errors import TaskError
-from rl.tasks import answers
 from rl.tasks.answers import (
     MAX_ANSWER,
     SEARCHED,
@@ -24,6 +23,7 @@ from rl.tasks.answers import (
     find_answer,
     parse_number,
 )
+from rl.tasks.registry import answers
 
 
 @pytest.mark.parametrize(

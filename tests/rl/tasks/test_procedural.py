@@ -11,9 +11,9 @@ import pytest
 from flowgraph import MissingExtraError
 from rl.errors import TaskError
 from rl.records import Sample
-from rl.tasks import procedural
 from rl.tasks.base import Task
 from rl.tasks.procedural import Procedural, dataset_names
+from rl.tasks.registry import procedural
 
 SMALL = {"min_numbers": 3, "max_numbers": 3, "max_value": 9, "min_target": 1, "max_target": 30}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rl.errors import TaskError
-from rl.tasks import make_task, task_names
 from rl.tasks.jsonl import JsonlTask
 from rl.tasks.procedural import Procedural
+from rl.tasks.registry import make_task, task_names
 
 
 def test_names_give_their_tasks():

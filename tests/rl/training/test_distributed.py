@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rl import ConfigError
 from rl.training.distributed import check_accelerator
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 

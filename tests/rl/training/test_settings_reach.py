@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rl import ConfigError, CreditConfig, Experience, LoraConfig, PolicyError, PPOConfig, PPOTrainer, Responses, Sample
 from rl.algorithm.schedules import adapted_kl_weight, learning_rate_factor
-from rl.credit import AttentionNeed
+from rl.credit.registry import AttentionNeed
 from rl.credit.scoring import credit_generators, embedding_gradient, recorder_for
 from rl.policy.actor_critic import ActorCritic, ModelInput
 from rl.rollouts.rollout import PromptEncoder

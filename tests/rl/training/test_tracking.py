@@ -87,7 +87,7 @@ def test_without_a_terminal_plain_lines_are_written_now_and_then(capsys: pytest.
             display.show(
                 {"step": step, "reward": 0.5, "kl_reference": None, "clip_share": 0.125, "entropy": float("nan")}
             )
-        display.say("[bold]as it is[/bold]")
+        display.message("[bold]as it is[/bold]")
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
     assert printed.out == ""
@@ -99,7 +99,7 @@ def test_without_a_terminal_plain_lines_are_written_now_and_then(capsys: pytest.
 def test_a_display_that_is_off_shows_nothing(capsys: pytest.CaptureFixture[str]):
     with Display(1, 0, enabled=False) as display:
         display.show({"step": 1, "reward": 1.0})
-        display.say("hidden")
+        display.message("hidden")
     assert capsys.readouterr() == ("", "")
 
 
@@ -115,7 +115,7 @@ def test_on_a_terminal_the_line_is_live_and_markup_stays_text(monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "160")
     with Display(4, 2, enabled=True) as display:
         display.show({"step": 3, "reward": 0.75, "tokens_per_second": 1234.5})
-        display.say("saved [3]")
+        display.message("saved [3]")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert "reward 0.750, tokens/s 1234" in shown
     assert "3/4" in shown

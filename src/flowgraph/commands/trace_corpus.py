@@ -1,4 +1,4 @@
-"""``flowgraph trace-file``: a file of prompts and responses."""
+"""``flowgraph trace-corpus``: a file of prompts and responses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EVERY = 5.0
 """Seconds between the lines of progress where there is no terminal."""
 
 
-def trace_file(
+def trace_corpus(
     file: Annotated[Path, typer.Argument(help="JSON Lines: an object a line, with a prompt or messages.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; run again to go on in it.")],
     model: Model = "demo",
@@ -77,13 +77,13 @@ def trace_file(
     """Trace every line of a JSONL file; exit code 1 when a line could not be traced."""
     from flowgraph.corpus.requests import CorpusFields, scan
     from flowgraph.corpus.tables import table_format
-    from flowgraph.corpus.trace_corpus import trace_file as run
+    from flowgraph.corpus.trace_corpus import trace_corpus as run
 
     table_format(tables)
     names = CorpusFields(prompt_field, messages_field, response_field, id_field, question_field, answer_field)
     scan(file, names)  # a wrong file name should not have to wait for a model
-    with stages() as say:
-        network, tokenizer = load_model(model, dtype, device, say)
+    with stages() as progress:
+        network, tokenizer = load_model(model, dtype, device, progress)
     try:
         with _reporting() as report:
             summary = run(

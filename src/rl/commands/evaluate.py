@@ -1,0 +1,73 @@
+"""``flowgraph-rl eval``: measure a policy on fresh problems."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowgraph import atomic_write
+from rl.commands.options import Device, Dtype, Model, TaskName, TaskOption
+from rl.commands.terminal import console, spinner, table
+from rl.errors import ConfigError
+
+
+def evaluate_command(
+    model: Model = "chain",
+    task: TaskName = "chain",
+    task_option: TaskOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", "-a", help="A run, a checkpoint, or a PEFT folder.")
+    ] = None,
+    num_problems: Annotated[int, typer.Option("-n", "--num-problems", help="Fresh problems.")] = 200,
+    samples: Annotated[int, typer.Option("-k", "--samples", help="Responses to each problem.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.0,
+    max_response_tokens: Annotated[
+        int | None, typer.Option(help="Responses are cut off there. Default: 256; 48 for the shipped model.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every response here, as JSON lines.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure a policy on fresh problems: mean reward with a 95 % interval."""
+    from rl.commands.run_file import CHAIN_DEFAULTS, parse_options, policy_folder
+    from rl.policy.loading import load_policy
+
+    options = parse_options(task_option or [], flag="--task-option")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"out: its folder must exist, got {out}; make it first")
+    folder = None if adapter is None else policy_folder(adapter)
+    limit = max_response_tokens
+    if limit is None:
+        limit = int(CHAIN_DEFAULTS["max_response_tokens"]) if model == "chain" else 256
+    with spinner() as progress:
+        progress(f"loading {model}")
+        network, tokenizer = load_policy(model, dtype, device, folder)
+        from rl.evaluation.evaluate import evaluate
+        from rl.tasks.registry import make_task
+
+        result = evaluate(
+            network, tokenizer, make_task(task, **options), num_problems=num_problems, samples=samples,
+            temperature=temperature, max_response_tokens=limit, batch_size=batch_size, seed=seed,
+            progress=lambda done, total: progress(f"{done}/{total} responses"),
+        )  # fmt: skip
+    if out is not None:
+        with atomic_write(out) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in result.responses), encoding="utf-8")
+    if json_output:
+        typer.echo(json.dumps(result.summary()))
+        return
+    rows = table("figure", "value")
+    rows.add_row("mean reward", f"{result.reward:.3f}  (95 %: {result.low:.3f} to {result.high:.3f})")
+    if samples > 1:
+        rows.add_row(f"best of {samples}", f"{result.best_of:.3f}")
+    rows.add_row("problems", f"{result.num_problems}")
+    rows.add_row("with an answer", f"{result.answer_share:.1%}")
+    rows.add_row("cut off", f"{result.truncated_share:.1%}")
+    rows.add_row("tokens a response", f"{result.response_tokens:.1f}")
+    console().print(rows)

@@ -1,0 +1,73 @@
+"""``flowgraph-rl pretrain`` and ``merge``: make a base model, and merge an adapter into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rl.commands.options import Dtype, Model
+from rl.commands.terminal import spinner
+from rl.errors import ConfigError
+
+
+def pretrain_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new model.")],
+    task: Annotated[str, typer.Option("--task", "-t", help="Only 'chain' has demonstrations to learn from.")] = "chain",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="NAME=VALUE of the recipe, such as steps=300 or width=64; may be repeated."),
+    ] = None,
+) -> None:
+    """Train a small base model from scratch: the one that is shipped, or your own variant of it."""
+    from rl.commands.run_file import parse_options
+
+    if task != "chain":
+        raise ConfigError(f"task: must be 'chain', got {task!r}; other tasks have no demonstrations, so bring a model")
+    options = parse_options(settings or [])
+    with spinner() as progress:
+        progress("loading torch")
+        from dataclasses import fields
+
+        from rl.chain_model.pretrain import Recipe, pretrain
+
+        names = [item.name for item in fields(Recipe)]
+        for name in options:
+            if name not in names:
+                raise ConfigError(
+                    f"--set: must name a setting of the recipe, got {name!r}; there are {', '.join(names)}"
+                )
+        recipe = Recipe(**options)
+        report = pretrain(
+            out, recipe, progress=lambda step, loss: progress(f"update {step}/{recipe.steps}, loss {loss:.3f}")
+        )
+    sampled, greedy = report["measured"]["sampled"]["all"], report["measured"]["greedy"]["all"]
+    typer.echo(
+        f"wrote {out}: {report['num_parameters']:,} parameters, right on {sampled['share']:.1%} of {sampled['n']} "
+        f"fresh problems when sampled, on {greedy['share']:.1%} greedily; next: flowgraph-rl train --model {out}"
+    )
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a PEFT folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the merged model.")],
+    model: Model = "chain",
+    dtype: Dtype = "auto",
+) -> None:
+    """Merge a trained adapter into its base; plain transformers loads the result."""
+    from rl.commands.run_file import policy_folder
+    from rl.folders import new_folder
+    from rl.policy.loading import load_policy
+
+    if out.exists():
+        raise ConfigError(f"out: must be a new folder, got {out}, which exists; choose another name")
+    with spinner() as progress:
+        progress(f"loading {model}")
+        network, tokenizer = load_policy(model, dtype, None, policy_folder(adapter))
+        progress("merging")
+        merged = network.merge_and_unload()
+        with new_folder(out) as temporary:
+            merged.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    typer.echo(f"wrote {out}")

@@ -1,0 +1,22 @@
+"""Options that the commands of flowgraph-rl share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A model name, a folder, or 'chain' for the small model that is shipped.")
+]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        "--task", "-t", help="'chain', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME' or a .jsonl file."
+    ),
+]
+TaskOption = Annotated[
+    list[str] | None, typer.Option("--task-option", help="NAME=VALUE, such as hops=[2,4]; may be repeated.")
+]
+Device = Annotated[str | None, typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps'. Default: as accelerate finds it.")]
+Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16', of the frozen base.")]
