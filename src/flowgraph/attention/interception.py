@@ -46,6 +46,15 @@ class Listener(Protocol):
     def record(self, module: nn.Module, call: AttentionCall) -> None: ...
 
 
+@runtime_checkable
+class Rewriter(Protocol):
+    """A listener that also changes what an attention layer is given, for instance to stop a gradient."""
+
+    def rewrite(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class AttentionDispatch:
     """A transparent layer over transformers' ``AttentionInterface``, present while anyone listens.
 
@@ -99,6 +108,9 @@ class AttentionDispatch:
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
+            for listener in list(cls._listeners):
+                if isinstance(listener, Rewriter) and listener.wants(module):
+                    query, key, value = listener.rewrite(module, query, key, value)
             result = function(module, query, key, value, attention_mask, **options)
             for listener in list(cls._listeners):
                 if listener.wants(module):
