@@ -158,7 +158,7 @@ class TestRefused:
 
     def test_a_response_in_several_fields_is_refused(self) -> None:
         final = {"role": "assistant", "content": "7", "reasoning_content": "3+4", "tool_calls": None}
-        message = r"final assistant message must hold the whole response in 'content', got \['reasoning_content'\]"
+        message = r"final assistant message must hold the complete response in 'content', got \['reasoning_content'\]"
         with pytest.raises(InvalidInputError, match=message):
             encode(tiny.byte_level(), [*chat("user: How many?"), final])
 
