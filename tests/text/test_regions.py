@@ -254,7 +254,7 @@ class TestFromMasks:
             ),
             (
                 {"question": [1], "answer": [3], "generated": [0, 2, 3], "num_tokens": 4},
-                "generated: must leave out token 0, which no token can have emitted, got it in; pass the response",
+                "generated: must not include token 0, which no earlier token can generate, got it included; pass",
             ),
             (
                 {"question": torch.ones(3).bool(), "answer": torch.ones(4).bool()},
