@@ -724,7 +724,7 @@ EMPTY[1] = 0
             "input_ids: must fit the model's context of 64 tokens, got 72; shorten the prompt or the response",
         ),
         (IDS, MASK[:1], "attention_mask: must have the shape of input_ids (2, 24), got (1, 24)"),
-        (IDS, GAP, "attention_mask: padding must stand on the left or on the right, got a gap inside row 1"),
+        (IDS, GAP, "attention_mask: padding must be on the left or on the right, got a gap inside row 1"),
         (IDS, EMPTY, "attention_mask: every sequence needs at least one token, got a row of padding only (row 1)"),
     ],
 )
