@@ -21,14 +21,18 @@ from transformers import (
     PreTrainedModel,
 )
 
+from flowgraph import (
+    AttentionRecorder,
+    AttentionRows,
+    CaptureError,
+    HeadSelector,
+    InvalidInputError,
+    MemoryLimitError,
+    capture,
+)
 from flowgraph.attention import attention_rows as rows_module
-from flowgraph.attention.attention_rows import AttentionRows
-from flowgraph.attention.capture import capture
 from flowgraph.attention.interception import AttentionCall
-from flowgraph.attention.layers_and_heads import HeadSelector
 from flowgraph.attention.modules import attention_modules, base_model
-from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.errors import CaptureError, InvalidInputError, MemoryLimitError
 from tests.fixtures.models import FAMILIES, VOCABULARY, build, family, padded, sequences
 
 LLAMA, TEXT = "llama", sequences()[0]
@@ -133,7 +137,7 @@ def statistic_by_hand(weights: Tensor, statistic: str) -> Tensor:
 )
 @pytest.mark.parametrize("name", [LLAMA, "mpt"])
 def test_heads_chosen_by_a_statistic(heads: Any, statistic: str, kept: Callable, name: str):
-    """Text by text: neither padding nor the company in the batch has a say in which heads are read."""
+    """Heads are selected per sequence: neither padding nor other sequences of the batch change the selection."""
     for side in ("left", "right"):
         rows = capture(family(name), *padded(side), layers="all", heads=heads)
         for item, text in enumerate(sequences()):
@@ -503,7 +507,7 @@ def test_the_last_pass_counts_and_a_failed_one_leaves_nothing():
 
 
 def test_recorders_nest_and_stay_apart():
-    """Two on one model, a third on another, and a model nobody listens to."""
+    """Two on one model, a third on another, and a model without a listener."""
     llama, falcon = family(LLAMA), family("falcon")
     with AttentionRecorder(llama, layers=[0]) as first, torch.no_grad():
         with AttentionRecorder(llama, layers=[0, 2]) as second, AttentionRecorder(falcon, layers="all") as third:
@@ -645,7 +649,7 @@ def test_masks_that_look_ahead_are_refused():
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_sharp_attention_in_half_precision_raises_no_false_alarm(implementation: str):
-    """Scores of hundreds: bfloat16 eager rounds them to whole numbers, so only the same rounding agrees."""
+    """Scores of hundreds: bfloat16 eager rounds them to integers, so only the same rounding agrees."""
     model = build(LLAMA, implementation, torch.bfloat16)
     for module in attention_modules(model).values():
         module.get_parameter("q_proj.weight").data *= 30

@@ -13,11 +13,8 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flowgraph.attention.attention_rows import AttentionRows
-from flowgraph.attention.capture import capture
+from flowgraph import AttentionRecorder, AttentionRows, CaptureError, capture
 from flowgraph.attention.modules import attention_modules
-from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.errors import CaptureError
 from tests.fixtures.models import FAMILIES, LENGTHS, SINKS, WINDOW, WINDOWED, family, padded, sequences
 
 HANDS_OUT_WEIGHTS = {"bloom", "mpt", "gpt_neo"}
@@ -158,7 +155,7 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "falcon_alibi"])
 def test_rows_are_the_eager_attention_of_each_text_alone(name: str):
-    """Left padding, right padding and the company in a batch change nothing."""
+    """Left padding, right padding and other sequences of a batch change nothing."""
     layers, texts = HYBRID_LAYERS.get(name, (0, 1, 2)), sequences()
     expected = [joined(attention_alone(family(name, "eager"), text, layers)) for text in texts]
     for side in ("left", "right"):

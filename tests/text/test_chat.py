@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from flowgraph.errors import InvalidInputError
+from flowgraph import InvalidInputError, encode
 from flowgraph.text.chat import RoleSpan
-from flowgraph.text.encoding import encode
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import chat, contents, not_special
 from tests.fixtures.tokenizers import EVERY

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowgraph.errors import InvalidInputError, NoAnswerError, RegionError
+from flowgraph import EncodedText, InvalidInputError, NoAnswerError, RegionError, Regions, find_regions
+from flowgraph.selectors import Prompt, Regex, Role
 from flowgraph.text import regions as public
 from flowgraph.text import selectors
-from flowgraph.text.encoding import EncodedText
-from flowgraph.text.regions import Prompt, Regex, Regions, Role, find_regions, validate_regions
+from flowgraph.text.regions import validate_regions
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import answered, chat, chosen, text_of
 

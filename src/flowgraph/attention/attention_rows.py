@@ -39,7 +39,8 @@ class WeightedLayer:
     ) -> WeightedLayer:
         """Aggregate the heads of returned weights; ``readable`` is False on padding."""
         weights = weights.float()
-        chosen = aggregator.choose(iter([(0, weights)]), readable, weights.shape[1])
+        all_rows = iter([(0, weights)])
+        chosen = aggregator.choose(all_rows, readable, num_heads=weights.shape[1])
         return cls(aggregator.join(weights, chosen, None))
 
     @property
@@ -258,7 +259,8 @@ class AttentionRows:
                 f"item: must lie in 0..{self.batch_size - 1}, got {item}; the batch has {self.batch_size} sequences"
             )
         layers = [layer.select(slice(item, item + 1)) for layer in self._layers]
-        return SequenceRows(layers, self.attention_mask[item].nonzero().flatten(), self.device)
+        positions = self.attention_mask[item].nonzero().flatten()
+        return SequenceRows(layers, positions, self.device)
 
     def layer_rows(self, item: int = 0) -> Float[Tensor, "layers tokens tokens"]:
         """Compute the rows of one sequence for each chosen layer separately, without its padding.
@@ -338,11 +340,14 @@ class SharedPrefixes:
         sequences = ids.tolist()
         self.order = sorted(range(len(sequences)), key=lambda item: sequences[item])
 
+        # argmax finds the first difference, and 0 where there is none.
         sorted_ids = ids[self.order]
-        differs = sorted_ids[1:] != sorted_ids[:-1]
         num_tokens = ids.shape[1]
-        first_difference = torch.where(differs.any(-1), differs.long().argmax(-1), num_tokens)
-        self.num_shared = torch.cat([torch.zeros(1, dtype=torch.int64), first_difference])
+        differs = sorted_ids[1:] != sorted_ids[:-1]
+        first_difference = differs.long().argmax(-1)
+        first_difference = torch.where(differs.any(-1), first_difference, num_tokens)
+        shared_by_first = torch.zeros(1, dtype=torch.int64)
+        self.num_shared = torch.cat([shared_by_first, first_difference])
 
     def before(self, stop: int) -> tuple[list[int], Int[Tensor, " batch"]]:
         """Group the sequences that are equal in their first ``stop`` tokens.
@@ -354,5 +359,6 @@ class SharedPrefixes:
         starts_group[0] = True
         group = torch.empty(len(self.order), dtype=torch.int64)
         group[self.order] = starts_group.cumsum(0) - 1
-        representatives = [self.order[place] for place in starts_group.nonzero().flatten().tolist()]
+        first_places = starts_group.nonzero().flatten().tolist()
+        representatives = [self.order[place] for place in first_places]
         return representatives, group

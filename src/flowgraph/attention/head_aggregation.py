@@ -23,7 +23,10 @@ class HeadAggregator:
         self.heads = heads
 
     def choose(
-        self, weights: Iterator[tuple[int, Tensor]], readable: Bool[Tensor, "batch tokens"], num_heads: int
+        self,
+        weights: Iterator[tuple[int, Tensor]],
+        readable: Bool[Tensor, "batch tokens"],
+        num_heads: int,
     ) -> Int[Tensor, "batch kept"] | None:
         """Choose the heads to average in each sequence.
 
@@ -52,7 +55,9 @@ class HeadAggregator:
                 f"heads: must lie in 0..{num_heads - 1} in every chosen layer, got {max(self.heads)}; "
                 "choose other heads or layers"
             )
-        return torch.tensor(list(self.heads), device=readable.device).expand(readable.shape[0], -1)
+        # The same heads for every sequence.
+        indices = torch.tensor(list(self.heads), device=readable.device)
+        return indices.expand(readable.shape[0], -1)
 
     def join(
         self,
@@ -94,7 +99,10 @@ class HeadAggregator:
 
 
 def head_statistic(
-    weights: Iterator[tuple[int, Tensor]], statistic: str, readable: Bool[Tensor, "batch tokens"], num_heads: int
+    weights: Iterator[tuple[int, Tensor]],
+    statistic: str,
+    readable: Bool[Tensor, "batch tokens"],
+    num_heads: int,
 ) -> Float64[Tensor, "batch heads"]:
     """Compute the mean attention distance, or the kurtosis of received attention, of each head in each sequence.
 
@@ -118,11 +126,16 @@ def head_statistic(
     for start, block in weights:
         stop = start + block.shape[2]
         width = block.shape[3]
-        rows = block.double().cpu() * readable[:, None, start:stop, None]
+        # Rows of padding count as 0.
+        rows = block.double().cpu()
+        rows = rows * readable[:, None, start:stop, None]
         # gap[t, s] = t - s; only positive gaps are edges.
-        gap = torch.arange(start, stop)[:, None] - torch.arange(width)[None]
+        reader = torch.arange(start, stop)
+        read = torch.arange(width)
+        gap = reader[:, None] - read[None]
         distance += torch.einsum("bhts,ts->bh", rows, gap.double())
-        received[:, :, :width] += (rows * (gap > 0)).sum(2)
+        edges = rows * (gap > 0)
+        received[:, :, :width] += edges.sum(2)
     if statistic == "distance":
         return distance / readable.sum(-1, keepdim=True)
 

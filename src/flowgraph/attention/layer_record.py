@@ -104,7 +104,14 @@ class LayerRecord:
             )
         return weights
 
-    def attend(self, queries: Tensor, stop: int, value: Tensor, *, exact: bool = True) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self,
+        queries: Tensor,
+        stop: int,
+        value: Tensor,
+        *,
+        exact: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Run the architecture's eager function on some queries.
 
         Args:
@@ -176,7 +183,8 @@ class LayerRecord:
 
     def _check_causal(self, rows: Tensor, queries: Tensor) -> None:
         """Refuse a mask that lets a query read a later token."""
-        is_future = torch.arange(rows.shape[-1], device=rows.device)[None] > queries[:, None]
+        columns = torch.arange(rows.shape[-1], device=rows.device)
+        is_future = columns[None] > queries[:, None]
         # A row that may read nothing belongs to padding; its softmax is uniform and is never used.
         if bool((readable_cells(rows) & is_future).any()):
             raise CaptureError(
@@ -225,12 +233,16 @@ class LayerRecord:
         num_tokens = self.query.shape[2]
         expected, _ = self.attend(probes, num_tokens, value, exact=exact)
         batch_size, _, num_heads, dim = expected.shape
-        wide = torch.promote_types(expected.dtype, torch.float32)
         actual = output.reshape(batch_size, num_tokens, num_heads, dim)[:, probes]
-        difference = (actual.to(wide) - expected.to(wide)).abs().amax(-1)
+
+        # Differences are taken in float32 or wider.
+        wide = torch.promote_types(expected.dtype, torch.float32)
+        difference = actual.to(wide) - expected.to(wide)
+        difference = difference.abs().amax(-1)
 
         # An output is a weighted mean of values, so the largest value of a head is the scale of its outputs.
-        largest = per_query_head(value.to(wide).abs().amax((-1, -2)), num_heads)
+        largest = value.to(wide).abs().amax((-1, -2))
+        largest = per_query_head(largest, num_heads)
         error = difference / largest[:, None].clamp_min(1e-6)
         return error.masked_fill(self._reads_nothing(probes)[..., None], 0.0)
 

@@ -46,7 +46,11 @@ class Cut:
     num_heads: int = 1
 
 
-def resolve_cut_layers(layers: LayerRule, model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> tuple[int, ...]:
+def resolve_cut_layers(
+    layers: LayerRule,
+    model: PreTrainedModel,
+    modules: Mapping[int, nn.Module],
+) -> tuple[int, ...]:
     """Convert a choice of layers to the indices of those with softmax attention.
 
     ``"all"``, ``"middle"`` and ranges pass over layers without it.
@@ -75,7 +79,9 @@ def resolve_cut_layers(layers: LayerRule, model: PreTrainedModel, modules: Mappi
 
 
 def resolve_cut_heads(
-    heads: str | int | Sequence[int], model: PreTrainedModel, modules: Mapping[int, nn.Module]
+    heads: str | int | Sequence[int],
+    model: PreTrainedModel,
+    modules: Mapping[int, nn.Module],
 ) -> tuple[Int64[Tensor, " heads"] | None, int]:
     """Convert a choice of heads to ``heads`` and ``num_heads`` of a :class:`Cut`.
 
@@ -203,9 +209,10 @@ class _MaskHook:
         return mask
 
     def _cut_cells(self, device: torch.device) -> Bool[Tensor, "batch heads tokens tokens"]:
-        """Mark the cells that are cut in this layer, for each sequence; one head stands for all where possible."""
+        """Mark the cells that are cut in this layer, for each sequence; one head is enough where all are cut alike."""
         num_heads = max(cut.num_heads for cut in self.cuts)
-        is_cut = torch.zeros(len(self.cuts), num_heads, *self.cuts[0].cells.shape, dtype=torch.bool)
+        num_tokens = self.cuts[0].cells.shape[0]
+        is_cut = torch.zeros(len(self.cuts), num_heads, num_tokens, num_tokens, dtype=torch.bool)
         for of_sequence, cut in zip(is_cut, self.cuts, strict=True):
             if self.layer not in cut.layers:
                 continue

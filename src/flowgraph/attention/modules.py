@@ -108,11 +108,16 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     indices = [int(_NUMBER_IN_NAME.findall(name)[0]) for name, _ in named]
     if len(set(indices)) < len(indices):
         indices = _own_indices(model, named, indices)
-    by_layer = {index: module for index, (_, module) in zip(indices, named, strict=True)}
-    return dict(sorted(by_layer.items()))
+    modules = [module for _, module in named]
+    by_layer = dict(zip(indices, modules, strict=True))
+    return {index: by_layer[index] for index in sorted(by_layer)}
 
 
-def _own_indices(model: PreTrainedModel, named: list[tuple[str, nn.Module]], indices: list[int]) -> list[int]:
+def _own_indices(
+    model: PreTrainedModel,
+    named: list[tuple[str, nn.Module]],
+    indices: list[int],
+) -> list[int]:
     """Number the modules by their own ``layer_idx``, for layers that hold several attention modules."""
     own: list[int] = []
     for _, module in named:
@@ -121,7 +126,10 @@ def _own_indices(model: PreTrainedModel, named: list[tuple[str, nn.Module]], ind
             own.append(index)
     if len(set(own)) < len(named):
         repeated = next(index for index in indices if indices.count(index) > 1)
-        names = [name for (name, _), index in zip(named, indices, strict=True) if index == repeated]
+        names = []
+        for (name, _), index in zip(named, indices, strict=True):
+            if index == repeated:
+                names.append(name)
         raise CaptureError(
             f"model: each layer must have one attention module, got {', '.join(names)} in layer {repeated} of "
             f"{type(model).__name__}; this architecture cannot be captured"

@@ -197,8 +197,11 @@ class AttentionRecorder:
             )
         self._records.clear()
         self.seconds = 0.0
+        # A four-dimensional mask tells nothing about padding.
         mask = options.get("attention_mask")
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._mask = None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._mask = mask.bool()
         self._running = True
 
     def _end(self, decoder: nn.Module, inputs: tuple, output: Any) -> None:
@@ -240,7 +243,8 @@ class AttentionRecorder:
         if self._mask is not None:
             readable = self._mask.to(weights.device)
         else:
-            readable = torch.ones(weights.shape[0], weights.shape[-1], dtype=torch.bool, device=weights.device)
+            batch_size, _, num_tokens, _ = weights.shape
+            readable = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=weights.device)
         problem = _problem_of(weights, readable)
         if problem is not None:
             raise self._bypass_error(module, problem)
@@ -291,6 +295,7 @@ def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
             f"model: its attention must be causal, got {name}, which is not; only causal attention forms a DAG over "
             "tokens, so load a causal language model"
         )
+    # With cached keys there are more keys than queries.
     if call.query.ndim != 4 or call.query.shape[2] != call.key.shape[2]:
         raise CaptureError(
             f"cache (past_key_values): must be empty, got queries of shape {tuple(call.query.shape)} and keys of shape "
@@ -302,7 +307,9 @@ def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
             f"model: attention dropout must be off, got {call.options['dropout']:g} in {name}; "
             "call model.eval() for the traced pass"
         )
-    if call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.ndim in (2, 4)):
+    # Padding masks have two dimensions, masks of cells four.
+    is_tensor_mask = isinstance(call.mask, Tensor) and call.mask.ndim in (2, 4)
+    if call.mask is not None and not is_tensor_mask:
         raise CaptureError(
             f"model: the mask of its attention implementation ({type(call.mask).__name__}) cannot be read; "
             "call model.set_attn_implementation('sdpa') first"

@@ -236,9 +236,11 @@ def _tokenize_response(
     count = len(prompt_tokens.ids)
     joint = _tokenize(tokenizer, prompt + response, add_specials)
     # The spans must agree too: an unknown token that includes the response's first characters has the same id.
-    keeps_prompt = joint.ids[:count] == prompt_tokens.ids and joint.spans[:count] == prompt_tokens.spans
-    if len(joint.ids) > count and keeps_prompt:
-        spans = [(start - len(prompt), end - len(prompt)) for start, end in joint.spans[count:]]
+    keeps_ids = joint.ids[:count] == prompt_tokens.ids
+    keeps_spans = joint.spans[:count] == prompt_tokens.spans
+    if len(joint.ids) > count and keeps_ids and keeps_spans:
+        shift = len(prompt)
+        spans = [(start - shift, end - shift) for start, end in joint.spans[count:]]
         return _Tokens(joint.ids[count:], spans, joint.is_added[count:])
     return _tokenize(tokenizer, response, add_specials=False)
 
@@ -280,13 +282,14 @@ def _decode_response(tokenizer: PreTrainedTokenizerBase, prompt_tokens: _Tokens,
 def _special(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[Offsets], is_added: list[bool], text: str
 ) -> Bool[Tensor, " tokens"]:
-    """Mark special tokens, except unknown tokens that stand for characters of the text: those are content."""
+    """Mark special tokens, except unknown tokens that cover characters of the text: those are content."""
     special = special_ids(tokenizer)
     unknown_id = getattr(tokenizer, "unk_token_id", None)
     unknown_token = getattr(tokenizer, "unk_token", None)
     flags = []
     for index, (start, end), added in zip(ids, spans, is_added, strict=True):
-        is_content = index == unknown_id and text[start:end].strip() not in ("", unknown_token)
+        covered = text[start:end].strip()
+        is_content = index == unknown_id and covered not in ("", unknown_token)
         flags.append(added or (index in special and not is_content))
     return torch.tensor(flags, dtype=torch.bool)
 
