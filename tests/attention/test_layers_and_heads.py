@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowgraph import HeadSelector, InvalidInputError
 from flowgraph.attention.head_aggregation import head_statistic
-from flowgraph.attention.layers_and_heads import HeadSelector, resolve_heads, resolve_layers
-from flowgraph.errors import InvalidInputError
+from flowgraph.attention.layers_and_heads import resolve_heads, resolve_layers
 
 
 @pytest.mark.parametrize(

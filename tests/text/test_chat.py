@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from flowgraph.errors import InvalidInputError
+from flowgraph import InvalidInputError, encode
 from flowgraph.text.chat import RoleSpan
-from flowgraph.text.encoding import encode
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import chat, contents, not_special
 from tests.fixtures.tokenizers import EVERY
@@ -158,7 +157,7 @@ class TestRefused:
 
     def test_a_response_in_several_fields_is_refused(self) -> None:
         final = {"role": "assistant", "content": "7", "reasoning_content": "3+4", "tool_calls": None}
-        message = r"final assistant message must hold the whole response in 'content', got \['reasoning_content'\]"
+        message = r"final assistant message must hold the complete response in 'content', got \['reasoning_content'\]"
         with pytest.raises(InvalidInputError, match=message):
             encode(tiny.byte_level(), [*chat("user: How many?"), final])
 

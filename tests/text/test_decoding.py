@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from flowgraph.text.encoding import encode
+from flowgraph import encode
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import check_order, response_pieces, visible_text
 from tests.fixtures.tokenizers import EVERY, LOSSLESS

@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flowgraph.errors import InvalidInputError, RegionError
-from flowgraph.text.encoding import encode
+from flowgraph import InvalidInputError, RegionError, encode
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import (
     MIXED,

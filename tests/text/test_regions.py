@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowgraph.errors import InvalidInputError, NoAnswerError, RegionError
+from flowgraph import EncodedText, InvalidInputError, NoAnswerError, RegionError, Regions, find_regions
+from flowgraph.selectors import Prompt, Regex, Role
 from flowgraph.text import regions as public
 from flowgraph.text import selectors
-from flowgraph.text.encoding import EncodedText
-from flowgraph.text.regions import Prompt, Regex, Regions, Role, find_regions, validate_regions
+from flowgraph.text.regions import validate_regions
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import answered, chat, chosen, text_of
 
@@ -254,7 +254,7 @@ class TestFromMasks:
             ),
             (
                 {"question": [1], "answer": [3], "generated": [0, 2, 3], "num_tokens": 4},
-                "generated: must leave out token 0, which no token can have emitted, got it in; pass the response",
+                "generated: must not include token 0, which no earlier token can generate, got it included; pass",
             ),
             (
                 {"question": torch.ones(3).bool(), "answer": torch.ones(4).bool()},

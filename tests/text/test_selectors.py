@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowgraph.text.regions
-from flowgraph.errors import InvalidInputError, NoAnswerError, RegionError
-from flowgraph.text.encoding import EncodedText
-from flowgraph.text.regions import find_regions
-from flowgraph.text.selectors import Boxed, LastLine, Regex, Span, Tokens
+from flowgraph import EncodedText, InvalidInputError, NoAnswerError, RegionError, find_regions
+from flowgraph.selectors import Boxed, LastLine, Regex, Span, Tokens
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import answered, chosen, text_of
 

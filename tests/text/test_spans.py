@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from flowgraph.errors import InvalidInputError
-from flowgraph.text.encoding import encode
+from flowgraph import InvalidInputError, encode
 from flowgraph.text.spans import align, close_gaps, covers, inside
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import check_order, never_decreasing, pieces, response_pieces
@@ -34,7 +33,7 @@ def test_inside_counts_the_white_space_of_a_content_and_not_the_templates() -> N
         ([(0, 1), (2, 3)], 0, [(0, 1), (1, 3)]),  # the space goes to the token after it
         ([(0, 0), (0, 1), (0, 0)], 0, [(0, 0), (0, 1), (1, 1)]),  # special tokens report (0, 0)
         ([(0, 3)], 2, [(2, 3)]),  # nothing reaches in front of the start
-        ([(0, 1), (4, 5)], 0, [(0, 1), (4, 5)]),  # a visible character that no token reports stays nobody's
+        ([(0, 1), (4, 5)], 0, [(0, 1), (4, 5)]),  # a visible character that no token reports belongs to no token
     ],
 )
 def test_close_gaps(spans: list[tuple[int, int]], start: int, expected: list[tuple[int, int]]) -> None:

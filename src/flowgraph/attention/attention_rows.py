@@ -22,7 +22,11 @@ _SCRATCH_BYTES = 2**25
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """One layer of an architecture that hands out its weights itself: aggregated at once, T x T per sequence."""
+    """One layer that returns its attention weights and no queries: its heads are aggregated immediately.
+
+    Attributes:
+        matrix: the aggregated rows, T x T for each sequence.
+    """
 
     matrix: Float[Tensor, "batch tokens tokens"]
 
@@ -33,28 +37,40 @@ class WeightedLayer:
         weights: Float[Tensor, "batch heads tokens tokens"],
         readable: Bool[Tensor, "batch tokens"],
     ) -> WeightedLayer:
+        """Aggregate the heads of returned weights; ``readable`` is False on padding."""
         weights = weights.float()
-        chosen = aggregator.choose(iter([(0, weights)]), readable, weights.shape[1])
+        all_rows = iter([(0, weights)])
+        chosen = aggregator.choose(all_rows, readable, num_heads=weights.shape[1])
         return cls(aggregator.join(weights, chosen, None))
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Sequences and tokens."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """Device of the rows."""
         return self.matrix.device
 
     def select(self, items: slice | Tensor) -> WeightedLayer:
+        """Return the layer of some sequences of the batch."""
         return WeightedLayer(self.matrix[items])
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
+        """Return the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
         return self.matrix[:, start:stop, :stop]
 
 
 @dataclass(frozen=True)
 class RecomputedLayer:
-    """One layer whose rows are recomputed from q and k whenever they are asked for."""
+    """One layer whose rows are recomputed from queries and keys each time a block is read.
+
+    Attributes:
+        record: queries, keys and mask.
+        aggregator: how the heads are joined.
+        chosen: the heads of each sequence that are averaged; None for all heads.
+    """
 
     record: LayerRecord
     aggregator: HeadAggregator
@@ -64,33 +80,43 @@ class RecomputedLayer:
     def of(
         cls, record: LayerRecord, aggregator: HeadAggregator, readable: Bool[Tensor, "batch tokens"]
     ) -> RecomputedLayer:
+        """Choose the heads of each sequence; ``readable`` is False on padding."""
         with torch.no_grad():
-            return cls(record, aggregator, aggregator.choose(_all_weights(record), readable, record.num_heads))
+            chosen = aggregator.choose(_all_weights(record), readable, record.num_heads)
+        return cls(record, aggregator, chosen)
 
     def select(self, items: slice | Tensor) -> RecomputedLayer:
+        """Return the layer of some sequences of the batch."""
         chosen = None if self.chosen is None else self.chosen[items]
         return RecomputedLayer(self.record.select(items), self.aggregator, chosen)
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
-        out = torch.zeros(self.record.shape[0], stop - start, stop, device=self.record.device)
-        step = _step(self.record, stop)
+        """Recompute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
+        batch_size, _ = self.record.shape
+        rows = torch.zeros(batch_size, stop - start, stop, device=self.record.device)
+        # The weights of all heads are large, so a block is computed in steps of a few rows.
+        step = _rows_per_step(self.record, stop)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             weights = self.record.weights(first, last)
             joined = self.aggregator.join(weights, self.chosen, self.record.value_norm)
-            out[:, first - start : last - start, :last] = joined
-        return out
+            rows[:, first - start : last - start, :last] = joined
+        return rows
 
 
 def _all_weights(record: LayerRecord) -> Iterator[tuple[int, Tensor]]:
-    tokens = record.shape[1]
-    step = _step(record, tokens)
-    for start in range(0, tokens, step):
-        yield start, record.weights(start, min(start + step, tokens))
+    """Compute all rows of a layer in order, heads apart, as (first row, block)."""
+    _, num_tokens = record.shape
+    step = _rows_per_step(record, num_tokens)
+    for start in range(0, num_tokens, step):
+        yield start, record.weights(start, min(start + step, num_tokens))
 
 
-def _step(record: LayerRecord, stop: int) -> int:
-    return max(1, min(BLOCK, _SCRATCH_BYTES // (4 * record.shape[0] * record.num_heads * stop)))
+def _rows_per_step(record: LayerRecord, stop: int) -> int:
+    """Count the rows whose float32 weights over ``stop`` keys fit the scratch memory, at least one."""
+    batch_size, _ = record.shape
+    bytes_per_row = 4 * batch_size * record.num_heads * stop
+    return max(1, min(BLOCK, _SCRATCH_BYTES // bytes_per_row))
 
 
 Layer = WeightedLayer | RecomputedLayer
@@ -99,7 +125,9 @@ Layer = WeightedLayer | RecomputedLayer
 def _mean_block(
     layers: Sequence[Layer], start: int, stop: int, device: torch.device
 ) -> Float[Tensor, "batch block stop"]:
+    """Average a block of rows over layers, which may lie on several devices."""
     with torch.no_grad():
+        # The first block may be a view of stored rows, so it is copied before others are added.
         total = layers[0].block(start, stop).to(device, copy=True)
         for layer in layers[1:]:
             total += layer.block(start, stop).to(device)
@@ -107,12 +135,12 @@ def _mean_block(
 
 
 class AttentionRows:
-    """Attention of a batch, averaged over the chosen layers, heads joined; rows are readers.
+    """Attention of a batch, averaged over the chosen layers, with heads joined: ``rows[b, t, s]``, t reads s.
 
-    Nothing of size T x T is held, except for architectures that hand out their weights and no queries: a block is
-    recomputed from the layers' queries and keys each time it is asked for, so read a block once per use. Rows of
-    padding are zero. Sequences that agree up to the end of a block (many responses of one prompt) have the same rows
-    there: with ``input_ids`` they are computed once and handed to each.
+    No T x T matrix is held, except for architectures that return their weights and no queries. A block is
+    recomputed from the layers' queries and keys each time it is read, so read a block once per use. Rows of
+    padding are zero. Sequences that agree up to the end of a block (many responses to one prompt) have the same rows
+    there: with ``input_ids``, these rows are computed once for all of them.
 
     Attributes:
         num_tokens, batch_size: shape of the padded batch.
@@ -129,7 +157,8 @@ class AttentionRows:
         attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
     ) -> None:
-        (self.batch_size, self.num_tokens), self.device = records[0].shape, records[0].device
+        self.batch_size, self.num_tokens = records[0].shape
+        self.device = records[0].device
         if attention_mask is None:
             attention_mask = torch.ones(self.batch_size, self.num_tokens, dtype=torch.int64)
         if tuple(attention_mask.shape) != (self.batch_size, self.num_tokens):
@@ -139,20 +168,31 @@ class AttentionRows:
             )
         self.attention_mask = attention_mask.to(self.device).bool()
         self.layers = tuple(layers)
-        self._layers: list[Layer] = [
-            record
-            if isinstance(record, WeightedLayer)
-            else RecomputedLayer.of(record, aggregator, self.attention_mask.to(record.device))
-            for record in records
-        ]
-        # Heads chosen per sequence depend on all of it, so nothing can be shared then.
-        self._prefixes = None
-        if input_ids is not None and self.batch_size > 1 and not isinstance(aggregator.heads, HeadSelector):
+        self._layers: list[Layer] = []
+        for record in records:
+            if isinstance(record, WeightedLayer):
+                self._layers.append(record)
+            else:
+                readable = self.attention_mask.to(record.device)
+                self._layers.append(RecomputedLayer.of(record, aggregator, readable))
+
+        # Heads selected by a statistic depend on the complete sequence, so equal prefixes have different rows.
+        selects_heads = isinstance(aggregator.heads, HeadSelector)
+        self._prefixes: SharedPrefixes | None = None
+        if input_ids is not None and self.batch_size > 1 and not selects_heads:
             self._prefixes = SharedPrefixes(input_ids, self.attention_mask)
-        self._shared: tuple[list[int], list[Layer]] = ([], [])
+        # The distinct sequences of the latest block and their layers, kept because the next block often has the same.
+        self._distinct: list[int] = []
+        self._distinct_layers: list[Layer] = []
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
-        """Rows of the queries ``[start, stop)``, float32, over the keys ``[0, stop)``: causality leaves no others.
+        """Compute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``; later keys are not read.
+
+        Returns:
+            float32 rows.
+
+        Raises:
+            InvalidInputError: rows outside the batch.
 
         Cost: heads x layers x block x stop x dim, for each sequence that differs from the others before ``stop``.
         """
@@ -161,45 +201,55 @@ class AttentionRows:
                 f"start, stop: must satisfy 0 <= start < stop <= {self.num_tokens} tokens, got {start} and {stop}; "
                 "use .blocks() to read them all"
             )
-        layers, copies = self._layers_for(stop)
+        layers, distinct_of = self._layers_for(stop)
         rows = _mean_block(layers, start, stop, self.device)
-        if copies is not None:
-            rows = rows[copies]
+        if distinct_of is not None:
+            rows = rows[distinct_of]
         return rows.mul_(self.attention_mask[:, start:stop, None])
 
     def _layers_for(self, stop: int) -> tuple[Sequence[Layer], Tensor | None]:
-        """The layers of the sequences that differ before ``stop``, and which of them each sequence is like."""
+        """Return the layers of the distinct sequences before ``stop``, and which of these each sequence equals.
+
+        The second is None where all sequences are computed.
+        """
         if self._prefixes is None:
             return self._layers, None
-        different, copies = self._prefixes.before(stop)
-        if len(different) == self.batch_size:
+        distinct, distinct_of = self._prefixes.before(stop)
+        if len(distinct) == self.batch_size:
             return self._layers, None
-        if self._shared[0] != different:
-            items = slice(different[0], different[0] + 1) if len(different) == 1 else torch.tensor(different)
-            self._shared = (different, [layer.select(items) for layer in self._layers])
-        return self._shared[1], copies.to(self.device)
+        if self._distinct != distinct:
+            # A slice gives views; several sequences have to be copied.
+            items: slice | Tensor = torch.tensor(distinct)
+            if len(distinct) == 1:
+                items = slice(distinct[0], distinct[0] + 1)
+            self._distinct = distinct
+            self._distinct_layers = [layer.select(items) for layer in self._layers]
+        return self._distinct_layers, distinct_of.to(self.device)
 
     def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Float[Tensor, "batch block stop"]]]:
-        """All rows in order, as (first row, block)."""
+        """Yield all rows in order, as (first row, block)."""
         for start in range(0, self.num_tokens, size):
             yield start, self.block(start, min(start + size, self.num_tokens))
 
     def dense(self) -> Float[Tensor, "batch tokens tokens"]:
-        """All rows at once.
+        """Compute all rows at once.
 
         Raises:
             MemoryLimitError: ``4 * batch * tokens ** 2`` bytes would not fit.
+
+        Cost: as much as reading every row once.
         """
         what = f"dense rows of {self.batch_size} x {self.num_tokens} tokens"
         needed = 4 * self.batch_size * self.num_tokens**2
         require_memory(needed, what, "read them with .blocks() instead", self.device)
         matrix = torch.zeros(self.batch_size, self.num_tokens, self.num_tokens, device=self.device)
         for start, rows in self.blocks():
-            matrix[:, start : start + rows.shape[1], : rows.shape[2]] = rows
+            stop = start + rows.shape[1]
+            matrix[:, start:stop, :stop] = rows
         return matrix
 
     def sequence(self, item: int = 0) -> SequenceRows:
-        """The rows of one sequence of the batch, padding removed.
+        """Return the rows of one sequence of the batch, without its padding.
 
         Raises:
             InvalidInputError: no such sequence.
@@ -209,13 +259,17 @@ class AttentionRows:
                 f"item: must lie in 0..{self.batch_size - 1}, got {item}; the batch has {self.batch_size} sequences"
             )
         layers = [layer.select(slice(item, item + 1)) for layer in self._layers]
-        return SequenceRows(layers, self.attention_mask[item].nonzero().flatten(), self.device)
+        positions = self.attention_mask[item].nonzero().flatten()
+        return SequenceRows(layers, positions, self.device)
 
     def layer_rows(self, item: int = 0) -> Float[Tensor, "layers tokens tokens"]:
-        """The rows of one sequence, padding removed, for each chosen layer apart, in the order of ``layers``.
+        """Compute the rows of one sequence for each chosen layer separately, without its padding.
 
-        Their mean over layers is ``sequence(item)``. From ``capture(..., layers="all")`` it is what
-        :func:`flowgraph.attention_rollout` takes.
+        Their mean over layers is ``sequence(item)``. From ``capture(..., layers="all")`` it is the argument of
+        :func:`flowgraph.attention_rollout`.
+
+        Returns:
+            float32 rows, with layers in the order of ``layers``.
 
         Raises:
             InvalidInputError: no such sequence.
@@ -223,25 +277,33 @@ class AttentionRows:
 
         Cost: as much as reading every row once.
         """
-        rows = self.sequence(item)
-        layers, tokens = len(rows.layers), rows.num_tokens
-        what = f"rows of {layers} layers x {tokens} tokens"
-        require_memory(4 * layers * tokens**2, what, "capture fewer layers at a time", self.device)
-        out = torch.zeros(layers, tokens, tokens, device=self.device)
-        for layer, of_layer in zip(rows.layers, out, strict=True):
-            alone = SequenceRows([layer], rows.positions, rows.device)
-            for start in range(0, tokens, BLOCK):
-                stop = min(start + BLOCK, tokens)
-                of_layer[start:stop, :stop] = alone.block(start, stop)[0]
-        return out
+        sequence = self.sequence(item)
+        num_layers = len(sequence.layers)
+        num_tokens = sequence.num_tokens
+        what = f"rows of {num_layers} layers x {num_tokens} tokens"
+        require_memory(4 * num_layers * num_tokens**2, what, "capture fewer layers at a time", self.device)
+        matrices = torch.zeros(num_layers, num_tokens, num_tokens, device=self.device)
+        for layer, matrix in zip(sequence.layers, matrices, strict=True):
+            of_layer = SequenceRows([layer], sequence.positions, sequence.device)
+            for start in range(0, num_tokens, BLOCK):
+                stop = min(start + BLOCK, num_tokens)
+                matrix[start:stop, :stop] = of_layer.block(start, stop)[0]
+        return matrices
 
     def __repr__(self) -> str:
+        """Show the size of the batch and the layers."""
         return f"AttentionRows({self.batch_size} x {self.num_tokens} tokens, layers {list(self.layers)})"
 
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """One sequence of a batch as a :class:`~flowgraph.propagation.row_sources.RowSource`."""
+    """One sequence of a batch as a :class:`~flowgraph.propagation.row_sources.RowSource`.
+
+    Attributes:
+        layers: the layers of this sequence alone, padding included.
+        positions: position of each token in the padded batch.
+        device: where rows are added up.
+    """
 
     layers: Sequence[Layer]
     positions: Int[Tensor, " tokens"]
@@ -249,32 +311,54 @@ class SequenceRows:
 
     @property
     def num_tokens(self) -> int:
+        """T, without padding."""
         return self.positions.numel()
 
     def block(self, start: int, stop: int) -> Float[Tensor, "1 block stop"]:
-        """Rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
-        first, last = int(self.positions[start]), int(self.positions[stop - 1]) + 1
-        block = _mean_block(self.layers, first, last, self.device)
-        return block[:, self.positions[start:stop] - first][:, :, self.positions[:stop]]
+        """Compute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
+        # Read the block of the padded batch that holds these rows, then drop padding from its rows and columns.
+        first = int(self.positions[start])
+        last = int(self.positions[stop - 1]) + 1
+        padded = _mean_block(self.layers, first, last, self.device)
+        rows = padded[:, self.positions[start:stop] - first]
+        return rows[:, :, self.positions[:stop]]
 
 
 class SharedPrefixes:
-    """Which sequences of a batch are the same up to a position: they stand together once sorted."""
+    """The groups of sequences of a batch that are equal up to a position.
+
+    Sorted sequences that share a prefix are neighbours, so it is enough to compare each with the one before it.
+
+    Attributes:
+        order: the sequences, sorted by their ids.
+        num_shared: tokens that each sequence of this order shares with the one before it; 0 for the first.
+    """
 
     def __init__(self, input_ids: Int[Tensor, "batch tokens"], readable: Bool[Tensor, "batch tokens"]) -> None:
-        ids = torch.where(readable.cpu(), input_ids.cpu().long(), -1)  # what padding holds is of no account
-        rows = ids.tolist()
-        self.order = sorted(range(len(rows)), key=rows.__getitem__)
-        ordered = ids[self.order]
-        differ = ordered[1:] != ordered[:-1]
-        first_difference = torch.where(differ.any(-1), differ.long().argmax(-1), ids.shape[1])
-        self.agree = torch.cat([torch.zeros(1, dtype=torch.int64), first_difference])
-        """Tokens that a sequence shares with the one sorted before it."""
+        # The ids of padding do not matter: they are all made equal.
+        ids = torch.where(readable.cpu(), input_ids.cpu().long(), -1)
+        sequences = ids.tolist()
+        self.order = sorted(range(len(sequences)), key=lambda item: sequences[item])
+
+        # argmax finds the first difference, and 0 where there is none.
+        sorted_ids = ids[self.order]
+        num_tokens = ids.shape[1]
+        differs = sorted_ids[1:] != sorted_ids[:-1]
+        first_difference = differs.long().argmax(-1)
+        first_difference = torch.where(differs.any(-1), first_difference, num_tokens)
+        shared_by_first = torch.zeros(1, dtype=torch.int64)
+        self.num_shared = torch.cat([shared_by_first, first_difference])
 
     def before(self, stop: int) -> tuple[list[int], Int[Tensor, " batch"]]:
-        """One sequence of each kind, and for every sequence the number of its kind."""
-        new = self.agree < stop
-        new[0] = True
-        kind = torch.empty(len(self.order), dtype=torch.int64)
-        kind[self.order] = new.cumsum(0) - 1
-        return [self.order[at] for at in new.nonzero().flatten().tolist()], kind
+        """Group the sequences that are equal in their first ``stop`` tokens.
+
+        Returns:
+            One sequence of each group, and the number of the group that each sequence belongs to.
+        """
+        starts_group = self.num_shared < stop
+        starts_group[0] = True
+        group = torch.empty(len(self.order), dtype=torch.int64)
+        group[self.order] = starts_group.cumsum(0) - 1
+        first_places = starts_group.nonzero().flatten().tolist()
+        representatives = [self.order[place] for place in first_places]
+        return representatives, group

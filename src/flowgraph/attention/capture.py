@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
-from flowgraph.attention.modules import base_model
+from flowgraph.attention.modules import base_model, text_config
 from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.errors import CaptureError, InvalidInputError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RELATIVE_POSITIONS = {"bloom", "mpt", "roformer"}
-"""Take no positions and need none: attention depends on distances alone, so left padding shifts nothing."""
+"""Models without an argument for positions whose attention depends on distances alone, so left padding is allowed."""
 
 
 def capture(
@@ -33,12 +33,12 @@ def capture(
     heads: str | Sequence[int] | HeadSelector = "mean",
     edge_weight: str = "attention",
 ) -> AttentionRows:
-    """Run one forward pass under the model's own attention and return its aggregated rows.
+    """Run one forward pass with the model's own attention and return its aggregated rows.
 
     ``rows[b, t, s]`` is the mean over the chosen layers of the joined heads' attention of token t to token s.
     The rows are recomputed in blocks from queries and keys after normalisation and rotary embedding, by the
-    architecture's own eager function, and checked against the layer's real output during the pass. The model is
-    left exactly as it was found, also after an exception.
+    architecture's own eager function, and checked against the layer's real output during the pass. Afterwards the
+    model is in the state that it had before, also after an exception.
 
     Args:
         model: a Hugging Face causal LM.
@@ -46,10 +46,13 @@ def capture(
         attention_mask: 1 on tokens, 0 on padding, left or right; positions are counted from it.
         layers: ``"middle"`` (default), ``"all"``, ``"10-19"`` or indices.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a ``HeadSelector``.
-        edge_weight: ``"attention"`` or ``"value_norm"``.
+        edge_weight: ``"attention"`` or ``"value_norm"``, as for :class:`~flowgraph.AttentionRecorder`.
+
+    Returns:
+        The rows of the batch, which compute a block each time it is read.
 
     Raises:
-        CaptureError: an architecture whose rows cannot be had correctly.
+        CaptureError: an architecture whose rows cannot be captured correctly.
         InvalidInputError: ids, mask or choices that do not fit the model.
 
     Cost: one forward pass; memory of queries and keys of the chosen layers, O(layers x T x width).
@@ -59,30 +62,36 @@ def capture(
     input_ids = _checked_ids(input_ids)
     attention_mask = _checked_mask(input_ids, attention_mask)
     check_fits(inner, input_ids, attention_mask)
+
     device = next(inner.get_input_embeddings().parameters()).device
-    if device.type == "meta":  # offloaded weights: the offloading hooks move the inputs themselves
+    # With offloaded weights, the offloading hooks move the inputs themselves.
+    if device.type == "meta":
         device = input_ids.device
-    inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+    mask_of_pass = attention_mask.to(device)
+    arguments = _forward_arguments(inner, mask_of_pass)
     with _evaluating(inner), torch.no_grad(), recorder:
-        inner(**inputs, **_forward_arguments(inner, inputs["attention_mask"]), use_cache=False)
+        inner(input_ids=input_ids.to(device), attention_mask=mask_of_pass, **arguments, use_cache=False)
     return recorder.rows(attention_mask, input_ids)
 
 
 def _forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor | int]:
-    """No logits that nobody reads; and under left padding, positions counted from the mask.
+    """Choose the further arguments of the pass: few logits, and for left padding positions counted from the mask.
 
-    Without left padding a model's own positions are right whatever they start from.
+    Without left padding, a model's own positions are right, whatever number they start from.
 
     Raises:
         CaptureError: left padding, and a model that would shift its positions.
     """
     parameters = inspect.signature(model.forward).parameters
-    arguments: dict[str, Tensor | int] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    arguments: dict[str, Tensor | int] = {}
+    # The logits are not used, and those of all tokens can be the largest tensor of the pass.
+    if "logits_to_keep" in parameters:
+        arguments["logits_to_keep"] = 1
     if bool(attention_mask[:, 0].all()):
         return arguments
     # RoBERTa-like embeddings count from padding_idx + 1, and from the ids instead of the mask.
-    own_count = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
-    if "position_ids" in parameters and not own_count:
+    counts_from_ids = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    if "position_ids" in parameters and not counts_from_ids:
         arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     elif model.config.model_type not in _RELATIVE_POSITIONS:
         raise CaptureError(
@@ -93,14 +102,16 @@ def _forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[s
 
 
 def _checked_ids(input_ids: Tensor) -> Int[Tensor, "batch tokens"]:
+    """Check the dtype and shape of ids, and add the dimension of the batch where it is missing."""
     if not isinstance(input_ids, Tensor):
         raise InvalidInputError(
             f"input_ids: must be a tensor, got {type(input_ids).__name__}; tokenize with return_tensors='pt'"
         )
     if input_ids.ndim == 1:
         input_ids = input_ids[None]
-    whole = not (input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool)
-    if input_ids.ndim != 2 or not whole or input_ids.numel() == 0:
+    dtype = input_ids.dtype
+    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if input_ids.ndim != 2 or not is_integer or input_ids.numel() == 0:
         raise InvalidInputError(
             f"input_ids: must be integers of shape [batch, tokens], at least one, got {input_ids.dtype} of shape "
             f"{tuple(input_ids.shape)}; pass the tokenizer's input_ids"
@@ -109,6 +120,7 @@ def _checked_ids(input_ids: Tensor) -> Int[Tensor, "batch tokens"]:
 
 
 def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Int[Tensor, "batch tokens"]:
+    """Check that each row of a mask has tokens and pads on one or both sides; return it as 0 and 1."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.int64)
     if attention_mask.ndim == 1:
@@ -118,37 +130,55 @@ def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Int[Tenso
             f"attention_mask: must have the shape of input_ids {tuple(input_ids.shape)}, got "
             f"{tuple(attention_mask.shape)}; pass both from the same tokenizer call"
         )
-    inside = attention_mask != 0
-    if not bool(inside.any(-1).all()):
-        empty = int((~inside.any(-1)).nonzero()[0])
+    is_token = attention_mask != 0
+    is_empty = ~is_token.any(-1)
+    if bool(is_empty.any()):
         raise InvalidInputError(
-            f"attention_mask: every sequence needs at least one token, got a row of padding only (row {empty}); "
-            "drop that row"
+            "attention_mask: every sequence needs at least one token, got a row of padding only "
+            f"(row {int(is_empty.nonzero()[0])}); drop that row"
         )
-    edges = (inside[:, 1:] != inside[:, :-1]).sum(-1)
-    gaps = edges - (~inside[:, 0]).long() - (~inside[:, -1]).long()
-    if bool((gaps > 0).any()):
+
+    # Padding on the left and on the right each cause one change between neighbours; any more changes are gaps.
+    num_changes = (is_token[:, 1:] != is_token[:, :-1]).sum(-1)
+    num_padded_sides = (~is_token[:, 0]).long() + (~is_token[:, -1]).long()
+    has_gap = num_changes > num_padded_sides
+    if bool(has_gap.any()):
         raise InvalidInputError(
-            "attention_mask: padding must stand on the left or on the right, got a gap inside row "
-            f"{int((gaps > 0).nonzero()[0])}; remove the masked tokens instead"
+            "attention_mask: padding must be on the left or on the right, got a gap inside row "
+            f"{int(has_gap.nonzero()[0])}; remove the masked tokens instead"
         )
-    return inside.long()
+    return is_token.long()
 
 
 def check_fits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Ids inside the vocabulary, text inside the context."""
-    config = model.config.get_text_config(decoder=True)
-    low, high = int(input_ids.min()), int(input_ids.max())
-    size = getattr(config, "vocab_size", None)
-    if low < 0 or (size is not None and high >= size):
+    """Check that ids lie in the model's vocabulary and that the text fits its context.
+
+    Args:
+        model: the model that will run.
+        input_ids: ``[batch, tokens]``.
+        attention_mask: ``[batch, tokens]``, 1 on tokens, 0 on padding.
+
+    Raises:
+        InvalidInputError: an id outside the vocabulary, or more tokens than the context.
+    """
+    config = text_config(model)
+    low = int(input_ids.min())
+    high = int(input_ids.max())
+    vocabulary_size = getattr(config, "vocab_size", None)
+    is_too_high = vocabulary_size is not None and high >= vocabulary_size
+    if low < 0 or is_too_high:
+        last = "" if vocabulary_size is None else vocabulary_size - 1
         raise InvalidInputError(
-            f"input_ids: must lie in 0..{'' if size is None else size - 1}, got {low}..{high}; "
-            "use the tokenizer that belongs to this model"
+            f"input_ids: must lie in 0..{last}, got {low}..{high}; use the tokenizer that belongs to this model"
         )
+
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    # Positions run over right padding too; under left padding they are counted from the mask.
-    left = not bool(attention_mask[:, 0].all())
-    longest = int(attention_mask.sum(-1).max()) if left else input_ids.shape[1]
+    # With left padding, positions are counted from the mask. Otherwise they include the padding on the right.
+    is_left_padded = not bool(attention_mask[:, 0].all())
+    if is_left_padded:
+        longest = int(attention_mask.sum(-1).max())
+    else:
+        longest = input_ids.shape[1]
     if limit is not None and 0 < limit < longest:
         raise InvalidInputError(
             f"input_ids: must fit the model's context of {limit} tokens, got {longest}; "
@@ -158,7 +188,7 @@ def check_fits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for one pass; every module's own training flag is put back."""
+    """Set evaluation mode for one pass, and restore every module's own training flag."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

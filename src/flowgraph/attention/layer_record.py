@@ -1,10 +1,10 @@
-"""What one attention layer leaves behind for its rows to be recomputed, block by block."""
+"""The record of one attention layer's pass, from which its rows are recomputed block by block."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,21 +12,25 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from flowgraph.attention.layers_and_heads import per_query_head
 from flowgraph.errors import CaptureError
 
-_MASKED = -1e4  # additive masks hold 0 or the dtype's minimum; position biases of readable tokens stay above this
-_SAME_VALUES = {torch.float32: 1e-3, torch.float64: 1e-3}
+# Additive masks hold 0 or the dtype's minimum; position biases of readable tokens stay above this value.
+_MASKED = -1e4
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest deviation from the layer's output, relative to the head's largest value; TF32 stays below it."""
-_SAME_VALUES_HALF = 2**-6
+_TOLERANCE_HALF = 2**-6
 """The same for bfloat16 and float16: weights and output are each rounded by up to 2**-8."""
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """Query and key after normalisation and rotary embedding, the mask, and the function that joins them.
+    """Query and key after normalisation and rotary embedding, the mask, and the layer's own eager function.
 
     Attributes:
-        module: a frozen copy of the attention module, as eager functions read attributes (learned sinks) off it.
+        module: a frozen copy of the attention module, because eager functions read its attributes (learned sinks).
+        eager: the architecture's eager attention, ``(module, query, key, value, mask, **options)`` to
+            (output, weights).
         query: ``[batch, heads, tokens, dim]``.
         key: ``[batch, key_heads, tokens, dim]``.
         value_norm: ``[batch, key_heads, tokens]``, Euclidean norm of each value vector, where edges need it.
@@ -45,6 +49,7 @@ class LayerRecord:
 
     @property
     def num_heads(self) -> int:
+        """Query heads."""
         return self.query.shape[1]
 
     @property
@@ -54,14 +59,16 @@ class LayerRecord:
 
     @property
     def device(self) -> torch.device:
+        """Device of query and key."""
         return self.query.device
 
     def select(self, items: slice | Tensor) -> LayerRecord:
-        """The record of some sequences of the batch; a slice gives views."""
-        batch = self.shape[0]
+        """Return the record of some sequences of the batch; a slice gives views."""
+        batch_size = self.shape[0]
 
         def cut(entry: Any) -> Any:
-            spans_batch = isinstance(entry, Tensor) and entry.ndim >= 2 and entry.shape[0] == batch
+            # Masks and options may also be shared by all sequences, or may not be tensors.
+            spans_batch = isinstance(entry, Tensor) and entry.ndim >= 2 and entry.shape[0] == batch_size
             return entry[items] if spans_batch else entry
 
         return replace(
@@ -74,88 +81,124 @@ class LayerRecord:
         )
 
     def weights(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
-        """Softmax attention of the queries ``[start, stop)`` over the keys ``[0, stop)``, in float32 or wider.
+        """Compute the softmax attention of the queries ``[start, stop)`` over the keys ``[0, stop)``.
 
-        The architecture's own eager function runs on a block of queries, with keys cut at the last one that
-        causality lets the block read, and with one value column, since only its weights are wanted.
+        The architecture's own eager function runs on a block of queries. Its keys are cut at the last one that
+        causality lets the block read, and its values have one column, because only the weights are used.
+
+        Returns:
+            The weights in float32 or wider.
 
         Raises:
             CaptureError: the layer reads future tokens, or its eager function returns no weights.
+
+        Cost: heads x block x stop x dim for each sequence.
         """
+        queries = torch.arange(start, stop, device=self.query.device)
         value = torch.zeros_like(self.key[:, :, :stop, :1])
-        _, weights = self.attend(torch.arange(start, stop, device=self.query.device), stop, value)
+        _, weights = self.attend(queries, stop, value)
         if weights is None or weights.shape[-2:] != (stop - start, stop):
             raise CaptureError(
                 f"model: the eager attention of {type(self.module).__name__} returned no weights for a block of "
-                "queries, so its rows cannot be had; please report the architecture"
+                "queries, so its rows cannot be computed; please report the architecture"
             )
         return weights
 
-    def attend(self, queries: Tensor, stop: int, value: Tensor, *, exact: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Run the architecture's eager function on some queries; returns its (output, weights).
+    def attend(
+        self,
+        queries: Tensor,
+        stop: int,
+        value: Tensor,
+        *,
+        exact: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the architecture's eager function on some queries.
 
         Args:
             queries: positions of the queries.
             stop: number of keys.
             value: ``[batch, key_heads, stop, any width]``.
             exact: compute in float32 or wider; False repeats the layer's own precision and autocast.
+
+        Returns:
+            The output, ``[batch, queries, heads, width]``, and the weights where the function returns them.
         """
-        dtype = torch.promote_types(self.query.dtype, torch.float32) if exact else self.query.dtype
+        dtype = self.query.dtype
+        precision: AbstractContextManager[Any] = nullcontext()
+        if exact:
+            dtype = torch.promote_types(dtype, torch.float32)
+            precision = torch.autocast(self.query.device.type, enabled=False)
         mask = self._additive_mask(queries, stop, dtype)
-        with torch.autocast(self.query.device.type, enabled=False) if exact else nullcontext():
+        options = self._options_for(queries, stop)
+        options["dropout"] = 0.0
+        with precision:
             return self.eager(
                 self.module,
                 self.query[:, :, queries].to(dtype),
                 self.key[:, :, :stop].to(dtype),
                 value.to(dtype),
                 mask,
-                **{**self._options_for(queries, stop), "dropout": 0.0},
+                **options,
             )
 
     def _options_for(self, queries: Tensor, stop: int) -> dict[str, Any]:
-        """Cut options that span the text (position biases) like the mask; pass everything else as it came."""
-        tokens, cut = self.query.shape[2], {}
+        """Cut options that span the text (position biases) like the mask; pass all others unchanged."""
+        num_tokens = self.query.shape[2]
+        options = {}
         for name, option in self.options.items():
-            if isinstance(option, Tensor) and option.ndim >= 3 and option.shape[-1] == tokens:
-                option = option[..., queries, :stop] if option.shape[-2] == tokens else option[..., :stop]
-            cut[name] = option
-        return cut
+            if isinstance(option, Tensor) and option.ndim >= 3 and option.shape[-1] == num_tokens:
+                if option.shape[-2] == num_tokens:
+                    option = option[..., queries, :]
+                option = option[..., :stop]
+            options[name] = option
+        return options
 
     def _additive_mask(self, queries: Tensor, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return the mask of some queries as eager functions read it, added to the scores before the softmax."""
         lowest = torch.finfo(dtype).min
-        mask = self.mask
-        if mask is not None and mask.ndim == 4:
-            rows = mask[:, :, queries] if mask.shape[2] > 1 else mask.expand(-1, -1, queries.numel(), -1)
+        if self.mask is not None and self.mask.ndim == 4:
+            rows = _mask_rows(self.mask, queries)
             self._check_causal(rows, queries)
             rows = rows[..., :stop]
-            if rows.dtype == torch.bool:
-                return torch.zeros(rows.shape, dtype=dtype, device=rows.device).masked_fill(~rows, lowest)
-            return rows.to(dtype).clamp_min(lowest)
+            if rows.dtype != torch.bool:
+                # A finite minimum instead of -inf: the softmax of a row that reads nothing must not be NaN.
+                return rows.to(dtype).clamp_min(lowest)
+            is_readable = rows
+        else:
+            is_readable = self._causal_cells(queries, stop)
+        additive = torch.zeros(is_readable.shape, dtype=dtype, device=is_readable.device)
+        return additive.masked_fill(~is_readable, lowest)
+
+    def _causal_cells(self, queries: Tensor, stop: int) -> Bool[Tensor, "batch_or_1 1 queries stop"]:
+        """Mark what each query may read by causality, the sliding window and a mask of padding."""
         columns = torch.arange(stop, device=queries.device)
-        allowed = columns[None] <= queries[:, None]
+        is_readable = columns[None] <= queries[:, None]
         window = self.options.get("sliding_window")
         if window is not None:
-            allowed &= columns[None] > queries[:, None] - window
-        allowed = allowed[None, None]
-        if mask is not None:
-            allowed = allowed & mask[:, None, None, :stop].bool()
-        return torch.zeros(allowed.shape, dtype=dtype, device=queries.device).masked_fill(~allowed, lowest)
+            is_readable &= columns[None] > queries[:, None] - window
+        is_readable = is_readable[None, None]
+        if self.mask is not None:
+            is_readable = is_readable & self.mask[:, None, None, :stop].bool()
+        return is_readable
 
     def _check_causal(self, rows: Tensor, queries: Tensor) -> None:
-        future = torch.arange(rows.shape[-1], device=rows.device)[None] > queries[:, None]
+        """Refuse a mask that lets a query read a later token."""
+        columns = torch.arange(rows.shape[-1], device=rows.device)
+        is_future = columns[None] > queries[:, None]
         # A row that may read nothing belongs to padding; its softmax is uniform and is never used.
-        if bool((_readable(rows) & future).any()):
+        if bool((readable_cells(rows) & is_future).any()):
             raise CaptureError(
                 f"model: {type(self.module).__name__} reads future tokens; only causal attention forms a DAG over "
                 "tokens, so load a causal language model and leave out masks that look ahead"
             )
 
     def verify(self, value: Tensor, output: Tensor) -> None:
-        """Compare the eager function with what the layer really computed, on a few queries.
+        """Compare the eager function with the layer's real output, on a few queries.
 
-        This is what makes a silently wrong row impossible: a mask read wrongly, an option not passed on or a
-        kernel that does something else shows up as another output. Sharp attention in half precision may differ
-        from exact weights by rounding alone, so there the same precision gets a second chance.
+        The comparison finds a mask that was read wrongly, an option that was not passed on, and a kernel that
+        computes something else: each changes the output. Without it, rows could be wrong without notice. In half
+        precision, sharp attention may differ from exact weights by rounding alone, so there a second comparison
+        runs in the layer's own precision.
 
         Args:
             value: ``[batch, key_heads, tokens, dim]``.
@@ -163,13 +206,19 @@ class LayerRecord:
 
         Raises:
             CaptureError: the two differ by more than rounding.
+
+        Cost: three rows of attention.
         """
-        tokens = self.query.shape[2]
-        probes = torch.tensor(sorted({tokens // 3, tokens // 2, tokens - 1}), device=output.device)
+        num_tokens = self.query.shape[2]
+        positions = sorted({num_tokens // 3, num_tokens // 2, num_tokens - 1})
+        probes = torch.tensor(positions, device=output.device)
+        is_half = output.dtype not in _TOLERANCE
+        tolerance = _TOLERANCE.get(output.dtype, _TOLERANCE_HALF)
+
         error = self._deviation(probes, value, output, exact=True)
-        tolerance = _SAME_VALUES.get(output.dtype, _SAME_VALUES_HALF)
-        if float(error.max()) > tolerance and output.dtype not in _SAME_VALUES:
+        if float(error.max()) > tolerance and is_half:
             error = self._deviation(probes, value, output, exact=False)
+        # The negated comparison also refuses NaN.
         if not float(error.max()) <= tolerance:
             raise CaptureError(
                 f"model: the recomputed attention of {type(self.module).__name__} differs from what the layer computed "
@@ -180,38 +229,68 @@ class LayerRecord:
     def _deviation(
         self, probes: Tensor, value: Tensor, output: Tensor, *, exact: bool
     ) -> Float[Tensor, "batch probes heads"]:
-        """Largest difference of each head's output, relative to its largest value; 0 for rows of padding."""
-        expected, _ = self.attend(probes, self.query.shape[2], value, exact=exact)
+        """Compute the largest difference of each head's output, relative to its largest value; 0 on padding."""
+        num_tokens = self.query.shape[2]
+        expected, _ = self.attend(probes, num_tokens, value, exact=exact)
+        batch_size, _, num_heads, dim = expected.shape
+        actual = output.reshape(batch_size, num_tokens, num_heads, dim)[:, probes]
+
+        # Differences are taken in float32 or wider.
         wide = torch.promote_types(expected.dtype, torch.float32)
-        actual = output.reshape(expected.shape[0], self.query.shape[2], *expected.shape[2:])[:, probes].to(wide)
-        scale = value.to(wide).abs().amax((-1, -2)).repeat_interleave(expected.shape[2] // value.shape[1], 1)
-        error = (actual - expected.to(wide)).abs().amax(-1) / scale[:, None].clamp_min(1e-6)
+        difference = actual.to(wide) - expected.to(wide)
+        difference = difference.abs().amax(-1)
+
+        # An output is a weighted mean of values, so the largest value of a head is the scale of its outputs.
+        largest = value.to(wide).abs().amax((-1, -2))
+        largest = per_query_head(largest, num_heads)
+        error = difference / largest[:, None].clamp_min(1e-6)
         return error.masked_fill(self._reads_nothing(probes)[..., None], 0.0)
 
     def _reads_nothing(self, queries: Tensor) -> Bool[Tensor, "batch queries"]:
+        """Mark the queries that may read no token, which are padding."""
         if self.mask is None:
             return torch.zeros(1, queries.numel(), dtype=torch.bool, device=queries.device)
         if self.mask.ndim == 2:
             return ~self.mask[:, queries].bool()
-        rows = self.mask[:, 0, queries] if self.mask.shape[2] > 1 else self.mask[:, 0].expand(-1, queries.numel(), -1)
-        return ~_readable(rows).any(-1)
+        rows = _mask_rows(self.mask, queries)[:, 0]
+        return ~readable_cells(rows).any(-1)
 
 
-def _readable(mask: Tensor) -> Bool[Tensor, ...]:
-    return mask if mask.dtype == torch.bool else mask > _MASKED
+def _mask_rows(mask: Tensor, queries: Tensor) -> Tensor:
+    """Return the rows of a four-dimensional mask for some queries; a mask with one row holds for all of them."""
+    if mask.shape[2] > 1:
+        return mask[:, :, queries]
+    return mask.expand(-1, -1, queries.numel(), -1)
+
+
+def readable_cells(mask: Tensor) -> Bool[Tensor, ...]:
+    """Mark the cells that a bool or additive attention mask allows to be read."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > _MASKED
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """A shallow copy of an attention module in evaluation mode, with vectors of its own.
+    """Copy an attention module in evaluation mode: shared matrices, vectors of its own.
 
-    Rows are often read after an optimizer step, or after an offloaded layer has left memory; and whoever reads
-    them must not have to touch the training flags of a live model.
+    Rows are often read after an optimizer step, or after an offloaded layer has left memory, so the copy keeps what
+    eager functions read. Reading rows must not change the training flags of a live model either.
     """
-    parameters = {
-        name: part if part is None else (part.detach().clone() if part.ndim <= 1 else part.detach())
-        for name, part in module._parameters.items()
-    }
-    children = {name: frozen(part) if isinstance(part, nn.Dropout) else part for name, part in module._modules.items()}
+    parameters: dict[str, Tensor | None] = {}
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            parameters[name] = None
+        elif parameter.ndim <= 1:
+            # Learned sinks are vectors: small, and changed in place by an optimizer.
+            parameters[name] = parameter.detach().clone()
+        else:
+            parameters[name] = parameter.detach()
+
+    # Eager functions call dropout with the module's training flag, or as a submodule.
+    children: dict[str, nn.Module | None] = {}
+    for name, child in module._modules.items():
+        children[name] = frozen(child) if isinstance(child, nn.Dropout) else child
+
     twin = copy.copy(module)
     twin.__dict__.update(training=False, _parameters=parameters, _modules=children)
     return twin

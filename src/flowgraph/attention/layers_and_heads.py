@@ -1,4 +1,4 @@
-"""Which layers and which heads are read."""
+"""The layers and the heads that are read: names, ranges, indices, and selection of heads by a statistic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from operator import index
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError
@@ -18,14 +18,14 @@ LayerRule = str | int | range | Sequence[int]
 
 @dataclass(frozen=True)
 class HeadSelector:
-    """Keep, in each layer, the heads with the highest or lowest value of a statistic, and average those.
+    """The heads of each layer with the highest or lowest value of a statistic, which are then averaged.
 
-    Each sequence of a batch chooses for itself.
+    The heads are selected for each sequence of a batch separately.
 
     Attributes:
         statistic: ``"distance"``: mean attention distance ``mean over t of sum over s of A[t, s] * (t - s)``
             (arXiv 2510.13554); ``"kurtosis"``: excess kurtosis over tokens of the attention that each receives
-            from later tokens, the first token left out (arXiv 2506.19143 uses it to find receiver heads).
+            from later tokens, without the first token (arXiv 2506.19143 uses it to find receiver heads).
         keep: ``"highest"`` or ``"lowest"``.
         share: share of the heads kept, at least one.
     """
@@ -47,7 +47,11 @@ class HeadSelector:
             )
 
     def choose(self, scores: Float[Tensor, " heads"]) -> Int64[Tensor, " kept"]:
-        """Indices of the heads kept, ascending; ties go to the lower index."""
+        """Select heads by their scores.
+
+        Returns:
+            Indices of the heads kept, ascending. Of two heads with the same score, the lower index comes first.
+        """
         count = max(1, round(self.share * scores.numel()))
         order = torch.argsort(scores, descending=self.keep == "highest", stable=True)
         return order[:count].sort().values
@@ -63,31 +67,54 @@ NAMED_HEADS = {
 def resolve_heads(
     heads: str | int | Sequence[int] | HeadSelector, num_heads: int | None
 ) -> str | list[int] | HeadSelector:
-    """Check a head choice against the model: ``"mean"``, ``"max"``, a named selector, indices, or a selector.
+    """Check a choice of heads against the model, and replace names of selectors by the selectors.
 
     Args:
-        heads: the choice.
+        heads: ``"mean"``, ``"max"``, the name of a selector, one index, indices, or a selector.
         num_heads: query heads of a layer, or None where layers differ (the forward pass checks then).
+
+    Returns:
+        ``"mean"``, ``"max"``, ascending indices, or a selector.
 
     Raises:
         InvalidInputError: an unknown name or an index outside.
     """
     if isinstance(heads, HeadSelector):
         return heads
-    if isinstance(heads, str):
-        if heads in NAMED_HEADS:
-            return NAMED_HEADS[heads]
-        if heads in ("mean", "max"):
-            return heads
-        names = ", ".join(map(repr, ("mean", "max", *NAMED_HEADS)))
-        raise InvalidInputError(
-            f"heads: must be {names}, indices or a HeadSelector, got {heads!r}; 'mean' is the default"
-        )
-    return _indices(heads, num_heads, "heads")
+    if not isinstance(heads, str):
+        return _indices(heads, num_heads, "heads")
+    if heads in NAMED_HEADS:
+        return NAMED_HEADS[heads]
+    if heads in ("mean", "max"):
+        return heads
+    names = ", ".join(repr(name) for name in ("mean", "max", *NAMED_HEADS))
+    raise InvalidInputError(f"heads: must be {names}, indices or a HeadSelector, got {heads!r}; 'mean' is the default")
+
+
+def per_query_head(
+    values: Shaped[Tensor, "batch key_heads *rest"], num_heads: int
+) -> Shaped[Tensor, "batch heads *rest"]:
+    """Repeat the values of each key head for the query heads that share it (grouped-query attention).
+
+    Args:
+        values: ``[batch, key_heads, ...]``.
+        num_heads: query heads, a multiple of ``key_heads``; consecutive query heads share a key head.
+
+    Returns:
+        ``[batch, heads, ...]``.
+    """
+    return values.repeat_interleave(num_heads // values.shape[1], 1)
 
 
 def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
-    """Layer indices, ascending: ``"middle"`` (the middle third), ``"all"``, ``"a-b"`` (both included), or indices.
+    """Convert a choice of layers to indices.
+
+    Args:
+        layers: ``"middle"`` (the middle third), ``"all"``, ``"FIRST-LAST"`` (both included), or indices.
+        num_layers: layers of the model.
+
+    Returns:
+        Layer indices, ascending.
 
     Raises:
         InvalidInputError: an unknown name, an empty choice or an index outside.
@@ -103,9 +130,12 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
     if layers == "middle":
         first = num_layers // 3
         return list(range(first, max(first + 1, num_layers - first)))
+
+    # "10-19", or one number.
     parts = layers.replace(" ", "").split("-")
     if all(part.isdecimal() for part in parts) and len(parts) <= 2:
-        first, last = int(parts[0]), int(parts[-1])
+        first = int(parts[0])
+        last = int(parts[-1])
         if first > last:
             raise InvalidInputError(f"layers: FIRST must not exceed LAST, got {layers!r}; write '{last}-{first}'")
         return _indices(range(first, last + 1), num_layers, "layers")
@@ -115,15 +145,19 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
 
 
 def _indices(values: int | Iterable[int], count: int | None, name: str) -> list[int]:
+    """Check indices of layers or heads and sort them; without a count, no index is too large."""
+    listed = values if isinstance(values, Iterable) else (values,)
     try:
-        chosen = sorted({index(value) for value in (values if isinstance(values, Iterable) else (values,))})
+        # operator.index takes any integer type, and no float.
+        chosen = sorted({index(value) for value in listed})
     except TypeError:
         raise InvalidInputError(f"{name}: indices must be integers, got {values!r}; e.g. {name}=[0, 2]") from None
     if not chosen:
         raise InvalidInputError(f"{name}: must name at least one, got none; leave it out for the default")
-    if chosen[0] < 0 or (count is not None and chosen[-1] >= count):
-        inside = f"lie in 0..{count - 1}" if count is not None else "not be negative"
+    is_too_large = count is not None and chosen[-1] >= count
+    if chosen[0] < 0 or is_too_large:
+        rule = "not be negative" if count is None else f"lie in 0..{count - 1}"
         raise InvalidInputError(
-            f"{name}: must {inside}, got {chosen[0]}..{chosen[-1]}; indices count from the model's first {name[:-1]}"
+            f"{name}: must {rule}, got {chosen[0]}..{chosen[-1]}; indices count from the model's first {name[:-1]}"
         )
     return chosen

@@ -1,9 +1,10 @@
-"""Find the attention modules of a causal LM, and how each of them computes its attention."""
+"""Find the attention modules of a causal LM inside its wrappers, and read its numbers of layers and heads."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from flowgraph.errors import CaptureError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_NUMBER_IN_NAME = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_CROSS_ATTENTION = re.compile(r"cross|encoder_attn")
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside compiled, data-parallel and PEFT wrappers.
+    """Return the transformers model inside compiled, data-parallel and PEFT wrappers.
 
     Raises:
         CaptureError: not a transformers model, not a decoder-only language model, or one with a prompt adapter.
@@ -33,7 +37,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     if getattr(inner.config, "is_encoder_decoder", False):
         raise CaptureError(
             f"model: must be decoder-only, got the encoder-decoder {type(inner).__name__}; its answer reads the "
-            "question through cross-attention, which this method does not describe"
+            "question through cross-attention, so load a decoder-only model with AutoModelForCausalLM"
         )
     if inner.get_output_embeddings() is None or not _is_causal(inner):
         raise CaptureError(
@@ -43,7 +47,9 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
+    """Remove wrappers, in any order and number, and refuse prompt adapters."""
     while True:
+        # torch.compile keeps the original module in this attribute.
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, DistributedDataParallel):
@@ -61,21 +67,22 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
-    """BERT-like models carry a language model head too, and say so unless is_decoder is set."""
+    """Return whether a model with a language model head is causal; BERT-like models with such a head are not."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    bidirectional = getattr(model.config, "is_decoder", None) is False and any(
-        getattr(module, "is_causal", True) is False for module in model.modules()
-    )
-    return not masked and not bidirectional
+    if type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return False
+    # Models that may be either state it in is_decoder; their attention modules then are causal or not.
+    if getattr(model.config, "is_decoder", None) is not False:
+        return True
+    return all(getattr(module, "is_causal", True) is not False for module in model.modules())
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
-    """The stack of layers that reads the text, without the vision and audio towers beside it.
+    """Return the stack of layers that reads the text, without the vision and audio towers beside it.
 
     Raises:
-        CaptureError: nothing that looks like attention.
+        CaptureError: a model without attention modules.
     """
     # Some heads call their output projection "decoder", so what get_decoder() finds need not be the stack.
     for part in (model.get_decoder(), model.base_model, model):
@@ -88,59 +95,114 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The softmax self-attention module of each layer of the text decoder, by layer index.
+    """Return the softmax self-attention module of each layer of the text decoder, by layer index.
 
-    A layer that has none (state-space or linear layers of hybrid models) is missing from the result. Where a
-    layer holds several, their own ``layer_idx`` counts.
+    A layer without one (state-space or linear layers of hybrid models) is missing from the result. Where a
+    numbered layer holds several, they are numbered by their own ``layer_idx``.
 
     Raises:
-        CaptureError: nothing that looks like attention, or layers that cannot be told apart.
+        CaptureError: a model without attention modules, or layers that cannot be told apart.
     """
     named = _self_attentions(text_decoder(model))
-    modules = [module for _, module in named]
-    indices = [int(re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)[0]) for name, _ in named]
+    # The first number in a module's name is its place in the stack: "layers.3.self_attn".
+    indices = [int(_NUMBER_IN_NAME.findall(name)[0]) for name, _ in named]
     if len(set(indices)) < len(indices):
         indices = _own_indices(model, named, indices)
-    return dict(sorted(zip(indices, modules, strict=True), key=lambda item: item[0]))
+    modules = [module for _, module in named]
+    by_layer = dict(zip(indices, modules, strict=True))
+    return {index: by_layer[index] for index in sorted(by_layer)}
 
 
-def _own_indices(model: PreTrainedModel, named: list[tuple[str, nn.Module]], indices: list[int]) -> list[int]:
-    """The modules' own ``layer_idx``, for layers that hold several attentions."""
-    own = [getattr(module, "layer_idx", None) for _, module in named]
-    counted = [index for index in own if isinstance(index, int)]
-    if len(set(counted)) < len(own):
-        doubled = next(index for index in indices if indices.count(index) > 1)
-        names = ", ".join(name for (name, _), index in zip(named, indices, strict=True) if index == doubled)
+def _own_indices(
+    model: PreTrainedModel,
+    named: list[tuple[str, nn.Module]],
+    indices: list[int],
+) -> list[int]:
+    """Number the modules by their own ``layer_idx``, for layers that hold several attention modules."""
+    own: list[int] = []
+    for _, module in named:
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int):
+            own.append(index)
+    if len(set(own)) < len(named):
+        repeated = next(index for index in indices if indices.count(index) > 1)
+        names = []
+        for (name, _), index in zip(named, indices, strict=True):
+            if index == repeated:
+                names.append(name)
         raise CaptureError(
-            f"model: each layer must have one attention module, got {names} in layer {doubled} of "
+            f"model: each layer must have one attention module, got {', '.join(names)} in layer {repeated} of "
             f"{type(model).__name__}; this architecture cannot be captured"
         )
-    return counted
+    return own
 
 
 def _self_attentions(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Innermost attention modules inside numbered layers, cross-attention left out."""
-    found = [
-        (name, module)
-        for name, module in decoder.named_modules()
-        if _looks_like_attention(module)
-        and re.search(r"(?:^|\.)\d+(?:\.|$)", name)
-        and not re.search(r"cross|encoder_attn", f"{name} {type(module).__name__}".lower())
-        and not any(_looks_like_attention(child) for child in list(module.modules())[1:])
-    ]
-    # Linear and delta attention have the word in their names, but no softmax and no interface.
+    """Find the innermost attention modules inside numbered layers, without cross-attention, with their names."""
+    found = []
+    for name, module in decoder.named_modules():
+        if not _looks_like_attention(module) or not _NUMBER_IN_NAME.search(name):
+            continue
+        if _CROSS_ATTENTION.search(f"{name} {type(module).__name__}".lower()):
+            continue
+        descendants = list(module.modules())[1:]
+        if not any(_looks_like_attention(child) for child in descendants):
+            found.append((name, module))
+    # Linear and delta attention have the word in their class names, but no softmax, and do not use the interface.
     dispatching = [(name, module) for name, module in found if uses_attention_interface(type(module))]
     return dispatching or found
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
+    """Return whether a module is attention by its class name or by its code."""
     return "Attention" in type(module).__name__ or uses_attention_interface(type(module))
 
 
 @lru_cache(maxsize=4096)
 def uses_attention_interface(kind: type[nn.Module]) -> bool:
-    """Whether this module class dispatches through transformers' ``AttentionInterface``."""
-    methods = (
-        inspect.unwrap(member) for cls in kind.__mro__ for member in vars(cls).values() if inspect.isfunction(member)
-    )
-    return any("get_interface" in method.__code__.co_names for method in methods)
+    """Return whether this module class dispatches through transformers' ``AttentionInterface``.
+
+    The code of its methods is searched for the call, because the classes declare it nowhere.
+    """
+    for base in kind.__mro__:
+        for member in vars(base).values():
+            if not inspect.isfunction(member):
+                continue
+            method = inspect.unwrap(member)
+            if "get_interface" in method.__code__.co_names:
+                return True
+    return False
+
+
+def attention_implementation(module: nn.Module) -> str:
+    """Return the attention implementation of a module, such as ``"sdpa"``; empty where it states none."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None) or ""
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """Return the part of the configuration that describes the text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def num_layers(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> int:
+    """Count the layers of the text decoder, those without softmax attention included.
+
+    Args:
+        model: the model.
+        modules: its attention modules by layer, from :func:`attention_modules`.
+    """
+    configured = int(getattr(text_config(model), "num_hidden_layers", 0))
+    return max(configured, max(modules) + 1)
+
+
+def num_query_heads(model: PreTrainedModel) -> int | None:
+    """Return the number of query heads of each layer, or None where layers differ or the model does not state it."""
+    try:
+        number = getattr(text_config(model), "num_attention_heads", None)
+    except RuntimeError:
+        # transformers refuses the attribute where layers differ.
+        return None
+    if isinstance(number, int) and number > 0:
+        return number
+    return None

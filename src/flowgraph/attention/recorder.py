@@ -1,4 +1,4 @@
-"""Listen to a forward pass: record what each chosen attention layer was given, and change nothing."""
+"""Record the inputs of each chosen attention layer during a forward pass, without changing the pass."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ from flowgraph.attention.head_aggregation import HeadAggregator
 from flowgraph.attention.interception import AttentionCall, AttentionDispatch, KernelWatch
 from flowgraph.attention.layer_record import LayerRecord, frozen
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule, resolve_heads, resolve_layers
-from flowgraph.attention.modules import attention_modules, base_model, text_decoder, uses_attention_interface
+from flowgraph.attention.modules import (
+    attention_implementation,
+    attention_modules,
+    base_model,
+    num_layers,
+    num_query_heads,
+    text_decoder,
+    uses_attention_interface,
+)
 from flowgraph.errors import CaptureError, InvalidInputError
 
 _WEIGHT_SUM = 0.02
-"""How far weights that a layer hands out may be from summing to 1: bfloat16 rounds each by up to 2**-8."""
+"""Largest deviation from 1 of the sum of weights that a layer returns: bfloat16 rounds each by up to 2**-8."""
 
 
 class AttentionRecorder:
-    """Record the attention of chosen layers during any forward pass made inside a ``with`` block.
+    """A recorder of the attention of chosen layers during any forward pass made inside a ``with`` block.
 
-    The model keeps its own attention kernels, masks, logits, gradients and training mode; recording costs one
+    The model keeps its own attention kernels, masks, logits, gradients and training mode. Recording keeps one
     reference to the query and key of each chosen layer. Compiled models run uncompiled inside the block.
 
     Args:
@@ -64,26 +72,33 @@ class AttentionRecorder:
                 f"edge_weight: must be 'attention' or 'value_norm', got {edge_weight!r}; 'attention' is the default"
             )
         self.model = base_model(model)
-        self._decoder, modules = text_decoder(self.model), attention_modules(self.model)
-        config = self.model.config.get_text_config(decoder=True)
-        num_layers = max(int(getattr(config, "num_hidden_layers", 0)), max(modules) + 1)
-        chosen = resolve_layers(layers, num_layers)
+        self._decoder = text_decoder(self.model)
+        modules = attention_modules(self.model)
+
+        # Names and ranges of layers pass over those without softmax attention; indices must have it.
+        chosen = resolve_layers(layers, num_layers(self.model, modules))
         missing = [index for index in chosen if index not in modules]
-        if missing and (not isinstance(layers, str) or len(missing) == len(chosen)):
+        is_listed = not isinstance(layers, str)
+        if missing and (is_listed or len(missing) == len(chosen)):
             raise CaptureError(
                 f"layers: must have softmax attention, got {missing} without any; {type(self.model).__name__} has it "
                 f"in {sorted(modules)}, so choose among those"
             )
         self.layers = [index for index in chosen if index in modules]
-        self.heads, self.edge_weight = resolve_heads(heads, _num_heads(config)), edge_weight
+        self.heads = resolve_heads(heads, num_query_heads(self.model))
+        self.edge_weight = edge_weight
+        self.seconds = 0.0
+
+        # The layer of each recorded module, and what the running or latest pass recorded of each layer.
         self._modules = {modules[index]: index for index in self.layers}
         self._records: dict[int, LayerRecord | WeightedLayer] = {}
         self._mask: Bool[Tensor, "batch tokens"] | None = None
-        self._running, self.seconds = False, 0.0
+        self._running = False
         self._watch: KernelWatch | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> AttentionRecorder:
+        """Start to record: listen to the attention interface, and watch the modules that do not use it."""
         _refuse_block_masks(self.model)
         self._records.clear()
         with ExitStack() as stack:
@@ -98,10 +113,12 @@ class AttentionRecorder:
                     hooks.append(module.register_forward_hook(self._end_watching, always_call=True))
             for hook in hooks:
                 stack.callback(hook.remove)
+            # Nothing failed, so the hooks stay until the block ends.
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Remove all hooks."""
         self._stack.close()
 
     def rows(
@@ -109,15 +126,17 @@ class AttentionRecorder:
         attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
     ) -> AttentionRows:
-        """The aggregated attention of the last forward pass.
+        """Return the aggregated attention of the last forward pass.
 
         Args:
             attention_mask: 1 on tokens, 0 on padding; by default the mask that the pass was given.
-            input_ids: the ids of the pass, positions counted from the mask: rows of prompts that several sequences
-                share are then computed once.
+            input_ids: the ids of the pass, with positions counted from the mask. With them, the rows of a prompt that
+                several sequences share are computed once.
 
         Raises:
             CaptureError: no pass was made, or a chosen layer did not run as attention.
+
+        Cost: small; rows are computed when they are read. A :class:`~flowgraph.HeadSelector` computes all rows once.
         """
         missing = [index for index in self.layers if index not in self._records]
         if missing:
@@ -130,11 +149,11 @@ class AttentionRecorder:
         return AttentionRows(records, self.layers, HeadAggregator(self.heads), mask, input_ids)
 
     def wants(self, module: nn.Module) -> bool:
-        """Whether this module's attention is to be recorded now (not when a checkpoint is recomputed)."""
+        """Return whether this module's attention is to be recorded now (not when a checkpoint is recomputed)."""
         return self._running and module in self._modules
 
     def record(self, module: nn.Module, call: AttentionCall) -> None:
-        """Keep what the rows of one layer need, after checking it against the layer's own output.
+        """Keep the inputs from which one layer's rows are recomputed, after a check against the layer's output.
 
         Raises:
             CaptureError: cached keys, dropout, or an output that the eager function does not reproduce.
@@ -142,15 +161,26 @@ class AttentionRecorder:
         began = time.perf_counter()
         self._refuse_second_call(module)
         _refuse_unreadable(module, call)
-        query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
+        value = call.value.detach()
         with torch.no_grad():
-            norm = value.float().norm(dim=-1) if self.edge_weight == "value_norm" else None
-            record = LayerRecord(frozen(module), call.eager, query, key, norm, call.mask, call.options)
+            value_norm = None
+            if self.edge_weight == "value_norm":
+                value_norm = value.float().norm(dim=-1)
+            record = LayerRecord(
+                module=frozen(module),
+                eager=call.eager,
+                query=call.query.detach(),
+                key=call.key.detach(),
+                value_norm=value_norm,
+                mask=call.mask,
+                options=call.options,
+            )
             record.verify(value, call.output.detach())
         self._records[self._modules[module]] = record
         self.seconds += time.perf_counter() - began
 
     def _refuse_second_call(self, module: nn.Module) -> None:
+        """Refuse a module that runs twice in a pass, because its layer would have two sets of rows."""
         if self._modules[module] in self._records:
             raise CaptureError(
                 f"model: each attention module must run once in a pass, got a second run of "
@@ -159,6 +189,7 @@ class AttentionRecorder:
             )
 
     def _begin(self, decoder: nn.Module, inputs: tuple, options: dict[str, Any]) -> None:
+        """Forget the previous pass; called before the stack of layers runs."""
         if self._running:
             raise CaptureError(
                 f"model: must make one forward pass at a time while recorded, got two at once in "
@@ -166,24 +197,32 @@ class AttentionRecorder:
             )
         self._records.clear()
         self.seconds = 0.0
+        # A four-dimensional mask tells nothing about padding.
         mask = options.get("attention_mask")
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._mask = None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._mask = mask.bool()
         self._running = True
 
     def _end(self, decoder: nn.Module, inputs: tuple, output: Any) -> None:
+        """Stop recording; called after the stack of layers ran or raised."""
         self._running = False
 
     def _begin_watching(self, module: nn.Module, inputs: tuple) -> None:
+        """Watch the kernels of a module outside the attention interface; called before it runs."""
         if self._running:
             self._watch = KernelWatch()
             self._watch.__enter__()
 
     def _end_watching(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        watch, self._watch = self._watch, None
+        """Record the kernels that the module called, or the weights that it returned; called after it ran."""
+        watch = self._watch
+        self._watch = None
         if watch is None:
             return
         watch.__exit__(None, None, None)
-        if output is None:  # the module raised, and its own exception is on its way
+        # Without an output the module raised; its own exception is propagating.
+        if output is None:
             return
         for call in watch.calls:
             self.record(module, call)
@@ -191,54 +230,75 @@ class AttentionRecorder:
             self._record_weights(module, output)
 
     def _record_weights(self, module: nn.Module, output: Any) -> None:
-        """Aggregate the weights that a module returns beside its output, and let them go."""
+        """Aggregate the weights that a module returns beside its output, and keep only the result."""
         self._refuse_second_call(module)
-        parts = output if isinstance(output, (tuple, list)) else (output,)
-        weights = next((p for p in parts if isinstance(p, Tensor) and p.ndim == 4 and p.shape[-1] == p.shape[-2]), None)
-        problem = None
+        weights = _returned_weights(output)
         if weights is None:
-            problem = "returns no attention weights; load the model with attn_implementation='eager' if it has one"
-        elif self.edge_weight != "attention":
-            problem = "gives no access to its value vectors; use edge_weight='attention'"
-        else:
-            readable = torch.ones(weights.shape[0], weights.shape[-1], dtype=torch.bool, device=weights.device)
-            if self._mask is not None:
-                readable = self._mask.to(weights.device)
-            problem = _problem_of(weights.detach(), readable)
-            if problem is None:
-                layer = WeightedLayer.of(HeadAggregator(self.heads), weights.detach(), readable)
-                self._records[self._modules[module]] = layer
-        if problem is not None:
-            raise CaptureError(
-                f"model: {type(module).__name__} of {type(self.model).__name__} bypasses the attention interface and "
-                f"{problem}"
+            raise self._bypass_error(
+                module, "returns no attention weights; load the model with attn_implementation='eager' if it has one"
             )
+        if self.edge_weight != "attention":
+            raise self._bypass_error(module, "gives no access to its value vectors; use edge_weight='attention'")
+
+        if self._mask is not None:
+            readable = self._mask.to(weights.device)
+        else:
+            batch_size, _, num_tokens, _ = weights.shape
+            readable = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=weights.device)
+        problem = _problem_of(weights, readable)
+        if problem is not None:
+            raise self._bypass_error(module, problem)
+        layer = WeightedLayer.of(HeadAggregator(self.heads), weights, readable)
+        self._records[self._modules[module]] = layer
+
+    def _bypass_error(self, module: nn.Module, problem: str) -> CaptureError:
+        """Build the error for a module outside the attention interface whose weights cannot be used."""
+        return CaptureError(
+            f"model: {type(module).__name__} of {type(self.model).__name__} bypasses the attention interface and "
+            f"{problem}"
+        )
+
+
+def _returned_weights(output: Any) -> Float[Tensor, "batch heads tokens tokens"] | None:
+    """Find the attention weights in a module's output: the first square four-dimensional tensor."""
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim == 4 and part.shape[-1] == part.shape[-2]:
+            return part.detach()
+    return None
 
 
 def _problem_of(
     weights: Float[Tensor, "batch heads tokens tokens"], readable: Bool[Tensor, "batch tokens"]
 ) -> str | None:
-    """Why a tensor that looks like attention weights is none; rows of padding may hold anything."""
-    for head in weights.unbind(1):  # one at a time: all heads are the largest tensor of the pass already
+    """Describe why a tensor is not attention weights, or return None; rows of padding may hold anything."""
+    # One head at a time, because all heads together are the largest tensor of the pass.
+    for head in weights.unbind(1):
         rows = head.float() * readable[..., None]
         if bool(rows.triu(1).any()):
             return "reads future tokens; load a causal language model"
-        off = (rows.sum(-1) - readable.float()).abs()
-        if bool((rows < 0).any()) or not bool((off < _WEIGHT_SUM).all()):
+        deviation = (rows.sum(-1) - readable.float()).abs()
+        is_negative = bool((rows < 0).any())
+        # Written so that a sum of NaN is refused too.
+        sums_to_one = bool((deviation < _WEIGHT_SUM).all())
+        if is_negative or not sums_to_one:
             return "returns weights that do not sum to 1; call model.eval() to turn attention dropout off"
     return None
 
 
 def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
+    """Refuse attention that is not causal, reads cached keys, has dropout on or an unreadable mask."""
     name = type(module).__name__
-    if getattr(module, "is_causal", True) is False or call.options.get("is_causal") is False:
+    is_bidirectional = getattr(module, "is_causal", True) is False or call.options.get("is_causal") is False
+    if is_bidirectional:
         raise CaptureError(
             f"model: its attention must be causal, got {name}, which is not; only causal attention forms a DAG over "
             "tokens, so load a causal language model"
         )
+    # With cached keys there are more keys than queries.
     if call.query.ndim != 4 or call.query.shape[2] != call.key.shape[2]:
         raise CaptureError(
-            f"past_key_values: must be empty, got queries of shape {tuple(call.query.shape)} and keys of shape "
+            f"cache (past_key_values): must be empty, got queries of shape {tuple(call.query.shape)} and keys of shape "
             f"{tuple(call.key.shape)} in {name}; trace with one full pass and use_cache=False "
             "(architectures that compress their keys cannot be captured)"
         )
@@ -247,7 +307,9 @@ def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
             f"model: attention dropout must be off, got {call.options['dropout']:g} in {name}; "
             "call model.eval() for the traced pass"
         )
-    if call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.ndim in (2, 4)):
+    # Padding masks have two dimensions, masks of cells four.
+    is_tensor_mask = isinstance(call.mask, Tensor) and call.mask.ndim in (2, 4)
+    if call.mask is not None and not is_tensor_mask:
         raise CaptureError(
             f"model: the mask of its attention implementation ({type(call.mask).__name__}) cannot be read; "
             "call model.set_attn_implementation('sdpa') first"
@@ -255,20 +317,11 @@ def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
 
 
 def _refuse_block_masks(model: nn.Module) -> None:
-    """Flex attention keeps its mask as a compiled function: there is no row to read off it."""
+    """Refuse flex and paged attention: their masks are compiled functions, from which no row can be read."""
     for module in model.modules():
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
+        implementation = attention_implementation(module)
         if implementation.startswith(("flex", "paged")):
             raise CaptureError(
                 f"model: its attention implementation must have readable masks, got {implementation!r}; "
                 "call model.set_attn_implementation('sdpa') first"
             )
-
-
-def _num_heads(config: Any) -> int | None:
-    """None where the number differs between layers; transformers then refuses the attribute."""
-    try:
-        number = getattr(config, "num_attention_heads", None)
-    except RuntimeError:
-        return None
-    return number if isinstance(number, int) and number > 0 else None

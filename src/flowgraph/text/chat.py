@@ -1,4 +1,4 @@
-"""Chat messages as the text of their template, and where in it each message's content lies."""
+"""Check prompts, render chat messages with a tokenizer's template, and locate each message's content."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from flowgraph.text.spans import Offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, Any]]
 
 
 class RoleSpan(NamedTuple):
-    """Where the content of one chat message lies in the text; several spans where a template splits it."""
+    """The characters of one chat message's content; a message has several spans where a template splits it.
+
+    Attributes:
+        role: the role of the message.
+        start: first character in the rendered text.
+        end: the character after the last.
+        message: index of the message.
+    """
 
     role: str
     start: int
@@ -30,44 +33,98 @@ class RoleSpan(NamedTuple):
     message: int
 
 
+class _ContentSlot(NamedTuple):
+    """One text of a chat message, which the template writes somewhere.
+
+    Attributes:
+        message: index of the message.
+        part: index of the text among the parts of the message; None where the content is the text itself.
+        text: the text.
+    """
+
+    message: int
+    part: int | None
+    text: str
+
+
+def check_prompt(prompt: Any) -> None:
+    """Refuse a value that is neither text nor chat messages with text, before a response is generated.
+
+    Raises:
+        RegionError: blank text, or messages without any text.
+        InvalidInputError: anything else that cannot be a prompt.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise RegionError("prompt: must hold text, got only blanks; ask the question there")
+        return
+    _check_messages(prompt)
+    if not any(message.get("content") for message in prompt):
+        raise RegionError(
+            f"prompt: must hold text in the 'content' of a message, got {list(prompt)!r:.80}; ask the question there"
+        )
+
+
+def _check_messages(prompt: Any) -> None:
+    """Refuse a value that is not a list of chat messages, each with a role."""
+    is_list_of_messages = isinstance(prompt, Sequence) and all(
+        isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in prompt
+    )
+    if not is_list_of_messages:
+        raise InvalidInputError(
+            "prompt: must be text or a list of chat messages, each a dict with 'role' and 'content', "
+            f"got {prompt!r:.80}; pass one conversation, such as [{{'role': 'user', 'content': '...'}}]"
+        )
+
+
+def ends_with_response(prompt: str | Messages) -> bool:
+    """Return whether the last chat message is the model's, so that no response has to be generated."""
+    return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: Any
 ) -> tuple[str, tuple[RoleSpan, ...], Any]:
-    """The prompt's text, where its messages lie, and the response, which the messages may end with.
+    """Render chat messages and locate the content of each.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        prompt: the messages. Without a response, the final message must be the assistant's and is the response.
+        response: the response in any form, or None.
+
+    Returns:
+        The prompt's text, the content of its messages in the order of the text, and the response.
 
     Raises:
         RegionError: no message is left before the response.
         InvalidInputError: malformed messages, no chat template, or one that does not keep the messages' text.
     """
     messages, response = _split_messages(prompt, response)
-    return *_render(tokenizer, messages), response
+    text, roles = _render(tokenizer, messages)
+    return text, roles, response
 
 
 def _split_messages(prompt: Messages, response: Any) -> tuple[list[dict[str, Any]], Any]:
-    """Check chat messages; without a response, take the final assistant message for it."""
-    is_list = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
-    if not is_list or not all(isinstance(message.get("role"), str) for message in prompt):
-        raise InvalidInputError(
-            "prompt: must be text or a list of chat messages, each a dict with 'role' and 'content', "
-            f"got {prompt!r:.80}; pass one conversation, such as [{{'role': 'user', 'content': '...'}}]"
-        )
+    """Separate the messages of the prompt from the response that may end them."""
+    _check_messages(prompt)
     messages = [dict(message) for message in prompt]
     if response is None and messages and messages[-1]["role"] == "assistant":
         final = messages.pop()
-        beside = sorted(key for key in final.keys() - {"role", "content", "name"} if final[key])
-        if beside:
+        # Tool calls and the like are rendered by the template, so the text in 'content' is not the full response.
+        other_fields = sorted(key for key in final.keys() - {"role", "content", "name"} if final[key])
+        if other_fields:
             raise InvalidInputError(
-                f"prompt: the final assistant message must hold the whole response in 'content', got "
-                f"{beside} beside it; pass response= with the text as the model generated it"
+                f"prompt: the final assistant message must hold the complete response in 'content', got "
+                f"{other_fields} beside it; pass response= with the text as the model generated it"
             )
-        response = "".join(part for _, part in _contents(final))
+        response = "".join(text for _, text in _contents(final))
     if not messages:
         raise RegionError("prompt: must hold a message before the response, got none; pass the user's message too")
     return messages, response
 
 
 def _contents(message: Mapping[str, Any]) -> Iterable[tuple[int | None, str]]:
-    """The texts in a message: its content, or with their places the texts of its parts."""
+    """List the texts of a message, each with its index among the parts, None where the content is one text."""
     content = message.get("content")
     if content is None:
         return []
@@ -75,55 +132,74 @@ def _contents(message: Mapping[str, Any]) -> Iterable[tuple[int | None, str]]:
         return [(None, content)]
     parts: Sequence[Any] = content if isinstance(content, Sequence) else [None]
     if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        return [(place, part["text"]) for place, part in enumerate(parts)]
+        return [(index, part["text"]) for index, part in enumerate(parts)]
     raise InvalidInputError(
         f"prompt: message content must be text or a list of text parts, got {content!r:.80}; only text can be traced"
     )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[str, tuple[RoleSpan, ...]]:
-    """Apply the chat template and find every message's content in what it wrote.
+    """Apply the chat template and find every message's content in the text that it renders.
 
-    Searching for the content itself would find it in a system prompt, a role name or an earlier message that
-    says the same. So the template is applied twice, the second time with a marker for every content: what
-    stands between the markers is the template's own text, which fixes where the contents lie.
+    A search for the content itself could find it in a system prompt, a role name or an earlier message with the same
+    text. So the template is applied twice, the second time with a marker in place of every content. The text between
+    the markers is the template's own, which fixes where the contents lie.
     """
-    slots = [(index, place, text) for index, message in enumerate(messages) for place, text in _contents(message)]
+    slots = []
+    for number, message in enumerate(messages):
+        for part, content in _contents(message):
+            slots.append(_ContentSlot(number, part, content))
+
+    # The marker must not occur in any content.
     salt = 0
-    while any(f"flowgraph{salt}x" in text for _, _, text in slots):
+    while any(f"flowgraph{salt}x" in slot.text for slot in slots):
         salt += 1
-    marked = [dict(message) for message in messages]
-    for number, (index, place, _) in enumerate(slots):
-        marker = f"flowgraph{salt}x{number}y"
-        if place is None:
-            marked[index]["content"] = marker
-        else:
-            parts = marked[index]["content"]
-            marked[index]["content"] = [*parts[:place], {**parts[place], "text": marker}, *parts[place + 1 :]]
+    marked = _replace_contents(messages, slots, [f"flowgraph{salt}x{number}y" for number in range(len(slots))])
+
+    # Even pieces are the template's text, odd pieces the numbers of the slots, which a template may reorder or omit.
     text = _apply_template(tokenizer, messages)
     pieces = re.split(rf"flowgraph{salt}x(\d+)y", _apply_template(tokenizer, marked))
-    found = [slots[int(number)] for number in pieces[1::2]]
-    spans = _locate(text, pieces[::2], [content for _, _, content in found])
+    template_texts = pieces[::2]
+    rendered_slots = [slots[int(number)] for number in pieces[1::2]]
+    spans = _locate(text, template_texts, [slot.text for slot in rendered_slots])
     if spans is None:
         raise InvalidInputError(
             "prompt: the chat template must keep each message's text in one piece, got one that rewrites it "
-            "by what it says; pass the rendered prompt as a string, with question= a Regex or a Span"
+            "depending on its content; pass the rendered prompt as a string, with question= a Regex or a Span"
         )
-    roles = [RoleSpan(messages[slot[0]]["role"], *span, slot[0]) for slot, span in zip(found, spans, strict=True)]
+    roles = []
+    for slot, (start, end) in zip(rendered_slots, spans, strict=True):
+        roles.append(RoleSpan(messages[slot.message]["role"], start, end, slot.message))
     return text, tuple(roles)
 
 
+def _replace_contents(
+    messages: list[dict[str, Any]], slots: Sequence[_ContentSlot], texts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Copy messages with another text in each slot."""
+    replaced = [dict(message) for message in messages]
+    for slot, text in zip(slots, texts, strict=True):
+        message = replaced[slot.message]
+        if slot.part is None:
+            message["content"] = text
+        else:
+            parts = list(message["content"])
+            parts[slot.part] = {**parts[slot.part], "text": text}
+            message["content"] = parts
+    return replaced
+
+
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
-    """The rendered prompt, open at its end for the assistant to speak or to go on speaking."""
+    """Render the prompt so that the assistant's response, or the rest of it, can follow."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError(
             "prompt: chat messages need a tokenizer with a chat template, got one without; "
             "set tokenizer.chat_template, or pass the prompt as a string"
         )
-    prefilled = messages[-1]["role"] == "assistant"
+    is_prefilled = messages[-1]["role"] == "assistant"
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
+            messages, tokenize=False, add_generation_prompt=not is_prefilled, continue_final_message=is_prefilled
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InvalidInputError(
@@ -133,50 +209,35 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     return str(rendered)
 
 
-def _locate(text: str, between: Sequence[str], contents: Sequence[str]) -> list[Offsets] | None:
-    """Place contents in ``text`` = between[0] + content + between[1] + ..., None where that cannot be."""
-    if not text.startswith(between[0]):
+def _locate(text: str, template_texts: Sequence[str], contents: Sequence[str]) -> list[Offsets] | None:
+    """Place contents in ``text`` = template_texts[0] + content + template_texts[1] + ..., None where that fails."""
+    if not text.startswith(template_texts[0]):
         return None
-    spans, cursor = [], len(between[0])
-    for number, (content, after) in enumerate(zip(contents, between[1:], strict=True), 1):
-        last = number == len(contents)
-        for kept in (content, content.strip(), content.lstrip(), content.rstrip()):
-            end = cursor + len(kept)
-            if text.startswith(kept + after, cursor) and (not last or end + len(after) == len(text)):
-                break
-        else:  # The template changed the content (dropped old reasoning, say): up to its own next words.
-            end = len(text) - len(after) if last else text.find(after, cursor)
-            if not after or end < cursor or not text.startswith(after, end):
-                return None
+    spans = []
+    cursor = len(template_texts[0])
+    for number, (content, following) in enumerate(zip(contents, template_texts[1:], strict=True), 1):
+        end = _content_end(text, cursor, content, following, is_last=number == len(contents))
+        if end is None:
+            return None
         spans.append((cursor, end))
-        cursor = end + len(after)
+        cursor = end + len(following)
     return spans
 
 
-def check_prompt(prompt: Any) -> None:
-    """Refuse what is neither text nor chat messages, before anything is generated from it.
+def _content_end(text: str, start: int, content: str, following: str, *, is_last: bool) -> int | None:
+    """Find where a content that starts at ``start`` ends, given the template's text that follows it."""
+    # Templates keep the content or strip blanks from its ends. The last content must end where the rest fits exactly.
+    for kept in (content, content.strip(), content.lstrip(), content.rstrip()):
+        end = start + len(kept)
+        reaches_end = end + len(following) == len(text)
+        if text.startswith(kept + following, start) and (not is_last or reaches_end):
+            return end
 
-    Raises:
-        RegionError: blank text.
-        InvalidInputError: anything else that cannot be a prompt.
-    """
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise RegionError("prompt: must hold text, got only blanks; ask the question there")
-        return
-    if not isinstance(prompt, Sequence) or not all(
-        isinstance(each, Mapping) and isinstance(each.get("role"), str) for each in prompt
-    ):
-        raise InvalidInputError(
-            "prompt: must be text or a list of chat messages, each a dict with 'role' and 'content', "
-            f"got {prompt!r:.80}; pass one conversation, such as [{{'role': 'user', 'content': '...'}}]"
-        )
-    if not any(each.get("content") for each in prompt):
-        raise RegionError(
-            f"prompt: must hold text in the 'content' of a message, got {list(prompt)!r:.80}; ask the question there"
-        )
-
-
-def ends_with_response(prompt: str | Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last chat message is the model's, so that none has to be generated."""
-    return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"
+    # The template changed the content, for example dropped old reasoning: it extends to the template's next text.
+    if is_last:
+        end = len(text) - len(following)
+    else:
+        end = text.find(following, start)
+    if not following or end < start or not text.startswith(following, end):
+        return None
+    return end

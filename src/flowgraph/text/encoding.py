@@ -1,4 +1,4 @@
-"""From a tokenizer, a prompt and a response to token ids with the characters that each token covers."""
+"""Encode a prompt and a response as token ids with the characters that each token covers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EncodedText:
-    """A prompt and a response as the model reads them, with the characters behind every token.
+    """A prompt and a response as the model reads them, with the characters of every token.
 
     Attributes:
         input_ids: ``[T]`` int64, prompt tokens first.
         tokens: T readable strings: the characters that a token covers, else its name in the vocabulary
-            (``<s>``). Tokens that share a character (an emoji split over byte tokens) each show it whole.
+            (``<s>``). Tokens that share a character (an emoji split over byte tokens) each show all of it.
         spans: T half-open character ranges in ``text``, start and end never decreasing. A token that adds no
             character (a BOS) has an empty one. Tokens that share a character share its span. Characters that
             no token reports, such as a space trimmed from an offset, belong to the token after them.
@@ -50,23 +50,24 @@ class EncodedText:
     def __post_init__(self) -> None:
         """Check that the fields describe one text."""
         lengths = [len(self.input_ids), len(self.tokens), len(self.spans), len(self.special)]
+        num_tokens = lengths[0]
         if len(set(lengths)) > 1:
             raise InvalidInputError(
                 f"EncodedText: input_ids, tokens, spans and special need one entry per token, got {lengths}; "
                 "build it with encode()"
             )
-        if not 0 < self.prompt_length < lengths[0] or not 0 <= self.response_start <= len(self.text):
+        is_split = 0 < self.prompt_length < num_tokens and 0 <= self.response_start <= len(self.text)
+        if not is_split:
             raise InvalidInputError(
-                f"EncodedText: prompt_length must lie in 1..{lengths[0] - 1} and response_start in "
+                f"EncodedText: prompt_length must lie in 1..{num_tokens - 1} and response_start in "
                 f"0..{len(self.text)}, got {self.prompt_length} and {self.response_start}; "
                 "build it with encode()"
             )
 
     def __repr__(self) -> str:
-        """Sizes and both ends of the text; the tensors would fill a screen."""
-        return (
-            f"EncodedText({self.num_tokens} tokens, {self.prompt_length} of them prompt, text={shorten(self.text)!r})"
-        )
+        """Show sizes and both ends of the text, because the tensors would fill a screen."""
+        sizes = f"{self.num_tokens} tokens, {self.prompt_length} of them prompt"
+        return f"EncodedText({sizes}, text={shorten(self.text)!r})"
 
     @property
     def num_tokens(self) -> int:
@@ -80,13 +81,14 @@ class EncodedText:
 
     @property
     def response_text(self) -> str:
-        """The response without the special tokens (EOS, padding) that end it; answers are looked for here."""
+        """The response without the special tokens (EOS, padding) that end it; the answer is searched here."""
         return self.text[self.response_start : self.response_end]
 
     @property
     def response_end(self) -> int:
-        """Where the response's special ending starts in ``text``; ``len(text)`` where it has none."""
+        """The character where the response's special ending starts; ``len(text)`` without such an ending."""
         end = len(self.text)
+        # From the last token backwards: special tokens move the end, blank ones between them are passed over.
         for index in range(self.num_tokens - 1, self.prompt_length - 1, -1):
             start, stop = self.spans[index]
             if bool(self.special[index]):
@@ -101,14 +103,14 @@ def encode(
     prompt: str | Messages,
     response: str | Tensor | Sequence[int] | None = None,
 ) -> EncodedText:
-    r"""Tokenise a prompt and a response and say which characters every token covers.
+    r"""Tokenise a prompt and a response, and find the characters that every token covers.
 
-    A plain prompt gets the tokenizer's own special tokens (no second BOS where the text already starts with
-    one). Chat messages are rendered by the tokenizer's chat template; a final assistant message in front of a
-    given ``response`` is a prefill that the response continues. A response given as text is tokenised jointly
-    with the prompt where that leaves the prompt's tokens as they are, which is the text as the model would
-    read it, else on its own. A response given as ids is used as it is, because a generated tokenisation need
-    not be the canonical one.
+    - A plain prompt gets the tokenizer's own special tokens, but no second BOS where its text starts with one.
+    - Chat messages are rendered by the tokenizer's chat template. A final assistant message in front of a given
+      ``response`` is a prefill that the response continues.
+    - A response given as text is tokenised jointly with the prompt, as the model would read the text. Where that
+      changes the prompt's tokens, the response is tokenised on its own.
+    - A response given as ids is used as it is, because a generated tokenisation need not be the canonical one.
 
     Args:
         tokenizer: any Hugging Face tokenizer, fast or slow.
@@ -117,11 +119,13 @@ def encode(
             last chat message, an assistant's, is the response.
 
     Returns:
-        The encoded text. Cost is linear in its length.
+        The encoded text.
 
     Raises:
         RegionError: the prompt or the response is empty or blank.
-        InvalidInputError: malformed messages, no chat template, ids that are no ids or hold the prompt too.
+        InvalidInputError: malformed messages, no chat template, invalid ids, or ids that include the prompt.
+
+    Cost: linear in the length of the text.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -143,77 +147,105 @@ def encode(
         )
     is_plain = isinstance(prompt, str)
     if is_plain:
-        prompt_text, roles = prompt, ()
+        prompt_text = prompt
+        roles = ()
     else:
         prompt_text, roles, response = render_chat(tokenizer, prompt, response)
     if not prompt_text.strip():
         raise RegionError(f"prompt: must hold visible text, got {prompt_text!r}; pass the question the model was asked")
+
+    # A chat template writes its own special tokens; a plain text may already start with a BOS.
     bos = getattr(tokenizer, "bos_token", None)
-    own_specials = is_plain and not (bos and prompt_text.startswith(bos))
-    head = _tokenize(tokenizer, prompt_text, own_specials)
+    add_specials = is_plain and not (bos and prompt_text.startswith(bos))
+    prompt_tokens = _tokenize(tokenizer, prompt_text, add_specials)
     if isinstance(response, str):
         response_text = response
-        tail = _tokenize_response(tokenizer, head, prompt_text, response, own_specials)
+        response_tokens = _tokenize_response(tokenizer, prompt_tokens, prompt_text, response, add_specials)
     else:
-        tail, response_text = _decode_response(tokenizer, head, response)
+        response_tokens, response_text = _decode_response(tokenizer, prompt_tokens, response)
 
-    shift, text = len(prompt_text), prompt_text + response_text
-    ids, added = head.ids + tail.ids, head.added + tail.added
-    prompt_spans = close_gaps(head.spans, text, 0)
-    spans = prompt_spans + close_gaps([(s + shift, e + shift) for s, e in tail.spans], text, shift)
-    special = _special(tokenizer, ids, spans, added, text)
+    # Join both parts; the spans of the response move behind the prompt.
+    text = prompt_text + response_text
+    response_start = len(prompt_text)
+    prompt_spans = close_gaps(prompt_tokens.spans, text, 0)
+    moved_spans = [(start + response_start, end + response_start) for start, end in response_tokens.spans]
+    spans = prompt_spans + close_gaps(moved_spans, text, response_start)
+    ids = prompt_tokens.ids + response_tokens.ids
+    is_added = prompt_tokens.is_added + response_tokens.is_added
+
+    special = _special(tokenizer, ids, spans, is_added, text)
     if not is_plain:
+        # Everything that the template wrote around the contents counts as special.
         contents = [(role.start, role.end) for role in roles]
         special[: len(prompt_spans)] |= ~inside(prompt_spans, text, contents)
+    tokens = []
+    for index, (start, end) in zip(ids, spans, strict=True):
+        tokens.append(text[start:end] or token_name(tokenizer, index))
     return EncodedText(
         input_ids=torch.tensor(ids, dtype=torch.long),
-        tokens=tuple(text[s:e] or token_name(tokenizer, index) for index, (s, e) in zip(ids, spans, strict=True)),
+        tokens=tuple(tokens),
         spans=tuple(spans),
         text=text,
-        prompt_length=len(head.ids),
-        response_start=shift,
+        prompt_length=len(prompt_tokens.ids),
+        response_start=response_start,
         special=special,
         roles=roles,
     )
 
 
 class _Tokens(NamedTuple):
-    """Ids with their raw character ranges, and which of them the tokenizer put around the text by itself."""
+    """Token ids of a text.
+
+    Attributes:
+        ids: the ids.
+        spans: the range of characters of each, as the tokenizer reports it.
+        is_added: whether the tokenizer added the token around the text.
+    """
 
     ids: list[int]
     spans: list[Offsets]
-    added: list[bool]
+    is_added: list[bool]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, own_specials: bool) -> _Tokens:
-    """Token ids of a text, with offsets from the tokenizer where it has them and from decoding elsewhere."""
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    # verbose=False: a text above the tokenizer's nominal maximum is the model's concern, not a warning here.
-    wanted: dict[str, Any] = {"return_offsets_mapping": fast, "return_special_tokens_mask": fast}
-    encoding = tokenizer(text, add_special_tokens=own_specials, verbose=False, **wanted)
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_specials: bool) -> _Tokens:
+    """Tokenise a text, with offsets from a fast tokenizer and from decoding for a slow one."""
+    is_fast = bool(getattr(tokenizer, "is_fast", False))
+    encoding = tokenizer(
+        text,
+        add_special_tokens=add_specials,
+        return_offsets_mapping=is_fast,
+        return_special_tokens_mask=is_fast,
+        # No warning above the tokenizer's nominal maximum: the model's context is checked with the model.
+        verbose=False,
+    )
     ids = [int(index) for index in encoding["input_ids"]]
-    if not fast:
-        return _Tokens(ids, align(*decode(tokenizer, ids, []), text), [False] * len(ids))
-    added = [bool(flag) for flag in encoding["special_tokens_mask"]]
-    return _Tokens(ids, [(int(start), int(end)) for start, end in encoding["offset_mapping"]], added)
+    if is_fast:
+        spans = [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+        is_added = [bool(flag) for flag in encoding["special_tokens_mask"]]
+        return _Tokens(ids, spans, is_added)
+    decoded, decoded_spans = decode(tokenizer, ids, [])
+    return _Tokens(ids, align(decoded, decoded_spans, text), [False] * len(ids))
 
 
 def _tokenize_response(
-    tokenizer: PreTrainedTokenizerBase, head: _Tokens, prompt: str, response: str, own_specials: bool
+    tokenizer: PreTrainedTokenizerBase, prompt_tokens: _Tokens, prompt: str, response: str, add_specials: bool
 ) -> _Tokens:
-    """The response's tokens in the joint text where the prompt's tokens survive there, else on its own."""
+    """Tokenise the response jointly with the prompt where the prompt's tokens stay the same, else on its own."""
     if not response.strip():
         raise RegionError(f"response: must hold visible text, got {response!r}; pass what the model generated")
-    size = len(head.ids)
-    joint = _tokenize(tokenizer, prompt + response, own_specials)
-    # Equal spans too: an unknown-token that swallows the response's first characters has the same id.
-    if len(joint.ids) > size and joint.ids[:size] == head.ids and joint.spans[:size] == head.spans:
-        spans = [(start - len(prompt), end - len(prompt)) for start, end in joint.spans[size:]]
-        return _Tokens(joint.ids[size:], spans, joint.added[size:])
-    return _tokenize(tokenizer, response, own_specials=False)
+    count = len(prompt_tokens.ids)
+    joint = _tokenize(tokenizer, prompt + response, add_specials)
+    # The spans must agree too: an unknown token that includes the response's first characters has the same id.
+    keeps_ids = joint.ids[:count] == prompt_tokens.ids
+    keeps_spans = joint.spans[:count] == prompt_tokens.spans
+    if len(joint.ids) > count and keeps_ids and keeps_spans:
+        shift = len(prompt)
+        spans = [(start - shift, end - shift) for start, end in joint.spans[count:]]
+        return _Tokens(joint.ids[count:], spans, joint.is_added[count:])
+    return _tokenize(tokenizer, response, add_specials=False)
 
 
-def _decode_response(tokenizer: PreTrainedTokenizerBase, head: _Tokens, response: Any) -> tuple[_Tokens, str]:
+def _decode_response(tokenizer: PreTrainedTokenizerBase, prompt_tokens: _Tokens, response: Any) -> tuple[_Tokens, str]:
     """Check generated ids and decode them, in the prompt's context, into text and spans."""
     if response is None:
         raise RegionError(
@@ -225,39 +257,45 @@ def _decode_response(tokenizer: PreTrainedTokenizerBase, head: _Tokens, response
             f"response: ids must be a 1-D integer tensor, got {response.dtype} of shape "
             f"{tuple(response.shape)}; pass generated[0, prompt_length:]"
         )
-    values: list[Any] = response.tolist() if hasattr(response, "tolist") else list(response)
-    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 0]
-    if wrong:
+    ids: list[Any] = response.tolist() if hasattr(response, "tolist") else list(response)
+    invalid = [index for index in ids if isinstance(index, bool) or not isinstance(index, int) or index < 0]
+    if invalid:
         raise InvalidInputError(
-            f"response: ids must be non-negative integers, got {wrong[0]!r}; "
+            f"response: ids must be non-negative integers, got {invalid[0]!r}; "
             "pass the response's ids without padding marks, or its text"
         )
-    if not values:
+    if not ids:
         raise RegionError("response: must hold at least one token, got 0 ids; pass the ids the model generated")
-    # A model does not generate the special tokens that open its own prompt: these ids are prompt + response.
-    repeated = len(values) > len(head.ids) and values[: len(head.ids)] == head.ids
-    if repeated and set(head.ids) & special_ids(tokenizer):
+
+    # A model does not generate the special tokens that open its own prompt: such ids are prompt and response.
+    prompt_ids = prompt_tokens.ids
+    repeats_prompt = len(ids) > len(prompt_ids) and ids[: len(prompt_ids)] == prompt_ids
+    if repeats_prompt and set(prompt_ids) & special_ids(tokenizer):
         raise InvalidInputError(
-            f"response: ids must not repeat the prompt, got its {len(head.ids)} ids in front; "
-            f"pass generated[0, {len(head.ids)}:]"
+            f"response: ids must not repeat the prompt, got its {len(prompt_ids)} ids in front; "
+            f"pass generated[0, {len(prompt_ids)}:]"
         )
-    text, spans = decode(tokenizer, values, head.ids)
-    return _Tokens(values, spans, [False] * len(values)), text
+    text, spans = decode(tokenizer, ids, prompt_ids)
+    return _Tokens(ids, spans, [False] * len(ids)), text
 
 
 def _special(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[Offsets], added: list[bool], text: str
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[Offsets], is_added: list[bool], text: str
 ) -> Bool[Tensor, " tokens"]:
-    """Special ids, but for an unknown-token that stands for characters of the text: those are content."""
-    known = special_ids(tokenizer)
-    unknown, name = getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "unk_token", None)
-    flags = [
-        extra or (index in known and not (index == unknown and text[s:e].strip() not in ("", name)))
-        for index, (s, e), extra in zip(ids, spans, added, strict=True)
-    ]
+    """Mark special tokens, except unknown tokens that cover characters of the text: those are content."""
+    special = special_ids(tokenizer)
+    unknown_id = getattr(tokenizer, "unk_token_id", None)
+    unknown_token = getattr(tokenizer, "unk_token", None)
+    flags = []
+    for index, (start, end), added in zip(ids, spans, is_added, strict=True):
+        covered = text[start:end].strip()
+        is_content = index == unknown_id and covered not in ("", unknown_token)
+        flags.append(added or (index in special and not is_content))
     return torch.tensor(flags, dtype=torch.bool)
 
 
 def shorten(text: str) -> str:
-    """Both ends of a long text, for messages."""
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+    """Return both ends of a long text, for messages."""
+    if len(text) <= 60:
+        return text
+    return f"{text[:28]}...{text[-28:]}"

@@ -1,8 +1,8 @@
-"""The three regions of a text, question, reasoning and answer, as token masks that keep the rules."""
+"""Question, reasoning and answer of a text as disjoint token masks: build, find and check them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,7 +31,7 @@ from flowgraph.text.selectors import (
     part_mask,
 )
 
-# Users find the selectors here, beside the regions that they select.
+# The selectors are part of this module's interface, beside the regions that they select.
 __all__ = [
     "AUTO_ANSWER",
     "NUMBER_SIGN",
@@ -58,16 +58,17 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Regions:
-    """The three disjoint regions over T tokens (``method.md`` section 1), and what was generated.
+    """The three disjoint regions over T tokens, and the generated tokens.
+
+    Tokens in no region may route flow.
 
     Attributes:
         question: ``[T]`` bool; where flow enters.
         reasoning: ``[T]`` bool; generated tokens before the first answer token. May be empty.
         answer: ``[T]`` bool; where flow leaves.
-        generated: ``[T]`` bool; tokens the model emitted, special ones included. Tokens in no region may
-            route flow.
-        question_selector: what selected the question, for the record; "mask" for masks given as such.
-        answer_selector: the same for the answer; "auto: ..." names what the automatic search settled on.
+        generated: ``[T]`` bool; tokens that the model generated, special ones included.
+        question_selector: the selector of the question, for the record; "mask" for a region given as a mask.
+        answer_selector: the same for the answer; "auto: ..." names the selector that the automatic search chose.
 
     Raises:
         RegionError: see :func:`validate_regions`.
@@ -81,17 +82,17 @@ class Regions:
     answer_selector: str = "mask"
 
     def __post_init__(self) -> None:
-        """Regions that break a rule cannot exist."""
+        """Refuse regions that break a rule."""
         validate_regions(self)
 
     def __repr__(self) -> str:
-        """Sizes."""
+        """Show the size of each region."""
         parts = ", ".join(f"{name}={int(mask.sum())}" for name, mask in _masks(self))
         return f"Regions({parts} of {self.num_tokens} tokens)"
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return self.question.numel()
 
     @classmethod
@@ -104,7 +105,7 @@ class Regions:
         *,
         num_tokens: int | None = None,
     ) -> Self:
-        """Build from bool masks, token indices or slices, without any text.
+        """Build regions from bool masks, token indices or slices, without any text.
 
         Args:
             question: tokens where flow enters.
@@ -121,22 +122,27 @@ class Regions:
             >>> regions.reasoning.tolist()
             [False, False, True, True, False]
         """
-        size = num_tokens if num_tokens is not None else _mask_length(question, answer, reasoning, generated)
-        asked = read_mask(question, size, "question")
-        answered = read_mask(answer, size, "answer")
-        position = torch.arange(size)
+        if num_tokens is None:
+            num_tokens = _mask_length(question, answer, reasoning, generated)
+        question_mask = read_mask(question, num_tokens, "question")
+        answer_mask = read_mask(answer, num_tokens, "answer")
+        position = torch.arange(num_tokens)
         if generated is None:
-            emitted = position > _last(asked)
+            generated_mask = position > _last(question_mask)
         else:
-            emitted = read_mask(generated, size, "generated")
+            generated_mask = read_mask(generated, num_tokens, "generated")
         if reasoning is None:
-            reasoned = emitted & (position < _first(answered)) & ~asked
+            is_before_answer = position < _first(answer_mask)
+            reasoning_mask = generated_mask & is_before_answer & ~question_mask
         else:
-            reasoned = read_mask(reasoning, size, "reasoning")
-        return cls(question=asked, reasoning=reasoned, answer=answered, generated=emitted)
+            reasoning_mask = read_mask(reasoning, num_tokens, "reasoning")
+        return cls(question_mask, reasoning_mask, answer_mask, generated_mask)
 
     def describe(self, tokens: Sequence[str] | None = None) -> str:
-        """One line a region: how many tokens, which, the text if ``tokens`` are given, and who selected them.
+        """Describe each region in one line: number of tokens, indices, text and selector.
+
+        Args:
+            tokens: the text of each token; the description shows no text without it.
 
         Example:
             >>> print(Regions.from_masks([0, 1], [4], num_tokens=5).describe(["2", "+3", " is", " ", "5"]))
@@ -149,24 +155,29 @@ class Regions:
         lines = []
         for name, mask in _masks(self):
             indices: list[int] = mask.nonzero().flatten().tolist()
-            line = f"{name}: {len(indices)} token{'s' * (len(indices) != 1)}"
-            line += f" ({_ranges(indices)})" if indices else ""
-            line += f" {shorten(''.join(tokens[index] for index in indices))!r}" if tokens and indices else ""
-            lines.append(line + (f" by {selectors[name]}" if name in selectors else ""))
+            line = f"{name}: 1 token" if len(indices) == 1 else f"{name}: {len(indices)} tokens"
+            if indices:
+                line += f" ({_ranges(indices)})"
+            if indices and tokens:
+                text = "".join(tokens[index] for index in indices)
+                line += f" {shorten(text)!r}"
+            if name in selectors:
+                line += f" by {selectors[name]}"
+            lines.append(line)
         return "\n".join(lines)
 
 
 def find_regions(encoded: EncodedText, question: Question = None, answer: Answer = None) -> Regions:
     r"""Find question, reasoning and answer in an encoded text.
 
-    A token is in a region where it has a visible character inside the selected text. Special and template
-    tokens are in none. Reasoning is what was generated before the first answer token.
+    A token belongs to a region if it has a visible character inside the selected text. Special and template
+    tokens belong to no region. Reasoning are the generated tokens before the first answer token.
 
     Args:
         encoded: from :func:`flowgraph.text.encoding.encode`.
-        question: a selector for the prompt, or short for one: ``"prompt"``, a role such as ``"user"``, another
-            string for a :class:`Regex`, ``(start, end)`` for a :class:`Span`, indices or a bool mask for
-            :class:`Tokens`. None or ``"auto"``: the last user message of a chat, else the whole prompt.
+        question: a selector for the prompt, or the short form of one: ``"prompt"``, a role such as ``"user"``,
+            another string for a :class:`Regex`, ``(start, end)`` for a :class:`Span`, indices or a bool mask for
+            :class:`Tokens`. None or ``"auto"``: the last user message of a chat, else the complete prompt.
         answer: the same for the response, where a string is a :class:`Regex`. None or ``"auto"``:
             ``\boxed{}``, ``#### ...``, ``<answer>``, "the answer is ...", else the last line.
 
@@ -176,16 +187,18 @@ def find_regions(encoded: EncodedText, question: Question = None, answer: Answer
     Raises:
         NoAnswerError: nothing in the response is selected.
         RegionError: nothing in the prompt is selected, or the selection lies outside.
-        InvalidInputError: an argument that names no selector, a pattern that does not compile.
+        InvalidInputError: an invalid selector, or a pattern that does not compile.
+
+    Cost: linear in the text.
     """
-    asked, question_selector = _find_question(encoded, question)
-    answered, answer_selector = _find_answer(encoded, answer)
+    question_mask, question_selector = _find_question(encoded, question)
+    answer_mask, answer_selector = _find_answer(encoded, answer)
     generated = part_mask(encoded, "response")
-    before = torch.arange(encoded.num_tokens) < _first(answered)
+    is_before_answer = torch.arange(encoded.num_tokens) < _first(answer_mask)
     return Regions(
-        question=asked,
-        reasoning=generated & before & ~encoded.special,
-        answer=answered,
+        question=question_mask,
+        reasoning=generated & is_before_answer & ~encoded.special,
+        answer=answer_mask,
         generated=generated,
         question_selector=question_selector,
         answer_selector=answer_selector,
@@ -193,78 +206,95 @@ def find_regions(encoded: EncodedText, question: Question = None, answer: Answer
 
 
 def find_question(encoded: EncodedText, question: Question = None) -> Mask:
-    """The question's tokens alone, for a response without an answer; see :func:`find_regions`.
+    """Find the question's tokens alone, for a response without an answer.
+
+    Args:
+        encoded: from :func:`flowgraph.text.encoding.encode`.
+        question: as for :func:`find_regions`.
+
+    Returns:
+        ``[T]`` bool mask.
 
     Raises:
         RegionError: nothing in the prompt is selected, or the selection lies outside.
-        InvalidInputError: an argument that names no selector, a pattern that does not compile.
+        InvalidInputError: an invalid selector, or a pattern that does not compile.
     """
-    return _find_question(encoded, question)[0]
+    question_mask, _ = _find_question(encoded, question)
+    return question_mask
 
 
 def validate_regions(regions: Regions) -> None:
     """Check the rules that every later step relies on; :class:`Regions` calls it when built.
 
     Raises:
-        RegionError: a mask is no 1-D bool tensor or has another length; question or answer is empty; two
-            regions overlap; reasoning or answer was not generated; token 0 counts as generated; no question
-            token stands before the answer.
+        RegionError: a mask is not a 1-D bool tensor or has another length; question or answer is empty; two
+            regions overlap; reasoning or answer was not generated; token 0 counts as generated; the answer
+            starts before the question.
     """
-    size = regions.question.numel()
+    size = regions.num_tokens
     for name, mask in _masks(regions):
         if mask.dtype != torch.bool or mask.ndim != 1 or mask.numel() != size:
             raise RegionError(
                 f"{name}: must be a 1-D bool mask over {size} tokens, got {mask.dtype} of shape "
                 f"{tuple(mask.shape)}; build regions with find_regions or Regions.from_masks"
             )
-    for name in ("question", "answer"):
-        if not bool(getattr(regions, name).any()):
+
+    question = regions.question
+    reasoning = regions.reasoning
+    answer = regions.answer
+    for name, mask in (("question", question), ("answer", answer)):
+        if not bool(mask.any()):
             raise RegionError(f"{name}: must hold at least one token, got none of {size}; select a token of the text")
-    for one, other in (("question", "reasoning"), ("question", "answer"), ("reasoning", "answer")):
-        _reject(getattr(regions, one) & getattr(regions, other), f"{one}: must not overlap {other}", "give it to one")
-    for name in ("reasoning", "answer"):
-        _reject(
-            getattr(regions, name) & ~regions.generated,
+
+    # The regions are disjoint, and what lies behind the question was generated.
+    _refuse_tokens(question & reasoning, "question: must not overlap reasoning", "give it to one")
+    _refuse_tokens(question & answer, "question: must not overlap answer", "give it to one")
+    _refuse_tokens(reasoning & answer, "reasoning: must not overlap answer", "give it to one")
+    for name, mask in (("reasoning", reasoning), ("answer", answer)):
+        _refuse_tokens(
+            mask & ~regions.generated,
             f"{name}: must lie in the generated tokens (by default those after the question)",
             "pass generated= with it, or move the region",
         )
+
+    # In emission rows a generated token reads through the position before it, which token 0 does not have.
     if bool(regions.generated[0]):
         raise RegionError(
-            "generated: must leave out token 0, which no token can have emitted, got it in; pass the response only"
+            "generated: must not include token 0, which no earlier token can generate, got it included; "
+            "pass the response only"
         )
-    question, answer = _first(regions.question), _first(regions.answer)
-    if answer < question:
+    if _first(answer) < _first(question):
         raise RegionError(
-            f"answer: must come after a question token, got answer from token {answer} and question from token "
-            f"{question}; check that the two are not exchanged"
+            f"answer: must come after a question token, got answer from token {_first(answer)} and question from "
+            f"token {_first(question)}; check that the two are not exchanged"
         )
 
 
 def _find_question(encoded: EncodedText, question: Question) -> tuple[Mask, str]:
-    """The question's tokens and the selector that found them."""
+    """Find the question's tokens, and name the selector that found them."""
     if _is_auto(question):
-        asked_by: Selector = Role("user") if encoded.roles else Prompt()
-        name = f"auto: {asked_by!r}"
+        selector: Selector = Role("user") if encoded.roles else Prompt()
+        name = f"auto: {selector!r}"
     else:
-        asked_by = as_selector(question, "prompt", encoded)
-        name = repr(asked_by)
-    asked = asked_by.select(encoded, "prompt")
-    if not bool(asked.any()):
+        selector = as_selector(question, "prompt", encoded)
+        name = repr(selector)
+    mask = selector.select(encoded, "prompt")
+    if not bool(mask.any()):
         raise RegionError(
-            f"question: {asked_by!r} must select a visible, non-special character of the prompt, got none in "
+            f"question: {selector!r} must select a visible, non-special character of the prompt, got none in "
             f"{shorten(encoded.prompt_text)!r}; pass another Regex, Span(start, end), Role, Prompt() or token indices"
         )
-    return asked, name
+    return mask, name
 
 
 def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:
-    """The answer's tokens and the selector that found them."""
+    """Find the answer's tokens, and name the first selector that found any."""
     if _is_auto(answer):
-        tried = {f"auto: {name}": selector for name, selector in AUTO_ANSWER.items()}
+        candidates = {f"auto: {name}": selector for name, selector in AUTO_ANSWER.items()}
     else:
-        only = as_selector(answer, "response", encoded)
-        tried = {repr(only): only}
-    for name, selector in tried.items():
+        given = as_selector(answer, "response", encoded)
+        candidates = {repr(given): given}
+    for name, selector in candidates.items():
         mask = selector.select(encoded, "response")
         if bool(mask.any()):
             return mask, name
@@ -275,11 +305,12 @@ def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:
 
 
 def _is_auto(choice: Question) -> bool:
+    """Return whether the region is to be found automatically; tensors do not compare with strings."""
     return choice is None or (isinstance(choice, str) and choice == "auto")
 
 
 def _mask_length(*regions: MaskLike | None) -> int:
-    """T, from the first argument that is a mask."""
+    """Read T off the first argument that is a mask."""
     for region in regions:
         if region is not None and not isinstance(region, slice):
             values = torch.as_tensor(region)
@@ -291,27 +322,35 @@ def _mask_length(*regions: MaskLike | None) -> int:
 
 
 def _first(mask: Mask) -> int:
-    """Index of the first token, T where there is none."""
-    return int(mask.nonzero()[0]) if bool(mask.any()) else mask.numel()
+    """Return the index of the first token, T for an empty mask."""
+    indices = mask.nonzero().flatten()
+    return int(indices[0]) if indices.numel() else mask.numel()
 
 
 def _last(mask: Mask) -> int:
-    """Index of the last token, -1 where there is none."""
-    return int(mask.nonzero()[-1]) if bool(mask.any()) else -1
+    """Return the index of the last token, -1 for an empty mask."""
+    indices = mask.nonzero().flatten()
+    return int(indices[-1]) if indices.numel() else -1
 
 
-def _masks(regions: Regions) -> Iterator[tuple[str, Mask]]:
-    for name in ("question", "reasoning", "answer", "generated"):
-        yield name, getattr(regions, name)
+def _masks(regions: Regions) -> list[tuple[str, Mask]]:
+    """List all masks with their names."""
+    return [
+        ("question", regions.question),
+        ("reasoning", regions.reasoning),
+        ("answer", regions.answer),
+        ("generated", regions.generated),
+    ]
 
 
-def _reject(wrong: Mask, rule: str, remedy: str) -> None:
-    if bool(wrong.any()):
-        raise RegionError(f"{rule}, got token {_first(wrong)}; {remedy}")
+def _refuse_tokens(invalid: Mask, rule: str, remedy: str) -> None:
+    """Raise an error that names the first invalid token, where there is one."""
+    if bool(invalid.any()):
+        raise RegionError(f"{rule}, got token {_first(invalid)}; {remedy}")
 
 
 def _ranges(indices: Sequence[int]) -> str:
-    """``3..5, 9``: sorted indices as runs, the first few of them."""
+    """Write sorted indices as runs, ``3..5, 9``, at most four of them."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:
@@ -319,8 +358,13 @@ def _ranges(indices: Sequence[int]) -> str:
         else:
             runs.append([index, index])
     shown = [f"{low}..{high}" if low < high else str(low) for low, high in runs[:4]]
-    return ", ".join(shown + ["..."] * (len(runs) > 4))
+    if len(runs) > 4:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def _ending(text: str) -> str:
-    return text if len(text) <= 80 else f"...{text[-80:]}"
+    """Return the end of a long text, where an answer is expected, for messages."""
+    if len(text) <= 80:
+        return text
+    return f"...{text[-80:]}"

@@ -1,4 +1,4 @@
-"""What finds tokens in a prompt or a response, in a user's own words: patterns, spans, roles, indices."""
+"""Selectors that find tokens in a prompt or a response: patterns, spans, chat roles, indices."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from flowgraph.text.encoding import EncodedText
 from flowgraph.text.spans import Offsets, covers
 
 Part = Literal["prompt", "response"]
+# The argument that a selector of each part was given as, for messages.
 ARGUMENT: dict[Part, str] = {"prompt": "question", "response": "answer"}
+# Strings that name a role even where no message of the prompt has it, so that the error names the role.
 ROLES = frozenset({"assistant", "developer", "function", "model", "system", "tool", "user"})
 
 
 @runtime_checkable
 class Selector(Protocol):
-    """Anything that finds tokens of one part of an encoded text; write your own with this one method."""
+    """The interface of selectors: find tokens of one part of an encoded text. Any class with this method is one."""
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """``[T]`` bool mask of the tokens found, all False where nothing was found."""
+        """Return a ``[T]`` bool mask of the tokens found, all False where nothing was found."""
         ...
 
 
@@ -33,12 +35,12 @@ class Selector(Protocol):
 class Regex:
     r"""The text that a regular expression matches.
 
-    Matches of no visible character are passed over, so ``\d*`` finds the last number and not the empty end.
+    Matches without a visible character are ignored, so ``\d*`` finds the last number and not the empty end.
 
     Attributes:
         pattern: as for :func:`re.finditer`; it sees the part alone, without the special tokens that end it.
         flags: as for :func:`re.compile`.
-        group: number or name of the group to take; None: group 1 if the pattern has one, else the whole match.
+        group: number or name of the group to take; None: group 1 if the pattern has one, else the complete match.
         occurrence: which match counts.
 
     Raises:
@@ -51,7 +53,7 @@ class Regex:
     occurrence: Literal["last", "first"] = "last"
 
     def __post_init__(self) -> None:
-        """Reject what could never match."""
+        """Refuse patterns, groups and occurrences that do not exist."""
         try:
             compiled = re.compile(self.pattern, self.flags)
         except re.error as error:
@@ -71,39 +73,53 @@ class Regex:
             )
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of the chosen match."""
+        """Select the tokens of the chosen match."""
         low, high = _window(encoded, part)
         compiled = re.compile(self.pattern, self.flags)
-        group = self.group if self.group is not None else min(compiled.groups, 1)
-        found: list[Offsets] = []
+        group = self.group
+        if group is None:
+            group = min(compiled.groups, 1)
+        chosen: list[Offsets] = []
         for match in compiled.finditer(encoded.text[low:high]):
-            if (match[group] or "").strip():
-                found = [(low + match.start(group), low + match.end(group))]
-                if self.occurrence == "first":
-                    break
-        return _tokens_in(encoded, found, part)
+            # A group that took no part in the match is None.
+            matched = match[group] or ""
+            if not matched.strip():
+                continue
+            chosen = [(low + match.start(group), low + match.end(group))]
+            if self.occurrence == "first":
+                break
+        return _tokens_in(encoded, chosen, part)
 
 
 @dataclass(frozen=True)
 class Boxed:
-    r"""The content of the last ``\boxed{...}``, with braces balanced; one left open or empty does not count."""
+    r"""The content of the last ``\boxed{...}``, with braces balanced; open or empty ones are ignored."""
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens between the braces."""
+        """Select the tokens between the braces."""
         low, high = _window(encoded, part)
         text = encoded.text[low:high]
-        best: list[Offsets] = []
-        opened: list[tuple[int, bool]] = []
-        # One pass with a stack: a response that repeats "\boxed{" for ever stays linear. "\{" is no brace.
+        last: Offsets | None = None
+        # Each open brace: where its content starts, and whether it opened a \boxed. The stack makes this one pass,
+        # so the cost stays linear for a response that repeats "\boxed{" many times.
+        open_braces: list[tuple[int, bool]] = []
         for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-            if match[0].endswith("{") and match[0] != r"\{":
-                opened.append((match.end(), match[0] != "{"))
-            elif match[0] == "}" and opened:
-                start, boxed = opened.pop()
-                inner = text[start : match.start()]
-                if boxed and inner.strip() and (not best or low + start > best[0][0]):
-                    best = [(low + start, low + match.start())]
-        return _tokens_in(encoded, best, part)
+            symbol = match[0]
+            # An escaped brace, "\{", does not open anything.
+            if symbol.endswith("{") and symbol != r"\{":
+                is_boxed = symbol != "{"
+                open_braces.append((match.end(), is_boxed))
+            elif symbol == "}" and open_braces:
+                start, is_boxed = open_braces.pop()
+                end = match.start()
+                # Boxes close from the inside out; the one that opened last counts.
+                is_later = last is None or start > last[0]
+                if is_boxed and is_later and text[start:end].strip():
+                    last = (start, end)
+        if last is None:
+            return _tokens_in(encoded, [], part)
+        start, end = last
+        return _tokens_in(encoded, [(low + start, low + end)], part)
 
 
 @dataclass(frozen=True)
@@ -111,11 +127,13 @@ class LastLine:
     """The last line that is not blank."""
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of that line."""
+        """Select the tokens of that line."""
         low, high = _window(encoded, part)
         end = low + len(encoded.text[low:high].rstrip())
-        start = max(encoded.text.rfind(mark, low, end) for mark in "\r\n") + 1
-        return _tokens_in(encoded, [(max(start, low), end)], part)
+        # rfind returns -1 without a line break; the line then starts with the part.
+        line_break = max(encoded.text.rfind("\r", low, end), encoded.text.rfind("\n", low, end))
+        start = max(line_break + 1, low)
+        return _tokens_in(encoded, [(start, end)], part)
 
 
 @dataclass(frozen=True)
@@ -123,19 +141,23 @@ class Span:
     """Characters ``start`` to ``end`` (exclusive) of the response or, for a question, of the prompt.
 
     Attributes:
-        start: negative: counted from the end, as in a slice; trailing special tokens are not counted.
-        end: the same; None: to the end.
+        start: counted from the end if negative, as in a slice; trailing special tokens are not counted.
+        end: the same; None is the end of the part.
     """
 
     start: int
     end: int | None = None
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens with a visible character in the span."""
+        """Select the tokens with a visible character in the span."""
         low, high = _window(encoded, part)
         length = high - low
-        start = self.start + length * (self.start < 0)
-        end = length if self.end is None else self.end + length * (self.end < 0)
+        start = self.start
+        end = length if self.end is None else self.end
+        if start < 0:
+            start += length
+        if end < 0:
+            end += length
         if not 0 <= start < end <= length:
             raise RegionError(
                 f"{ARGUMENT[part]}: a span must hold characters of the {part}, which has {length}, "
@@ -146,28 +168,33 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Token indices counted from the start of the prompt, a slice of them, or a bool mask over all tokens."""
+    """Tokens by position.
+
+    Attributes:
+        which: indices counted from the start of the prompt, a slice of them, or a bool mask over all tokens.
+    """
 
     which: MaskLike
 
     def __repr__(self) -> str:
-        """Short: a mask as its number of tokens."""
+        """Show up to eight indices, and a mask as its number of tokens."""
         which = self.which
         if isinstance(which, slice):
             return f"Tokens({which})"
         values = torch.as_tensor(which)
-        count = int(values.sum()) if values.dtype == torch.bool else values.numel()
-        return (
-            f"Tokens({values.tolist()})" if count <= 8 and values.dtype != torch.bool else f"Tokens(<{count} tokens>)"
-        )
+        if values.dtype == torch.bool:
+            return f"Tokens(<{int(values.sum())} tokens>)"
+        if values.numel() > 8:
+            return f"Tokens(<{values.numel()} tokens>)"
+        return f"Tokens({values.tolist()})"
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """The tokens named, which must lie in the part; special ones are left out."""
+        """Select these tokens, which must lie in the part, except special ones."""
         mask = read_mask(self.which, encoded.num_tokens, ARGUMENT[part])
-        inner = part_mask(encoded, part)
-        outside = mask & ~inner
+        in_part = part_mask(encoded, part)
+        outside = mask & ~in_part
         if bool(outside.any()):
-            first, last = inner.nonzero()[[0, -1], 0].tolist()
+            first, last = in_part.nonzero()[[0, -1], 0].tolist()
             raise RegionError(
                 f"{ARGUMENT[part]}: tokens must lie in the {part}, {first}..{last}, got token "
                 f"{int(outside.nonzero()[0])}; for any other choice use Regions.from_masks"
@@ -177,43 +204,54 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Role:
-    """The content of the last chat message with this role."""
+    """The content of the last chat message with a role.
+
+    Attributes:
+        role: the role, such as ``"user"``.
+    """
 
     role: str
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of the message, without the template around it."""
-        known = dict.fromkeys(role.role for role in encoded.roles)
-        if self.role not in known:
-            got = f"messages of {', '.join(map(repr, known))}" if known else "a prompt without chat messages"
+        """Select the tokens of the message, without the template around it."""
+        messages = [span.message for span in encoded.roles if span.role == self.role]
+        if not messages:
+            # The roles that exist, each once, in the order of the text.
+            roles = list(dict.fromkeys(span.role for span in encoded.roles))
+            got = f"messages of {', '.join(map(repr, roles))}" if roles else "a prompt without chat messages"
             raise RegionError(
                 f"{ARGUMENT[part]}: {self!r} needs a chat message of that role, got {got}; "
                 "pass Prompt(), a Regex or a Span of the prompt instead"
             )
-        last = max(role.message for role in encoded.roles if role.role == self.role)
-        return _tokens_in(encoded, [(r.start, r.end) for r in encoded.roles if r.message == last], part)
+        last_message = max(messages)
+        contents = [(span.start, span.end) for span in encoded.roles if span.message == last_message]
+        return _tokens_in(encoded, contents, part)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The whole prompt, without special tokens and chat template."""
+    """The complete prompt, without special tokens and chat template."""
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of the prompt."""
+        """Select the tokens of the prompt."""
         return _tokens_in(encoded, [(0, encoded.response_start)], part)
 
 
-# What a value has around it and does not own: markdown, quotes, a formula's dollar signs.
+# Marks around a value that are not part of it: markdown, quotes, a formula's dollar signs.
 _MARKS = r"*_\"'`$"
-# A sentence is over at a full stop before a space, but for the titles that write one.
+# A sentence ends at a full stop before a space, except after the abbreviations of titles.
 _SENTENCE_END = rf"(?<=[.!?])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bSt\.)(?<!\bMrs\.)[{_MARKS})]*\s"
-# 300 characters at most: a model that repeats itself on one endless line must not cost its square.
+# A value: up to the end of its line or sentence, without marks and punctuation around it. The limit of 300
+# characters keeps the cost linear for a response that repeats itself on one long line.
 _VALUE = (
     rf"(?=[\s:{_MARKS}]*(?![.,;!?]+(?:\s|\Z))([^\s:{_MARKS}].{{0,300}}?)"
     rf"[\s.,;:!?{_MARKS}]*(?:[\r\n]|\Z|{_SENTENCE_END}))"
 )
+# "#### 42", as in GSM8K: a number at the end of a line, or other text at the end of the response.
 NUMBER_SIGN = Regex(r"(?m)(?<!#)####[ \t]*(-?\$?\d(?:[\d,./ ]*\d)?%?(?=[.\s]*$)|[^\s#](?:.{0,300}\S)?(?=\s*\Z))")
+# "<answer>42</answer>": the innermost tags.
 TAG = Regex(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>")
+# "The answer is 42", "Answer: 42", or "Answer" as a heading above the value.
 PHRASE = Regex(
     rf"(?im)(?:\banswer\b[ \t{_MARKS}]*(?:(?:to|for)\b[^\n.:=]{{1,80}}?\s)?(?:is\b|are\b|was\b|[:=])"
     rf"|^[ \t#{_MARKS}]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t{_MARKS}]*\r?\n){_VALUE}"
@@ -225,26 +263,37 @@ AUTO_ANSWER: dict[str, Selector] = {
     "PHRASE": PHRASE,
     "LastLine()": LastLine(),
 }
-"""What an answer is looked for as, in this order, when nobody says; the first that finds something wins.
-The keys are the values' names in this module, which is how regions report the choice."""
+"""The selectors of the automatic search for an answer, in this order; the first that finds a token is chosen.
+The keys are the values' names in this module, which :class:`Regions` records as the choice."""
 
 Question = str | Selector | tuple[int, int | None] | Sequence[int] | Tensor | None
 Answer = Question
 
 
 def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
-    """A selector, from one or from the short form of one."""
-    # Tensors first: they have a method named select, too.
+    """Convert a selector, or the short form of one, to a selector.
+
+    Args:
+        choice: a selector, a string, ``(start, end)``, indices or a mask; see :func:`flowgraph.find_regions`.
+        part: the part of the text that it selects from.
+        encoded: the text, whose roles a string may name.
+
+    Raises:
+        InvalidInputError: any other value, or a pattern that does not compile.
+    """
+    # Tensors first, because a tensor has a method named select too.
     if isinstance(choice, Tensor):
         return Tokens(choice)
     if isinstance(choice, Selector):
         return choice
     if isinstance(choice, str):
+        roles = ROLES.union(span.role for span in encoded.roles)
         if part == "prompt" and choice == "prompt":
             return Prompt()
-        roles = ROLES.union(role.role for role in encoded.roles)
-        return Role(choice) if part == "prompt" and choice in roles else Regex(choice)
-    if isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(c, int | None) for c in choice):
+        if part == "prompt" and choice in roles:
+            return Role(choice)
+        return Regex(choice)
+    if isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(end, int | None) for end in choice):
         start, end = choice
         return Span(start or 0, end)
     values = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
@@ -257,16 +306,19 @@ def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
 
 
 def part_mask(encoded: EncodedText, part: Part) -> Mask:
-    """All tokens of the prompt or of the response, special ones included."""
+    """Mark all tokens of the prompt or of the response, special ones included."""
     in_prompt = torch.arange(encoded.num_tokens) < encoded.prompt_length
     return in_prompt if part == "prompt" else ~in_prompt
 
 
 def _window(encoded: EncodedText, part: Part) -> Offsets:
-    """First and last (exclusive) character of the prompt, or of the response up to its special ending."""
-    return (0, encoded.response_start) if part == "prompt" else (encoded.response_start, encoded.response_end)
+    """Return the range of characters of the prompt, or of the response up to its special ending."""
+    if part == "prompt":
+        return 0, encoded.response_start
+    return encoded.response_start, encoded.response_end
 
 
 def _tokens_in(encoded: EncodedText, selected: Sequence[Offsets], part: Part) -> Mask:
-    """Tokens of a part with a visible character in a selected range, special and template ones left out."""
-    return covers(encoded.spans, encoded.text, selected) & part_mask(encoded, part) & ~encoded.special
+    """Mark the tokens of a part with a visible character in a selected range, except special and template ones."""
+    is_covered = covers(encoded.spans, encoded.text, selected)
+    return is_covered & part_mask(encoded, part) & ~encoded.special

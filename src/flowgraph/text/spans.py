@@ -1,4 +1,4 @@
-"""Half-open character ranges in a text: ranges put in order, carried to another text, and what they cover."""
+"""Character spans: half-open ranges in a text, their order, their alignment between two texts, and coverage."""
 
 from __future__ import annotations
 
@@ -15,39 +15,63 @@ from flowgraph.errors import InvalidInputError
 
 Offsets = tuple[int, int]
 
-ANCHOR = 4  # characters that have to agree before a difference between decoded and given text is over
-RESYNC = 64  # longest such difference, in characters
+# Characters that must agree before a difference between decoded and given text is over.
+ANCHOR = 4
+# Longest such difference, in characters.
+RESYNC = 64
 
 
 def covers(spans: Sequence[Offsets], text: str, selected: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
-    """Which tokens have at least one visible (not whitespace) character in one of the selected ranges.
+    """Mark the tokens that have at least one visible (not whitespace) character in a selected range.
+
+    Args:
+        spans: one range for each token.
+        text: the text that all ranges refer to.
+        selected: ranges of characters.
+
+    Cost: linear in the text, plus tokens times selected ranges.
 
     Example:
         >>> covers([(0, 3), (3, 5), (5, 8)], "one  two", [(2, 5)]).tolist()
         [True, False, False]
     """
-    seen = [0, *accumulate(not character.isspace() for character in text)]
-    hit = torch.zeros(len(spans), dtype=torch.bool)
+    # num_visible[i] counts the visible characters before position i, so a difference counts those in a range.
+    num_visible = [0, *accumulate(not character.isspace() for character in text)]
+    is_covered = torch.zeros(len(spans), dtype=torch.bool)
     for low, high in selected:
-        hit |= torch.tensor([seen[min(e, high)] > seen[max(s, low)] for s, e in spans], dtype=torch.bool)
-    return hit
+        has_visible = [num_visible[min(end, high)] > num_visible[max(start, low)] for start, end in spans]
+        is_covered |= torch.tensor(has_visible, dtype=torch.bool)
+    return is_covered
 
 
 def inside(spans: Sequence[Offsets], text: str, contents: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
-    """Tokens within a content, or with a visible character in one."""
-    visible = covers(spans, text, contents)
-    within = [any(low <= s < e <= high for low, high in contents) for s, e in spans]
-    return visible | torch.tensor(within, dtype=torch.bool)
+    """Mark the tokens that lie within one content, or have a visible character in one."""
+    is_within = []
+    for start, end in spans:
+        is_within.append(any(low <= start < end <= high for low, high in contents))
+    return covers(spans, text, contents) | torch.tensor(is_within, dtype=torch.bool)
 
 
 def close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]:
-    """Give whitespace that no token reports to the token after it, and empty spans a place in the order."""
+    """Give whitespace that no token reports to the token after it, and empty spans a place in the order.
+
+    Args:
+        spans: one range for each token, as the tokenizer reports them.
+        text: the text that the ranges refer to.
+        start: the first character that the tokens may cover.
+
+    Returns:
+        Ranges whose starts never lie before ``start``.
+    """
     closed: list[Offsets] = []
     reached = start
-    for low, high in spans:
-        low, high = max(low, start), max(high, start)
-        if low >= high and low < reached:  # A special token that the tokenizer added reports (0, 0).
-            low = high = reached
+    for reported_low, reported_high in spans:
+        low = max(reported_low, start)
+        high = max(reported_high, start)
+        if low >= high and low < reached:
+            # A special token that the tokenizer added reports (0, 0).
+            low = reached
+            high = reached
         elif reached < low and not text[reached:low].strip():
             low = reached
         closed.append((low, high))
@@ -56,56 +80,93 @@ def close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]
 
 
 def align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:
-    """Carry spans in a decoded text over to the text that was tokenised.
+    """Convert spans in a decoded text to spans in the text that was tokenised.
 
     Only visible characters are compared, without regard to case and compatibility forms, because tokenizers
-    normalise both. Where the two still differ (an unknown-token; a BOS that only the decoded text has), every
-    decoded character of the difference stands for all of it.
+    normalise both. Where the two texts still differ (an unknown token; a BOS that only the decoded text has), every
+    decoded character of the difference corresponds to the complete difference in ``text``.
+
+    Args:
+        decoded: the text decoded from the tokens.
+        spans: one range in ``decoded`` for each token.
+        text: the text given to the tokenizer.
+
+    Returns:
+        One range in ``text`` for each token.
+
+    Raises:
+        InvalidInputError: a difference longer than 64 characters.
+
+    Cost: linear in the texts where they agree.
     """
     if decoded == text:
         return list(spans)
-    source, places = _visible(decoded)
-    target, origin = _visible(text)
-    reach: list[Offsets] = []
-    here = there = 0
-    while here < len(source):
-        skipped, passed = 1, 1
-        if source[here] != target[there : there + 1]:
-            window = RESYNC + ANCHOR
-            skipped, passed = _difference(source[here : here + window], target[there : there + window])
-        reach += [(there, there + passed)] * skipped
-        here, there = here + skipped, there + passed
-    origin.append(len(text))
+    decoded_visible, decoded_places = _visible(decoded)
+    text_visible, text_places = _visible(text)
+    matches = _match(decoded_visible, text_visible)
+
+    # An empty range behind the last visible character lies at the end of the text.
+    text_places.append(len(text))
     carried: list[Offsets] = []
     high = 0
     for start, end in spans:
-        first, last = bisect_left(places, start), bisect_left(places, end)
-        if first == last and 0 < first < len(reach) and reach[first - 1] == reach[first]:
-            first -= 1  # Only a space, but between two characters of one difference.
-        parts = reach[first:last]
-        low, high = (parts[0][0], parts[-1][1]) if parts else (high, high)
-        carried.append((origin[low], origin[high - 1] + 1) if low < high else (origin[low], origin[low]))
+        first = bisect_left(decoded_places, start)
+        last = bisect_left(decoded_places, end)
+        # A span that holds only a space, between two characters of one difference, belongs to this difference.
+        if first == last and 0 < first < len(matches) and matches[first - 1] == matches[first]:
+            first -= 1
+
+        if first < last:
+            low = matches[first][0]
+            high = matches[last - 1][1]
+        else:
+            low = high
+        if low < high:
+            carried.append((text_places[low], text_places[high - 1] + 1))
+        else:
+            carried.append((text_places[low], text_places[low]))
     return carried
 
 
 def _visible(text: str) -> tuple[str, list[int]]:
-    """The characters of a text that survive any tokenizer's normalisation, and where each comes from."""
-    kept = [
-        (part, place)
-        for place, character in enumerate(text)
-        for part in unicodedata.normalize("NFKD", character).casefold()
-        if not part.isspace()
-    ]
-    return "".join(part for part, _ in kept), [place for _, place in kept]
+    """Return the characters that survive any tokenizer's normalisation, and the place of each in the text."""
+    characters: list[str] = []
+    places: list[int] = []
+    for place, character in enumerate(text):
+        # One character may become several: a ligature, or an accent of its own.
+        for part in unicodedata.normalize("NFKD", character).casefold():
+            if not part.isspace():
+                characters.append(part)
+                places.append(place)
+    return "".join(characters), places
 
 
-def _difference(source: str, target: str) -> Offsets:
-    """How many characters of either text to pass, at least one, until both agree again."""
+def _match(decoded: str, text: str) -> list[Offsets]:
+    """Find the range of ``text`` that each character of ``decoded`` corresponds to, for visible characters."""
+    matches: list[Offsets] = []
+    text_place = 0
+    while len(matches) < len(decoded):
+        place = len(matches)
+        num_decoded = 1
+        num_text = 1
+        if decoded[place] != text[text_place : text_place + 1]:
+            window = RESYNC + ANCHOR
+            num_decoded, num_text = _difference(decoded[place : place + window], text[text_place : text_place + window])
+        matches += [(text_place, text_place + num_text)] * num_decoded
+        text_place += num_text
+    return matches
+
+
+def _difference(decoded: str, text: str) -> Offsets:
+    """Count the characters of either text to skip, at least one in all, until both agree again."""
     for total in range(1, 2 * RESYNC + 1):
-        for skipped in range(max(0, total - min(RESYNC, len(target))), min(total, RESYNC, len(source)) + 1):
-            if source[skipped : skipped + ANCHOR] == target[total - skipped : total - skipped + ANCHOR]:
-                return skipped, total - skipped
+        fewest = max(0, total - min(RESYNC, len(text)))
+        most = min(total, RESYNC, len(decoded))
+        for num_decoded in range(fewest, most + 1):
+            num_text = total - num_decoded
+            if decoded[num_decoded : num_decoded + ANCHOR] == text[num_text : num_text + ANCHOR]:
+                return num_decoded, num_text
     raise InvalidInputError(
-        f"tokenizer: what it decodes must agree with the text it read, got {source[:20]!r} for "
-        f"{target[:20]!r}; pass input_ids, with question and answer as token masks"
+        f"tokenizer: what it decodes must agree with the text it read, got {decoded[:20]!r} for "
+        f"{text[:20]!r}; pass input_ids, with question and answer as token masks"
     )
