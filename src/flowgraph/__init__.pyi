@@ -15,9 +15,14 @@ from .analysis.routes import decompose as decompose
 from .analysis.routes import hubs as hubs
 from .analysis.routes import widest_routes as widest_routes
 from .attention.attention_rows import AttentionRows as AttentionRows
-from .attention.capture import capture as capture
 from .attention.layers_and_heads import HeadSelector as HeadSelector
 from .attention.recorder import AttentionRecorder as AttentionRecorder
+from .capacities.capture import capture as capture
+from .capacities.registry import Capacity as Capacity
+from .capacities.registry import CapacityInput as CapacityInput
+from .capacities.registry import capacity as capacity
+from .capacities.registry import capacity_names as capacity_names
+from .capacities.relevance import RelevanceRows as RelevanceRows
 from .certificate.certify import Certificate as Certificate
 from .certificate.certify import certify as certify
 from .certificate.certify import certify_each as certify_each

@@ -175,7 +175,7 @@ LAST = torch.arange(len(TEXT)) == len(TEXT) - 1
         ({"answer": LAST, "target": "logit"}, "target: must be 'margin', 'logprob' or token ids, got 'logit'"),
         ({"answer": LAST, "target": TEXT + 1000}, r"target: must lie in 0\.\.\d+, got"),
         ({"answer": torch.zeros_like(LAST)}, "answer: must mark at least one token of every sequence, got none"),
-        ({"answer": TEXT == TEXT[0]}, "answer: must be predicted by an earlier token, got the first token"),
+        ({"answer": TEXT[0] == TEXT}, "answer: must be predicted by an earlier token, got the first token"),
         ({"answer": LAST[:-1]}, r"answer: must have the shape of input_ids \(1, \d+\), got \(1, \d+\)"),
         ({"answer": LAST, "hops": -1}, "hops: must be at least 0, got -1"),
         ({"answer": LAST, "hops": 2}, "generated: must be given with hops, got none"),

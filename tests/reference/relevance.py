@@ -90,5 +90,3 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
     return x * cos + turned * sin
-
-

@@ -110,7 +110,8 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
     """Convert a choice of layers to indices.
 
     Args:
-        layers: ``"middle"`` (the middle third), ``"all"``, ``"FIRST-LAST"`` (both included), or indices.
+        layers: ``"middle"`` (the middle third), ``"upper"`` (from one third up), ``"all"``, ``"FIRST-LAST"`` (both
+            included; LAST may be missing), or indices.
         num_layers: layers of the model.
 
     Returns:
@@ -127,12 +128,16 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
         return _indices(layers, num_layers, "layers")
     if layers == "all":
         return list(range(num_layers))
+    if layers == "upper":
+        return list(range(num_layers // 3, num_layers))
     if layers == "middle":
         first = num_layers // 3
         return list(range(first, max(first + 1, num_layers - first)))
 
-    # "10-19", or one number.
+    # "10-19", "10-" (to the last layer), or one number.
     parts = layers.replace(" ", "").split("-")
+    if len(parts) == 2 and not parts[1]:
+        parts[1] = str(num_layers - 1)
     if all(part.isdecimal() for part in parts) and len(parts) <= 2:
         first = int(parts[0])
         last = int(parts[-1])

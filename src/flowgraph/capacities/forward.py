@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowgraph.attention.interception import AttentionCall
@@ -115,9 +115,8 @@ class CentredLayer:
         """Recompute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
         record = self.record
         mean = _in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
-        centred = (mean - self.received[:, None, :stop]).clamp_min(0)
-        # Cells that causality or a window closes have weight 0; they stay 0.
-        return centred
+        # Cells that causality or a window closes have weight 0, and stay 0.
+        return (mean - self.received[:, None, :stop]).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -180,13 +179,14 @@ class ProjectionTape(Tape):
     vector-Jacobian product, so any linear projection works, an adapter's included.
     """
 
-    def __init__(self, modules: dict[nn.Module, int]) -> None:
+    def __init__(self, modules: dict[nn.Module, int], readable: Bool[Tensor, "batch tokens"]) -> None:
         super().__init__(modules)
+        self._readable = readable
         self._stack = ExitStack()
 
     def __enter__(self) -> ProjectionTape:
         with ExitStack() as stack:
-            for module in self._modules:
+            for module in self.modules:
                 for child in module.children():
                     hook = self._project_back(module)
                     stack.callback(child.register_forward_hook(hook).remove)
@@ -199,12 +199,15 @@ class ProjectionTape(Tape):
     def record(self, module: nn.Module, call: AttentionCall) -> None:
         """Record the layer, with values centred over the text."""
         super().record(module, call)
-        layer = self.layers[self._modules[module]]
-        layer.value = layer.value - layer.value.float().mean(2, keepdim=True).to(layer.value.dtype)
+        layer = self.layers[self.modules[module]]
+        # Padding holds no text: it has no part in the mean.
+        readable = self._readable[:, None, :, None].to(layer.value.device)
+        total = (layer.value.float() * readable).sum(2, keepdim=True)
+        layer.value = layer.value.float() - total / readable.sum(2, keepdim=True)
 
     def _project_back(self, attention: nn.Module) -> Callable[..., None]:
         def hook(child: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            layer = self.layers.get(self._modules[attention])
+            layer = self.layers.get(self.modules[attention])
             if layer is None or layer.reader is not None or not args or not isinstance(output, Tensor):
                 return
             batch, tokens = layer.record.shape

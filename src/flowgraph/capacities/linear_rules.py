@@ -201,8 +201,8 @@ class _NormRule:
             limit = 1e-3 if output.dtype in (torch.float32, torch.float64) else 5e-2
             if not float(error) <= limit * float(value.abs().amax()) + 1e-12:
                 raise CaptureError(
-                    f"model: {type(module).__name__} must be an RMSNorm or a LayerNorm, got an output that differs from "
-                    f"one by {float(error):.2g}; conserved relevance has no rule for it, so use capacity='vtrace'"
+                    f"model: {type(module).__name__} must be an RMSNorm or a LayerNorm, got an output that differs "
+                    f"from one by {float(error):.2g}; conserved relevance has no rule for it, so use capacity='vtrace'"
                 )
         factor = (self.gain * inverse_scale).to(x.dtype)
         subtracts_mean = self.subtracts_mean

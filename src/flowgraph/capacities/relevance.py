@@ -176,6 +176,17 @@ def capture_relevance(
     Cost: about 2.7 plain forward passes, and one more backward pass per hop; memory of the activations of one pass
     and one T x T matrix.
     """
+    if torch.is_inference_mode_enabled():
+        # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
+        with torch.inference_mode(False):
+            return capture_relevance(
+                model,
+                {name: _copied(value) for name, value in inputs.items()},
+                answer=_copied(answer),
+                generated=_copied(generated),
+                target=_copied(target),
+                hops=hops,
+            )
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"].bool()
     generated = torch.zeros_like(answer) if generated is None else generated
@@ -187,7 +198,6 @@ def capture_relevance(
     tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
     balance = _BalanceRecorder(model, decoder, mask.shape, mask.device)
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(AttentionDispatch.heard_by(tape))
         stack.enter_context(LinearRules(model, set(modules.values())))
@@ -309,13 +319,19 @@ class _BalanceRecorder:
             first.register_hook(lambda gradient: self._add_to_bias((gradient.float() * value).sum(-1)))
 
 
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def _first_block(decoder: nn.Module) -> nn.Module:
     """Return the first module of the longest numbered list, which is the first decoder layer."""
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
     return max(lists, key=len)[0]
 
 
-def _predicting_rows(tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Int64[Tensor, " kept"]:
+def _predicting_rows(
+    tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> Int64[Tensor, " kept"]:
     """Return the positions whose logits predict one of the tokens, in any sequence of the batch."""
     if bool((tokens & ~mask).any()):
         raise InvalidInputError("answer: must mark tokens of the text, got a token of padding; leave padding out")

@@ -61,11 +61,12 @@ class Tape:
         gradients: also accumulate dL/dz during later backward passes, in ``TapeLayer.reader``.
 
     Attributes:
+        modules: attention module -> layer index.
         layers: layer index -> what was recorded.
     """
 
     def __init__(self, modules: dict[nn.Module, int], *, detach: bool = False, gradients: bool = False) -> None:
-        self._modules = modules
+        self.modules = modules
         self._detach = detach
         self._gradients = gradients
         self.layers: dict[int, TapeLayer] = {}
@@ -73,7 +74,7 @@ class Tape:
 
     def wants(self, module: nn.Module) -> bool:
         """Tell whether this module's attention is recorded now."""
-        return self.listening and module in self._modules
+        return self.listening and module in self.modules
 
     def rewrite(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detach query and key, so that attention weights are constants of the backward pass."""
@@ -87,7 +88,7 @@ class Tape:
         Raises:
             CaptureError: a layer that runs twice in one pass, or rows that do not reproduce its output.
         """
-        index = self._modules[module]
+        index = self.modules[module]
         if index in self.layers:
             raise CaptureError(
                 f"model: each attention layer must run once, got {type(module).__name__} of layer {index} twice in one "
