@@ -23,7 +23,6 @@ from rl.tasks.answers import (
     find_answer,
     parse_number,
 )
-from rl.tasks.registry import answers
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from flowgraph import MissingExtraError
 from rl.errors import ConfigError, RewardError, TaskError
 from rl.tasks.base import Task
 from rl.tasks.jsonl import JsonlTask
-from rl.tasks.registry import answers
 
 
 def write(path: Path, *lines: object) -> Path:
