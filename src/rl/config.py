@@ -1,7 +1,7 @@
 """Settings of a training run, checked at construction.
 
 Each setting is one field: its name, type, bound, default and, below it, its meaning. A bound is written in the type as
-``Annotated[float, positive("remedy")]``; :func:`_check_fields` applies every type and bound. Rules that relate several
+``Annotated[float, positive("remedy")]``; :func:`check_fields` applies every type and bound. Rules that relate several
 settings stand in ``PPOConfig._check_combinations``.
 """
 
@@ -77,6 +77,11 @@ def in_unit_interval(remedy: str, *, open_below: bool = False) -> Bound:
     return Bound(rule=f"lie in {interval}", remedy=remedy, least=0, most=1, open_below=open_below)
 
 
+def between(least: int, most: int, remedy: str) -> Bound:
+    """Require a value from ``least`` to ``most``."""
+    return Bound(rule=f"be from {least} to {most}", remedy=remedy, least=least, most=most)
+
+
 def int64(remedy: str) -> Bound:
     """Require an integer that 64 bits can hold."""
     return Bound(rule="be an integer of 64 bits", remedy=remedy, least=-(2**63), most=2**63 - 1)
@@ -145,7 +150,7 @@ class CreditConfig:
     """Settings of the rule itself."""
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +167,9 @@ class LoraConfig:
     """Names of linear layers, or ``"all-linear"``."""
 
     def __post_init__(self) -> None:
-        _check_fields(self, prefix="lora.")
+        check_fields(self, prefix="lora.")
         if not self.targets:
-            raise _broken_rule("lora.targets", "name at least one layer", self.targets, "use 'all-linear'")
+            raise broken_rule("lora.targets", "name at least one layer", self.targets, "use 'all-linear'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,14 +310,14 @@ class PPOConfig:
     """Shape of the adapters, see :class:`LoraConfig`."""
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         """Check the rules that relate several settings."""
         num_responses = self.num_prompts * self.group_size
         if num_responses % self.num_minibatches != 0:
-            raise _broken_rule(
+            raise broken_rule(
                 "num_minibatches",
                 f"divide the {num_responses} responses of a step",
                 self.num_minibatches,
@@ -321,7 +326,7 @@ class PPOConfig:
         if not self.has_critic:
             self._check_without_critic()
         if self.kl_target is not None and self.kl_weight == 0:
-            raise _broken_rule(
+            raise broken_rule(
                 "kl_target",
                 "come with a positive kl_coefficient to start from",
                 self.kl_target,
@@ -332,21 +337,21 @@ class PPOConfig:
         """Check what estimators that compare the total rewards of a group cannot do."""
         estimator = f"advantage={self.advantage!r}"
         if self.group_size < 2:
-            raise _broken_rule(
+            raise broken_rule(
                 "group_size",
                 f"be at least 2 for {estimator}, which compares responses of one prompt",
                 self.group_size,
                 "use group_size=4, or advantage='gae'",
             )
         if self.credit.entry != "advantage":
-            raise _broken_rule(
+            raise broken_rule(
                 "credit.entry",
                 f"be 'advantage' with {estimator}, which sums the rewards of a response and so ignores their position",
                 self.credit.entry,
                 "use entry='advantage', or advantage='gae'",
             )
         if self.truncated == "bootstrap":
-            raise _broken_rule(
+            raise broken_rule(
                 "truncated",
                 f"be 'keep' or 'mask' with {estimator}, which has no critic to bootstrap from",
                 self.truncated,
@@ -447,15 +452,25 @@ def _field_rules(kind: type) -> list[_FieldRule]:
     return rules
 
 
-def _check_fields(config: Any, prefix: str = "") -> None:
-    """Check every field of a config for its type, finiteness and bound; integers are converted where floats belong."""
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Check every field of a config dataclass for its type, finiteness and bound.
+
+    Integers are converted where floats belong, so that ``1`` and ``1.0`` are the same setting.
+
+    Args:
+        config: an instance of a frozen dataclass whose fields declare their bounds.
+        prefix: put before the names in messages, such as ``"lora."``.
+
+    Raises:
+        ConfigError: a field breaks a rule.
+    """
     for rule in _field_rules(type(config)):
         name = prefix + rule.name
         value = getattr(config, rule.name)
         if rule.choices:
             if value not in rule.choices:
                 choices = ", ".join(map(repr, rule.choices))
-                raise _broken_rule(name, f"be one of {choices}", value, "choose one of them")
+                raise broken_rule(name, f"be one of {choices}", value, "choose one of them")
             continue
 
         if float in rule.types and type(value) is int:
@@ -463,15 +478,15 @@ def _check_fields(config: Any, prefix: str = "") -> None:
             object.__setattr__(config, rule.name, value)
         if not _has_type(value, rule.types):
             expected = " or ".join(kind.__name__.replace("NoneType", "nothing") for kind in rule.types)
-            raise _broken_rule(name, f"be {expected}", value, "see its description for the default")
+            raise broken_rule(name, f"be {expected}", value, "see its description for the default")
 
         # NaN would pass some comparisons, and infinity an interval without an upper end.
         if isinstance(value, float) and not math.isfinite(value):
             is_valid_infinity = value == math.inf and rule.bound is not None and rule.bound.allow_infinite
             if not is_valid_infinity:
-                raise _broken_rule(name, "be finite", value, "see its description for the default")
+                raise broken_rule(name, "be finite", value, "see its description for the default")
         if rule.bound is not None and value is not None and not rule.bound.contains(value):
-            raise _broken_rule(name, rule.bound.rule, value, rule.bound.remedy)
+            raise broken_rule(name, rule.bound.rule, value, rule.bound.remedy)
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:
@@ -485,7 +500,7 @@ def _has_type(value: Any, types: tuple[type, ...]) -> bool:
     return False
 
 
-def _broken_rule(name: str, rule: str, value: Any, remedy: str) -> ConfigError:
+def broken_rule(name: str, rule: str, value: Any, remedy: str) -> ConfigError:
     """Build the error of a setting that breaks a rule."""
     return ConfigError(f"{name}: must {rule}, got {value!r}; {remedy}")
 

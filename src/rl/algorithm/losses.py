@@ -304,8 +304,8 @@ def aggregate(
     Raises:
         ConfigError: wrong shapes, an unknown kind, or a negative count.
 
-    Source: ``token_mean``, DAPO, arXiv 2503.14476, section 3.3; ``seq_mean``, GRPO, arXiv 2402.03300, eq. 3; ``dr_grpo``,
-    Dr. GRPO, arXiv 2503.20783, section 3.2.
+    Source: ``token_mean``, DAPO, arXiv 2503.14476, section 3.3; ``seq_mean``, GRPO, arXiv 2402.03300, eq. 3;
+    ``dr_grpo``, Dr. GRPO, arXiv 2503.20783, section 3.2.
     """
     require_mask("mask", mask)
     require_floats("per_token", per_token, mask.shape)
