@@ -2,7 +2,7 @@
 
 Each setting is one field: its name, type, bound, default and, below it, its meaning. A bound is written in the type as
 ``Annotated[float, positive("remedy")]``; :func:`check_fields` applies every type and bound. Rules that relate several
-settings stand in ``PPOConfig._check_combinations``.
+settings are in ``PPOConfig._check_combinations``.
 """
 
 from __future__ import annotations
