@@ -37,7 +37,7 @@ from benchmarks.common import RESULTS
 from benchmarks.fuzz.fuzz_graphs import EPS, GROUP, Case, Options, described, draw
 from benchmarks.fuzz.fuzz_report import Report, show, write
 from flowgraph.certificate.certify import Certificate, certify, certify_each
-from flowgraph.certificate.flow_arrays import NOTHING
+from flowgraph.certificate.flow_arrays import NEGLIGIBLE_FLOW
 from flowgraph.errors import NumericalRangeError
 from flowgraph.flow.solve import solve
 from flowgraph.flow.solve_rows import solve_rows
@@ -65,12 +65,12 @@ class Numbers:
     def difference(self, other: Numbers) -> tuple[float, str]:
         """Largest relative difference of any number, and of which; influence counts where flow passes."""
         units = self.exponent - other.exponent
-        flows = np.maximum(self.throughput, other.throughput) >= NOTHING
+        flows = np.maximum(self.throughput, other.throughput) >= NEGLIGIBLE_FLOW
         apart = {
             "h": _apart(np.ldexp(self.h, units), other.h),
             "g": _apart(np.ldexp(self.g, -units)[flows], other.g[flows]),
-            "source": _apart(self.source, other.source, NOTHING),
-            "throughput": _apart(self.throughput, other.throughput, NOTHING),
+            "source": _apart(self.source, other.source, NEGLIGIBLE_FLOW),
+            "throughput": _apart(self.throughput, other.throughput, NEGLIGIBLE_FLOW),
         }
         name = max(apart, key=lambda key: np.inf if np.isnan(apart[key]) else apart[key])
         return apart[name], name
