@@ -42,7 +42,7 @@ from flowgraph.errors import NumericalRangeError
 from flowgraph.flow.solve import solve
 from flowgraph.flow.solve_rows import solve_rows
 from flowgraph.maxflow.max_flow import max_flow, max_flow_bracket
-from flowgraph.maxflow.problem import TOLERANCE, MaxFlow
+from flowgraph.maxflow.verification import TOLERANCE, MaxFlow
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.row_sources import MatrixRows
 from flowgraph.propagation.row_sweeps import StreamSweeps

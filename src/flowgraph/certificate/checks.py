@@ -29,7 +29,8 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 
 from flowgraph.certificate.flow_arrays import EPS, NEGLIGIBLE_FLOW, FlowArrays
-from flowgraph.maxflow.problem import TOLERANCE, MaxFlowProblem
+from flowgraph.maxflow.problem import MaxFlowProblem
+from flowgraph.maxflow.verification import TOLERANCE
 
 TokenSet = Bool[np.ndarray, " tokens"]
 """A set of tokens, as a mask; as a cut, the side of the sources."""
