@@ -246,7 +246,7 @@ def _check_options(flow: Flow, level: str, num_through: int) -> None:
         allowed = ", ".join(map(repr, get_args(Level)))
         raise InvalidInputError(f"level: must be one of {allowed}, got {level!r}; 'auto' is the default")
     if num_through < 0:
-        raise InvalidInputError(f"num_through: must be at least 0, got {num_through}; 0 leaves the check out")
+        raise InvalidInputError(f"num_through: must be at least 0, got {num_through}; 0 omits the check")
 
 
 def _node_vectors(flow: Flow) -> dict[str, Tensor]:
