@@ -150,6 +150,11 @@ def _attention(kind: str, source: NDArray, target: NDArray, random: np.random.Ge
 
 # One graph, and the options that it is solved with. ----------------------------------------------------------------
 
+_FLAVOURS = ("ordinary", "mixed", "wide")
+_FLAVOUR_SHARES = (0.65, 0.2, 0.15)
+_SOURCES = ("uniform", "potential", "vector")
+_ABSORPTIONS = (None, "absorb", "pass_through")
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -221,12 +226,15 @@ class Options:
     def of(cls, seed: int, group: int) -> Options:
         """Draw the options of a group. The order of the draws is part of the numbering of graphs."""
         random = np.random.default_rng([seed, 1, group])
-        flavour = str(random.choice(["ordinary", "mixed", "wide"], p=[0.65, 0.2, 0.15]))
+        flavour = str(random.choice(_FLAVOURS, p=_FLAVOUR_SHARES))
         dtype = torch.float32 if random.random() < 0.4 else torch.float64
-        source = str(random.choice(["uniform", "potential", "vector"]))
+        source = str(random.choice(_SOURCES))
         own_demand = bool(random.random() < 0.3)
-        absorption = [None, "absorb", "pass_through"][random.integers(3)]
-        dampings = [1.0, 1.0, 0.9, 0.5, float(random.uniform(0.01, 1))]
+        absorption = _ABSORPTIONS[random.integers(3)]
+
+        # Two in five groups are undamped, one has a damping of its own.
+        any_damping = float(random.uniform(0.01, 1))
+        dampings = (1.0, 1.0, 0.9, 0.5, any_damping)
         damping = dampings[random.integers(5)]
         return cls(flavour, dtype, source, own_demand, absorption, damping)
 

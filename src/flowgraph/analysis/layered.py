@@ -306,6 +306,8 @@ def _check(attention: Tensor, residual: float) -> None:
             f"attention: must be finite and non-negative, got {attention[layer, t, s].item()} at [{layer}, {t}, {s}]; "
             "check the attention for NaN or overflow"
         )
+
+    # Each row distributes one unit of reading: padding and learned sinks would lose a part of it.
     sums = attention.detach().sum(-1, dtype=torch.float64)
     wrong = (sums - 1).abs() > row_sum_tolerance(attention.dtype)
     if bool(wrong.any()):

@@ -225,9 +225,11 @@ def _ranked(flow: Flow, score: Float64[Tensor, " tokens"], k: int, region: str) 
     eligible = score > 0
     if region == "reasoning":
         eligible = eligible & flow.graph.reasoning_mask
+    # Scores are at least 0, so -1 sorts the other tokens last.
     highest_first = torch.argsort(torch.where(eligible, score, -1.0), descending=True, stable=True)
     num_listed = min(k, int(eligible.sum()))
 
+    # exp(entropy): the effective number of edges.
     source, target = flow.graph.edge_index
     inflows = _flow_entropy(flow, target).exp()
     outflows = _flow_entropy(flow, source).exp()

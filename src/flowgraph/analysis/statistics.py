@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,4 +97,5 @@ def spearman(one: Sequence[float] | NDArray, other: Sequence[float] | NDArray) -
     y = np.asarray(other, dtype=np.float64)
     if x.size < _MIN_PAIRS or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
-    return float(stats.spearmanr(x, y).statistic)
+    result: Any = stats.spearmanr(x, y)
+    return float(result.statistic)
