@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from flowgraph.propagation import block_substitution, numba_backend, reference
-from flowgraph.propagation.interface import Backend
+from flowgraph.propagation.interface import Backend, IncomingEdges, in_order
 from flowgraph.propagation.operators import DenseOperator, SparseOperator
 from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import Topology
@@ -70,13 +69,15 @@ class EdgeSweeps:
 
     def _solve_in_blocks(self, sweep: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tensor:
         """Run a sweep of :mod:`.block_substitution` on padded vectors ``[graphs, tokens]``."""
+        topology = self.topology
         if self.backend == "dense":
-            operator = DenseOperator(_matrices(self.topology, weight))
+            operator = DenseOperator(_matrices(topology, weight))
         else:
             operator = self._sparse_operator(weight)
-        factor = self.topology.pad(self.propagation_factor, operator.num_tokens)
-        padded = self.topology.pad(x, operator.num_tokens)
-        return self.topology.unpad(sweep(operator, factor, padded))
+        factor = topology.pad(self.propagation_factor, operator.num_tokens)
+        padded = topology.pad(x, operator.num_tokens)
+        solution = sweep(operator, factor, padded)
+        return topology.unpad(solution)
 
     def _sparse_operator(self, weight: Tensor) -> SparseOperator:
         """Return the weights in block order, sorted once per solve."""
@@ -90,12 +91,11 @@ class EdgeSweeps:
         propagated = self.propagation_factor * at_source
         return at_target[target] * propagated[source]
 
-    def incoming_edges(self, weight: Tensor, *, last_first: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def incoming_edges(self, weight: Tensor, *, last_first: bool) -> Iterator[IncomingEdges]:
         source = self.topology.edge_index[0].cpu().numpy()
         weights = weight.detach().double().cpu().numpy()
         row_ptr = self.topology.row_ptr.tolist()
-        nodes = range(self.topology.num_nodes)
-        for node in reversed(nodes) if last_first else nodes:
+        for node in in_order(range(self.topology.num_nodes), last_first):
             edges = slice(row_ptr[node], row_ptr[node + 1])
             yield node, source[edges], weights[edges]
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 Backend = Literal["auto", "dense", "scatter", "numba", "reference"]
+T = TypeVar("T")
+IncomingEdges = tuple[int, Any, np.ndarray]
+"""The edges into one token: its flat index, the flat indices of their sources (a slice or an array), their weights."""
+
+
+def in_order(items: Sequence[T], last_first: bool) -> Iterator[T]:
+    """Iterate forwards or backwards."""
+    return reversed(items) if last_first else iter(items)
 
 
 class Sweeps(Protocol):
@@ -53,8 +61,8 @@ class Sweeps(Protocol):
         """Expand one value per graph to all tokens of the graph."""
         ...
 
-    def incoming_edges(self, weight: Any, *, last_first: bool) -> Iterator[tuple[int, Any, np.ndarray]]:
-        """Yield, token by token, its flat index, the flat indices of its sources, and the weights of these edges."""
+    def incoming_edges(self, weight: Any, *, last_first: bool) -> Iterator[IncomingEdges]:
+        """Yield the edges into each token, forwards or backwards."""
         ...
 
     def balanced(self, weight: Any, scale_exponent: Int64[Tensor, ...]) -> Any:

@@ -87,8 +87,10 @@ def _sweep_edges(
         solution.numpy(),
         np.zeros(solution.numel()),
     )
-    ranges = _node_ranges(topology)
-    _in_threads([partial(kernel, *arrays, first, last) for first, last in ranges], torch.get_num_threads())
+    calls = []
+    for first, last in _node_ranges(topology):
+        calls.append(partial(kernel, *arrays, first, last))
+    _in_threads(calls, torch.get_num_threads())
     return solution
 
 
@@ -132,10 +134,12 @@ def _sweep_matrices(kernel: Callable[..., None], matrix: Tensor, propagation_fac
     matrices = matrix.detach().numpy()
     calls = []
     for b in range(solution.shape[0]):
-        calls.append(partial(kernel, matrices[b], propagation_factor[b].numpy(), solution[b].numpy()))
+        factor = propagation_factor[b].numpy()
+        calls.append(partial(kernel, matrices[b], factor, solution[b].numpy()))
 
-    worthwhile = matrix[0].numel() > _EDGES_PER_THREAD
-    _in_threads(calls, torch.get_num_threads() if worthwhile else 1)
+    is_worthwhile = matrix[0].numel() > _EDGES_PER_THREAD
+    num_threads = torch.get_num_threads() if is_worthwhile else 1
+    _in_threads(calls, num_threads)
     return solution
 
 

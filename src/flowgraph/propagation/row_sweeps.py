@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
@@ -13,7 +12,7 @@ from flowgraph.errors import InvalidInputError
 from flowgraph.propagation import block_substitution, numba_backend
 from flowgraph.propagation.block_substitution import token_blocks
 from flowgraph.propagation.checks import check_weights_below_diagonal
-from flowgraph.propagation.interface import Backend
+from flowgraph.propagation.interface import Backend, IncomingEdges, in_order
 from flowgraph.propagation.operators import DenseOperator, StreamedOperator
 from flowgraph.propagation.row_sources import BalancedRows, RowSource
 from flowgraph.propagation.scaling import scaled
@@ -81,12 +80,13 @@ class DenseSweeps(_SequenceVectors):
         propagated = self.propagation_factor * at_source
         return (at_target[:, :, None] * propagated[:, None, :]).tril(-1)
 
-    def incoming_edges(self, weight: Tensor, *, last_first: bool) -> Iterator[tuple[int, slice, np.ndarray]]:
+    def incoming_edges(self, weight: Tensor, *, last_first: bool) -> Iterator[IncomingEdges]:
         num_tokens = weight.shape[-1]
         for graph, matrix in enumerate(weight.detach()):
             first = graph * num_tokens
-            for t in _ordered(range(num_tokens), last_first):
-                yield first + t, slice(first, first + t), matrix[t, :t].double().cpu().numpy()
+            for t in in_order(range(num_tokens), last_first):
+                weights = matrix[t, :t].double().cpu().numpy()
+                yield first + t, slice(first, first + t), weights
 
     def balanced(self, weight: Tensor, scale_exponent: Tensor) -> Tensor:
         # An infinite weight makes the potential infinite, which leads here.
@@ -125,13 +125,13 @@ class StreamSweeps(_SequenceVectors):
     def influence(self, weight: RowSource, inflow: Tensor) -> Tensor:
         return block_substitution.influence(StreamedOperator(weight), self.propagation_factor, inflow)
 
-    def incoming_edges(self, weight: RowSource, *, last_first: bool) -> Iterator[tuple[int, slice, np.ndarray]]:
+    def incoming_edges(self, weight: RowSource, *, last_first: bool) -> Iterator[IncomingEdges]:
         num_tokens = weight.num_tokens
-        for here in _ordered(_streamed_blocks(weight), last_first):
+        for here in in_order(_streamed_blocks(weight), last_first):
             rows = weight.block(here.start, here.stop).double().cpu().numpy()
             for graph, block in enumerate(rows):
                 first = graph * num_tokens
-                for row in _ordered(range(block.shape[0]), last_first):
+                for row in in_order(range(block.shape[0]), last_first):
                     t = here.start + row
                     yield first + t, slice(first, first + t), block[row, :t]
 
@@ -153,8 +153,3 @@ class StreamSweeps(_SequenceVectors):
 def _streamed_blocks(rows: RowSource) -> list[slice]:
     """List the blocks that the sweeps read, so that stored blocks are found again."""
     return token_blocks(rows.num_tokens, StreamedOperator(rows).block)
-
-
-def _ordered(items: range | list[slice], last_first: bool) -> Iterator:
-    """Iterate forwards or backwards."""
-    return reversed(items) if last_first else iter(items)

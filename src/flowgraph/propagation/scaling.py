@@ -84,7 +84,8 @@ def _log_potentials(sweeps: Sweeps, weight: Any, log_factor: NDArray, log_demand
     for t, sources, weights in sweeps.incoming_edges(weight, last_first=True):
         log_h[t] = np.logaddexp2(log_demand[t], log_factor[t] + accumulated[t])
         if log_h[t] > -np.inf:
-            accumulated[sources] = np.logaddexp2(accumulated[sources], np.log2(weights) + log_h[t])
+            propagated = np.log2(weights) + log_h[t]
+            accumulated[sources] = np.logaddexp2(accumulated[sources], propagated)
     return log_h
 
 
