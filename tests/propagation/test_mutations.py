@@ -739,7 +739,7 @@ class Problem:
 
 
 def unread(network: Network) -> Network:
-    """A network whose first question token nobody reads."""
+    """A network whose first question token has no readers."""
     keep = network.pairs[0] != int(network.question.nonzero()[0])
     return Network(network.pairs[:, keep], network.capacity[keep], network.question, network.answer)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowgraph.errors import InvalidInputError, MissingExtraError
+from flowgraph import InvalidInputError, MissingExtraError
 from flowgraph.propagation import numba_backend as compiled
 from flowgraph.propagation.topology import Topology
 

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
-from flowgraph.errors import GraphError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import FlowGraph, GraphError, solve
 from flowgraph.propagation.topology import CACHE, Topology, topology_of
 from tests.fixtures.networks import GRAPH_ENGINES, network
 

@@ -16,6 +16,9 @@ from flowgraph.propagation.ratios import masked_ratio
 from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import topology_of
 
+NEGLIGIBLE_FLOW = 1e-12
+"""Shares of the unit flow below this, and differences of shares below this, are rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Flow:
@@ -85,7 +88,7 @@ class Flow:
         from_flow = masked_ratio(edge_flow > 0, weight, edge_flow, otherwise=torch.inf)
         saturating = masked_ratio(in_range, 1, congestion, otherwise=from_flow)
 
-        # The minimum over the edges of each graph.
+        # alpha: the minimum over the edges of each graph, infinite where no edge carries flow.
         topology = topology_of(self.graph)
         unlimited = saturating.new_full((topology.num_graphs,), torch.inf)
         return unlimited.scatter_reduce(0, topology.graph_of_node[source], saturating, "amin")
@@ -115,7 +118,10 @@ class Flow:
 
     @property
     def potentials(self) -> tuple[Float64[Tensor, " nodes"], Float64[Tensor, " nodes"]]:
-        """The true h and g, without scaling: 0 or infinity where float64 cannot hold them. Cost: O(T) at each access."""
+        """The true h and g, without scaling: 0 or infinity where float64 cannot hold them.
+
+        Cost: O(T) at each access.
+        """
         return scaled(self.h, self.exponent), scaled(self.g, -self.exponent)
 
     @property
@@ -134,6 +140,7 @@ class Flow:
         return scaled(per_edge, self.exponent[target] - self.exponent[source])
 
     def __repr__(self) -> str:
+        # A batch is summarised by a count.
         num_graphs = self.feasible.numel()
         if num_graphs > 1:
             feasible = f"{int(self.feasible.sum())}/{num_graphs} feasible"
@@ -150,6 +157,7 @@ class Flow:
 
 def log2_potential(h: Tensor, exponent: Tensor) -> Tensor:
     """Return ``log2(h * 2**exponent)``; minus infinity, with a gradient of zero, where h is 0."""
+    # The inner where keeps the gradient finite: log2(0) has an infinite one.
     reaches = h > 0
     log2_h = torch.where(reaches, h, 1.0).log2()
     return torch.where(reaches, log2_h + exponent, -torch.inf)

@@ -85,6 +85,7 @@ def solve(
     absorbing = graph.answer_mask & (absorption == "absorb")
     propagation_factor = (~absorbing).double() * damping
 
+    # The demand b, and the source: a checked vector, or the name of a rule that needs h first.
     nodes = graph.answer_mask.shape
     device = graph.capacity.device
     if demand is None:
@@ -94,6 +95,7 @@ def solve(
     if not isinstance(source, str):
         source = token_vector(source, nodes, device, "source")
 
+    # h, g and src; the throughput f = g h follows.
     sweeps = EdgeSweeps(topology_of(graph), propagation_factor, backend)
     solved = conserve(sweeps, graph.capacity, demand=b, question=graph.question_mask, source=source)
     return Flow(

@@ -140,6 +140,7 @@ def solve_rows(
     absorbing = masks["answer"] & (absorption == "absorb")
     propagation_factor = (~absorbing).double() * damping
 
+    # The demand b, and the source: a checked vector, or the name of a rule that needs h first.
     shape = propagation_factor.shape
     device = propagation_factor.device
     if demand is None:
@@ -149,6 +150,7 @@ def solve_rows(
     if not isinstance(source, str):
         source = token_vector(as_batch(source), shape, device, "source")
 
+    # C: the matrix itself, or what the rules make of attention rows.
     if rules is None and preset is not None:
         rules = EdgeRules.preset(preset)
     if rules is None:
@@ -157,6 +159,7 @@ def solve_rows(
     else:
         sweeps, capacities = _capacities_by_rules(rows, masks["generated"], propagation_factor, rules, backend)
 
+    # h, g and src; the throughput f = g h follows.
     solved = conserve(sweeps, capacities, demand=b, question=masks["question"], source=source)
     return RowFlow(
         h=solved.h,
@@ -191,14 +194,18 @@ def _capacities_by_rules(
     rules: EdgeRules,
     backend: Backend,
 ) -> tuple[DenseSweeps | StreamSweeps, Any]:
-    """Turn attention rows into capacities, in one matrix if it is small, else streamed, with the sweeps that read them."""
+    """Turn attention rows into capacities, and choose the sweeps that read them.
+
+    Small batches are written into one matrix. Larger ones are streamed. Where the rules exclude the first token,
+    ``propagation_factor`` becomes 0 there, in place.
+    """
     dense_sweeps = DenseSweeps(propagation_factor, backend)
     source = as_row_source(rows)
     batch, num_tokens = propagation_factor.shape
 
     first = _first_tokens(rows, propagation_factor)
     if rules.first_token == "exclude":
-        # No edge leaves the first token. D = 0 tells the range check not to search for its lost edges.
+        # The first token has no outgoing edges. With D = 0 the range check does not mistake that for underflow.
         propagation_factor.scatter_(1, first[:, None], 0.0)
     capacities = EdgeRows(source, rules, generated, first)
 
@@ -237,6 +244,7 @@ def _region_masks(rows: Any, **regions: Tensor | None) -> dict[str, Bool[Tensor,
             "leave empty batches out"
         )
 
+    # Each region is a mask of one shape; a missing `generated` follows from the question below.
     masks = {}
     for name, region in regions.items():
         if region is None:
