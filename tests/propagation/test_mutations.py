@@ -92,8 +92,8 @@ POTENTIAL = [
         OUT_MASS,
         ("solve_triangular(-inner", "solve_triangular(inner", "sign within blocks"),
         (
-            "-inner, known.unsqueeze(-1), upper=upper, unitriangular=True)",
-            "-inner.float(), known.float().unsqueeze(-1), upper=upper, unitriangular=True).double()",
+            "-inner, column, upper=upper, unitriangular=True)",
+            "-inner.float(), column.float(), upper=upper, unitriangular=True).double()",
             "float32 within blocks",
         ),
     ),

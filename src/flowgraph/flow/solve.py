@@ -97,7 +97,13 @@ def solve(
 
     # h, g and src; the throughput f = g h follows.
     sweeps = EdgeSweeps(topology_of(graph), propagation_factor, backend)
-    solved = conserve(sweeps, graph.capacity, demand=b, question=graph.question_mask, source=source)
+    solved = conserve(
+        sweeps,
+        graph.capacity,
+        demand=b,
+        question=graph.question_mask,
+        source=source,
+    )
     return Flow(
         graph=graph,
         h=solved.h,
@@ -121,7 +127,12 @@ def absorption_rule(absorption: Absorption | None, demand: Tensor | None) -> Abs
     return "absorb" if demand is None else "pass_through"
 
 
-def check_options(backend: str, source: str | Tensor, absorption: str | None, damping: float) -> None:
+def check_options(
+    backend: str,
+    source: str | Tensor,
+    absorption: str | None,
+    damping: float,
+) -> None:
     """Refuse an option of :func:`solve` that lies outside its set.
 
     Raises:

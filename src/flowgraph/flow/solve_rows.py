@@ -157,7 +157,13 @@ def solve_rows(
         sweeps = DenseSweeps(propagation_factor, backend)
         capacities = _capacity_matrix(rows)
     else:
-        sweeps, capacities = _capacities_by_rules(rows, masks["generated"], propagation_factor, rules, backend)
+        sweeps, capacities = _capacities_by_rules(
+            rows,
+            masks["generated"],
+            propagation_factor,
+            rules,
+            backend,
+        )
 
     # h, g and src; the throughput f = g h follows.
     solved = conserve(sweeps, capacities, demand=b, question=masks["question"], source=source)

@@ -51,7 +51,11 @@ class BlockRows(Protocol):
         """Return ``C[start:stop, :start] @ x[:start]``; x is 0 from ``start`` on."""
         ...
 
-    def push(self, y: Float64[Tensor, "graphs block"], out: Float64[Tensor, "graphs tokens"]) -> None:
+    def push(
+        self,
+        y: Float64[Tensor, "graphs block"],
+        out: Float64[Tensor, "graphs tokens"],
+    ) -> None:
         """Add ``C[start:stop, :start].T @ y`` to ``out[:start]``; ``out[start:]`` is scratch afterwards."""
         ...
 
@@ -159,5 +163,6 @@ def influence_steps(
 
 def _solve_unit_triangular(inner: Tensor, known: Tensor, *, upper: bool) -> Tensor:
     """Solve ``(I - inner) x = known``; the solver implies the unit diagonal, so ``-inner`` is its matrix."""
-    solution = torch.linalg.solve_triangular(-inner, known.unsqueeze(-1), upper=upper, unitriangular=True)
+    column = known.unsqueeze(-1)
+    solution = torch.linalg.solve_triangular(-inner, column, upper=upper, unitriangular=True)
     return solution.squeeze(-1)

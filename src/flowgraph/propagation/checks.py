@@ -22,7 +22,12 @@ def as_batch(vector: Tensor) -> Tensor:
     return vector
 
 
-def token_vector(vector: Tensor, shape: torch.Size, device: torch.device, name: str) -> Float64[Tensor, ...]:
+def token_vector(
+    vector: Tensor,
+    shape: torch.Size,
+    device: torch.device,
+    name: str,
+) -> Float64[Tensor, ...]:
     """Check a source or demand that the caller passed, and return it in float64.
 
     Args:

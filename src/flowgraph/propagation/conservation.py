@@ -38,7 +38,12 @@ class ConservedFlow:
 
 
 def conserve(
-    sweeps: Any, weight: Any, *, demand: Tensor, question: Bool[Tensor, ...], source: str | Tensor
+    sweeps: Any,
+    weight: Any,
+    *,
+    demand: Tensor,
+    question: Bool[Tensor, ...],
+    source: str | Tensor,
 ) -> ConservedFlow:
     r"""Solve :math:`h = b + N^\top h`, spread one unit over the source tokens, solve :math:`g = \mathrm{src}/h + N g`.
 
@@ -125,7 +130,11 @@ def _is_in_range(sweeps: Any, weight: Any, potential: Tensor) -> bool:
 
 
 def _source_distribution(
-    sweeps: Any, potential: Tensor, scale_exponent: Tensor, question: Tensor, rule: str | Tensor
+    sweeps: Any,
+    potential: Tensor,
+    scale_exponent: Tensor,
+    question: Tensor,
+    rule: str | Tensor,
 ) -> Tensor:
     """Spread one unit per graph over source tokens that reach the demand."""
     reaches = potential > 0

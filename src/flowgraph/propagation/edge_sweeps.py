@@ -29,7 +29,10 @@ class EdgeSweeps:
     """
 
     def __init__(
-        self, topology: Topology, propagation_factor: Float64[Tensor, " nodes"], backend: Backend = "auto"
+        self,
+        topology: Topology,
+        propagation_factor: Float64[Tensor, " nodes"],
+        backend: Backend = "auto",
     ) -> None:
         self.topology = topology
         self.propagation_factor = propagation_factor
@@ -54,20 +57,27 @@ class EdgeSweeps:
         return self.topology.broadcast(x)
 
     def potential(self, weight: Tensor, demand: Tensor) -> Tensor:
+        factor = self.propagation_factor
         if self.backend == "reference":
-            return reference.potential(self.topology.edge_index, weight, self.propagation_factor, demand)
+            return reference.potential(self.topology.edge_index, weight, factor, demand)
         if self.backend == "numba":
-            return numba_backend.edge_potential(self.topology, weight, self.propagation_factor, demand)
+            return numba_backend.edge_potential(self.topology, weight, factor, demand)
         return self._solve_in_blocks(block_substitution.potential, weight, demand)
 
     def influence(self, weight: Tensor, inflow: Tensor) -> Tensor:
+        factor = self.propagation_factor
         if self.backend == "reference":
-            return reference.influence(self.topology.edge_index, weight, self.propagation_factor, inflow)
+            return reference.influence(self.topology.edge_index, weight, factor, inflow)
         if self.backend == "numba":
-            return numba_backend.edge_influence(self.topology, weight, self.propagation_factor, inflow)
+            return numba_backend.edge_influence(self.topology, weight, factor, inflow)
         return self._solve_in_blocks(block_substitution.influence, weight, inflow)
 
-    def _solve_in_blocks(self, sweep: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tensor:
+    def _solve_in_blocks(
+        self,
+        sweep: Callable[..., Tensor],
+        weight: Tensor,
+        x: Tensor,
+    ) -> Tensor:
         """Run a sweep of :mod:`.block_substitution` on padded vectors ``[graphs, tokens]``."""
         topology = self.topology
         if self.backend == "dense":

@@ -82,7 +82,13 @@ def _saved(ctx: Any) -> tuple[Any, Tensor]:
     return ctx.rows, ctx.saved_tensors[0]
 
 
-def _gradient_of_weight(ctx: Any, weight: Tensor, *, at_target: Tensor, at_source: Tensor) -> Tensor | None:
+def _gradient_of_weight(
+    ctx: Any,
+    weight: Tensor,
+    *,
+    at_target: Tensor,
+    at_source: Tensor,
+) -> Tensor | None:
     """Return ``at_target[t] * D[s] * at_source[s]`` for each weight, where this gradient is required."""
     if not ctx.needs_input_grad[1]:
         return None

@@ -72,6 +72,12 @@ class Sweeps(Protocol):
         """
         ...
 
-    def has_edge(self, weight: Any, *, source: Bool[Tensor, ...], target: Bool[Tensor, ...]) -> bool:
+    def has_edge(
+        self,
+        weight: Any,
+        *,
+        source: Bool[Tensor, ...],
+        target: Bool[Tensor, ...],
+    ) -> bool:
         """Tell whether any edge with positive weight runs from ``source`` to ``target`` (D is ignored)."""
         ...

@@ -55,14 +55,24 @@ def accepts(dtype: torch.dtype) -> bool:
 # Edges of a batch --------------------------------------------------------------------------------------------
 
 
-def edge_potential(topology: Topology, weight: Tensor, propagation_factor: Tensor, demand: Tensor) -> Tensor:
+def edge_potential(
+    topology: Topology,
+    weight: Tensor,
+    propagation_factor: Tensor,
+    demand: Tensor,
+) -> Tensor:
     """Solve ``h = b + D C^T h`` over the edges of a batch, its graphs shared between threads."""
     from flowgraph.propagation import numba_kernels
 
     return _sweep_edges(numba_kernels.potential, topology, weight, propagation_factor, demand)
 
 
-def edge_influence(topology: Topology, weight: Tensor, propagation_factor: Tensor, inflow: Tensor) -> Tensor:
+def edge_influence(
+    topology: Topology,
+    weight: Tensor,
+    propagation_factor: Tensor,
+    inflow: Tensor,
+) -> Tensor:
     """Solve ``g = q + C D g`` over the edges of a batch, its graphs shared between threads."""
     from flowgraph.propagation import numba_kernels
 
@@ -70,7 +80,11 @@ def edge_influence(topology: Topology, weight: Tensor, propagation_factor: Tenso
 
 
 def _sweep_edges(
-    kernel: Callable[..., None], topology: Topology, weight: Tensor, propagation_factor: Tensor, x: Tensor
+    kernel: Callable[..., None],
+    topology: Topology,
+    weight: Tensor,
+    propagation_factor: Tensor,
+    x: Tensor,
 ) -> Tensor:
     """Run a kernel on each node range; ``x`` is what its system adds (b or q)."""
     weight = weight.detach()
@@ -127,7 +141,12 @@ def dense_influence(matrix: Tensor, propagation_factor: Tensor, inflow: Tensor) 
     return _sweep_matrices(numba_kernels.dense_influence, matrix, propagation_factor, inflow)
 
 
-def _sweep_matrices(kernel: Callable[..., None], matrix: Tensor, propagation_factor: Tensor, x: Tensor) -> Tensor:
+def _sweep_matrices(
+    kernel: Callable[..., None],
+    matrix: Tensor,
+    propagation_factor: Tensor,
+    x: Tensor,
+) -> Tensor:
     """Run a kernel on each matrix; ``x`` is what its system adds (b or q)."""
     # The kernel writes into this copy.
     solution = x.detach().double().clone()

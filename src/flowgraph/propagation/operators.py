@@ -34,7 +34,9 @@ class DenseRows:
     """
 
     def __init__(
-        self, weights: Float[Tensor, "graphs block stop"], float64_weights: Float64[Tensor, "graphs block stop"]
+        self,
+        weights: Float[Tensor, "graphs block stop"],
+        float64_weights: Float64[Tensor, "graphs block stop"],
     ) -> None:
         num_rows, stop = weights.shape[-2:]
         start = stop - num_rows
@@ -82,7 +84,11 @@ class DenseOperator:
         block: tokens per block.
     """
 
-    def __init__(self, matrix: Float[Tensor, "graphs tokens tokens"], block: int = BLOCK) -> None:
+    def __init__(
+        self,
+        matrix: Float[Tensor, "graphs tokens tokens"],
+        block: int = BLOCK,
+    ) -> None:
         self.matrix = matrix
         self.block = block
         self.num_tokens = matrix.shape[-1]
@@ -145,7 +151,13 @@ class SparseOperator:
         row_ptr = blocks.row_ptr[first_row : first_row + rows_per_block + 1] - edges.start
 
         # The triangular system of the block, as a dense matrix.
-        inner = torch.zeros(self.num_graphs, self.block, self.block, dtype=torch.float64, device=self.weight.device)
+        inner = torch.zeros(
+            self.num_graphs,
+            self.block,
+            self.block,
+            dtype=torch.float64,
+            device=self.weight.device,
+        )
         inner_weight = self.weight[blocks.inner_edge[cells]]
         inner.view(-1)[blocks.inner_cell[cells]] = inner_weight.double()
 

@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def masked_ratio(
-    where: Bool[Tensor, "*shape"], numerator: Tensor | float, denominator: Tensor, otherwise: Tensor | float = 0.0
+    where: Bool[Tensor, "*shape"],
+    numerator: Tensor | float,
+    denominator: Tensor,
+    otherwise: Tensor | float = 0.0,
 ) -> Tensor:
     """Return ``numerator / denominator`` on the mask, and ``otherwise`` elsewhere.
 

@@ -49,7 +49,11 @@ class DenseSweeps(_SequenceVectors):
         MissingExtraError: the package of the backend is not installed.
     """
 
-    def __init__(self, propagation_factor: Float64[Tensor, "graphs tokens"], backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        propagation_factor: Float64[Tensor, "graphs tokens"],
+        backend: Backend = "auto",
+    ) -> None:
         if backend not in ("auto", "dense", "numba"):
             raise InvalidInputError(
                 f"backend: dense rows are solved by 'dense' or 'numba', got {backend!r}; 'auto' takes what is there"
@@ -125,7 +129,12 @@ class StreamSweeps(_SequenceVectors):
     def influence(self, weight: RowSource, inflow: Tensor) -> Tensor:
         return block_substitution.influence(StreamedOperator(weight), self.propagation_factor, inflow)
 
-    def incoming_edges(self, weight: RowSource, *, last_first: bool) -> Iterator[IncomingEdges]:
+    def incoming_edges(
+        self,
+        weight: RowSource,
+        *,
+        last_first: bool,
+    ) -> Iterator[IncomingEdges]:
         num_tokens = weight.num_tokens
         for here in in_order(_streamed_blocks(weight), last_first):
             rows = weight.block(here.start, here.stop).double().cpu().numpy()

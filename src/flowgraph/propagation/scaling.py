@@ -76,7 +76,12 @@ def _flat(x: Tensor) -> NDArray[np.float64]:
     return x.detach().flatten().cpu().numpy()
 
 
-def _log_potentials(sweeps: Sweeps, weight: Any, log_factor: NDArray, log_demand: NDArray) -> NDArray[np.float64]:
+def _log_potentials(
+    sweeps: Sweeps,
+    weight: Any,
+    log_factor: NDArray,
+    log_demand: NDArray,
+) -> NDArray[np.float64]:
     """Solve ``h = b + D C^T h`` for log2 h, last token first."""
     log_h = log_demand.copy()
     # log2 of C^T h over the tokens that are solved already.
@@ -90,7 +95,11 @@ def _log_potentials(sweeps: Sweeps, weight: Any, log_factor: NDArray, log_demand
 
 
 def _balance_influence(
-    sweeps: Sweeps, weight: Any, log_factor: NDArray, reaches_nothing: NDArray, k: NDArray[np.float64]
+    sweeps: Sweeps,
+    weight: Any,
+    log_factor: NDArray,
+    reaches_nothing: NDArray,
+    k: NDArray[np.float64],
 ) -> None:
     """Set k of the tokens with h = 0 in place, first token first: the balanced weights into each sum to about 1."""
     for t, sources, weights in sweeps.incoming_edges(weight, last_first=False):

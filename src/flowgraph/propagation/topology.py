@@ -32,7 +32,11 @@ class Topology:
         num_tokens: nodes of the longest graph.
     """
 
-    def __init__(self, edge_index: Int64[Tensor, "2 edges"], ptr: Int64[Tensor, " graphs_plus_1"]) -> None:
+    def __init__(
+        self,
+        edge_index: Int64[Tensor, "2 edges"],
+        ptr: Int64[Tensor, " graphs_plus_1"],
+    ) -> None:
         self.edge_index = edge_index
         self.ptr = ptr
         self.device = edge_index.device
@@ -103,7 +107,12 @@ class Topology:
 
     def pad(self, x: Tensor, num_tokens: int) -> Float64[Tensor, "graphs tokens"]:
         """Arrange a node vector ``[N]`` as ``[graphs, num_tokens]`` float64, 0 where a graph is shorter."""
-        padded = torch.zeros(self.num_graphs, num_tokens, dtype=torch.float64, device=x.device)
+        padded = torch.zeros(
+            self.num_graphs,
+            num_tokens,
+            dtype=torch.float64,
+            device=x.device,
+        )
         padded[self.graph_of_node, self.position] = x.double()
         return padded
 
