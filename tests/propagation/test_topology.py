@@ -349,4 +349,4 @@ def test_more_nodes_than_int32_can_number():
     topology = Topology(torch.tensor([[0], [1]]), torch.tensor([0, 2]))
     topology.num_nodes = 2**31
     with pytest.raises(GraphError, match=r"at most 2\*\*31 - 1 nodes in one batch, got 2147483648; split the batch"):
-        _ = topology.source32
+        _ = topology.source_int32
