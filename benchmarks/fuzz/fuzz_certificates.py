@@ -1,15 +1,15 @@
-"""A certificate for every flow on small graphs of every kind, solved in every way; each failure can be had again alone.
+"""Certify every flow on small graphs of every kind, solved in every way; each failure can be repeated alone.
 
     python -m benchmarks.fuzz.fuzz_certificates --graphs 100000
     python -m benchmarks.fuzz.fuzz_certificates --graphs 100000 --seed 0 --only 4711
 
-Graphs are drawn in groups of 200 that are solved in one call each. What is done with graph number k:
+Graphs are drawn in groups of 200 that are solved in one call each. Graph number k is
 
 - solved by the four backends of ``solve`` and by ``solve_rows`` and streamed rows over the same capacities;
 - every flow of ``solve`` certified at level "exact", and all of them compared, number by number;
-- every 4th graph solved alone as well, compared with what its batch said, and, up to 12 tokens, certified at level
-  "rational": every number against exact fractions;
-- every 8th graph: V by igraph against an interval that contains it for certain, and against networkx.
+- every 4th graph solved alone as well, compared with its batch, and, up to 12 tokens, certified at level "rational":
+  every number against exact fractions;
+- every 8th graph: V by igraph against an interval that is proved to contain it, and against networkx.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,25 +36,39 @@ from torch_geometric.data import Batch
 from benchmarks.common import RESULTS
 from benchmarks.fuzz.fuzz_graphs import EPS, GROUP, Case, Options, described, draw
 from benchmarks.fuzz.fuzz_report import Report, show, write
-from flowgraph.certificate.certify import Certificate, certify, certify_each
-from flowgraph.certificate.flow_arrays import NOTHING
-from flowgraph.errors import NumericalRangeError
-from flowgraph.flow.solve import solve
-from flowgraph.flow.solve_rows import solve_rows
-from flowgraph.maxflow.max_flow import max_flow, max_flow_bracket
-from flowgraph.maxflow.problem import TOLERANCE, MaxFlow
+from flowgraph import (
+    Certificate,
+    Flow,
+    MaxFlow,
+    NumericalRangeError,
+    certify,
+    certify_each,
+    max_flow,
+    max_flow_bracket,
+    solve,
+    solve_rows,
+)
+from flowgraph.certificate.flow_arrays import NEGLIGIBLE_FLOW
+from flowgraph.maxflow.verification import TOLERANCE
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.row_sources import MatrixRows
 from flowgraph.propagation.row_sweeps import StreamSweeps
 
 BACKENDS = ("reference", "scatter", "dense", "numba")
 ROWS = ("rows dense", "rows numba", "rows streamed")
-ALONE_EVERY, RATIONAL_TOKENS, MAX_FLOW_EVERY, NUM_THROUGH = 4, 12, 8, 4
+ALONE_EVERY = 4
+"""Every so many graphs, one is solved alone as well."""
+RATIONAL_TOKENS = 12
+"""Largest graph that is certified in fractions."""
+MAX_FLOW_EVERY = 8
+"""Every so many graphs, the max flow of one is computed in three ways."""
+NUM_THROUGH = 4
+"""Tokens of a certificate for which M[v] is computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
-    """What one way of solving says about one graph."""
+    """The flow on one graph, from one way of solving; vectors over its tokens, as in :class:`flowgraph.Flow`."""
 
     h: NDArray
     g: NDArray
@@ -63,135 +77,209 @@ class Numbers:
     throughput: NDArray
 
     def difference(self, other: Numbers) -> tuple[float, str]:
-        """Largest relative difference of any number, and of which; influence counts where flow passes."""
-        units = self.exponent - other.exponent
-        flows = np.maximum(self.throughput, other.throughput) >= NOTHING
-        apart = {
-            "h": _apart(np.ldexp(self.h, units), other.h),
-            "g": _apart(np.ldexp(self.g, -units)[flows], other.g[flows]),
-            "source": _apart(self.source, other.source, NOTHING),
-            "throughput": _apart(self.throughput, other.throughput, NOTHING),
+        """Compute the largest relative difference of any number, and name it; influence counts where flow passes."""
+        # h and g in the scale of the other solution.
+        scale_change = self.exponent - other.exponent
+        h = np.ldexp(self.h, scale_change)
+        g = np.ldexp(self.g, -scale_change)
+        carries_flow = np.maximum(self.throughput, other.throughput) >= NEGLIGIBLE_FLOW
+
+        differences = {
+            "h": _largest_difference(h, other.h),
+            "g": _largest_difference(g[carries_flow], other.g[carries_flow]),
+            "source": _largest_difference(self.source, other.source, NEGLIGIBLE_FLOW),
+            "throughput": _largest_difference(self.throughput, other.throughput, NEGLIGIBLE_FLOW),
         }
-        name = max(apart, key=lambda key: np.inf if np.isnan(apart[key]) else apart[key])
-        return apart[name], name
+
+        # NaN is the worst difference.
+        names = list(differences)
+        worst = int(np.argmax(np.nan_to_num(list(differences.values()), nan=np.inf)))
+        return differences[names[worst]], names[worst]
 
 
-def _apart(one: NDArray, other: NDArray, floor: float = 0.0) -> float:
+def _largest_difference(one: NDArray, other: NDArray, floor: float = 0.0) -> float:
+    """Compute the largest difference relative to the larger number and at least ``floor``."""
     scale = np.maximum(np.maximum(np.abs(one), np.abs(other)), floor)
-    gap = np.abs(one - other)
+    difference = np.abs(one - other)
     with np.errstate(invalid="ignore"):
-        return float(np.max(np.where(gap == 0, 0.0, gap / np.where(scale > 0, scale, 1.0)), initial=0.0))
+        relative = difference / np.where(scale > 0, scale, 1.0)
+    return float(np.max(np.where(difference == 0, 0.0, relative), initial=0.0))
 
 
 def fuzz_group(seed: int, numbers: Sequence[int], only: int | None = None) -> Report:
-    """Solve one group in one call per way, and check each graph of it, or only one."""
-    report, options = Report(), Options.of(seed, numbers[0] // GROUP)
+    """Solve one group in one call per way, and check each graph of it, or one graph alone."""
+    report = Report()
+    options = Options.of(seed, numbers[0] // GROUP)
     cases = [draw(seed, number) for number in numbers]
     checked = [k for k, case in enumerate(cases) if only in (None, case.number)]
     report.graphs = len(checked)
     report.kinds.update(cases[k].kind for k in checked)
+
+    # Solve the group in every way. An error of any kind is a finding, reported on the first graph that is checked.
     solved: dict[str, list[Numbers]] = {}
+    first_number = cases[checked[0]].number
     for backend in BACKENDS:
         try:
-            flow = solve(
-                Batch.from_data_list([*(case.graph for case in cases)]), backend=backend, **_own(options, cases)
-            )
-        except Exception as error:  # noqa: BLE001  whatever it is, it is a finding
-            report.error(cases[checked[0]].number, f"{backend}, a batch of {len(cases)}", error)
+            flow = _solve_batch(cases, options, backend)
+        except Exception as error:  # noqa: BLE001
+            report.error(first_number, f"{backend}, a batch of {len(cases)}", error)
             continue
         solved[backend] = _split(flow, cases)
         _certify_all(report, flow, cases, checked, backend)
     for way in ROWS:
         try:
-            solved[way] = _over_rows(way, options, cases)
+            solved[way] = _solve_over_rows(way, options, cases)
         except Exception as error:  # noqa: BLE001
-            report.error(cases[checked[0]].number, f"{way}, a batch of {len(cases)}", error)
+            report.error(first_number, f"{way}, a batch of {len(cases)}", error)
+
+    # Check each graph: all ways agree, alone as in the batch, and the max flow.
     for k in checked:
-        _compare(report, cases[k], {way: parts[k] for way, parts in solved.items()})
-        if cases[k].number % ALONE_EVERY == 0 or only is not None:
-            _alone(report, options, cases[k], {way: parts[k] for way, parts in solved.items()})
-        if cases[k].valid and (cases[k].number % MAX_FLOW_EVERY == 0 or only is not None):
-            _guarded(report, cases[k], "max flow", partial(_max_flows, report, options, cases[k]))
+        case = cases[k]
+        by_way = {way: parts[k] for way, parts in solved.items()}
+        _compare(report, case, by_way)
+        is_selected = only is not None
+        if is_selected or case.number % ALONE_EVERY == 0:
+            _check_alone(report, options, case, by_way)
+        if case.valid and (is_selected or case.number % MAX_FLOW_EVERY == 0):
+            _guarded(report, case, "max flow", partial(_max_flows, report, options, case))
     return report
 
 
-def _own(options: Options, cases: Sequence[Case]) -> dict[str, Any]:
-    """Options of ``solve`` for some graphs in one call."""
-
-    def joined(name: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([vars(case)[name] for case in cases]))
-
-    return {
-        "source": joined("source") if options.source == "vector" else options.source,
-        "demand": joined("demand") if options.own_demand else None,
-        "absorption": options.absorption,
-        "damping": options.damping,
-    }
+def _solve_batch(cases: Sequence[Case], options: Options, backend: str) -> Flow:
+    batch = Batch.from_data_list([case.graph for case in cases])
+    return solve(batch, backend=backend, **_solve_options(options, cases))  # type: ignore[arg-type]
 
 
-def _split(flow: Any, cases: Sequence[Case]) -> list[Numbers]:
-    ends = np.cumsum([case.tokens for case in cases])[:-1]
-    parts = [np.split(getattr(flow, name).numpy(), ends) for name in Numbers.__annotations__]
-    return [Numbers(*part) for part in zip(*parts, strict=True)]
+def _solve_options(options: Options, cases: Sequence[Case]) -> dict[str, Any]:
+    """Build the options of ``solve`` for some graphs in one call."""
+    source: Any = options.source
+    if options.source == "vector":
+        source = torch.from_numpy(np.concatenate([case.source for case in cases]))
+    demand = None
+    if options.own_demand:
+        demand = torch.from_numpy(np.concatenate([case.demand for case in cases]))
+    return {"source": source, "demand": demand, "absorption": options.absorption, "damping": options.damping}
 
 
-def _over_rows(way: str, options: Options, cases: Sequence[Case]) -> list[Numbers]:
-    """The same graphs as padded matrices of capacities."""
+def _split(flow: Flow, cases: Sequence[Case]) -> list[Numbers]:
+    """Split the flow over a batch into its graphs."""
+    ends = np.cumsum([case.tokens for case in cases])
+    parts = []
+    for case, end in zip(cases, ends, strict=True):
+        nodes = slice(end - case.tokens, end)
+        parts.append(
+            Numbers(
+                h=flow.h[nodes].numpy(),
+                g=flow.g[nodes].numpy(),
+                exponent=flow.exponent[nodes].numpy(),
+                source=flow.source[nodes].numpy(),
+                throughput=flow.throughput[nodes].numpy(),
+            )
+        )
+    return parts
+
+
+def _solve_over_rows(way: str, options: Options, cases: Sequence[Case]) -> list[Numbers]:
+    """Solve the same graphs as padded matrices of capacities."""
     size = max(case.tokens for case in cases)
-
-    def padded(vectors: Iterable[NDArray]) -> Tensor:
-        return torch.from_numpy(np.stack([np.pad(vector, (0, size - vector.size)) for vector in vectors]))
-
     matrix = torch.zeros(len(cases), size, size, dtype=options.dtype)
     for k, case in enumerate(cases):
-        matrix[k, case.pairs[1], case.pairs[0]] = torch.from_numpy(case.capacity)
-    # One token is question and answer at once, which rows refuse; there its demand is given, and no answer.
-    alone = torch.tensor([not case.valid for case in cases])[:, None]
-    question, answer = padded(case.question for case in cases), padded(case.answer for case in cases)
-    demand = padded(case.demand for case in cases) if options.own_demand else answer.double()
-    absorption = options.absorption or ("pass_through" if options.own_demand else "absorb")
-    source: Any = padded(case.source for case in cases) if options.source == "vector" else options.source
+        source_token, target_token = case.pairs
+        matrix[k, target_token, source_token] = torch.from_numpy(case.capacity)
+
+    question = _padded([case.question for case in cases], size)
+    answer = _padded([case.answer for case in cases], size)
+    source: Any = options.source
+    if options.source == "vector":
+        source = _padded([case.source for case in cases], size)
+    if options.own_demand:
+        demand = _padded([case.demand for case in cases], size)
+        absorption = options.absorption or "pass_through"
+    else:
+        demand = answer.double()
+        absorption = options.absorption or "absorb"
+
     if way == "rows streamed":
-        leaves = (~(answer & (absorption == "absorb"))).double() * options.damping
-        flow: Any = conserve(StreamSweeps(leaves), MatrixRows(matrix), demand=demand, question=question, source=source)
+        absorbing = answer & (absorption == "absorb")
+        propagation_factor = (~absorbing).double() * options.damping
+        flow: Any = conserve(
+            StreamSweeps(propagation_factor), MatrixRows(matrix), demand=demand, question=question, source=source
+        )
         throughput = flow.g * flow.h
     else:
-        kind: Any = way.removeprefix("rows ")
+        # A single token is question and answer at once, which rows refuse: its demand is given, and no answer.
+        is_valid = torch.tensor([case.valid for case in cases])[:, None]
+        backend: Any = way.removeprefix("rows ")
         flow = solve_rows(
-            matrix, question=question, answer=answer & ~alone, preset=None, backend=kind, source=source,
-            demand=demand, absorption=absorption, damping=options.damping,  # type: ignore[arg-type]
-        )  # fmt: skip
+            matrix,
+            question=question,
+            answer=answer & is_valid,
+            preset=None,
+            backend=backend,
+            source=source,
+            demand=demand,
+            absorption=absorption,  # type: ignore[arg-type]
+            damping=options.damping,
+        )
         throughput = flow.throughput
-    vectors = [x.numpy() for x in (flow.h, flow.g, flow.exponent, flow.source, throughput)]
-    return [Numbers(*(x[k, : case.tokens] for x in vectors)) for k, case in enumerate(cases)]
+
+    parts = []
+    for k, case in enumerate(cases):
+        tokens = slice(case.tokens)
+        parts.append(
+            Numbers(
+                h=flow.h[k, tokens].numpy(),
+                g=flow.g[k, tokens].numpy(),
+                exponent=flow.exponent[k, tokens].numpy(),
+                source=flow.source[k, tokens].numpy(),
+                throughput=throughput[k, tokens].numpy(),
+            )
+        )
+    return parts
 
 
-def _certify_all(report: Report, flow: Any, cases: Sequence[Case], checked: Sequence[int], way: str) -> None:
+def _padded(vectors: Sequence[NDArray], size: int) -> Tensor:
+    """Stack vectors of different lengths, padded with zeros on the right."""
+    rows = [np.pad(vector, (0, size - vector.size)) for vector in vectors]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _certify_all(report: Report, flow: Flow, cases: Sequence[Case], checked: Sequence[int], way: str) -> None:
     """Certify the graphs of a batch as they were solved there."""
     settings: dict[str, Any] = {"level": "exact", "num_through": NUM_THROUGH}
+    certificates: list[Certificate | None] = [None] * len(cases)
     try:
-        certificates: list[Certificate | None] = [*certify_each(flow, **settings)]
-    except Exception:  # noqa: BLE001  on which graph, the loop finds out
-        certificates = [None] * len(cases)
+        certificates = list(certify_each(flow, **settings))
+    except Exception:  # noqa: BLE001
+        # One graph at a time, to find out on which graph it fails.
+        for k in checked:
+            certify_one = partial(certify, _part(flow, cases, k), **settings)
+            certificates[k] = _guarded(report, cases[k], f"{way}, certify", certify_one)
     for k in checked:
         certificate = certificates[k]
-        if certificate is None:
-            one = partial(certify, _part(flow, cases, k), **settings)
-            certificate = _guarded(report, cases[k], f"{way}, certify", one)
         if certificate is not None:
             _count(report, cases[k], certificate, way)
 
 
-def _part(flow: Any, cases: Sequence[Case], k: int) -> Any:
-    """The flow on one graph of a batch."""
+def _part(flow: Flow, cases: Sequence[Case], k: int) -> Flow:
+    """Extract the flow on one graph of a batch."""
     first = sum(case.tokens for case in cases[:k])
     nodes = slice(first, first + cases[k].tokens)
-    names = (*Numbers.__annotations__, "demand", "absorbing")
-    return replace(flow, graph=cases[k].graph, **{name: getattr(flow, name)[nodes] for name in names})
+    return replace(
+        flow,
+        graph=cases[k].graph,
+        h=flow.h[nodes],
+        g=flow.g[nodes],
+        exponent=flow.exponent[nodes],
+        throughput=flow.throughput[nodes],
+        source=flow.source[nodes],
+        demand=flow.demand[nodes],
+        absorbing=flow.absorbing[nodes],
+    )
 
 
 def _guarded(report: Report, case: Case, way: str, run: Callable[[], Any]) -> Any:
-    """What it returns; an error of any kind is a failure of this graph."""
+    """Call a function; an error of any kind is a failure of this graph, and the result is None."""
     try:
         return run()
     except Exception as error:  # noqa: BLE001
@@ -200,62 +288,70 @@ def _guarded(report: Report, case: Case, way: str, run: Callable[[], Any]) -> An
 
 
 def _count(report: Report, case: Case, certificate: Certificate, way: str) -> None:
+    """Add the checks of one certificate; the certificate of an invalid graph must fail its one check."""
     if not case.valid:
-        refused = [check.name for check in certificate.failed] == ["graph"] == [c.name for c in certificate.checks]
-        report.add("one token refused", float(not refused), 0, case.number, way, str(certificate) * (not refused))
+        made = [check.name for check in certificate.checks]
+        failed = [check.name for check in certificate.failed]
+        is_refused = failed == made == ["graph"]
+        detail = "" if is_refused else str(certificate)
+        report.add("one token refused", float(not is_refused), 0, case.number, way, detail)
         return
     report.flows += 1
     for check in certificate.checks:
         report.add(check.name, check.residual, check.bound, case.number, way, check.detail)
 
 
-def _compare(report: Report, case: Case, solved: dict[str, Numbers], name: str = "ways agree") -> None:
-    """Every way against the first, the plain loops over edges."""
-    ways = list(solved)
-    for way in ways[1:]:
-        apart, number = solved[way].difference(solved[ways[0]])
-        report.add(name, apart, case.bound, case.number, f"{way} against {ways[0]}", number)
+def _compare(report: Report, case: Case, by_way: dict[str, Numbers], name: str = "ways agree") -> None:
+    """Compare every way with the first one; among all ways, the first is the plain loops over edges."""
+    first, *others = by_way
+    for way in others:
+        difference, number = by_way[way].difference(by_way[first])
+        report.add(name, difference, case.bound, case.number, f"{way} against {first}", number)
 
 
-def _alone(report: Report, options: Options, case: Case, together: dict[str, Numbers]) -> None:
-    """The graph without its batch: the same numbers, and these against fractions."""
+def _check_alone(report: Report, options: Options, case: Case, in_batch: dict[str, Numbers]) -> None:
+    """Solve the graph without its batch: compare with its batch, and certify against fractions."""
     for backend in BACKENDS:
         way = f"{backend}, alone"
-        flow = _guarded(report, case, way, partial(solve, case.graph, backend=backend, **_own(options, [case])))
+        solve_alone = partial(solve, case.graph, backend=backend, **_solve_options(options, [case]))
+        flow = _guarded(report, case, way, solve_alone)
         if flow is None:
             continue
-        if backend in together:
-            both = {"its batch": together[backend], way: _split(flow, [case])[0]}
+        if backend in in_batch:
+            both = {"its batch": in_batch[backend], way: _split(flow, [case])[0]}
             _compare(report, case, both, "alone as in a batch")
         if case.valid and case.tokens <= RATIONAL_TOKENS:
-            one = partial(certify, flow, level="rational", num_through=NUM_THROUGH)
-            certificate = _guarded(report, case, f"{way}, certify", one)
+            certify_alone = partial(certify, flow, level="rational", num_through=NUM_THROUGH)
+            certificate = _guarded(report, case, f"{way}, certify", certify_alone)
             if certificate is not None:
                 _count(report, case, certificate, way)
 
 
 def _max_flows(report: Report, options: Options, case: Case) -> None:
-    """V three times: igraph, integers that round nothing, networkx."""
-    flow = solve(case.graph, **_own(options, [case]))
-    if bool(((flow.source > 0) & (flow.demand > 0)).any()) or not bool(flow.feasible):
+    """Compute V in three ways: igraph, integers without rounding, networkx."""
+    flow = solve(case.graph, **_solve_options(options, [case]))
+    has_shared_terminal = bool(((flow.source > 0) & (flow.demand > 0)).any())
+    if has_shared_terminal or not bool(flow.feasible):
         return
-    best, (low, high) = max_flow(flow), max_flow_bracket(flow)
     total = float(flow.weight.sum())
+
+    # igraph: V in [cut - error, cut] must meet the interval of the integers, and that interval must be narrow.
+    best = max_flow(flow)
+    low, high = max_flow_bracket(flow)
     outside = max(low - best.cut_capacity, best.cut_capacity - best.error - high, 0.0)
     detail = f"V in [{low!r}, {high!r}] and {best!r}"
     report.add("V inside the bracket", outside / total, 4 * EPS, case.number, "igraph", detail)
-    report.add(
-        "bracket width", (high - low) / total, case.capacity.size * 2.0**-49, case.number, "max_flow_bracket", detail
-    )
+    width_bound = case.capacity.size * 2.0**-49
+    report.add("bracket width", (high - low) / total, width_bound, case.number, "max_flow_bracket", detail)
+
     peer = _guarded(report, case, "networkx", partial(_by_networkx, flow, case))
-    if peer is None:
-        return
-    apart = abs(peer.cut_capacity - best.cut_capacity) / total
-    report.add("V by networkx", apart, TOLERANCE, case.number, "networkx", f"{peer!r} and {best!r}")
+    if peer is not None:
+        difference = abs(peer.cut_capacity - best.cut_capacity) / total
+        report.add("V by networkx", difference, TOLERANCE, case.number, "networkx", f"{peer!r} and {best!r}")
 
 
-def _by_networkx(flow: Any, case: Case) -> MaxFlow | None:
-    """None where it says that its floats failed the re-check, as they may at capacities far apart."""
+def _by_networkx(flow: Flow, case: Case) -> MaxFlow | None:
+    """Compute V by networkx; None where its answer fails the re-check, as it may at capacities from 1e-300 to 1e300."""
     try:
         return max_flow(flow, backend="networkx")
     except NumericalRangeError:
@@ -272,17 +368,21 @@ def fuzz(
     only: int | None = None,
     progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Draw, solve and check; the same report for the same seed, whatever the number of workers.
+    """Draw, solve and check; the report of a seed is the same for any number of workers.
 
     Args:
         graphs: how many.
         seed: of all that is drawn.
         workers: processes; 1 is this one.
         only: check this graph alone, solved in the group that it belongs to and by itself.
-        progress: told what has been found so far after every group.
+        progress: called after every group with the report so far.
+
+    Raises:
+        ValueError: a number outside its range.
     """
-    refuse(graphs, seed, workers, only)
-    started, report = time.perf_counter(), Report()
+    require_valid_run(graphs, seed, workers, only)
+    started = time.perf_counter()
+    report = Report()
     groups = [range(first, min(first + GROUP, graphs)) for first in range(0, graphs, GROUP)]
     if only is not None:
         groups = [groups[only // GROUP]]
@@ -293,16 +393,17 @@ def fuzz(
     return report
 
 
-def refuse(graphs: int, seed: int, workers: int, only: int | None) -> None:
-    """Say which number makes no run."""
+def require_valid_run(graphs: int, seed: int, workers: int, only: int | None) -> None:
+    """Refuse numbers outside their range."""
     for name, value, least in (("graphs", graphs, 1), ("workers", workers, 1), ("seed", seed, 0)):
         if value < least:
-            raise ValueError(f"{name}: must be at least {least}, got {value}")
+            raise ValueError(f"{name}: must be at least {least}, got {value}; pass a larger number")
     if only is not None and not 0 <= only < graphs:
         raise ValueError(f"only: must lie in 0..{graphs - 1}, got {only}; graphs are numbered from 0")
 
 
 def _parts(seed: int, groups: list[range], workers: int, only: int | None) -> Iterator[Report]:
+    """Yield the report of each group, in order."""
     run = partial(fuzz_group, seed, only=only)
     if workers == 1 or len(groups) == 1:
         yield from map(run, groups)
@@ -322,18 +423,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS / "fuzz_certificates.json", metavar="FILE")
     chosen = parser.parse_args(arguments)
     try:
-        refuse(chosen.graphs, chosen.seed, chosen.workers, chosen.only)
+        require_valid_run(chosen.graphs, chosen.seed, chosen.workers, chosen.only)
     except ValueError as error:
         parser.error(str(error))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total = 1 if chosen.only is not None else chosen.graphs
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("graphs", total=chosen.graphs if chosen.only is None else 1)
+        task = bar.add_task("graphs", total=total)
 
         def progress(report: Report) -> None:
-            found = f"graphs, {len(report.failures)} failures" if report.failures else "graphs"
-            bar.update(task, completed=report.graphs, description=found)
+            description = "graphs"
+            if report.failures:
+                description = f"graphs, {len(report.failures)} failures"
+            bar.update(task, completed=report.graphs, description=description)
 
         report = fuzz(chosen.graphs, chosen.seed, workers=chosen.workers, only=chosen.only, progress=progress)
+
     if chosen.only is None:
         write(report, chosen.seed, str(__doc__), chosen.json)
     elif not report.failures:

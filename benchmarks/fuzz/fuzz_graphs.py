@@ -1,4 +1,4 @@
-"""The graphs of the fuzz: small ones of every kind, with capacities of every kind; each is had again by its number."""
+"""The graphs of the fuzz: small ones of every kind, with capacities of every kind, each drawn again by its number."""
 
 from __future__ import annotations
 
@@ -9,92 +9,169 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import FlowGraph
+from flowgraph.certificate.flow_arrays import EPS
 
 GROUP = 200
+"""Graphs that are solved in one call."""
 MOST_TOKENS = 24
-EPS = float(np.finfo(np.float64).eps)
+SINK = 1e-7
+"""Mass that a token of a "sink" graph spreads over all tokens but the first."""
 
 
-def _all(tokens: int) -> NDArray:
-    """Every pair (source, target), sorted by target."""
-    return np.stack(np.tril_indices(tokens, -1)[::-1])
+# Kinds of graphs: pairs (source, target) with source < target, sorted by target. -----------------------------------
+
+
+def _all_pairs(tokens: int) -> NDArray:
+    """List every pair (source, target), sorted by target."""
+    target, source = np.tril_indices(tokens, -1)
+    return np.stack([source, target])
+
+
+def _chain(tokens: int, random: np.random.Generator) -> NDArray:
+    pairs = _all_pairs(tokens)
+    source, target = pairs
+    return pairs[:, target == source + 1]
 
 
 def _band(tokens: int, random: np.random.Generator) -> NDArray:
-    return _where(tokens, lambda s, t: t - s <= random.integers(2, 5))
+    pairs = _all_pairs(tokens)
+    source, target = pairs
+    width = random.integers(2, 5)
+    return pairs[:, target - source <= width]
+
+
+def _complete(tokens: int, random: np.random.Generator) -> NDArray:
+    return _all_pairs(tokens)
 
 
 def _star(tokens: int, random: np.random.Generator) -> NDArray:
     hub = random.integers(tokens)
-    return _where(tokens, lambda s, t: (s == hub) | (t == hub))
+    pairs = _all_pairs(tokens)
+    source, target = pairs
+    return pairs[:, (source == hub) | (target == hub)]
 
 
 def _diamond(tokens: int, random: np.random.Generator) -> NDArray:
-    return _where(tokens, lambda s, t: (s == 0) != (t == tokens - 1))
+    pairs = _all_pairs(tokens)
+    source, target = pairs
+    return pairs[:, (source == 0) != (target == tokens - 1)]
 
 
 def _sparse(tokens: int, random: np.random.Generator) -> NDArray:
-    share = random.uniform(0.05, 0.6)
-    return _where(tokens, lambda s, t: random.random(s.size) < share)
+    density = random.uniform(0.05, 0.6)
+    pairs = _all_pairs(tokens)
+    return pairs[:, random.random(pairs.shape[1]) < density]
 
 
 def _disconnected(tokens: int, random: np.random.Generator) -> NDArray:
-    """Nothing crosses a place in the text, or nobody reads some of its tokens."""
-    cut, unread = random.integers(1, tokens + 1), random.random(tokens) < 0.5
-    crossing = random.random() < 0.5
-    return _where(tokens, lambda s, t: ~((s < cut) & (t >= cut)) if crossing else ~unread[s])
+    """Remove every edge across a place in the text, or every edge out of some tokens."""
+    cut = random.integers(1, tokens + 1)
+    is_unread = random.random(tokens) < 0.5
+    pairs = _all_pairs(tokens)
+    source, target = pairs
+    if random.random() < 0.5:
+        crosses = (source < cut) & (target >= cut)
+        return pairs[:, ~crosses]
+    return pairs[:, ~is_unread[source]]
 
 
-def _single(tokens: int, random: np.random.Generator) -> NDArray:
-    pairs = _all(tokens)
-    return pairs[:, [random.integers(pairs.shape[1])]] if tokens > 1 else pairs
+def _single_edge(tokens: int, random: np.random.Generator) -> NDArray:
+    pairs = _all_pairs(tokens)
+    if tokens == 1:
+        return pairs
+    return pairs[:, [random.integers(pairs.shape[1])]]
 
 
-def _where(tokens: int, keep: Callable[[NDArray, NDArray], NDArray]) -> NDArray:
-    pairs = _all(tokens)
-    return pairs[:, keep(*pairs)]
+def _edgeless(tokens: int, random: np.random.Generator) -> NDArray:
+    return np.empty((2, 0), np.int64)
 
 
 KINDS: dict[str, Callable[[int, np.random.Generator], NDArray]] = {
-    "chain": lambda tokens, random: _where(tokens, lambda s, t: t == s + 1),
+    "chain": _chain,
     "band": _band,
-    "sink": lambda tokens, random: _all(tokens),
+    "sink": _complete,
     "star": _star,
     "diamond": _diamond,
     "sparse": _sparse,
-    "dense": lambda tokens, random: _all(tokens),
+    "dense": _complete,
     "disconnected": _disconnected,
-    "single edge": _single,
-    "edgeless": lambda tokens, random: np.empty((2, 0), np.int64),
+    "single edge": _single_edge,
+    "edgeless": _edgeless,
 }
+
+
+# Capacities. -------------------------------------------------------------------------------------------------------
+
 WEIGHTS = ("attention", "ties", "free", "spread")
-SINK = 1e-7
-"""What a token of a "sink" graph leaves for all it reads but the first token."""
+"""Kinds of capacities in an ordinary group; "wide" ones, from 1e-300 to 1e300, are drawn in their own groups."""
 
 
 def _capacities(kind: str, weights: str, pairs: NDArray, random: np.random.Generator) -> NDArray:
     source, target = pairs
+    num_edges = source.size
     if weights == "wide":
-        return 10.0 ** random.uniform(-300, 300, source.size)
+        return 10.0 ** random.uniform(-300, 300, num_edges)
     if weights == "ties":
-        level = random.choice([0.0, 0.25, 1.0, 3.0])
-        count = np.bincount(target, minlength=1)[target] if target.size else target
-        return np.full(source.size, level) if level else 1.0 / count
-    if weights == "free":  # as of contributions: rows sum to anything
-        return random.integers(1, 4097, source.size) / 1024
+        return _tied(target, random)
+    if weights == "free":
+        # As of contributions: rows sum to any number.
+        return random.integers(1, 4097, num_edges) / 1024
     if weights == "spread":
-        return 10.0 ** random.uniform(-4, 2, source.size)
-    raw = np.exp(random.choice([0.5, 2, 6]) * random.normal(size=source.size))
-    others = raw * (source != 0) if kind == "sink" else raw
-    own = np.exp(random.normal(size=MOST_TOKENS))  # what a token reads of itself is no edge
-    share = others / (np.bincount(target, others, MOST_TOKENS) + own)[target]
-    return np.where(source == 0, 1 - SINK, SINK * share) if kind == "sink" else share
+        return 10.0 ** random.uniform(-4, 2, num_edges)
+    return _attention(kind, source, target, random)
+
+
+def _tied(target: NDArray, random: np.random.Generator) -> NDArray:
+    """Draw one capacity for all edges, or one for all edges into a token."""
+    level = random.choice([0.0, 0.25, 1.0, 3.0])
+    if level:
+        return np.full(target.size, level)
+    if target.size == 0:
+        return 1.0 / target
+    num_incoming = np.bincount(target, minlength=1)
+    return 1.0 / num_incoming[target]
+
+
+def _attention(kind: str, source: NDArray, target: NDArray, random: np.random.Generator) -> NDArray:
+    """Draw softmax rows over the edges into each token and the token itself, which is no edge."""
+    sharpness = random.choice([0.5, 2, 6])
+    raw = np.exp(sharpness * random.normal(size=source.size))
+    is_from_first = source == 0
+    if kind == "sink":
+        raw = raw * ~is_from_first
+    own = np.exp(random.normal(size=MOST_TOKENS))
+    total = np.bincount(target, raw, MOST_TOKENS) + own
+    share = raw / total[target]
+    if kind == "sink":
+        return np.where(is_from_first, 1 - SINK, SINK * share)
+    return share
+
+
+# One graph, and the options that it is solved with. ----------------------------------------------------------------
+
+_FLAVOURS = ("ordinary", "mixed", "wide")
+_FLAVOUR_SHARES = (0.65, 0.2, 0.15)
+_SOURCES = ("uniform", "potential", "vector")
+_ABSORPTIONS = (None, "absorb", "pass_through")
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One graph as drawn: edges sorted by (target, source), masks, and vectors of its own."""
+    """One graph as drawn, with vectors for its own source and demand.
+
+    Attributes:
+        number: its number within the seed.
+        kind: one of ``KINDS``.
+        weights: one of ``WEIGHTS``, or "wide".
+        pairs: ``[2, E]`` source over target, sorted by (target, source).
+        capacity: ``[E]`` > 0.
+        question: ``[T]`` bool.
+        answer: ``[T]`` bool.
+        source: ``[T]`` used where the group's source is a vector.
+        demand: ``[T]`` used where the group has its own demand.
+        graph: the same as a FlowGraph, built from edges in random order.
+    """
 
     number: int
     kind: str
@@ -113,19 +190,30 @@ class Case:
 
     @property
     def valid(self) -> bool:
-        """One token alone would be question and answer at once, which no valid graph allows."""
+        """Whether it is a valid graph: a single token is question and answer at once, which is refused."""
         return self.tokens > 1
 
     @property
     def bound(self) -> float:
-        """How far two solvers may be apart: each is off by tokens times the certificate's local bound at most."""
-        ends = np.concatenate([[0], np.bincount(self.pairs[0]), np.bincount(self.pairs[1])])
-        return 2 * self.tokens * (float(ends.max()) + 32) * EPS
+        """Largest difference of two solvers: each is off by at most tokens times the certificate's local bound."""
+        num_out = np.bincount(self.pairs[0], minlength=1)
+        num_in = np.bincount(self.pairs[1], minlength=1)
+        most_edges_at_a_token = float(max(num_out.max(), num_in.max()))
+        return 2 * self.tokens * (most_edges_at_a_token + 32) * EPS
 
 
 @dataclass(frozen=True)
 class Options:
-    """What all graphs of a group have in common, as they are solved in one call."""
+    """The options that all graphs of a group share, as they are solved in one call.
+
+    Attributes:
+        flavour: "ordinary"; "wide", capacities from 1e-300 to 1e300; or "mixed", some of them wide.
+        dtype: of the capacities.
+        source: "uniform", "potential" or "vector".
+        own_demand: whether the demand is a vector of the case.
+        absorption: None, "absorb" or "pass_through".
+        damping: in (0, 1].
+    """
 
     flavour: str
     dtype: torch.dtype
@@ -136,46 +224,72 @@ class Options:
 
     @classmethod
     def of(cls, seed: int, group: int) -> Options:
+        """Draw the options of a group. The order of the draws is part of the numbering of graphs."""
         random = np.random.default_rng([seed, 1, group])
-        return cls(
-            flavour=str(random.choice(["ordinary", "mixed", "wide"], p=[0.65, 0.2, 0.15])),
-            dtype=torch.float32 if random.random() < 0.4 else torch.float64,
-            source=str(random.choice(["uniform", "potential", "vector"])),
-            own_demand=bool(random.random() < 0.3),
-            absorption=[None, "absorb", "pass_through"][random.integers(3)],
-            damping=[1.0, 1.0, 0.9, 0.5, float(random.uniform(0.01, 1))][random.integers(5)],
-        )
+        flavour = str(random.choice(_FLAVOURS, p=_FLAVOUR_SHARES))
+        dtype = torch.float32 if random.random() < 0.4 else torch.float64
+        source = str(random.choice(_SOURCES))
+        own_demand = bool(random.random() < 0.3)
+        absorption = _ABSORPTIONS[random.integers(3)]
+
+        # Two in five groups are undamped, one has a damping of its own.
+        any_damping = float(random.uniform(0.01, 1))
+        dampings = (1.0, 1.0, 0.9, 0.5, any_damping)
+        damping = dampings[random.integers(5)]
+        return cls(flavour, dtype, source, own_demand, absorption, damping)
 
 
 def draw(seed: int, number: int) -> Case:
-    """Graph ``number`` of a seed, whatever else is drawn."""
+    """Draw one graph of a seed; it does not depend on which other graphs are drawn.
+
+    The order of the draws is part of the numbering of graphs: committed results name them by number.
+    """
     options = Options.of(seed, number // GROUP)
     random = np.random.default_rng([seed, 0, number])
+
+    # Size, kind and kind of capacities.
     tokens = int(random.integers(1, MOST_TOKENS + 1))
     kind = str(random.choice(list(KINDS)))
     weights = "attention" if kind == "sink" else str(random.choice(WEIGHTS))
     if options.flavour == "wide" or (options.flavour == "mixed" and random.random() < 0.3):
         weights = "wide"
+    is_wide = weights == "wide"
+
+    # Edges; in float32 wide capacities are moved into its range, and others may underflow to 0.
     pairs = KINDS[kind](tokens, random)
     capacity = _capacities(kind, weights, pairs, random)
     if options.dtype == torch.float32:
-        capacity = (10.0 ** (np.log10(capacity) / 7 - 5) if weights == "wide" else capacity).astype(np.float32)
+        if is_wide:
+            capacity = 10.0 ** (np.log10(capacity) / 7 - 5)
+        capacity = capacity.astype(np.float32)
+
     question, answer = _regions(tokens, random)
-    source, demand = (_vector(tokens, weights == "wide", random) for _ in range(2))
-    positive = capacity > 0  # a share can underflow in float32
-    pairs, capacity = pairs[:, positive], capacity[positive]
-    graph = _graph(pairs, capacity, question, answer, random.permutation(capacity.size))
+    source = _vector(tokens, is_wide, random)
+    demand = _vector(tokens, is_wide, random)
+
+    is_positive = capacity > 0
+    pairs = pairs[:, is_positive]
+    capacity = capacity[is_positive]
+    order = random.permutation(capacity.size)
+    graph = _graph(pairs[:, order], capacity[order], question, answer)
     return Case(number, kind, weights, pairs, capacity, question, answer, source, demand, graph)
 
 
 def _regions(tokens: int, random: np.random.Generator) -> tuple[NDArray, NDArray]:
-    """Disjoint, none empty (one token is both); mostly the question comes first, with the ends in the regions."""
-    question, answer = np.zeros(tokens, bool), np.zeros(tokens, bool)
+    """Draw disjoint regions, none empty (a single token is both); the question mostly comes first."""
+    question = np.zeros(tokens, bool)
+    answer = np.zeros(tokens, bool)
     if tokens == 1:
         return ~question, ~answer
-    order = random.permutation(tokens) if random.random() < 0.15 else np.arange(tokens)
+
+    order = np.arange(tokens)
+    if random.random() < 0.15:
+        order = random.permutation(tokens)
     cut = random.integers(1, tokens)
-    question[order[:cut]], answer[order[cut:]] = random.random(cut) < 0.5, random.random(tokens - cut) < 0.4
+    question[order[:cut]] = random.random(cut) < 0.5
+    answer[order[cut:]] = random.random(tokens - cut) < 0.4
+
+    # Mostly, the first and the last token are in the regions.
     if random.random() < 0.7 or not question.any():
         question[order[0]] = True
     if random.random() < 0.7 or not answer.any():
@@ -183,43 +297,64 @@ def _regions(tokens: int, random: np.random.Generator) -> tuple[NDArray, NDArray
     return question, answer
 
 
-def _vector(tokens: int, wide: bool, random: np.random.Generator) -> NDArray:
-    """A source or demand of one's own, with zeros; now and then nothing but zeros."""
-    vector = random.exponential(size=tokens) * (random.random(tokens) < 0.6) * (random.random() < 0.95)
-    return vector * 10.0 ** random.uniform(-300, 300, tokens) if wide else vector
+def _vector(tokens: int, is_wide: bool, random: np.random.Generator) -> NDArray:
+    """Draw a source or demand with some zeros; in one of twenty vectors all entries are zero."""
+    vector = random.exponential(size=tokens)
+    is_kept = random.random(tokens) < 0.6
+    any_kept = random.random() < 0.95
+    vector = vector * is_kept * any_kept
+    if is_wide:
+        vector = vector * 10.0 ** random.uniform(-300, 300, tokens)
+    return vector
 
 
-def _graph(pairs: NDArray, capacity: NDArray, question: NDArray, answer: NDArray, order: NDArray) -> FlowGraph:
-    edges, weight = torch.from_numpy(pairs[:, order]), torch.from_numpy(capacity[order])
-    masks = torch.from_numpy(question), torch.from_numpy(answer)
+def _graph(pairs: NDArray, capacity: NDArray, question: NDArray, answer: NDArray) -> FlowGraph:
+    edge_index = torch.from_numpy(pairs)
+    weight = torch.from_numpy(capacity)
+    question_mask = torch.from_numpy(question)
+    answer_mask = torch.from_numpy(answer)
     if question.size > 1:
-        return FlowGraph.from_edges(edges, weight, num_nodes=question.size, question=masks[0], answer=masks[1])
-    blank = FlowGraph.from_edges(torch.empty(2, 0).long(), weight, num_nodes=2, question=[0], answer=[1])
-    rest = {name: blank[name] for name in ("kept_attention", "kept_flow", "throughput_error", "rules")}
+        return FlowGraph.from_edges(
+            edge_index, weight, num_nodes=question.size, question=question_mask, answer=answer_mask
+        )
+
+    # A single token is question and answer at once: from_edges refuses it, so the object is filled in directly.
+    valid = FlowGraph.from_edges(torch.empty(2, 0).long(), weight, num_nodes=2, question=[0], answer=[1])
     return FlowGraph(
-        edge_index=edges, capacity=weight, num_nodes=1, question_mask=masks[0], answer_mask=masks[1],
-        reasoning_mask=torch.zeros_like(masks[0]), **rest,
-    )  # fmt: skip
+        edge_index=edge_index,
+        capacity=weight,
+        num_nodes=1,
+        question_mask=question_mask,
+        answer_mask=answer_mask,
+        reasoning_mask=torch.zeros_like(question_mask),
+        kept_attention=valid.kept_attention,
+        kept_flow=valid.kept_flow,
+        throughput_error=valid.throughput_error,
+        rules=valid.rules,
+    )
 
 
 def described(seed: int, case: Case) -> str:
-    """The graph and how it was solved, every number exact."""
-
-    def exactly(values: NDArray) -> str:
-        return " ".join(float(value).hex() for value in values)
-
+    """Describe the graph and the options it was solved with, every number exact."""
     options = Options.of(seed, case.number // GROUP)
-    edges = [f"    {s} -> {t}  {float(c).hex()}" for s, t, c in zip(*case.pairs, case.capacity, strict=True)]
-    return "\n".join(
-        [
-            f"graph {case.number} of seed {seed}: {case.kind}, {case.weights} weights, {case.tokens} tokens, "
-            f"{case.capacity.size} edges, {str(options.dtype)[6:]}",
-            f"  source={options.source!r}, demand={'own' if options.own_demand else None}, "
-            f"absorption={options.absorption!r}, damping={options.damping.hex()}",
-            f"  question {np.flatnonzero(case.question).tolist()}, answer {np.flatnonzero(case.answer).tolist()}",
-            *([f"  source {exactly(case.source)}"] if options.source == "vector" else []),
-            *([f"  demand {exactly(case.demand)}"] if options.own_demand else []),
-            "  edges" if edges else "  no edges",
-            *edges,
-        ]
-    )
+    dtype = str(options.dtype).removeprefix("torch.")
+    demand = "own" if options.own_demand else None
+    lines = [
+        f"graph {case.number} of seed {seed}: {case.kind}, {case.weights} weights, {case.tokens} tokens, "
+        f"{case.capacity.size} edges, {dtype}",
+        f"  source={options.source!r}, demand={demand}, absorption={options.absorption!r}, "
+        f"damping={options.damping.hex()}",
+        f"  question {np.flatnonzero(case.question).tolist()}, answer {np.flatnonzero(case.answer).tolist()}",
+    ]
+    if options.source == "vector":
+        lines.append(f"  source {_in_hex(case.source)}")
+    if options.own_demand:
+        lines.append(f"  demand {_in_hex(case.demand)}")
+    lines.append("  edges" if case.capacity.size else "  no edges")
+    for source, target, capacity in zip(*case.pairs, case.capacity, strict=True):
+        lines.append(f"    {source} -> {target}  {float(capacity).hex()}")
+    return "\n".join(lines)
+
+
+def _in_hex(values: NDArray) -> str:
+    return " ".join(float(value).hex() for value in values)

@@ -1,4 +1,4 @@
-"""What the fuzz counts, what it finds, and how that is printed and written."""
+"""The report of a fuzz run: counts and failures, printed and written as JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Tally:
     """One check over many graphs.
 
     Attributes:
-        made: how often it was made.
-        vacuous: how often its bound was 1 or more, so that it said nothing (a max flow at capacities of 1e-300
+        made: number of times it was made.
+        vacuous: number of times its bound was 1 or more, so that it could not fail (a max flow at capacities of 1e-300
             beside 1e300).
         closest: largest residual / bound among the others; 0 where the residual must be 0 and was.
-        graph: where that was.
+        graph: number of the graph where that was.
     """
 
     made: int = 0
@@ -30,21 +30,35 @@ class Tally:
     graph: int | None = None
 
     def add(self, residual: float, bound: float, number: int) -> None:
+        """Count one check of one graph."""
         self.made += 1
-        self.vacuous += bound >= 1
-        ratio = residual / bound if 0 < bound < 1 else 0.0
-        if ratio > self.closest:
-            self.closest, self.graph = ratio, number
+        if bound >= 1:
+            self.vacuous += 1
+        elif bound > 0 and residual / bound > self.closest:
+            self.closest = residual / bound
+            self.graph = number
 
     def merge(self, other: Tally) -> None:
-        self.made, self.vacuous = self.made + other.made, self.vacuous + other.vacuous
+        """Add the counts of another tally of the same check."""
+        self.made += other.made
+        self.vacuous += other.vacuous
         if other.closest > self.closest:
-            self.closest, self.graph = other.closest, other.graph
+            self.closest = other.closest
+            self.graph = other.graph
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One check that did not hold, or an error that should not have been raised."""
+    """One check that did not hold, or an error that should not have been raised.
+
+    Attributes:
+        number: of the graph.
+        way: how it was solved.
+        check: name of the check, or of the exception.
+        residual: how far the check is from holding.
+        bound: largest residual that rounding can explain.
+        detail: the numbers behind it.
+    """
 
     number: int
     way: str
@@ -59,7 +73,16 @@ class Failure:
 
 @dataclass
 class Report:
-    """What a run found, groups added up."""
+    """The findings of a run, summed over its groups.
+
+    Attributes:
+        graphs: number of graphs checked.
+        flows: number of flows certified.
+        checks: one tally per check.
+        kinds: number of graphs of each kind.
+        failures: in the order of the graphs.
+        seconds: wall time.
+    """
 
     graphs: int = 0
     flows: int = 0
@@ -75,23 +98,29 @@ class Report:
             self.failures.append(Failure(number, way, name, residual, bound, detail))
 
     def error(self, number: int, way: str, error: Exception) -> None:
+        """Add an error as a failure."""
         name = f"raised {type(error).__name__}"
         self.failures.append(Failure(number, way, name, float("inf"), 0.0, str(error)))
 
     def merge(self, other: Report) -> None:
-        self.graphs, self.flows = self.graphs + other.graphs, self.flows + other.flows
+        """Add the findings of another group."""
+        self.graphs += other.graphs
+        self.flows += other.flows
         self.kinds.update(other.kinds)
         self.failures += other.failures
         for name, tally in other.checks.items():
             self.checks.setdefault(name, Tally()).merge(tally)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table: one row per check."""
+        """Return the table: one row per check; an error has a row of its own."""
         failed = Counter(failure.check for failure in self.failures)
-        names = [*self.checks, *(name for name in failed if name not in self.checks)]
-        tallies = {name: self.checks.get(name, Tally()) for name in names}
-        return [
-            {
+        tallies = dict(self.checks)
+        for name in failed:
+            tallies.setdefault(name, Tally())
+
+        rows = []
+        for name, tally in tallies.items():
+            row = {
                 "check": name,
                 "made": tally.made,
                 "failed": failed[name],
@@ -99,19 +128,20 @@ class Report:
                 "closest": tally.closest,
                 "graph": tally.graph,
             }
-            for name, tally in tallies.items()
-        ]
+            rows.append(row)
+        return rows
 
 
 def show(report: Report, seed: int, graphs: int, shown: int = 20) -> None:
-    """The table, and each failing graph with the command that has it again."""
+    """Print the table, and each failing graph with the command that repeats it."""
     print_table(report.rows())
     rate = report.graphs / max(report.seconds, 1e-9)
+    num_checks = sum(tally.made for tally in report.checks.values())
     print(
-        f"\n{report.graphs:,} graphs, {report.flows:,} flows certified, "
-        f"{sum(tally.made for tally in report.checks.values()):,} checks, {len(report.failures):,} failures; "
-        f"{report.seconds:.0f} s, {rate:.0f} graphs/s"
+        f"\n{report.graphs:,} graphs, {report.flows:,} flows certified, {num_checks:,} checks, "
+        f"{len(report.failures):,} failures; {report.seconds:.0f} s, {rate:.0f} graphs/s"
     )
+
     by_graph: dict[int, list[Failure]] = {}
     for failure in report.failures:
         by_graph.setdefault(failure.number, []).append(failure)
@@ -125,7 +155,9 @@ def show(report: Report, seed: int, graphs: int, shown: int = 20) -> None:
 
 
 def write(report: Report, seed: int, notes: str, path: Path) -> None:
-    """The result as JSON, in the form of the other benchmarks."""
+    """Write the result as JSON, in the form of the other benchmarks."""
+    # An infinite residual is written as text, which JSON can hold.
+    failures = [{**vars(failure), "residual": str(failure.residual)} for failure in report.failures[:1000]]
     result = {
         "benchmark": "fuzz_certificates",
         "notes": notes,
@@ -136,7 +168,7 @@ def write(report: Report, seed: int, notes: str, path: Path) -> None:
         "flows_certified": report.flows,
         "seconds": round(report.seconds, 1),
         "graphs_per_second": round(report.graphs / max(report.seconds, 1e-9), 1),
-        "failures": [{**vars(failure), "residual": str(failure.residual)} for failure in report.failures[:1000]],
+        "failures": failures,
         "num_failures": len(report.failures),
         "rows": report.rows(),
     }

@@ -1,4 +1,4 @@
-"""rl trains LoRA policies by PPO with token credit shaped by reasoning flow.
+"""Train LoRA policies by PPO with token credit shaped by reasoning flow.
 
 Start with :class:`PPOTrainer` and :class:`PPOConfig`, or with ``flowgraph-rl train``; :func:`credit_rule` registers a
 credit rule of your own. Names load on first use, so importing the package (and ``flowgraph-rl --help``) is quick.

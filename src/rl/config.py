@@ -1,11 +1,17 @@
-"""Every setting of a training run, checked when it is made."""
+"""Settings of a training run, checked at construction.
+
+Each setting is one field: its name, type, bound, default and, below it, its meaning. A bound is written in the type as
+``Annotated[float, positive("remedy")]``; :func:`check_fields` applies every type and bound. Rules that relate several
+settings are in ``PPOConfig._check_combinations``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from rl.errors import ConfigError
 
@@ -19,257 +25,383 @@ KLPlace = Literal["reward", "loss"]
 Truncated = Literal["keep", "mask", "bootstrap"]
 LRSchedule = Literal["constant", "linear", "cosine"]
 
-_MAY_BE_INFINITE = ("ceiling", "max_grad_norm")
-"""Bounds; an infinite one is none."""
+
+# Bounds -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The interval of a setting, with the words of its error message.
+
+    Attributes:
+        rule: the rule, as the message states it after "must".
+        remedy: the last part of the message.
+        least: the smallest value.
+        most: the greatest value.
+        open_below: ``least`` itself is invalid.
+        allow_infinite: infinity is valid; it turns a limit off.
+    """
+
+    rule: str
+    remedy: str
+    least: float = -math.inf
+    most: float = math.inf
+    open_below: bool = False
+    allow_infinite: bool = False
+
+    def contains(self, value: float) -> bool:
+        """Tell whether the value lies in the interval."""
+        if self.open_below and value == self.least:
+            return False
+        return self.least <= value <= self.most
+
+
+def positive(remedy: str, *, allow_infinite: bool = False) -> Bound:
+    """Require a value above 0."""
+    return Bound(rule="be positive", remedy=remedy, least=0, open_below=True, allow_infinite=allow_infinite)
+
+
+def at_least(least: int, remedy: str, *, allow_infinite: bool = False) -> Bound:
+    """Require a value of ``least`` or more."""
+    return Bound(rule=f"be at least {least}", remedy=remedy, least=least, allow_infinite=allow_infinite)
+
+
+def above(least: int, remedy: str) -> Bound:
+    """Require a value greater than ``least``."""
+    return Bound(rule=f"be above {least}", remedy=remedy, least=least, open_below=True)
+
+
+def in_unit_interval(remedy: str, *, open_below: bool = False) -> Bound:
+    """Require a value in [0, 1], or in (0, 1]."""
+    interval = "(0, 1]" if open_below else "[0, 1]"
+    return Bound(rule=f"lie in {interval}", remedy=remedy, least=0, most=1, open_below=open_below)
+
+
+def between(least: int, most: int, remedy: str) -> Bound:
+    """Require a value from ``least`` to ``most``."""
+    return Bound(rule=f"be from {least} to {most}", remedy=remedy, least=least, most=most)
+
+
+def int64(remedy: str) -> Bound:
+    """Require an integer that 64 bits can hold."""
+    return Bound(rule="be an integer of 64 bits", remedy=remedy, least=-(2**63), most=2**63 - 1)
+
+
+_SEE_DEFAULTS = "see PPOConfig for defaults"
+_ZERO_IS_OFF = "0 turns it off"
+_OMIT_IS_OFF = "leave it out to turn it off"
+_UNIT_DEFAULTS = "1 and 0.95 are the defaults"
+
+
+# Settings -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class CreditConfig:
-    """How tokens are credited. The defaults are those of FlowTracer (arXiv 2606.10646): top 40 % times 1.5.
-
-    Attributes:
-        rule: a name from the registry (``flowgraph-rl train --help`` lists them).
-        shape: how scores become weights: ``"top_q"`` (``strength`` on the top ``share`` of scored tokens, 1
-            elsewhere), ``"bottom_q"`` (the control), ``"only_top"`` (1 on the top share, 0 on the other scored
-            tokens), ``"soft"`` (``clip(s / mean(s), floor, ceiling)``), ``"raw"`` (the scores themselves).
-        entry: ``"advantage"`` (multiply the policy loss), ``"reward"`` (spread the outcome reward over tokens),
-            ``"potential"`` (potential-based shaping by cumulative score). The last two need ``advantage="gae"``.
-        share: q, part of the scored tokens of each response that is chosen, in (0, 1].
-        strength: gamma, weight of the chosen tokens, positive.
-        floor: least weight of the soft shape.
-        ceiling: greatest weight of the soft shape.
-        sign: ``"all"``, ``"non_negative"`` (weights only where the advantage is not negative) or ``"asymmetric"``
-            (``w`` on advantages that are not negative, ``1 / w`` on the others).
-        mean_one: divide the weights of a response by their mean, so that no rule is a larger step in disguise.
-        scope: which tokens compete: ``"reasoning"`` (the answer left out) or ``"response"`` (all of them).
-        potential_scale: total height of the potential for ``entry="potential"``.
-        layers: layers whose attention is read.
-        heads: how heads are joined.
-        rows: ``"emission"`` or ``"literal"``: what an attention row belongs to (see the method page).
-        options: settings of the rule itself.
-    """
+    """The credit of tokens. The defaults are those of FlowTracer (arXiv 2606.10646): the top 40 % times 1.5."""
 
     rule: str = "flow"
+    """Name of a rule in the registry; ``flowgraph-rl rules`` lists them."""
+
     shape: Shape = "top_q"
+    """How scores become weights: ``"top_q"`` (``strength`` on the top ``share`` of scored tokens, 1 elsewhere),
+    ``"bottom_q"`` (the control), ``"only_top"`` (1 on the top share, 0 on the other scored tokens), ``"soft"``
+    (``clip(s / mean(s), floor, ceiling)``) or ``"raw"`` (the scores themselves)."""
+
     entry: Entry = "advantage"
-    share: float = 0.4
-    strength: float = 1.5
-    floor: float = 0.25
-    ceiling: float = 4.0
+    """Where credit enters: ``"advantage"`` (multiply the policy loss), ``"reward"`` (spread the outcome reward over
+    tokens) or ``"potential"`` (potential-based shaping by cumulative score). The last two need ``advantage="gae"``."""
+
+    share: Annotated[float, in_unit_interval("0.4 is the paper's", open_below=True)] = 0.4
+    """q: chosen fraction of the scored tokens of each response."""
+
+    strength: Annotated[float, positive("1.5 is the paper's, 1 changes nothing")] = 1.5
+    """gamma: weight of the chosen tokens."""
+
+    floor: Annotated[float, in_unit_interval("0.25 is the default")] = 0.25
+    """Smallest weight of the soft shape."""
+
+    ceiling: Annotated[float, at_least(1, "4 is the default", allow_infinite=True)] = 4.0
+    """Greatest weight of the soft shape."""
+
     sign: Sign = "all"
+    """Advantages that are weighted: ``"all"``, ``"non_negative"`` (weight 1 on negative advantages) or
+    ``"asymmetric"`` (``w`` on non-negative advantages, ``1 / w`` on negative ones)."""
+
     mean_one: bool = False
+    """Divide the weights of a response by their mean, so that no rule takes a larger step than another."""
+
     scope: Scope = "reasoning"
-    potential_scale: float = 1.0
+    """Tokens that are scored: ``"reasoning"`` (without the answer) or ``"response"`` (all of them)."""
+
+    potential_scale: Annotated[float, at_least(0, "1 is the default")] = 1.0
+    """Total height of the potential for ``entry="potential"``, in units of reward."""
+
     layers: str = "middle"
+    """Layers whose attention is read."""
+
     heads: str = "mean"
+    """How the heads of a layer are aggregated."""
+
     rows: Literal["emission", "literal"] = "emission"
+    """The attention row that belongs to a token: ``"emission"`` or ``"literal"`` (see the method page)."""
+
     options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the rule itself."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _within("share", self.share, 0 < self.share <= 1, "lie in (0, 1]", "0.4 is the paper's")
-        _within("strength", self.strength, self.strength > 0, "be positive", "1.5 is the paper's, 1 changes nothing")
-        _within("floor", self.floor, 0 <= self.floor <= 1, "lie in [0, 1]", "0.25 is the default")
-        _within("ceiling", self.ceiling, self.ceiling >= 1, "be at least 1", "4 is the default")
-        _within("potential_scale", self.potential_scale, self.potential_scale >= 0, "be at least 0", "1 is the default")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapters; the policy's and the critic's have the same shape.
+    """The shape of the adapters; the policy's and the critic's are alike."""
 
-    Attributes:
-        rank: r.
-        alpha: updates are scaled by alpha / rank.
-        targets: names of linear layers, or ``"all-linear"``.
-    """
+    rank: Annotated[int, at_least(1, "16 is the default")] = 16
+    """r: inner dimension of an update."""
 
-    rank: int = 16
-    alpha: float = 32.0
+    alpha: Annotated[float, positive("twice the rank is the default")] = 32.0
+    """Updates are scaled by ``alpha / rank``."""
+
     targets: str | list[str] = "all-linear"
+    """Names of linear layers, or ``"all-linear"``."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _within("lora.rank", self.rank, self.rank >= 1, "be at least 1", "16 is the default")
-        _within("lora.alpha", self.alpha, self.alpha > 0, "be positive", "twice the rank is the default")
-        _within("lora.targets", self.targets, bool(self.targets), "name at least one layer", "use 'all-linear'")
+        check_fields(self, prefix="lora.")
+        if not self.targets:
+            raise broken_rule("lora.targets", "name at least one layer", self.targets, "use 'all-linear'")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """One training run.
+    """One training run."""
 
-    Attributes:
-        steps: rollout-and-update steps.
-        num_prompts: problems per step, over all processes.
-        group_size: G, responses per problem.
-        max_prompt_tokens: longer prompts are refused.
-        max_response_tokens: responses are cut off there.
-        temperature: of sampling, and of every log-probability.
-        generation_batch_size: responses generated at a time; None: all of a process at once.
-        merge_for_generation: generate from weights with the adapter added in, which is faster and takes a copy of the
-            adapted weights; the base is put back to the bit afterwards.
-        advantage: ``"gae"`` (with a critic), ``"group"`` (reward minus its group's mean) or ``"rloo"`` (minus the
-            mean of the others).
-        discount: of GAE.
-        gae_lambda: of GAE.
-        scale_group_std: divide group advantages by their standard deviation (GRPO) or not (Dr. GRPO).
-        whiten: normalise GAE advantages over the batch.
-        clip: epsilon below, and above unless ``clip_high`` is given.
-        clip_high: epsilon above.
-        dual_clip: bound on the loss of negative advantages, for example 3.
-        value_clip: clip range of value predictions; None: not clipped.
-        value_coefficient: weight of the value loss.
-        kl_coefficient: beta; None: 0.05 with a critic, 0 without.
-        kl_in: ``"reward"`` (k1 per token, needs ``gae`` to be seen per token) or ``"loss"`` (k3).
-        kl_target: adapt beta to this KL per response; None: beta is fixed.
-        entropy_coefficient: weight of an entropy bonus.
-        aggregation: ``"token_mean"`` over the whole minibatch, ``"seq_mean"`` or ``"dr_grpo"``.
-        truncated: what to do with responses that were cut off: ``"keep"``, ``"mask"`` (out of the losses) or
-            ``"bootstrap"`` (the critic's value stands for what did not happen; needs ``gae``).
-        missing_eos_penalty: subtracted from the reward of a response that was cut off.
-        epochs: passes over each rollout.
-        num_minibatches: optimiser updates per epoch.
-        micro_batch_size: sequences per forward pass; changes memory and speed, never the result.
-        learning_rate: of the policy's adapter.
-        value_learning_rate: of the critic's adapter and head; None: the same.
-        lr_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``, after the warm-up.
-        warmup_steps: steps of linear warm-up.
-        max_grad_norm: gradient clipping, apart for policy and critic.
-        seed: of everything.
-        save_every: steps between checkpoints; 0: only the last.
-        save_every_updates: optimiser updates between checkpoints *inside* a step, the rollout buffer included.
-        keep_checkpoints: how many are kept.
-        report_every: steps between rollout files for the token-credit report; 0: none.
-        credit: see :class:`CreditConfig`.
-        lora: see :class:`LoraConfig`.
-    """
+    # Rollouts.
 
-    steps: int = 100
-    num_prompts: int = 8
-    group_size: int = 4
-    max_prompt_tokens: int = 512
-    max_response_tokens: int = 256
-    temperature: float = 1.0
-    generation_batch_size: int | None = None
+    steps: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 100
+    """Number of steps; each is one rollout and its updates."""
+
+    num_prompts: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 8
+    """Problems of a step, over all processes."""
+
+    group_size: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 4
+    """G: responses to each problem."""
+
+    max_prompt_tokens: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 512
+    """Longest prompt; a longer one is an error."""
+
+    max_response_tokens: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 256
+    """Longest response; a longer one is truncated."""
+
+    temperature: Annotated[float, positive(_SEE_DEFAULTS)] = 1.0
+    """Temperature of sampling and of every log-probability."""
+
+    generation_batch_size: Annotated[int | None, positive(_OMIT_IS_OFF)] = None
+    """Responses generated at a time; None: all those of a process."""
+
     merge_for_generation: bool = True
+    """Generate from weights that include the adapter. This is faster and needs a copy of the adapted weights; the
+    base weights are bit-identical afterwards."""
+
+    # Advantages.
+
     advantage: AdvantageKind = "gae"
-    discount: float = 1.0
-    gae_lambda: float = 0.95
+    """Estimator: ``"gae"`` (with a critic), ``"group"`` (reward minus the mean of its group) or ``"rloo"`` (reward
+    minus the mean of the others in its group)."""
+
+    discount: Annotated[float, in_unit_interval(_UNIT_DEFAULTS)] = 1.0
+    """gamma of GAE."""
+
+    gae_lambda: Annotated[float, in_unit_interval(_UNIT_DEFAULTS)] = 0.95
+    """lambda of GAE."""
+
     scale_group_std: bool = True
+    """Divide group advantages by their standard deviation (GRPO) or not (Dr. GRPO)."""
+
     whiten: bool = True
-    clip: float = 0.2
-    clip_high: float | None = None
-    dual_clip: float | None = None
-    value_clip: float | None = 0.2
-    value_coefficient: float = 0.1
-    kl_coefficient: float | None = None
+    """Normalise GAE advantages over the batch."""
+
+    # Losses.
+
+    clip: Annotated[float, positive(_SEE_DEFAULTS)] = 0.2
+    """epsilon below a ratio of 1, and above it unless ``clip_high`` is given."""
+
+    clip_high: Annotated[float | None, positive(_OMIT_IS_OFF)] = None
+    """epsilon above a ratio of 1; None: ``clip``."""
+
+    dual_clip: Annotated[float | None, above(1, "3 is usual")] = None
+    """c: bound on the loss of negative advantages; None: no bound."""
+
+    value_clip: Annotated[float | None, positive(_OMIT_IS_OFF)] = 0.2
+    """Clip range of value predictions, in units of reward; None: not clipped."""
+
+    value_coefficient: Annotated[float, at_least(0, _ZERO_IS_OFF)] = 0.1
+    """Weight of the value loss."""
+
+    kl_coefficient: Annotated[float | None, at_least(0, _ZERO_IS_OFF)] = None
+    """beta: weight of the KL penalty; None: 0.05 with a critic, 0 without."""
+
     kl_in: KLPlace = "reward"
-    kl_target: float | None = None
-    entropy_coefficient: float = 0.0
+    """Where the penalty enters: ``"reward"`` (k1 at each token; only ``gae`` keeps it per token) or ``"loss"`` (k3)."""
+
+    kl_target: Annotated[float | None, positive(_OMIT_IS_OFF)] = None
+    """KL of a response, in nats, that beta is adapted to; None: beta is fixed."""
+
+    entropy_coefficient: Annotated[float, at_least(0, _ZERO_IS_OFF)] = 0.0
+    """Weight of the entropy bonus."""
+
     aggregation: Aggregation = "token_mean"
+    """Mean over a minibatch: ``"token_mean"``, ``"seq_mean"`` or ``"dr_grpo"``."""
+
     truncated: Truncated = "keep"
-    missing_eos_penalty: float = 0.0
-    epochs: int = 1
-    num_minibatches: int = 1
-    micro_batch_size: int = 32
-    learning_rate: float = 1e-4
-    value_learning_rate: float | None = None
+    """Treatment of truncated responses: ``"keep"``, ``"mask"`` (excluded from the losses) or ``"bootstrap"`` (the
+    critic's value replaces the missing rest; needs ``gae``)."""
+
+    missing_eos_penalty: Annotated[float, at_least(0, _ZERO_IS_OFF)] = 0.0
+    """Subtracted from the reward of a truncated response."""
+
+    # Optimisation.
+
+    epochs: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 1
+    """Passes over each rollout."""
+
+    num_minibatches: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 1
+    """Optimizer updates in an epoch."""
+
+    micro_batch_size: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 32
+    """Sequences in a forward pass; changes memory and speed, never the result."""
+
+    learning_rate: Annotated[float, positive(_SEE_DEFAULTS)] = 1e-4
+    """Learning rate of the policy's adapter."""
+
+    value_learning_rate: Annotated[float | None, positive(_OMIT_IS_OFF)] = None
+    """Learning rate of the critic's adapter and head; None: ``learning_rate``."""
+
     lr_schedule: LRSchedule = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    save_every: int = 50
-    save_every_updates: int | None = None
-    keep_checkpoints: int = 2
-    report_every: int = 0
+    """Schedule after the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"``."""
+
+    warmup_steps: Annotated[int, at_least(0, _ZERO_IS_OFF)] = 0
+    """Steps of linear warm-up."""
+
+    max_grad_norm: Annotated[float, positive(_SEE_DEFAULTS, allow_infinite=True)] = 1.0
+    """Greatest gradient norm, separate for policy and critic."""
+
+    # The run.
+
+    seed: Annotated[int, int64("0 is the default")] = 0
+    """Seed of every random draw."""
+
+    save_every: Annotated[int, at_least(0, _ZERO_IS_OFF)] = 50
+    """Steps between checkpoints; 0: only the last step."""
+
+    save_every_updates: Annotated[int | None, positive(_OMIT_IS_OFF)] = None
+    """Optimizer updates between checkpoints inside a step, which include the rollout; None: none."""
+
+    keep_checkpoints: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 2
+    """Number of checkpoints that are kept."""
+
+    report_every: Annotated[int, at_least(0, _ZERO_IS_OFF)] = 0
+    """Steps between rollout files for the token-credit report; 0: none."""
+
     credit: CreditConfig = field(default_factory=CreditConfig)
+    """Credit of tokens, see :class:`CreditConfig`."""
+
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """Shape of the adapters, see :class:`LoraConfig`."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("steps", "num_prompts", "group_size", "max_prompt_tokens", "max_response_tokens", "epochs",
-                     "num_minibatches", "micro_batch_size", "keep_checkpoints"):  # fmt: skip
-            _within(name, getattr(self, name), getattr(self, name) >= 1, "be at least 1", "see PPOConfig for defaults")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "clip"):
-            _within(name, getattr(self, name), getattr(self, name) > 0, "be positive", "see PPOConfig for defaults")
-        for name in ("discount", "gae_lambda"):
-            value = getattr(self, name)
-            _within(name, value, 0 <= value <= 1, "lie in [0, 1]", "1 and 0.95 are the defaults")
-        for name in ("kl_coefficient", "value_coefficient", "entropy_coefficient", "missing_eos_penalty",
-                     "warmup_steps", "save_every", "report_every"):  # fmt: skip
-            value = getattr(self, name)
-            _within(name, value, value is None or value >= 0, "be at least 0", "0 turns it off")
-        for name in ("clip_high", "value_clip", "kl_target", "value_learning_rate", "save_every_updates",
-                     "generation_batch_size"):  # fmt: skip
-            value = getattr(self, name)
-            _within(name, value, value is None or value > 0, "be positive", "leave it out to turn it off")
-        _within("seed", self.seed, -(2**63) <= self.seed < 2**63, "be a whole number of 64 bits", "0 is the default")
-        _within("dual_clip", self.dual_clip, self.dual_clip is None or self.dual_clip > 1, "be above 1", "3 is usual")
+        check_fields(self)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        sequences = self.num_prompts * self.group_size
-        _within("num_minibatches", self.num_minibatches, sequences % self.num_minibatches == 0,
-                f"divide the {sequences} responses of a step", "change num_prompts or group_size")  # fmt: skip
-        if self.advantage != "gae":
-            _within("group_size", self.group_size, self.group_size >= 2,
-                    f"be at least 2 for advantage={self.advantage!r}, which compares responses of one prompt",
-                    "use group_size=4, or advantage='gae'")  # fmt: skip
-            _within("credit.entry", self.credit.entry, self.credit.entry == "advantage",
-                    f"be 'advantage' with advantage={self.advantage!r}, which sums the rewards of a response before "
-                    "it looks at them and so cannot see where they stand",
-                    "use entry='advantage', or advantage='gae'")  # fmt: skip
-            _within("truncated", self.truncated, self.truncated != "bootstrap",
-                    f"be 'keep' or 'mask' with advantage={self.advantage!r}, which has no critic to bootstrap from",
-                    "use advantage='gae'")  # fmt: skip
-        _within("kl_target", self.kl_target, self.kl_target is None or self.kl_weight > 0,
-                "come with a positive kl_coefficient to start from", "set kl_coefficient=0.05")  # fmt: skip
+        """Check the rules that relate several settings."""
+        num_responses = self.num_prompts * self.group_size
+        if num_responses % self.num_minibatches != 0:
+            raise broken_rule(
+                "num_minibatches",
+                f"divide the {num_responses} responses of a step",
+                self.num_minibatches,
+                "change num_prompts or group_size",
+            )
+        if not self.has_critic:
+            self._check_without_critic()
+        if self.kl_target is not None and self.kl_weight == 0:
+            raise broken_rule(
+                "kl_target",
+                "come with a positive kl_coefficient to start from",
+                self.kl_target,
+                "set kl_coefficient=0.05",
+            )
+
+    def _check_without_critic(self) -> None:
+        """Check what estimators that compare the total rewards of a group cannot do."""
+        estimator = f"advantage={self.advantage!r}"
+        if self.group_size < 2:
+            raise broken_rule(
+                "group_size",
+                f"be at least 2 for {estimator}, which compares responses of one prompt",
+                self.group_size,
+                "use group_size=4, or advantage='gae'",
+            )
+        if self.credit.entry != "advantage":
+            raise broken_rule(
+                "credit.entry",
+                f"be 'advantage' with {estimator}, which sums the rewards of a response and so ignores their position",
+                self.credit.entry,
+                "use entry='advantage', or advantage='gae'",
+            )
+        if self.truncated == "bootstrap":
+            raise broken_rule(
+                "truncated",
+                f"be 'keep' or 'mask' with {estimator}, which has no critic to bootstrap from",
+                self.truncated,
+                "use advantage='gae'",
+            )
 
     @property
     def kl_weight(self) -> float:
-        """Beta, after its default was filled in."""
+        """Return beta, with its default filled in."""
         if self.kl_coefficient is not None:
             return self.kl_coefficient
-        return 0.05 if self.advantage == "gae" else 0.0
+        return 0.05 if self.has_critic else 0.0
 
     @property
     def has_critic(self) -> bool:
+        """Tell whether the advantages need a value function."""
         return self.advantage == "gae"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML."""
+        """Return plain values, for JSON and YAML."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """From plain values, as YAML gives them.
+        """Build a config from plain values, as YAML gives them.
+
+        Args:
+            settings: values by name. ``credit`` and ``lora`` are mappings; ``credit`` may also be the name of a rule.
 
         Raises:
             ConfigError: an unknown name, a value of another type, or one that breaks a rule.
+
+        Example:
+            >>> PPOConfig.from_dict({"steps": 3, "credit": "entropy"}).credit.rule
+            'entropy'
         """
         values = dict(settings)
-        for name, part in (("credit", CreditConfig), ("lora", LoraConfig)):
-            if isinstance(values.get(name), str) and name == "credit":
-                values[name] = CreditConfig(rule=values[name])
-            elif isinstance(values.get(name), Mapping):
-                values[name] = _build(part, values[name], f"{name}.")
-        return _build(cls, values, "")
+        credit = values.get("credit")
+        if isinstance(credit, str):
+            values["credit"] = CreditConfig(rule=credit)
+        elif isinstance(credit, Mapping):
+            values["credit"] = _from_names(CreditConfig, credit, prefix="credit.")
+        lora = values.get("lora")
+        if isinstance(lora, Mapping):
+            values["lora"] = _from_names(LoraConfig, lora, prefix="lora.")
+        return _from_names(cls, values)
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Settings in which two configurations differ, as ``name: one -> other``."""
-    found = []
-    for name in sorted(one.keys() | other.keys()):
-        before, after = one.get(name, "(none)"), other.get(name, "(none)")
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append(f"{prefix}{name}: {before!r} -> {after!r}")
-    return found
-
-
-def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+def _from_names(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Construct a config class; an unknown name is an error that lists the known ones."""
     names = [item.name for item in fields(kind)]
     for name in values:
         if name not in names:
@@ -280,49 +412,140 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     return kind(**values)
 
 
-def _within(name: str, value: Any, holds: bool, rule: str, remedy: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: must {rule}, got {value!r}; {remedy}")
+# Checks -------------------------------------------------------------------------------------------------
 
 
-def _check_types(config: Any) -> None:
-    """Values have the type of their field; whole numbers serve as floats."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            _within(name, value, value in get_args(hint), f"be one of {', '.join(map(repr, get_args(hint)))}",
-                    "choose one of them")  # fmt: skip
+class _FieldRule(NamedTuple):
+    """What the declaration of a field requires of its value.
+
+    Attributes:
+        name: of the field.
+        choices: the valid values of a ``Literal``; empty for other types.
+        types: the valid types; empty for a ``Literal``.
+        bound: the interval; None: not bounded.
+    """
+
+    name: str
+    choices: tuple[Any, ...]
+    types: tuple[type, ...]
+    bound: Bound | None
+
+
+@cache
+def _field_rules(kind: type) -> list[_FieldRule]:
+    """Read the rules of a config class from its type hints."""
+    rules = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        bound = None
+        if get_origin(hint) is Annotated:
+            hint, bound = get_args(hint)
+        origin = get_origin(hint)
+        if origin is Literal:
+            rules.append(_FieldRule(name, get_args(hint), (), bound))
             continue
-        kinds = [
-            get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is not dict else ()) or (hint,)
-        ]
-        if float in kinds and type(value) is int:
-            object.__setattr__(config, name, float(value))
+        # A union has its members as arguments; ``dict[str, Any]`` has arguments, but is one type.
+        members = (hint,)
+        if origin is not None and origin is not dict:
+            members = get_args(hint)
+        types = tuple(get_origin(member) or member for member in members)
+        rules.append(_FieldRule(name, (), types, bound))
+    return rules
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Check every field of a config dataclass for its type, finiteness and bound.
+
+    Integers are converted where floats belong, so that ``1`` and ``1.0`` are the same setting.
+
+    Args:
+        config: an instance of a frozen dataclass whose fields declare their bounds.
+        prefix: put before the names in messages, such as ``"lora."``.
+
+    Raises:
+        ConfigError: a field breaks a rule.
+    """
+    for rule in _field_rules(type(config)):
+        name = prefix + rule.name
+        value = getattr(config, rule.name)
+        if rule.choices:
+            if value not in rule.choices:
+                choices = ", ".join(map(repr, rule.choices))
+                raise broken_rule(name, f"be one of {choices}", value, "choose one of them")
             continue
-        right = any(
-            type(value) is kind or (kind not in (int, bool, float) and isinstance(value, kind)) for kind in kinds
-        )
-        expected = " or ".join(kind.__name__.replace("NoneType", "nothing") for kind in kinds)
-        _within(name, value, right, f"be {expected}", "see its description for the default")
-        finite = not isinstance(value, float) or math.isfinite(value)  # NaN would pass every comparison
-        _within(name, value, finite or (name in _MAY_BE_INFINITE and value > 0), "be finite",
-                "see its description for the default")  # fmt: skip
+
+        if float in rule.types and type(value) is int:
+            value = float(value)
+            object.__setattr__(config, rule.name, value)
+        if not _has_type(value, rule.types):
+            expected = " or ".join(kind.__name__.replace("NoneType", "nothing") for kind in rule.types)
+            raise broken_rule(name, f"be {expected}", value, "see its description for the default")
+
+        # NaN would pass some comparisons, and infinity an interval without an upper end.
+        if isinstance(value, float) and not math.isfinite(value):
+            is_valid_infinity = value == math.inf and rule.bound is not None and rule.bound.allow_infinite
+            if not is_valid_infinity:
+                raise broken_rule(name, "be finite", value, "see its description for the default")
+        if rule.bound is not None and value is not None and not rule.bound.contains(value):
+            raise broken_rule(name, rule.bound.rule, value, rule.bound.remedy)
+
+
+def _has_type(value: Any, types: tuple[type, ...]) -> bool:
+    """Tell whether a value has one of the types; numbers must match exactly, because a bool is also an int."""
+    exact = (int, bool, float)
+    for kind in types:
+        if type(value) is kind:
+            return True
+        if kind not in exact and isinstance(value, kind):
+            return True
+    return False
+
+
+def broken_rule(name: str, rule: str, value: Any, remedy: str) -> ConfigError:
+    """Build the error of a setting that breaks a rule."""
+    return ConfigError(f"{name}: must {rule}, got {value!r}; {remedy}")
+
+
+# Comparison and logging ---------------------------------------------------------------------------------
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the settings in which two configurations differ, as ``name: one -> other``.
+
+    Example:
+        >>> differences({"seed": 1, "lora": {"rank": 2}}, {"seed": 1, "lora": {"rank": 4}})
+        ['lora.rank: 2 -> 4']
+    """
+    found = []
+    for name in sorted(one.keys() | other.keys()):
+        before = one.get(name, "(none)")
+        after = other.get(name, "(none)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name}: {before!r} -> {after!r}")
+    return found
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under flat names.
+    """Return nested settings under flat names.
 
     Example:
         >>> flattened({"seed": 1, "lora": {"rank": 2}})
         {'seed': 1, 'lora.rank': 2}
     """
-    out: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        out |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings as flat names and plain values, which is what trackers take."""
-    plain = (int, float, str, bool)
-    return {name: value if isinstance(value, plain) else str(value) for name, value in flattened(settings).items()}
+    """Return nested settings as flat names and plain values, which is what trackers accept."""
+    plain: dict[str, Any] = {}
+    for name, value in flattened(settings).items():
+        is_plain = isinstance(value, int | float | str | bool)
+        plain[name] = value if is_plain else str(value)
+    return plain

@@ -1,4 +1,4 @@
-"""Exceptions of training, named for outcomes; messages have four parts, as everywhere in flowgraph."""
+"""Exceptions of training, named for outcomes. Every message states the argument, the rule, the value and a remedy."""
 
 from flowgraph import FlowgraphError, InvalidInputError
 
@@ -8,19 +8,19 @@ class ConfigError(InvalidInputError):
 
 
 class TaskError(InvalidInputError):
-    """A task is unknown, or its file or options cannot be read."""
+    """A task is unknown, or its file or options are invalid."""
 
 
 class PolicyError(InvalidInputError):
-    """This model or tokenizer cannot be trained as asked (LoRA targets, context length, padding)."""
+    """A model or tokenizer cannot be trained with these settings (LoRA targets, context length, padding)."""
 
 
 class RewardError(FlowgraphError, ValueError):
-    """A reward function raised, or returned something that is no finite number for every response."""
+    """A reward function raised, or did not return a finite number for every response."""
 
 
 class CreditError(FlowgraphError, ValueError):
-    """A credit rule is unknown, or returned something that is no score for every token."""
+    """A credit rule is unknown, or did not return a score for every token."""
 
 
 class CheckpointError(FlowgraphError, ValueError):
@@ -28,4 +28,4 @@ class CheckpointError(FlowgraphError, ValueError):
 
 
 class DivergedError(FlowgraphError, ArithmeticError):
-    """A gradient or a loss is no finite number any more."""
+    """A gradient or a loss is no longer finite."""

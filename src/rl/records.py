@@ -1,8 +1,10 @@
-"""One frozen record for each stage of a rollout. B sequences of a batch, P prompt columns, R response columns.
+"""Frozen records, one for each stage of a rollout.
 
-Prompts are padded on the left and responses on the right, so column P is the first response token of every
-sequence, and a tensor ``[B, R]`` says something about the token *at* that response column (its log-probability is
-read from the logits one column earlier).
+Letters of the shapes: B sequences of a batch, P prompt columns, R response columns.
+
+Prompts are padded on the left and responses on the right, so column P holds the first response token of every
+sequence. A tensor ``[B, R]`` describes the token *at* each response column; the logits of that token are those of the
+column before it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 Messages = list[dict[str, str]]
+"""Chat messages, each with ``role`` and ``content``."""
+
 CharSpan = tuple[int, int]
+"""First character of a span, and the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,10 @@ class Sample:
     """One problem of a task.
 
     Attributes:
-        index: its number in the task's stream; the same task, split and number give the same problem.
+        index: number of the problem; the same task, split and number give the same problem.
         prompt: plain text, or chat messages for the model's template.
         answer: the reference answer, as text.
-        metadata: whatever the task's reward and oracle need; must be JSON.
+        metadata: JSON values that the task's reward and oracle need.
     """
 
     index: int
@@ -38,21 +43,21 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """What the policy wrote to a batch of prompts, and what the task says of it.
+    """A batch of prompts with the policy's responses, their regions and rewards.
 
     Attributes:
-        samples: the B problems; the G responses of one prompt repeat it.
-        completions: the B response texts without special tokens.
-        input_ids: ``[B, P + R]`` int64.
-        attention_mask: ``[B, P + R]`` bool, False on padding on both sides.
-        prompt_length: P, padding included.
+        samples: the B problems; the G responses to one prompt repeat it.
+        completions: the B response texts, without special tokens.
+        input_ids: ``[B, P + R]`` int64, token ids of prompt and response.
+        attention_mask: ``[B, P + R]`` bool, False on the padding of both sides.
+        prompt_length: P, padding included, in tokens.
         response_mask: ``[B, R]`` bool, the tokens that the policy chose, an end token included.
-        truncated: ``[B]`` bool, the response ran out of tokens before it ended.
-        groups: ``[B]`` int64, responses of one prompt share a number.
-        rewards: ``[B]`` float32, the task's verdict.
+        truncated: ``[B]`` bool, the response reached the token limit before an end token.
+        groups: ``[B]`` int64, responses to one prompt share a number.
+        rewards: ``[B]`` float32, reward of each response.
         question: ``[B, P + R]`` bool, prompt tokens where flow enters.
-        answer: ``[B, P + R]`` bool, response tokens that state the answer; none where none was found.
-        oracle: ``[B, R]`` bool, tokens known to be decisive, of tasks that know; else None.
+        answer: ``[B, P + R]`` bool, response tokens that state the answer; all False where no answer was found.
+        oracle: ``[B, R]`` bool, tokens known to be decisive; None for tasks without this knowledge.
     """
 
     samples: tuple[Sample, ...]
@@ -70,38 +75,41 @@ class Responses:
 
     @property
     def num_sequences(self) -> int:
+        """Return B."""
         return self.input_ids.shape[0]
 
     @property
     def response_length(self) -> int:
-        """R, padding included."""
+        """Return R, padding included."""
         return self.response_mask.shape[1]
 
     @property
     def generated(self) -> Bool[Tensor, "batch tokens"]:
-        """``[B, P + R]``, the response mask over all columns."""
+        """Return the response mask over all columns, ``[B, P + R]``."""
         prompt = self.response_mask.new_zeros(self.num_sequences, self.prompt_length)
         return torch.cat([prompt, self.response_mask], 1)
 
     @property
     def answer_in_response(self) -> Bool[Tensor, "batch response"]:
+        """Return the answer mask over the response columns, ``[B, R]``."""
         return self.answer[:, self.prompt_length :]
 
     def select(self, rows: Sequence[int]) -> Self:
-        """Some of the sequences, all columns kept."""
+        """Return some of the sequences, with all columns."""
         return select(self, rows)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """What the models say about the response tokens, under the policy that wrote them; 0 on padding.
+    """What the models compute for the response tokens of the policy that wrote them; 0 on padding.
 
     Attributes:
-        logprobs: ``[B, R]`` float32, log-probability of each token at the rollout's temperature.
+        logprobs: ``[B, R]`` float32, log-probability of each token in nats, at the rollout's temperature.
         entropy: ``[B, R]`` float32, entropy in nats of the distribution that the token was drawn from.
-        ref_logprobs: ``[B, R]`` float32, the same token under the reference; None where no KL is asked for.
-        values: ``[B, R]`` float32, the critic's value before the token is chosen; None without a critic.
-        final_values: ``[B]`` float32, its value after the last column, for responses that were cut off there.
+        ref_logprobs: ``[B, R]`` float32, the same log-probability under the reference; None without a KL penalty.
+        values: ``[B, R]`` float32, the critic's value before the token, in units of reward; None without a critic.
+        final_values: ``[B]`` float32, the critic's value after the last column, in units of reward; truncated
+            responses are bootstrapped from it.
     """
 
     logprobs: Float[Tensor, "batch response"]
@@ -111,17 +119,18 @@ class TokenScores:
     final_values: Float[Tensor, " batch"] | None = None
 
     def select(self, rows: Sequence[int]) -> Self:
+        """Return some of the sequences, with all columns."""
         return select(self, rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Credit:
-    """The verdict of a credit rule on every response token.
+    """The credit that a rule assigns to every response token.
 
     Attributes:
-        scores: ``[B, R]`` float32, the rule's own numbers, 0 where it says nothing.
-        scored: ``[B, R]`` bool, the tokens that competed (the scope: by default reasoning tokens).
-        weights: ``[B, R]`` float32, the scores in the chosen shape; 1 outside ``scored``.
+        scores: ``[B, R]`` float32, scores in the unit of the rule; 0 on tokens without a score.
+        scored: ``[B, R]`` bool, tokens that compete (the scope; by default the reasoning tokens).
+        weights: ``[B, R]`` float32, the scores in the chosen shape, dimensionless; 1 outside ``scored``.
     """
 
     scores: Float[Tensor, "batch response"]
@@ -129,19 +138,22 @@ class Credit:
     weights: Float[Tensor, "batch response"]
 
     def select(self, rows: Sequence[int]) -> Self:
+        """Return some of the sequences, with all columns."""
         return select(self, rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Experience:
-    """What an update learns from; detached, on the CPU, complete: with it a killed update can go on.
+    """All that an update learns from, detached and on the CPU; an interrupted update continues from it.
 
     Attributes:
-        responses, scores, credit: the stages before.
-        advantages: ``[B, R]`` float32, whitened where asked for, *before* the credit weights.
-        returns: ``[B, R]`` float32, targets of the critic; None without one.
-        loss_mask: ``[B, R]`` bool, tokens that enter the losses (responses cut off may be left out).
-        policy_weights: ``[B, R]`` float32, what each token's policy loss is multiplied with.
+        responses: the rollout.
+        scores: log-probabilities, entropies and values of its tokens.
+        credit: credit of its tokens.
+        advantages: ``[B, R]`` float32, whitened where configured, *before* the credit weights.
+        returns: ``[B, R]`` float32, targets of the critic, in units of reward; None without a critic.
+        loss_mask: ``[B, R]`` bool, tokens that enter the losses; truncated responses may be excluded.
+        policy_weights: ``[B, R]`` float32, factor of each token's policy loss.
     """
 
     responses: Responses
@@ -153,39 +165,51 @@ class Experience:
     policy_weights: Float[Tensor, "batch response"]
 
     def select(self, rows: Sequence[int]) -> Self:
+        """Return some of the sequences, with all columns."""
         return select(self, rows)
-
-
-def select(record: Any, rows: Sequence[int]) -> Any:
-    """The given sequences of a record: tensors and tuples by their first dimension, records within it likewise."""
-    index = torch.as_tensor(list(rows), dtype=torch.int64)
-    chosen: dict[str, Any] = {}
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if isinstance(value, Tensor):
-            chosen[item.name] = value[index.to(value.device)]
-        elif isinstance(value, tuple):
-            chosen[item.name] = tuple(value[row] for row in index.tolist())
-        elif hasattr(value, "select"):
-            chosen[item.name] = value.select(rows)
-    return replace(record, **chosen)
 
 
 Record = TypeVar("Record")
 
 
+def select(record: Record, rows: Sequence[int]) -> Record:
+    """Return some sequences of a record.
+
+    Tensors and tuples are indexed by their first dimension; records inside the record are selected likewise; other
+    fields stay as they are.
+
+    Args:
+        record: one of the records of this module.
+        rows: numbers of the sequences, in the order of the result.
+
+    Raises:
+        IndexError: a number that is not in the batch.
+    """
+    index = torch.as_tensor(list(rows), dtype=torch.int64)
+    selected: dict[str, Any] = {}
+    for item in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            selected[item.name] = value[index.to(value.device)]
+        elif isinstance(value, tuple):
+            selected[item.name] = tuple(value[row] for row in index.tolist())
+        elif hasattr(value, "select"):
+            selected[item.name] = value.select(rows)
+    return replace(record, **selected)  # type: ignore[type-var]
+
+
 def to_device(record: Record, device: torch.device) -> Record:
-    """A record with its tensors on another device."""
-    moved = {
-        item.name: value.to(device)
-        for item in fields(record)  # type: ignore[arg-type]
-        if isinstance(value := getattr(record, item.name), Tensor)
-    }
+    """Return a record whose tensors are on another device."""
+    moved = {}
+    for item in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            moved[item.name] = value.to(device)
     return replace(record, **moved)  # type: ignore[type-var]
 
 
 def join_records(parts: list[Record]) -> Record:
-    """Records of the same columns as one, sequences in order; a field that is None stays None."""
+    """Concatenate records of the same columns, in order; a field that is None stays None."""
     joined = {}
     for item in fields(parts[0]):  # type: ignore[arg-type]
         values = [getattr(part, item.name) for part in parts]

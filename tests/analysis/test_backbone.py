@@ -8,11 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
-from flowgraph.analysis.backbone import backbone, kept_share, prune
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import Flow, FlowGraph, InfeasibleFlowError, InvalidInputError, backbone, prune, solve
+from flowgraph.analysis.backbone import kept_share
 from tests.fixtures.convert import to_graph
 from tests.reference import flow as reference
 from tests.strategies import FlowGraph as Case
@@ -38,13 +35,13 @@ def test_the_backbone_is_the_smallest_that_carries_its_share(case: Case, keep: f
     flow = solved(case)
     edges, solution = exact(case)
     chosen, share = reference.smallest_backbone(case.num_nodes, edges, solution.source, case.answer, Fraction(keep))
-    bone = backbone(flow, keep)
-    assert bone.share >= keep * (1 - 1e-9)
+    smallest = backbone(flow, keep)
+    assert smallest.share >= keep * (1 - 1e-9)
     strengths = sorted(solution.edge_flow, reverse=True)
     boundary = strengths[len(chosen) - 1 : len(chosen) + 1]
     if len(boundary) < 2 or abs(boundary[0] - boundary[1]) > Fraction(1, 10**9):  # float ties break anywhere
-        assert abs(bone.share - float(share)) < 1e-9
-        assert bone.num_edges == len(chosen)
+        assert abs(smallest.share - float(share)) < 1e-9
+        assert smallest.num_edges == len(chosen)
 
 
 @given(case=flow_graphs(max_nodes=7, min_nodes=2), data=st.data())
@@ -68,13 +65,13 @@ def diamond_graph() -> FlowGraph:
 def test_a_backbone_worked_by_hand():
     """Two routes, 2/3 through token 1 and 1/3 through token 2; keeping 60 % takes the first alone."""
     flow = solve(diamond_graph())
-    bone = backbone(flow, 0.6)
-    assert bone.share == pytest.approx(2 / 3)
-    assert flow.graph.edge_index[:, bone.edge_mask].tolist() == [[0, 1], [1, 3]]
-    assert repr(bone) == "Backbone(2 of 4 edges carry 66.7% of the flow)"
+    smallest = backbone(flow, 0.6)
+    assert smallest.share == pytest.approx(2 / 3)
+    assert flow.graph.edge_index[:, smallest.edge_mask].tolist() == [[0, 1], [1, 3]]
+    assert repr(smallest) == "Backbone(2 of 4 edges carry 66.7% of the flow)"
     assert backbone(flow, 0.7).num_edges == 4
     assert backbone(flow, 1.0).share == 1
-    part = bone.subgraph()
+    part = smallest.subgraph()
     assert part.num_nodes == 4
     assert part.num_edges == 2
     assert part.kept_flow.item() == pytest.approx(2 / 3)

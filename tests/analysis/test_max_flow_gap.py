@@ -10,13 +10,20 @@ from hypothesis import assume, given, settings
 from scipy.stats import spearmanr
 from torch_geometric.data import Batch
 
-from flowgraph.analysis.backbone import backbone
-from flowgraph.analysis.max_flow_gap import GapReport, gap_report, gap_table
+from flowgraph import (
+    FlowGraph,
+    GapReport,
+    InfeasibleFlowError,
+    InvalidInputError,
+    TooLargeError,
+    backbone,
+    gap_report,
+    gap_table,
+    max_flow,
+    max_flow_through,
+    solve,
+)
 from flowgraph.analysis.statistics import spearman
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError, TooLargeError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.maxflow.max_flow import max_flow, max_flow_through
 from tests.fixtures.convert import to_graph
 from tests.fixtures.graphs import DIAMOND
 from tests.strategies import FlowGraph as Case
@@ -40,7 +47,7 @@ def test_the_diamond_worked_by_hand():
     assert report.flow_across_cut == pytest.approx(1)
     assert report.cut_in_backbone == 1
     assert report.compared == 2
-    assert math.isnan(report.rank_correlation)  # two tokens have no rank correlation worth the name
+    assert math.isnan(report.rank_correlation)  # not defined for two tokens
     assert report.to_dict()["rank_correlation"] is None
     json.dumps(report.to_dict(), allow_nan=False)
 
@@ -55,8 +62,8 @@ def test_every_number_is_what_its_name_says(case: Case):
     assert report.ratio == pytest.approx(float(flow.alpha) / best.value)
     assert report.ratio <= 1 + 1e-9
     assert report.flow_across_cut >= 1 - 1e-9  # net flow is 1, and nothing negative crosses
-    bone = backbone(flow, 0.7).edge_mask
-    assert report.cut_in_backbone == pytest.approx(bone[best.cut_edges].double().mean().item())
+    in_backbone = backbone(flow, 0.7).edge_mask
+    assert report.cut_in_backbone == pytest.approx(in_backbone[best.cut_edges].double().mean().item())
     inner = [
         v for v in range(case.num_nodes) if flow.throughput[v] > 0 and not flow.source[v] > 0 and not case.answer[v]
     ]

@@ -7,11 +7,17 @@ import torch
 from hypothesis import assume, given, settings
 from torch_geometric.data import Batch
 
-from flowgraph.analysis.routes import checkpoints, decompose, hubs, widest_routes
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import (
+    Flow,
+    FlowGraph,
+    InfeasibleFlowError,
+    InvalidInputError,
+    checkpoints,
+    decompose,
+    hubs,
+    solve,
+    widest_routes,
+)
 from tests.fixtures.convert import to_graph
 from tests.reference import flow as reference
 from tests.strategies import FlowGraph as Case

@@ -1,4 +1,4 @@
-"""The long fuzz in small: nothing is found where nothing is wrong, and what is wrong is found again by its number."""
+"""The long fuzz in small: a correct solver has no failures, and a failure is repeated by the number of its graph."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ QUIET_SEED = 27
 """Both groups of this seed have no capacities of 1e-300 beside 1e300; the second is float32."""
 
 
-def broken(edge_index: Tensor, weight: Tensor, leaves: Tensor, inflow: Tensor) -> Tensor:
-    """An influence sweep that forgets the edge 3 -> 17 of every graph, were it not for the numbers."""
+def broken(edge_index: Tensor, weight: Tensor, propagation_factor: Tensor, inflow: Tensor) -> Tensor:
+    """Run the influence sweep without the edges between tokens that are 19 apart."""
     skipped = (edge_index[1] - edge_index[0]) == 19
-    return reference_influence(edge_index, torch.where(skipped, 0.0, weight), leaves, inflow)
+    return reference_influence(edge_index, torch.where(skipped, 0.0, weight), propagation_factor, inflow)
 
 
 reference_influence = reference.influence
@@ -48,7 +48,7 @@ def test_a_short_run_finds_nothing():
         assert 0 <= tally.closest < 1, name
 
 
-def test_a_wrong_solver_is_found_and_had_again_by_number(
+def test_a_wrong_solver_is_found_and_repeated_by_number(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(reference, "influence", broken)

@@ -1,4 +1,4 @@
-"""The certificate: true flows pass, every corruption is named, and what was not checked is said."""
+"""The certificate: true flows pass, every corruption is named, and the notes list what was not checked."""
 
 import dataclasses
 import json
@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph.certificate.certify import Certificate, certify, certify_each
-from flowgraph.errors import InvalidInputError, TooLargeError
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import Certificate, Flow, FlowGraph, InvalidInputError, TooLargeError, certify, certify_each, solve
 from tests.fixtures.convert import to_graph
 from tests.fixtures.graphs import DIAMOND, RELAY_PASS_THROUGH, WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference
@@ -198,6 +194,7 @@ def test_a_flow_that_claims_to_be_infeasible():
 class Dropped(Flow):
     """Reports nothing on its fullest edge."""
 
+    @property
     def edge_flow(self) -> Tensor:
         flow = super().edge_flow
         flow[flow.argmax()] = 0.0
@@ -207,6 +204,7 @@ class Dropped(Flow):
 class Leaky(Flow):
     """Loses one per mille on one edge."""
 
+    @property
     def edge_flow(self) -> Tensor:
         flow = super().edge_flow
         flow[flow.argmax()] *= 0.999

@@ -8,12 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgraph.certificate.certify import certify
+from flowgraph import FlowGraph, TooLargeError, certify, solve
 from flowgraph.certificate.flow_arrays import FlowArrays
 from flowgraph.certificate.rational import rational_flow
-from flowgraph.errors import TooLargeError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
 from tests.fixtures.convert import random_attention, to_graph
 from tests.fixtures.graphs import WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference
@@ -26,7 +23,7 @@ RATIONAL = {"rational h", "rational g", "rational throughput", "rational alpha",
 @pytest.mark.parametrize("worked", WORKED_GRAPHS, ids=lambda worked: worked.name)
 def test_hand_worked_graphs(worked: WorkedGraph):
     graph = to_graph(worked.num_nodes, worked.edges, worked.question, worked.answer)
-    exact = rational_flow(FlowArrays(solve(graph, absorption=worked.absorption)))
+    exact = rational_flow(FlowArrays.from_flow(solve(graph, absorption=worked.absorption)))
     assert [float(x) for x in exact.h] == pytest.approx([float(x) for x in worked.h], rel=1e-15)  # a third is rounded
     assert [float(x) for x in exact.throughput] == pytest.approx([float(x) for x in worked.throughput], rel=1e-15)
     assert float(exact.alpha or 0) == pytest.approx(float(worked.alpha), rel=1e-15)
@@ -49,7 +46,7 @@ def test_the_certificate_holds_in_fractions(case: Case, absorption: str, damping
     assert certificate.ok, str(certificate)
     edges = reference.effective_edges(case.edges, case.answer, absorption, Fraction(damping))
     h = reference.potential(case.num_nodes, edges, case.answer)
-    assert rational_flow(FlowArrays(flow)).h == h
+    assert rational_flow(FlowArrays.from_flow(flow)).h == h
     names = {check.name for check in certificate.checks}
     assert {"rational h", "rational g", "rational throughput"} <= names
     assert names >= RATIONAL or not bool(flow.feasible) or torch.isinf(flow.alpha)
@@ -72,7 +69,7 @@ def test_potentials_beyond_float64():
     graph = FlowGraph.from_edges(pairs, torch.full((size - 1,), 1e-7), num_nodes=size, question=[0], answer=[size - 1])
     certificate = certify(solve(graph), level="rational")
     assert certificate.ok, str(certificate)
-    exact = rational_flow(FlowArrays(solve(graph)))
+    exact = rational_flow(FlowArrays.from_flow(solve(graph)))
     assert exact.h[0] == Fraction(float(graph.capacity[0])) ** (size - 1)
     assert exact.alpha == exact.max_flow_value == Fraction(float(graph.capacity[0]))
 

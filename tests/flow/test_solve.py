@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
-from flowgraph.certificate.certify import certify, certify_each
-from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import FlowGraph, GraphError, InvalidInputError, certify, certify_each, solve
 from tests.fixtures.convert import close, to_graph
 from tests.fixtures.graphs import WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference

@@ -1,4 +1,4 @@
-"""Whole padded batches straight from rows: the numbers of one graph per sequence, shared prompts read once."""
+"""Padded batches solved from rows: the numbers of one graph per sequence, shared prompts read once."""
 
 import itertools
 from collections.abc import Callable
@@ -8,15 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgraph.attention.attention_rows import AttentionRows, SharedPrefixes
-from flowgraph.attention.capture import capture
+from flowgraph import (
+    AttentionRows,
+    EdgeRules,
+    Flow,
+    FlowGraph,
+    GraphError,
+    InvalidInputError,
+    MissingExtraError,
+    RegionError,
+    RowFlow,
+    capture,
+    solve,
+    solve_rows,
+)
+from flowgraph.attention.attention_rows import SharedPrefixes
 from flowgraph.attention.layer_record import LayerRecord
-from flowgraph.errors import GraphError, InvalidInputError, MissingExtraError, RegionError
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.flow.solve_rows import RowFlow, solve_rows
-from flowgraph.graph.edge_rules import EdgeRules
-from flowgraph.graph.flow_graph import FlowGraph
 from tests.fixtures.models import VOCABULARY, family
 
 LENGTHS = (24, 9, 17, 24)

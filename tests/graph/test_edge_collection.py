@@ -3,12 +3,9 @@
 import pytest
 import torch
 
+from flowgraph import EdgeRules, FlowGraph, GraphError, InvalidInputError, MemoryLimitError, solve
 from flowgraph.analysis.backbone import kept_share
-from flowgraph.errors import GraphError, InvalidInputError, MemoryLimitError
-from flowgraph.flow.solve import solve
 from flowgraph.graph.edge_collection import collect_edges, edges_kept
-from flowgraph.graph.edge_rules import EdgeRules
-from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.propagation.row_sources import KeptRows, MatrixRows
 from tests.fixtures.convert import random_attention
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.graph.edge_rules import EdgeRows, EdgeRules
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import EdgeRules, FlowGraph, GraphError, InvalidInputError
+from flowgraph.graph.edge_rules import EdgeRows
 from flowgraph.propagation.row_sources import MatrixRows
 from tests.fixtures.convert import random_attention
 from tests.reference.edges import edges_from_attention
@@ -38,7 +37,7 @@ def test_every_convention_against_the_reference(rules: EdgeRules, matrix: list, 
         assert torch.allclose(block, torch.tensor(exact, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_blocks_are_parts_of_the_whole():
+def test_blocks_are_parts_of_the_matrix():
     attention, generated = random_attention(300), torch.arange(300) > 40
     rows = EdgeRows(MatrixRows(attention[None]), EdgeRules(), generated[None], torch.zeros(1).long())
     whole = rows.block(0, 300)

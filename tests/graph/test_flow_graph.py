@@ -7,8 +7,7 @@ from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 from torch_geometric.utils import to_networkx
 
-from flowgraph.errors import GraphError, RegionError
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import FlowGraph, GraphError, RegionError
 from tests.fixtures.convert import to_graph
 from tests.strategies import FlowGraph as Case
 from tests.strategies import flow_graphs

@@ -10,11 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
-from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError, TooLargeError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.maxflow.max_flow import dominators, max_flow, max_flow_bracket, max_flow_through, max_flow_without
-from flowgraph.maxflow.problem import MaxFlow, MaxFlowProblem
+from flowgraph import (
+    FlowGraph,
+    GraphError,
+    InvalidInputError,
+    MaxFlow,
+    NumericalRangeError,
+    TooLargeError,
+    dominators,
+    max_flow,
+    max_flow_bracket,
+    max_flow_through,
+    max_flow_without,
+    solve,
+)
+from flowgraph.maxflow.problem import MaxFlowProblem
 from tests.fixtures.convert import to_graph
 from tests.fixtures.graphs import DIAMOND, RELAY_PASS_THROUGH, WORKED_GRAPHS, WorkedGraph
 from tests.reference import flow as reference

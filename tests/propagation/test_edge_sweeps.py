@@ -247,7 +247,7 @@ def test_half_precision_weights_are_taken_at_their_exact_value(engine: str, dtyp
 
 @pytest.mark.parametrize("engine", ROW_ENGINES)
 def test_matrices_that_are_views(engine: str):
-    from flowgraph.flow.solve_rows import solve_rows
+    from flowgraph import solve_rows
 
     nets = [network("dense", 70, seed) for seed in range(3)]
     question, answer = torch.stack([n.question for n in nets]), torch.stack([n.answer for n in nets])

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch_geometric.data import Batch
 
-from flowgraph.flow.solve import solve
-from flowgraph.flow.solve_rows import solve_rows
+from flowgraph import solve, solve_rows
 from tests.fixtures.networks import GRAPH_ENGINES, Network, network
 from tests.reference import flow as reference
 from tests.strategies import FlowGraph as Case
@@ -32,7 +31,7 @@ def small(seed: int = 0, tokens: int = 6) -> Network:
 
 
 def fork() -> Network:
-    """Sparse, with a token that reaches nothing and a question token that nobody reads."""
+    """Sparse, with a token that reaches nothing and a question token without readers."""
     pairs = torch.tensor([[0, 0, 1, 2, 1, 3], [2, 3, 3, 4, 5, 5]])
     capacity = torch.tensor([0.5, 0.3, 0.9, 0.8, 0.4, 0.7], dtype=torch.float64)
     position = torch.arange(7)
@@ -201,7 +200,7 @@ def lanes(units: Tensor) -> Network:
 
 
 def elasticities(net: Network, backend: str, of: Callable[[Any], Tensor]) -> Tensor:
-    """``c * d(of) / dc`` for every edge: it knows no units."""
+    """``c * d(of) / dc`` for every edge: it does not depend on the scaling."""
     graph = net.graph()
     graph.capacity = net.capacity.clone().requires_grad_()
     flow = solve(graph, backend=backend)
@@ -280,7 +279,7 @@ def test_log_potential_beside_a_token_that_reaches_nothing(backend: str):
     net = infeasible()
     graph = net.graph()
     graph.capacity = net.capacity.clone().requires_grad_()
-    solve(graph, backend=backend).log2_potential()[3].backward()
+    solve(graph, backend=backend).log2_potential[3].backward()
     assert bool(torch.isfinite(gradient_of(graph.capacity)).all())
     assert gradient_of(graph.capacity)[3:].all()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowgraph.errors import InvalidInputError, MissingExtraError
+from flowgraph import InvalidInputError, MissingExtraError
 from flowgraph.propagation import numba_backend as compiled
 from flowgraph.propagation.topology import Topology
 
@@ -34,7 +34,7 @@ def test_shares_cover_every_node_once_and_end_with_graphs(threads: int, monkeypa
         for t in range(1, size)
     ]
     topology = Topology(torch.tensor(pairs).T.contiguous(), ptr)
-    shares = compiled._ranges(topology)
+    shares = compiled._node_ranges(topology)
     assert [first for first, _ in shares] == [0, *(last for _, last in shares[:-1])]
     assert shares[-1][1] == topology.num_nodes
     assert {last for _, last in shares} <= set(ptr.tolist())

@@ -1,4 +1,4 @@
-"""Ranges that float64 cannot hold, against exact fractions: nothing is lost but the unit of h."""
+"""Ranges that float64 cannot hold, against exact fractions: only the scale of h differs."""
 
 import math
 from fractions import Fraction
@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph.certificate.certify import certify, certify_each
-from flowgraph.flow.solve import solve
-from flowgraph.flow.solve_rows import solve_rows
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import FlowGraph, certify, certify_each, solve, solve_rows
 from tests.fixtures.networks import ENGINES, GRAPH_ENGINES, Network, Solved, near, network, solve_by
 from tests.reference import flow as reference
 
@@ -147,7 +144,7 @@ def test_weights_of_any_size(engine: str, net: Network, source: str):
 
 @every_engine
 def test_one_wide_graph_among_ordinary_ones_changes_no_bit_of_theirs(engine: str):
-    """Units of a power of two round nothing, whoever needed them."""
+    """Scaling by powers of two rounds nothing."""
     ordinary = [network("dense", 90, 1), network("disconnected", 20), network("sink", 130, 2), network("edgeless", 3)]
     nets = [ordinary[0], WIDE["sink"], *ordinary[1:], WIDE["crossroads"]]
     for source in ("uniform", "potential"):
@@ -231,7 +228,7 @@ def test_alpha_of_subnormal_capacities(weight: float):
 
 
 def test_a_subnormal_potential_is_exact_or_balanced():
-    """Subnormal numbers have few digits: a potential that would be one is computed in other units."""
+    """Subnormal numbers have few digits: a potential that would be one is computed in balanced form."""
     net = chain([1e-160, 0.3, 1e-155, 0.7])
     for engine in ENGINES:
         [got] = solve_by(engine, [net])

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
-from flowgraph.errors import GraphError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import FlowGraph, GraphError, solve
 from flowgraph.propagation.topology import CACHE, Topology, topology_of
 from tests.fixtures.networks import GRAPH_ENGINES, network
 
@@ -351,4 +349,4 @@ def test_more_nodes_than_int32_can_number():
     topology = Topology(torch.tensor([[0], [1]]), torch.tensor([0, 2]))
     topology.num_nodes = 2**31
     with pytest.raises(GraphError, match=r"at most 2\*\*31 - 1 nodes in one batch, got 2147483648; split the batch"):
-        _ = topology.source32
+        _ = topology.source_int32

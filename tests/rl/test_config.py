@@ -1,4 +1,4 @@
-"""Every setting says what it must be, what it got and what to do instead, when it is made."""
+"""Every setting is checked at construction; messages state the rule, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "m
         ({"max_grad_norm": -INF}, "max_grad_norm: must be finite, got -inf"),
         ({"save_every_updates": 0}, "save_every_updates: must be positive, got 0"),
         ({"dual_clip": 1}, "dual_clip: must be above 1, got 1.0; 3 is usual"),
-        ({"seed": 2**63}, "seed: must be a whole number of 64 bits, got 9223372036854775808; 0 is the default"),
-        ({"seed": -(2**63) - 1}, "seed: must be a whole number of 64 bits"),
+        ({"seed": 2**63}, "seed: must be an integer of 64 bits, got 9223372036854775808; 0 is the default"),
+        ({"seed": -(2**63) - 1}, "seed: must be an integer of 64 bits"),
         ({"seed": 0.5}, "seed: must be int, got 0.5"),
         ({"whiten": "no"}, "whiten: must be bool, got 'no'"),
         ({"kl_coefficient": "0.1"}, "kl_coefficient: must be float or nothing, got '0.1'"),

@@ -1,1 +1,1 @@
-"""What a flow says: routes, backbone, gap to the max flow, layered baselines, statistics."""
+"""Read a flow: routes, backbone, gap to the max flow, layered baselines, statistics."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 from torch_geometric.utils import scatter
 
@@ -17,12 +17,22 @@ from flowgraph.flow.flow import Flow, require_single_feasible
 
 RoleRegion = Literal["reasoning", "all"]
 _NEGLIGIBLE = 1e-12
-"""Residual flow below which a route is rounding, not flow (the whole flow is 1)."""
+"""Residual flow below which a route is rounding, not flow (the unit flow is 1)."""
+
+_STARTS_HERE = -1
+"""In place of an edge: the widest route into the token starts at it."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """One path from question to answer and the flow it carries; routes of one call are disjoint in flow."""
+    """One path from question to answer and the flow it carries.
+
+    Routes of one call are disjoint in flow: their amounts add up to the flow that they represent.
+
+    Attributes:
+        tokens: the path, in token order.
+        flow: share of the unit flow.
+    """
 
     tokens: tuple[int, ...]
     flow: float
@@ -30,14 +40,15 @@ class Route:
 
 @dataclass(frozen=True)
 class TokenRole:
-    """Where one token stands in the flow.
+    """The part of one token in the flow.
 
     Attributes:
         token: index.
         throughput: share of the unit flow that passes through it.
-        inflows, outflows: effective number of edges that its flow arrives and leaves by,
-            ``exp(entropy of the shares)``: 1 when one edge carries all, n when n carry equal parts.
-        score: what the list is ranked by.
+        inflows: effective number of edges by which its flow arrives, ``exp(entropy of the shares)``: 1 when one edge
+            carries all, n when n carry equal parts.
+        outflows: the same for the edges by which its flow continues.
+        score: the number by which the list is ranked.
     """
 
     token: int
@@ -48,7 +59,21 @@ class TokenRole:
 
 
 def widest_routes(flow: Flow, k: int = 10) -> list[Route]:
-    """The ``k`` widest routes: the first k of :func:`decompose`."""
+    """Find the ``k`` widest routes: the first k of :func:`decompose`.
+
+    Args:
+        flow: a feasible flow on one graph.
+        k: how many, at least 1.
+
+    Returns:
+        Routes, widest first; fewer than k where the flow has fewer.
+
+    Raises:
+        InfeasibleFlowError: there is no flow.
+        InvalidInputError: ``k`` below 1, or a batch.
+
+    Cost: one pass over the edges per route.
+    """
     if k < 1:
         raise InvalidInputError(f"k: must be at least 1, got {k!r}; ask for the number of routes you want to see")
     return decompose(flow, share=1.0, max_routes=k)
@@ -57,7 +82,7 @@ def widest_routes(flow: Flow, k: int = 10) -> list[Route]:
 def decompose(flow: Flow, share: float = 0.9, max_routes: int = 1000) -> list[Route]:
     """Split the flow into routes, widest first: flow decomposition by successive widest paths.
 
-    The widest route maximises the least flow on it (where it enters, its edges, where it leaves). That amount is
+    The widest route maximises the least flow on it (where it enters, its edges, where it is absorbed). That amount is
     taken away everywhere along it and the next widest route is found in what is left, so the amounts add up
     to the flow they represent.
 
@@ -78,8 +103,9 @@ def decompose(flow: Flow, share: float = 0.9, max_routes: int = 1000) -> list[Ro
     if not 0 < share <= 1:
         raise InvalidInputError(f"share: must lie in (0, 1], got {share!r}; 0.9 splits 90 % of the flow")
     require_single_feasible(flow)
-    routes, carried = [], 0.0
-    for route in _peel(flow):
+    routes = []
+    carried = 0.0
+    for route in _successive_widest(flow):
         routes.append(route)
         carried += route.flow
         if carried >= share - _NEGLIGIBLE or len(routes) >= max_routes:
@@ -87,91 +113,143 @@ def decompose(flow: Flow, share: float = 0.9, max_routes: int = 1000) -> list[Ro
     return routes
 
 
-def _peel(flow: Flow) -> Iterator[Route]:
-    """Widest route after widest route, each taken out of the residual flow."""
-    edge_flow = flow.edge_flow
-    kept = edge_flow > _NEGLIGIBLE
-    residual = edge_flow[kept].cpu().numpy()
-    source = flow.graph.edge_index[0, kept].cpu().numpy()
-    target = flow.graph.edge_index[1, kept].cpu().numpy()
-    entering, leaving = flow.source.cpu().numpy().copy(), flow.absorbed.cpu().numpy().copy()
-    first_edge = np.searchsorted(target, np.arange(entering.size + 1))
-    while True:
-        width, via = _widest(residual, source, first_edge, entering)
-        last = int(np.argmax(np.minimum(width, leaving)))
-        amount = min(width[last], leaving[last])
-        if amount <= _NEGLIGIBLE:
-            return
-        tokens, edges = [last], []
-        while via[tokens[-1]] >= 0:
-            edges.append(via[tokens[-1]])
-            tokens.append(int(source[edges[-1]]))
-        residual[edges] -= amount
-        entering[tokens[-1]] -= amount
-        leaving[last] -= amount
-        yield Route(tuple(reversed(tokens)), float(amount))
-
-
-def _widest(
-    residual: np.ndarray, source: np.ndarray, first_edge: np.ndarray, entering: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bottleneck of the widest route into each token, and the edge it arrives by (-1: it starts there)."""
-    width, via = entering.copy(), np.full(entering.size, -1)
-    for token in np.flatnonzero(np.diff(first_edge)):
-        edges = slice(first_edge[token], first_edge[token + 1])
-        reach = np.minimum(residual[edges], width[source[edges]])
-        best = int(reach.argmax())
-        if reach[best] > width[token]:
-            width[token], via[token] = reach[best], first_edge[token] + best
-    return width, via
-
-
 def hubs(flow: Flow, k: int = 10, region: RoleRegion = "reasoning") -> list[TokenRole]:
-    """Routing hubs: the tokens with the highest throughput.
+    """Find the routing hubs: the tokens with the highest throughput.
 
     Args:
         flow: a feasible flow on one graph.
-        k: how many.
+        k: how many, at least 1.
         region: ``"reasoning"`` (default) or ``"all"`` tokens, question and answer included.
+
+    Returns:
+        Tokens with flow, highest throughput first; fewer than k where there are fewer.
+
+    Raises:
+        InfeasibleFlowError: there is no flow.
+        InvalidInputError: ``k`` below 1, another region, or a batch.
+
+    Cost: a few reads of the edges.
     """
     return _ranked(flow, flow.throughput, k, region)
 
 
 def checkpoints(flow: Flow, k: int = 10, region: RoleRegion = "reasoning") -> list[TokenRole]:
-    r"""Aggregation checkpoints: high throughput that arrives from many places.
+    r"""Find the aggregation checkpoints: tokens with high throughput that arrives from many places.
 
-    Ranked by :math:`f[t] \cdot H_{\mathrm{in}}(t)`, throughput times the entropy of its inflow shares
+    Ranked by :math:`f[t] \cdot H_{\mathrm{in}}(t)`, throughput times the entropy of the inflow shares
     :math:`F(s, t) / \sum_s F(s, t)`: the token's term in the entropy of a route read backwards from the answer.
-    A token that relays a single predecessor scores 0, however much passes through it. Arguments as :func:`hubs`.
+    A token that relays a single predecessor scores 0, for any throughput.
+
+    Args:
+        flow: a feasible flow on one graph.
+        k: how many, at least 1.
+        region: ``"reasoning"`` (default) or ``"all"`` tokens, question and answer included.
+
+    Returns:
+        Tokens with a positive score, highest first; fewer than k where there are fewer.
+
+    Raises:
+        InfeasibleFlowError: there is no flow.
+        InvalidInputError: ``k`` below 1, another region, or a batch.
+
+    Cost: a few reads of the edges.
     """
-    into, _ = _flow_entropies(flow)
-    return _ranked(flow, flow.throughput * into, k, region)
+    inflow_entropy = _flow_entropy(flow, flow.graph.edge_index[1])
+    return _ranked(flow, flow.throughput * inflow_entropy, k, region)
+
+
+def _successive_widest(flow: Flow) -> Iterator[Route]:
+    """Yield widest route after widest route, each taken out of the residual flow."""
+    edge_flow = flow.edge_flow
+    kept = edge_flow > _NEGLIGIBLE
+    residual = edge_flow[kept].cpu().numpy()
+    source = flow.graph.edge_index[0, kept].cpu().numpy()
+    target = flow.graph.edge_index[1, kept].cpu().numpy()
+    entering = flow.source.cpu().numpy().copy()
+    absorbed = flow.absorbed.cpu().numpy().copy()
+    first_edge = np.searchsorted(target, np.arange(entering.size + 1))
+
+    while True:
+        # The widest complete route ends where the route into a token and the token's absorption both allow most.
+        width, arrives_by = _widest_into(residual, source, first_edge, entering)
+        last = int(np.argmax(np.minimum(width, absorbed)))
+        amount = min(width[last], absorbed[last])
+        if amount <= _NEGLIGIBLE:
+            return
+
+        # Follow its edges back to the token where it enters.
+        tokens = [last]
+        edges = []
+        while arrives_by[tokens[-1]] != _STARTS_HERE:
+            edge = arrives_by[tokens[-1]]
+            edges.append(edge)
+            tokens.append(int(source[edge]))
+        first = tokens[-1]
+
+        residual[edges] -= amount
+        entering[first] -= amount
+        absorbed[last] -= amount
+        yield Route(tuple(reversed(tokens)), float(amount))
+
+
+def _widest_into(
+    residual: Float64[np.ndarray, " kept"],
+    source: Int64[np.ndarray, " kept"],
+    first_edge: Int64[np.ndarray, " tokens+1"],
+    entering: Float64[np.ndarray, " tokens"],
+) -> tuple[Float64[np.ndarray, " tokens"], Int64[np.ndarray, " tokens"]]:
+    """Compute the least flow on the widest route into each token, and the last edge of that route."""
+    # width[t] = max(src[t], max_s min(width[s], F(s, t))), in token order.
+    width = entering.copy()
+    arrives_by = np.full(entering.size, _STARTS_HERE)
+    for token in np.flatnonzero(np.diff(first_edge)):
+        incoming = slice(first_edge[token], first_edge[token + 1])
+        through_edge = np.minimum(residual[incoming], width[source[incoming]])
+        best = int(through_edge.argmax())
+        if through_edge[best] > width[token]:
+            width[token] = through_edge[best]
+            arrives_by[token] = first_edge[token] + best
+    return width, arrives_by
 
 
 def _ranked(flow: Flow, score: Float64[Tensor, " tokens"], k: int, region: str) -> list[TokenRole]:
+    """List the k tokens of a region with the highest positive score; ties by position."""
     require_single_feasible(flow)
-    if region not in ("reasoning", "all"):
+    if region not in get_args(RoleRegion):
         raise InvalidInputError(
             f"region: must be 'reasoning' or 'all', got {region!r}; 'all' includes question and answer"
         )
     if k < 1:
         raise InvalidInputError(f"k: must be at least 1, got {k!r}; ask for the number of tokens you want to see")
-    eligible = score > 0 if region == "all" else flow.graph.reasoning_mask & (score > 0)
-    order = torch.argsort(torch.where(eligible, score, -1.0), descending=True, stable=True)
-    into, out_of = (entropy.exp() for entropy in _flow_entropies(flow))
-    return [
-        TokenRole(t, float(flow.throughput[t]), float(into[t]), float(out_of[t]), float(score[t]))
-        for t in order[: min(k, int(eligible.sum()))].tolist()
-    ]
 
+    eligible = score > 0
+    if region == "reasoning":
+        eligible = eligible & flow.graph.reasoning_mask
+    # Scores are at least 0, so -1 sorts the other tokens last.
+    highest_first = torch.argsort(torch.where(eligible, score, -1.0), descending=True, stable=True)
+    num_listed = min(k, int(eligible.sum()))
 
-def _flow_entropies(flow: Flow) -> tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]:
-    """Entropy in nats of each token's inflow shares and outflow shares."""
-    edge_flow = flow.edge_flow
+    # exp(entropy): the effective number of edges.
     source, target = flow.graph.edge_index
-    entropies = []
-    for end in (target, source):
-        total = scatter(edge_flow, end, dim_size=flow.throughput.numel(), reduce="sum")
-        share = torch.where(edge_flow > 0, edge_flow / total[end], 0.0)
-        entropies.append(scatter(torch.special.entr(share), end, dim_size=flow.throughput.numel(), reduce="sum"))
-    return entropies[0], entropies[1]
+    inflows = _flow_entropy(flow, target).exp()
+    outflows = _flow_entropy(flow, source).exp()
+    roles = []
+    for token in highest_first[:num_listed].tolist():
+        role = TokenRole(
+            token=token,
+            throughput=float(flow.throughput[token]),
+            inflows=float(inflows[token]),
+            outflows=float(outflows[token]),
+            score=float(score[token]),
+        )
+        roles.append(role)
+    return roles
+
+
+def _flow_entropy(flow: Flow, end: Int64[Tensor, " edges"]) -> Float64[Tensor, " tokens"]:
+    """Compute the entropy in nats of the shares of flow on the edges at one end: targets for inflow, else outflow."""
+    edge_flow = flow.edge_flow
+    num_tokens = flow.throughput.numel()
+    total = scatter(edge_flow, end, dim_size=num_tokens, reduce="sum")
+    share = torch.where(edge_flow > 0, edge_flow / total[end], 0.0)
+    return scatter(torch.special.entr(share), end, dim_size=num_tokens, reduce="sum")

@@ -1,7 +1,7 @@
-r"""``certify``: everything that is provable about one flow (method, section 4), recomputed from the edges.
+r"""certify: check everything that is provable about one flow (method, section 4), recomputed from the edges.
 
-Nothing here calls the solver's sweeps. N is rebuilt from the graph and the named options, reachability is a
-search of the topology, sums are taken edge by edge in numpy, and the max flow comes from igraph, re-checked.
+The solver's sweeps are not used here. N is rebuilt from the graph and the named options, reachability is a search of
+the topology, sums are taken edge by edge in numpy, and the max flow comes from igraph and is re-verified.
 
 The checks themselves, and the bounds they must meet, are in :mod:`flowgraph.certificate.checks`.
 """
@@ -13,19 +13,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph.certificate.checks import (
     Check,
+    TokenSet,
     against_max_flow,
     check,
     conservation,
     net_flow_across_cuts,
-    nothing_flows,
     scaling,
     separating_cuts,
     smallest_cut,
     structure,
+    zero_flow,
 )
 from flowgraph.certificate.flow_arrays import FlowArrays
 from flowgraph.certificate.rational import RATIONAL_EDGES, against_fractions, require_rational_size
@@ -35,19 +37,17 @@ from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
 
 Level = Literal["auto", "fast", "exact", "rational"]
 
-_NODE_VECTORS = ("h", "g", "exponent", "throughput", "source", "demand", "absorbing")
-
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is proved about one flow.
+    """The result of checking one flow.
 
     Attributes:
         checks: in the order of the method.
         max_flow_value: V between the flow's source and demand tokens; None where it was not computed.
         alpha: the largest scaling of the flow that fits the capacities, so alpha <= V; infinite without edge flow.
         gap: alpha / V in (0, 1]; None without V or without flow. It has no constant lower bound: a small gap
-            says that the routes are narrow somewhere, not that the flow is wrong.
+            means that the routes are narrow somewhere, not that the flow is wrong.
         notes: what was not checked, and why.
     """
 
@@ -60,46 +60,48 @@ class Certificate:
     @property
     def ok(self) -> bool:
         """Whether every check holds."""
-        return all(check.ok for check in self.checks)
+        return all(made.ok for made in self.checks)
 
     @property
     def failed(self) -> tuple[Check, ...]:
         """The checks that do not hold."""
-        return tuple(check for check in self.checks if not check.ok)
+        return tuple(made for made in self.checks if not made.ok)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; a number that is not finite becomes None."""
+        """Return plain JSON values; a number that is not finite becomes None."""
+        checks = []
+        for made in self.checks:
+            row = asdict(made)
+            row["residual"] = _finite(made.residual)
+            row["bound"] = _finite(made.bound)
+            checks.append(row)
         return {
             "ok": self.ok,
             "max_flow_value": _finite(self.max_flow_value),
             "alpha": _finite(self.alpha),
             "gap": _finite(self.gap),
-            "checks": [
-                {**asdict(check), "residual": _finite(check.residual), "bound": _finite(check.bound)}
-                for check in self.checks
-            ],
+            "checks": checks,
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         if self.ok:
-            verdict = f"all {len(self.checks)} checks hold"
+            result = f"all {len(self.checks)} checks hold"
         else:
-            verdict = f"{len(self.failed)} of {len(self.checks)} checks FAIL: {', '.join(c.name for c in self.failed)}"
+            names = ", ".join(made.name for made in self.failed)
+            result = f"{len(self.failed)} of {len(self.checks)} checks FAIL: {names}"
+
         numbers = f"alpha = {self.alpha:.6g}"
         if self.max_flow_value is not None:
             numbers += f", max flow V = {self.max_flow_value:.6g}"
         if self.gap is not None:
             numbers += f", alpha / V = {self.gap:.4g}"
-        width = max((len(check.name) for check in self.checks), default=0)
-        rows = [
-            f"  {'✓' if c.ok else '✗'} {c.name:<{width}}  {c.residual:>7.1g} {'<=' if c.ok else '> '} {c.bound:<7.1g}  "
-            f"{c.statement}{c.detail and f' ({c.detail})'}"
-            for c in self.checks
-        ]
-        return "\n".join(
-            [f"Certificate: {verdict}", f"  {numbers}", *rows, *(f"  note: {note}" for note in self.notes)]
-        )
+
+        name_width = max((len(made.name) for made in self.checks), default=0)
+        lines = [f"Certificate: {result}", f"  {numbers}"]
+        lines += [_table_row(made, name_width) for made in self.checks]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
 
 
 def certify(
@@ -110,7 +112,7 @@ def certify(
     num_through: int = 8,
     seed: int = 0,
 ) -> Certificate:
-    r"""Check everything that must hold for a conserved flow, whatever the graph, against the exact max flow.
+    r"""Check everything that must hold for a conserved flow on any graph, and compare it with the exact max flow.
 
     .. math::
         h > 0 \Leftrightarrow \text{reachable}, \quad \sum_t P(s \to t) = 1, \quad f = src + \sum F_{in} =
@@ -129,82 +131,112 @@ def certify(
     Returns:
         A :class:`Certificate`. A check that fails is reported, never raised; a check that was not made is
         absent and named in ``notes`` (the max flow also where a token is both source and demand: V is unlimited there).
-        An infeasible flow is certified as such: everything is zero, and V is.
+        For an infeasible flow the certificate checks that every number is zero, V included.
 
     Raises:
         InvalidInputError: a flow over a Batch, or an option outside its range.
         TooLargeError: level ``"exact"`` or ``"rational"`` on a graph above ``max_edges``.
-        NumericalRangeError: the max flow solver failed its re-check.
+        NumericalRangeError: the max-flow solver failed its re-check.
 
     Cost: some 40 reads of the edges and 1 + 2 num_through max flows. Source: method, section 4; arXiv 2606.10646.
 
     Example:
         >>> import torch
-        >>> from flowgraph.flow.solve import solve
-        >>> from flowgraph.graph.flow_graph import FlowGraph
+        >>> from flowgraph import FlowGraph, solve
         >>> weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.25, 0.75, 0]])
         >>> certificate = certify(solve(FlowGraph.from_dense(weights, question=[0], answer=[3])))
         >>> certificate.ok, certificate.max_flow_value, round(certificate.gap, 4)
         (True, 0.5, 0.8333)
     """
     _check_options(flow, level, num_through)
+
+    # The statements are about valid graphs: on any other graph, nothing else is checked.
     fault = _fault(flow)
     graph_check = check("graph", bool(fault), 0, fault)
     if fault:
         note = "nothing else was checked: the statements are about valid graphs"
         return Certificate((graph_check,), None, math.nan, None, (note,))
-    alpha = float(flow.alpha)
-    if level == "rational":  # before the max flow, which would be for nothing
-        require_rational_size(flow.graph.num_edges, RATIONAL_EDGES if max_edges is None else max_edges)
-    with np.errstate(all="ignore"):  # a corrupted flow may hold anything; NaN fails every comparison
-        arrays = FlowArrays(flow)
+
+    # Refuse a graph that is too large for fractions before the max flow is computed.
+    max_flow_edges = MAX_EDGES if max_edges is None else max_edges
+    rational_edges = RATIONAL_EDGES if max_edges is None else max_edges
+    if level == "rational":
+        require_rational_size(flow.graph.num_edges, rational_edges)
+
+    notes: list[str] = []
+    sides: list[TokenSet] = []
+    # A corrupted flow may hold any number: overflow and NaN show as failed checks, not as warnings.
+    with np.errstate(all="ignore"):
+        arrays = FlowArrays.from_flow(flow)
         checks = [graph_check, *structure(arrays)]
-        notes = []
-        sides = []
+
+        # Conservation and scaling, or their counterpart where there is no flow.
         if arrays.feasible:
             rng = np.random.default_rng(seed)
             sides = separating_cuts(arrays, rng)
-            checks += [*conservation(arrays), net_flow_across_cuts(arrays, sides, rng), *scaling(arrays)]
+            checks += conservation(arrays)
+            checks.append(net_flow_across_cuts(arrays, sides, rng))
+            checks += scaling(arrays)
         else:
-            checks.append(nothing_flows(arrays))
-            notes.append("no flow: no source token reaches the demand, so conservation and scaling say nothing")
-        network = _network(arrays, level, MAX_EDGES if max_edges is None else max_edges, notes)
-        value = None
-        if network is not None:
-            value, exact_checks = against_max_flow(arrays, network, sides, num_through, notes)
+            checks.append(zero_flow(arrays))
+            notes.append("no flow: no source token reaches the demand, so conservation and scaling do not apply")
+
+        # The max flow; without it, alpha is still compared with the cuts.
+        max_flow_value = None
+        problem = _max_flow_problem(arrays, level, max_flow_edges, notes)
+        if problem is not None:
+            max_flow_value, exact_checks = against_max_flow(arrays, problem, sides, num_through, notes)
             checks += exact_checks
         elif sides:
             checks.append(smallest_cut(arrays, sides, arrays.alpha))
+
         if level == "rational":
-            checks += against_fractions(arrays, value, max_edges=RATIONAL_EDGES if max_edges is None else max_edges)
-    gap = alpha / value if value and math.isfinite(alpha) else None
-    return Certificate(tuple(checks), value, alpha, gap, tuple(notes))
+            checks += against_fractions(arrays, max_flow_value, max_edges=rational_edges)
+
+    alpha = arrays.alpha
+    gap = None
+    if max_flow_value and math.isfinite(alpha):
+        gap = alpha / max_flow_value
+    return Certificate(tuple(checks), max_flow_value, alpha, gap, tuple(notes))
 
 
 def certify_each(flow: Flow, **options: Any) -> list[Certificate]:
-    """:func:`certify` for every graph of a flow over a Batch, as it was solved there; the same options.
+    """Certify every graph of a flow over a Batch, as it was solved there.
+
+    Args:
+        flow: over a Batch, or over one graph.
+        options: those of :func:`certify`.
+
+    Returns:
+        One certificate per graph, in the order of the batch.
+
+    Raises:
+        InvalidInputError, TooLargeError, NumericalRangeError: as :func:`certify`.
+
+    Cost: that of :func:`certify`, for each graph.
 
     Example:
         >>> import torch
         >>> from torch_geometric.data import Batch
-        >>> from flowgraph.flow.solve import solve
-        >>> from flowgraph.graph.flow_graph import FlowGraph
+        >>> from flowgraph import FlowGraph, solve
         >>> graph = FlowGraph.from_dense(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), question=[0], answer=[1])
         >>> [certificate.ok for certificate in certify_each(solve(Batch.from_data_list([graph, graph])))]
         [True, True]
     """
     if not isinstance(flow.graph, Batch):
         return [certify(flow, **options)]
-    ptr = flow.graph.ptr.tolist()
+    first_node = flow.graph.ptr.tolist()
     certificates = []
     for number, graph in enumerate(flow.graph.to_data_list()):
-        nodes = slice(ptr[number], ptr[number + 1])
-        parts = {name: getattr(flow, name)[nodes] for name in _NODE_VECTORS}
-        certificates.append(certify(replace(flow, graph=graph, **parts), **options))
+        nodes = slice(first_node[number], first_node[number + 1])
+        vectors = {name: vector[nodes] for name, vector in _node_vectors(flow).items()}
+        single = replace(flow, graph=graph, **vectors)
+        certificates.append(certify(single, **options))
     return certificates
 
 
 def _check_options(flow: Flow, level: str, num_through: int) -> None:
+    """Refuse a batch, and options outside their range."""
     if isinstance(flow.graph, Batch):
         raise InvalidInputError(
             f"flow: a certificate is about one graph, got a flow over a Batch of {flow.graph.num_graphs}; "
@@ -214,19 +246,28 @@ def _check_options(flow: Flow, level: str, num_through: int) -> None:
         allowed = ", ".join(map(repr, get_args(Level)))
         raise InvalidInputError(f"level: must be one of {allowed}, got {level!r}; 'auto' is the default")
     if num_through < 0:
-        raise InvalidInputError(f"num_through: must be at least 0, got {num_through}; 0 leaves the check out")
+        raise InvalidInputError(f"num_through: must be at least 0, got {num_through}; 0 omits the check")
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _node_vectors(flow: Flow) -> dict[str, Tensor]:
+    """List the vectors of a flow that have one entry per token."""
+    return {
+        "h": flow.h,
+        "g": flow.g,
+        "exponent": flow.exponent,
+        "throughput": flow.throughput,
+        "source": flow.source,
+        "demand": flow.demand,
+        "absorbing": flow.absorbing,
+    }
 
 
 def _fault(flow: Flow) -> str:
-    """What makes the graph invalid, or nothing."""
-    sizes = {name: getattr(flow, name).numel() for name in _NODE_VECTORS}
-    wrong = [name for name, size in sizes.items() if size != flow.graph.num_nodes]
+    """Describe what makes the graph invalid; empty for a valid graph."""
+    num_nodes = flow.graph.num_nodes
+    wrong = [name for name, vector in _node_vectors(flow).items() if vector.numel() != num_nodes]
     if wrong:
-        return f"{', '.join(wrong)} must have one entry per token ({flow.graph.num_nodes})"
+        return f"{', '.join(wrong)} must have one entry per token ({num_nodes})"
     try:
         flow.graph.validate()
     except InvalidInputError as error:
@@ -234,18 +275,36 @@ def _fault(flow: Flow) -> str:
     return ""
 
 
-def _network(arrays: FlowArrays, level: Level, max_edges: int, notes: list[str]) -> MaxFlowProblem | None:
-    """The max flow problem between the flow's own source and demand tokens, or a note that says why not."""
+def _max_flow_problem(arrays: FlowArrays, level: Level, max_edges: int, notes: list[str]) -> MaxFlowProblem | None:
+    """Set up the max flow between the flow's own source and demand tokens, or note why it is not computed."""
     num_edges = arrays.weight.size
     if (arrays.is_source & arrays.is_sink).any():
         notes.append("max flow: not computed; a token is both source and demand, so no edge limits what passes there")
-    elif level == "fast":
-        notes.append("max flow: not computed, as asked (level='fast'); alpha is a lower bound of it")
-    elif level == "auto" and num_edges > max_edges:
+        return None
+    if level == "fast":
+        notes.append("max flow: not computed, as requested (level='fast'); alpha is a lower bound of it")
+        return None
+    if level == "auto" and num_edges > max_edges:
         notes.append(
             f"max flow: not computed; {num_edges:,} edges are above max_edges = {max_edges:,}; "
             f"pass max_edges={num_edges} to compute it"
         )
-    else:
-        return MaxFlowProblem(arrays.flow, max_edges=max_edges)
-    return None
+        return None
+    return MaxFlowProblem(arrays.flow, max_edges=max_edges)
+
+
+def _finite(value: float | None) -> float | None:
+    """Replace NaN and infinity, which JSON does not have, by None."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value
+
+
+def _table_row(made: Check, name_width: int) -> str:
+    """Write one check as a line of the table."""
+    mark = "✓" if made.ok else "✗"
+    relation = "<=" if made.ok else "> "
+    row = f"  {mark} {made.name:<{name_width}}  {made.residual:>7.1g} {relation} {made.bound:<7.1g}  {made.statement}"
+    if made.detail:
+        row += f" ({made.detail})"
+    return row

@@ -1,15 +1,22 @@
-"""The statements that hold for every conserved flow (method, section 4), each with the bound it must meet.
+r"""The statements that hold for every conserved flow (method, section 4), each with the bound it must meet.
 
-Nothing here calls the solver's sweeps. N is rebuilt from the graph and the named options, reachability is a
-search of the topology, and sums are taken edge by edge in numpy.
+The solver's sweeps are not used here. N is rebuilt from the graph and the named options, reachability is a search of
+the topology, and sums are taken edge by edge in numpy.
+
+Symbols: T tokens, h potential, g influence, f throughput, F flow on the edges, b demand, ``q = src / h``,
+``P(s -> t) = N[t, s] h[t] / h[s]``. An item is an item of section 4.
 
 Bounds. All terms are non-negative, so a sum of n products, in any order, has a relative error of at most
-``(n + 2) * eps / 2``. A **local** identity compares two such sums over the edges at one token, the solver's and
-ours: they differ by at most ``local = (n + 32) * eps``, n the largest number of edges at one token, the 32 for
-the handful of other roundings. A **whole** identity adds the local defects of all tokens, each weighted by what
-passes there (f, once in and once out): at most ``whole = 2 * local * sum(f) + N * eps``, N tokens. These are worst
-cases: rounding errors mostly cancel, and a solved flow stays far below them. Numbers below ``2**-800`` of
-the unit flow, where float64 runs out, count as zero.
+``(n + 2) * eps / 2``.
+
+- A **local** identity compares two such sums over the edges at one token, the solver's and the one computed here. They
+  differ by at most ``local_bound = (n + 32) * eps``: n is the largest number of edges at one token, and 32 covers the
+  other roundings.
+- An identity over **all** tokens adds the local errors of all tokens, each weighted by the flow through the token (f,
+  once in and once out): at most ``total_bound = 2 * local_bound * sum(f) + T * eps``.
+
+These are worst cases: rounding errors mostly cancel, and a solved flow stays far below them. Numbers below
+``NEGLIGIBLE_FLOW = 2**-800`` of the unit flow, where float64 reaches the end of its range, count as zero.
 """
 
 from __future__ import annotations
@@ -18,20 +25,27 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool
 from numpy.typing import NDArray
 
-from flowgraph.certificate.flow_arrays import EPS, NOTHING, FlowArrays
-from flowgraph.maxflow.problem import TOLERANCE, MaxFlowProblem
+from flowgraph.certificate.flow_arrays import EPS, NEGLIGIBLE_FLOW, FlowArrays
+from flowgraph.maxflow.problem import MaxFlowProblem
+from flowgraph.maxflow.verification import TOLERANCE
 
-_PREFIX_CUTS, _RANDOM_CUTS = 8, 16
+TokenSet = Bool[np.ndarray, " tokens"]
+"""A set of tokens, as a mask; as a cut, the side of the sources."""
+
+_NUM_PREFIX_CUTS = 8
+_NUM_RANDOM_CUTS = 16
+
 _STATEMENTS = {
     "graph": "edges run forward in token order; regions are disjoint",
     "absorbing": "no edge leaves a token that absorbs, every edge leaves the others",
     "reachability": "h > 0 exactly where the demand can be reached",
     "feasible": "a flow exists exactly when a source token reaches the demand",
-    "out-mass": "P hands on exactly 1 from every token that reaches the demand",
+    "out-mass": "the transitions P out of every token that reaches the demand sum to 1",
     "zero flow": "no route: source, g, throughput and edge flow are 0, alpha is infinite",
-    "source": "one unit enters, as its rule says",
+    "source": "one unit enters, distributed by the named rule",
     "influence": "g = q + N g at every token",
     "inflow": "source + inflow = throughput at every token",
     "outflow": "throughput = outflow + absorbed at every token",
@@ -65,7 +79,7 @@ class Check:
         name: short and stable.
         statement: what must hold, in plain words.
         residual: how far it is from holding (relative, or a count where the bound is 0).
-        bound: what rounding can explain.
+        bound: the largest residual that rounding can explain.
         ok: ``residual <= bound``.
         detail: the numbers behind it.
     """
@@ -79,160 +93,310 @@ class Check:
 
 
 def check(name: str, residual: float, bound: float, detail: str = "") -> Check:
-    """The verdict on one statement; NaN never passes."""
-    residual, bound = float(residual) + 0.0, float(bound)  # + 0.0 turns -0 into 0
-    return Check(name, _STATEMENTS[name], residual, bound, residual <= bound, detail)
-
-
-def _difference(got: NDArray, wanted: NDArray) -> float:
-    """Largest difference relative to the larger of the two: 0 for nothing, 1 for something against nothing."""
-    scale = np.maximum(np.maximum(np.abs(got), np.abs(wanted)), NOTHING)
-    return float(np.max(np.abs(got - wanted) / scale, initial=0.0))
+    """Compare a residual with its bound; NaN never passes."""
+    residual = float(residual) + 0.0  # adding 0 turns -0 into 0
+    bound = float(bound)
+    return Check(
+        name=name,
+        statement=_STATEMENTS[name],
+        residual=residual,
+        bound=bound,
+        ok=residual <= bound,
+        detail=detail,
+    )
 
 
 def structure(arrays: FlowArrays) -> list[Check]:
-    """What holds with and without a flow (items 1 and 2): who absorbs, who reaches the demand, and P."""
-    h, absorbing, reaches = arrays.h, arrays.absorbing, arrays.reaches
-    wrong_mask = (arrays.flow.absorbing.cpu().numpy() != absorbing).sum()
-    possible = bool((arrays.is_source & reaches).any())
-    handed_on = arrays.unit_demand + arrays.out_of(arrays.balanced * h[arrays.head])
+    """Check what holds with and without a flow (items 1 and 2): absorption, reachability, and the out-mass of P."""
+    h = arrays.h
+    num_tokens = h.size
+
+    # The flow's mask of absorbing tokens is the one that its named absorption gives.
+    claimed_absorbing = arrays.flow.absorbing.cpu().numpy()
+    num_wrong_absorbing = (claimed_absorbing != arrays.absorbing).sum()
+    absorption = f"{arrays.flow.absorption}: {arrays.absorbing.sum()} of {num_tokens} tokens"
+
+    # h[s] > 0 exactly where the demand is reachable from s.
+    num_wrong_reach = ((h > 0) != arrays.reaches_sink).sum()
+    reach = f"{arrays.reaches_sink.sum()} of {num_tokens} tokens"
+
+    # A flow exists exactly when some source token reaches the demand.
+    route_exists = bool((arrays.is_source & arrays.reaches_sink).any())
+
+    # sum_t P(s -> t) = 1, with the virtual sink as a target, times h[s]: b[s] + sum_t N[t, s] h[t] = h[s].
+    out_mass = arrays.scaled_demand + arrays.outflow(arrays.scaled_weight * h[arrays.head])
+
     return [
-        check("absorbing", wrong_mask, 0, f"{arrays.flow.absorption}: {absorbing.sum()} of {h.size} tokens"),
-        check("reachability", ((h > 0) != reaches).sum(), 0, f"{reaches.sum()} of {h.size} tokens"),
-        check("feasible", arrays.feasible != possible, 0),
-        check("out-mass", _difference(handed_on, h), arrays.local),
+        check("absorbing", num_wrong_absorbing, 0, absorption),
+        check("reachability", num_wrong_reach, 0, reach),
+        check("feasible", arrays.feasible != route_exists, 0),
+        check("out-mass", _largest_difference(out_mass, h), arrays.local_bound),
     ]
 
 
 def conservation(arrays: FlowArrays) -> list[Check]:
-    """Items 2, 3 and 6: the unit enters, is conserved at every token, and leaves."""
-    h, g, f, F, source = arrays.h, arrays.g, arrays.f, arrays.edge_flow, arrays.source
-    q = np.divide(source, h, out=np.zeros_like(h), where=source != 0)
-    misplaced = max(_difference(source, _named_source(arrays)), abs(float(source.sum()) - 1))
-    received = q + arrays.into(arrays.balanced * g[arrays.tail])
-    arriving, leaving, length = float(np.sum(q * h)), float(arrays.absorbed.sum()), float(F.sum())
-    outside = max(float(f.max()) - 1, -float(f.min()))
-    local, whole = arrays.local, arrays.whole
+    """Check that the unit enters, is conserved at every token, and leaves (items 2, 3 and 6)."""
+    h = arrays.h
+    g = arrays.g
+    f = arrays.f
+    F = arrays.edge_flow
+    source = arrays.source
+    absorbed = arrays.absorbed
+    local_bound = arrays.local_bound
+    total_bound = arrays.total_bound
+
+    # src is the distribution that the named rule gives, and sums to 1.
+    off_rule = _largest_difference(source, _source_by_rule(arrays))
+    off_unit = abs(float(source.sum()) - 1)
     entry = f"{arrays.flow.source_rule}, {(source > 0).sum()} tokens"
+
+    # g = q + N g, with q = src / h.
+    q = np.divide(source, h, out=np.zeros_like(h), where=source != 0)
+    influence = q + arrays.inflow(arrays.scaled_weight * g[arrays.tail])
+
+    # src[t] + sum_s F(s, t) = f[t] = sum_u F(t, u) + g[t] b[t].
+    arriving = source + arrays.inflow(F)
+    leaving = arrays.outflow(F) + absorbed
+
+    # sum_t g[t] b[t] = 1.
+    total_absorbed = float(absorbed.sum())
+
+    # 0 <= f <= 1.
+    outside = max(float(f.max()) - 1, -float(f.min()))
+
+    # sum(F) = sum(f) - 1: the flow of all edges is the mean number of edges on a route.
+    path_length = float(F.sum())
+    off_length = abs(path_length - float(f.sum()) + 1)
+
+    # <q, h> = <g, b>: one end of both sweeps against the other.
+    total_entering = float(np.sum(q * h))
+
     return [
-        check("source", misplaced, (f.size + 32) * EPS, entry),
-        check("influence", _difference(g, received), local),
-        check("inflow", _difference(source + arrays.into(F), f), local),
-        check("outflow", _difference(arrays.out_of(F) + arrays.absorbed, f), local),
-        check("absorbed", abs(leaving - 1), whole, f"{(arrays.absorbed > 0).sum()} tokens"),
-        check("range", max(outside, 0.0), whole, f"{f.min():.3g} to {f.max():.6g}"),
-        check("path length", abs(length - float(f.sum()) + 1), whole, f"{length:.4g} edges"),
-        check("inner products", abs(arriving - leaving), whole, f"{arriving:.6g} and {leaving:.6g}"),
+        check("source", max(off_rule, off_unit), (f.size + 32) * EPS, entry),
+        check("influence", _largest_difference(g, influence), local_bound),
+        check("inflow", _largest_difference(arriving, f), local_bound),
+        check("outflow", _largest_difference(leaving, f), local_bound),
+        check("absorbed", abs(total_absorbed - 1), total_bound, f"{(absorbed > 0).sum()} tokens"),
+        check("range", max(outside, 0.0), total_bound, f"{f.min():.3g} to {f.max():.6g}"),
+        check("path length", off_length, total_bound, f"{path_length:.4g} edges"),
+        check(
+            "inner products",
+            abs(total_entering - total_absorbed),
+            total_bound,
+            f"{total_entering:.6g} and {total_absorbed:.6g}",
+        ),
     ]
 
 
-def _named_source(arrays: FlowArrays) -> NDArray:
-    """The distribution that the rule names; of a vector only its support and its sum can be checked."""
-    unit = arrays.flow.exponent.cpu().numpy()
-    asked = arrays.question & arrays.reaches
-    potential = np.where(asked, np.ldexp(arrays.h, np.minimum(unit - unit[asked].max(initial=unit.min()), 0)), 0.0)
-    rules = {"uniform": arrays.question, "potential": potential}
-    weights = rules.get(arrays.flow.source_rule, arrays.source)
-    share = np.where(arrays.reaches, np.maximum(weights, 0.0), 0.0)
-    return share / share.sum()
+def zero_flow(arrays: FlowArrays) -> Check:
+    """Check that without a route every number of the flow is exactly 0 and alpha is infinite."""
+    numbers = np.concatenate([arrays.g, arrays.f, arrays.source, arrays.edge_flow])
+    residual = np.abs(numbers).max()
+    if not math.isinf(arrays.alpha):
+        residual = 1.0
+    return check("zero flow", residual, 0)
 
 
-def nothing_flows(arrays: FlowArrays) -> Check:
-    """Without a route every number of the flow is exactly zero and any scaling fits."""
-    largest = np.abs(np.concatenate([arrays.g, arrays.f, arrays.source, arrays.edge_flow])).max()
-    return check("zero flow", largest if math.isinf(arrays.alpha) else 1.0, 0)
+def separating_cuts(arrays: FlowArrays, rng: np.random.Generator) -> list[TokenSet]:
+    """Choose cuts between sources and sinks: the two trivial ones, the narrowest prefixes of the text, random ones.
 
-
-def separating_cuts(arrays: FlowArrays, rng: np.random.Generator) -> list[NDArray]:
-    """Source sides of cuts: the two trivial ones, the narrowest prefixes of the text, random ones."""
-    is_source, is_sink, position = arrays.is_source, arrays.is_sink, np.arange(arrays.f.size)
-    if (is_source & is_sink).any() or not is_source.any() or not is_sink.any():
+    Returns:
+        The source side of each cut; none where a token is both source and sink, or where one kind is missing.
+    """
+    is_source = arrays.is_source
+    is_sink = arrays.is_sink
+    if not is_source.any() or not is_sink.any():
         return []
+    if (is_source & is_sink).any():
+        return []
+
+    # Trivial cuts: around the sources, and around the sinks.
     sides = [is_source, ~is_sink]
-    narrow = np.cumsum(arrays.out_of(arrays.weight) - arrays.into(arrays.weight))  # [k]: out of the first k + 1 tokens
-    between = np.arange(position[is_source].max(), position[is_sink].min())
-    sides += [position <= k for k in between[np.argsort(narrow[between], kind="stable")[:_PREFIX_CUTS]]]
-    sides += [(rng.random(position.size) < rng.random()) & ~is_sink | is_source for _ in range(_RANDOM_CUTS)]
+
+    # Prefixes between the last source and the first sink. An edge inside a prefix adds and subtracts its capacity, so
+    # the running sum at k is the capacity out of the first k + 1 tokens.
+    position = np.arange(arrays.f.size)
+    net_capacity = arrays.outflow(arrays.weight) - arrays.inflow(arrays.weight)
+    prefix_capacity = np.cumsum(net_capacity)
+    ends = np.arange(position[is_source].max(), position[is_sink].min())
+    narrowest_first = ends[np.argsort(prefix_capacity[ends], kind="stable")]
+    for end in narrowest_first[:_NUM_PREFIX_CUTS]:
+        sides.append(position <= end)
+
+    # Random sets of random density that hold every source and no sink.
+    for _ in range(_NUM_RANDOM_CUTS):
+        sides.append(_random_set(position.size, rng) & ~is_sink | is_source)
     return sides
 
 
-def net_flow_across_cuts(arrays: FlowArrays, sides: list[NDArray], rng: np.random.Generator) -> Check:
-    """Item 4, on every prefix of the text, on the separating cuts, and on random sets of tokens."""
-    F, balance = arrays.edge_flow, arrays.source - arrays.absorbed
-    prefixes = np.cumsum(arrays.out_of(F) - arrays.into(F)) - np.cumsum(balance)
-    worst = [float(np.abs(prefixes).max())]
-    anywhere = [rng.random(balance.size) < rng.random() for _ in range(_RANDOM_CUTS)]
-    for side, wanted in [*((side, 1.0) for side in sides), *((side, float(balance[side].sum())) for side in anywhere)]:
-        worst.append(abs(arrays.out_of_side(side, F) - arrays.out_of_side(~side, F) - wanted))
-    running = balance.size * EPS * (float(arrays.f.sum()) + 1)  # two running sums over the tokens
-    tested = f"{balance.size} prefixes, {len(sides)} separating and {len(anywhere)} random sets"
-    return check("cuts", float(np.max(worst)), arrays.whole + running, tested)
+def net_flow_across_cuts(arrays: FlowArrays, sides: list[TokenSet], rng: np.random.Generator) -> Check:
+    """Check the net flow (item 4) out of every prefix of the text, the separating cuts, and random sets of tokens."""
+    F = arrays.edge_flow
+    balance = arrays.source - arrays.absorbed
+    num_tokens = balance.size
+
+    # Prefixes {0..k}: net outflow = sum over the prefix of src - g b. One running sum gives all of them.
+    net_outflow = np.cumsum(arrays.outflow(F) - arrays.inflow(F))
+    expected = np.cumsum(balance)
+    residuals = [float(np.abs(net_outflow - expected).max())]
+
+    # Separating cuts: the net outflow is the unit.
+    for side in sides:
+        residuals.append(abs(_net_outflow(arrays, side) - 1.0))
+
+    # Any other set: the net outflow is what enters in it minus what it absorbs.
+    random_sets = [_random_set(num_tokens, rng) for _ in range(_NUM_RANDOM_CUTS)]
+    for side in random_sets:
+        expected = float(balance[side].sum())
+        residuals.append(abs(_net_outflow(arrays, side) - expected))
+
+    # The two running sums over the tokens round once more per token.
+    running_sums = num_tokens * EPS * (float(arrays.f.sum()) + 1)
+    tested = f"{num_tokens} prefixes, {len(sides)} separating and {len(random_sets)} random sets"
+    return check("cuts", float(np.max(residuals)), arrays.total_bound + running_sums, tested)
 
 
 def scaling(arrays: FlowArrays) -> list[Check]:
-    """Item 5: congestion is rank one, and alpha fills the fullest edge."""
-    rank_one = arrays.g[arrays.tail] * arrays.balanced * arrays.h[arrays.head]
-    congestion = np.ldexp(arrays.g[arrays.tail] * arrays.h[arrays.head], arrays.unit_change)
+    """Check that congestion is rank one and that alpha F fills the fullest edge (item 5)."""
+    g_tail = arrays.g[arrays.tail]
+    h_head = arrays.h[arrays.head]
+
+    # F(s, t) = g[s] N[t, s] h[t].
+    rank_one_flow = g_tail * arrays.scaled_weight * h_head
+
+    # F(s, t) / N[t, s] = g[s] h[t], here in the units of the unscaled N.
+    congestion = np.ldexp(g_tail * h_head, arrays.edge_exponent)
     congestion = np.where(arrays.weight > 0, congestion, 0.0)
-    plain = (congestion > 0) & np.isfinite(congestion)
-    room = np.divide(arrays.weight, rank_one, out=np.full_like(rank_one, np.inf), where=rank_one > 0)
-    room = np.divide(1.0, congestion, out=room, where=plain)
-    residual, full = float(not math.isinf(arrays.alpha)), "no edge carries flow"
-    if np.isfinite(room).any():
-        at = room.argmin()
-        residual, full = abs(arrays.alpha / room[at] - 1), f"{arrays.tail[at]} -> {arrays.head[at]} is full first"
+
+    # The scaling that fills an edge is 1 / congestion. Where congestion leaves the range of float64, N / F replaces it.
+    in_range = (congestion > 0) & np.isfinite(congestion)
+    unlimited = np.full_like(rank_one_flow, np.inf)
+    filling_scale = np.divide(arrays.weight, rank_one_flow, out=unlimited, where=rank_one_flow > 0)
+    filling_scale = np.divide(1.0, congestion, out=filling_scale, where=in_range)
+
+    # alpha = min over the edges with flow; without any, alpha is infinite.
+    if np.isfinite(filling_scale).any():
+        fullest = filling_scale.argmin()
+        residual = abs(arrays.alpha / filling_scale[fullest] - 1)
+        detail = f"{arrays.tail[fullest]} -> {arrays.head[fullest]} is full first"
+    else:
+        residual = float(not math.isinf(arrays.alpha))
+        detail = "no edge carries flow"
+
     return [
-        check(
-            "congestion",
-            _difference(arrays.edge_flow, rank_one),
-            4 * EPS,
-        ),
-        check("alpha", residual, 4 * EPS, full),
+        check("congestion", _largest_difference(arrays.edge_flow, rank_one_flow), 4 * EPS),
+        check("alpha", residual, 4 * EPS, detail),
     ]
 
 
-def smallest_cut(arrays: FlowArrays, sides: list[NDArray], largest: float) -> Check:
-    """Item 5: nothing that fits the capacities exceeds a cut."""
-    smallest = min(arrays.out_of_side(side, arrays.weight) for side in sides)
+def smallest_cut(arrays: FlowArrays, sides: list[TokenSet], flow_value: float) -> Check:
+    """Check that the value of a flow that fits the capacities is at most the capacity of every tested cut (item 5)."""
+    smallest = min(arrays.outflow_of_set(side, arrays.weight) for side in sides)
     detail = f"the smallest of {len(sides)} is {smallest:.6g}"
-    return check("smallest cut", _overshoot(largest, smallest), arrays.whole, detail)
-
-
-def _overshoot(small: float, large: float) -> float:
-    """By what share a number that must be the smaller is the larger; infinite against nothing."""
-    return max(float(np.float64(small) / large) - 1, 0.0)
+    return check("smallest cut", _excess_share(flow_value, smallest), arrays.total_bound, detail)
 
 
 def against_max_flow(
-    arrays: FlowArrays, network: MaxFlowProblem, sides: list[NDArray], num_through: int, notes: list[str]
+    arrays: FlowArrays, problem: MaxFlowProblem, sides: list[TokenSet], num_through: int, notes: list[str]
 ) -> tuple[float, list[Check]]:
-    """Items 1, 5, 7 and 8 against the exact max flow."""
-    best = network.between(network.sources, network.sinks)
-    value = best.cut_capacity
-    exists = value > 0
-    scale = value if exists else 1.0
-    cut = f"V = {value:.6g}, {best.cut_edges.numel()} edges cut"
-    width = best.error / scale if exists == arrays.feasible else 1.0
-    checks = [check("max flow", width, TOLERANCE * network.total / scale, cut)]
-    if not (exists and arrays.feasible):
-        return value, checks
+    """Check the flow against the exact max flow (items 1, 5, 7 and 8).
+
+    Args:
+        arrays: the flow.
+        problem: the max-flow problem between the flow's own source and demand tokens.
+        sides: separating cuts, as source sides.
+        num_through: for how many tokens M[v] is computed.
+        notes: what was not checked is added here.
+
+    Returns:
+        V as the capacity of a verified cut, and the checks.
+    """
+    best = problem.between(problem.sources, problem.sinks)
+    V = best.cut_capacity
+    route_exists = V > 0
+
+    # Duality: V lies in [cut - error, cut]. V > 0 exactly with a flow (item 1).
+    scale = V if route_exists else 1.0
+    width = best.error / scale
+    if route_exists != arrays.feasible:
+        width = 1.0
+    detail = f"V = {V:.6g}, {best.cut_edges.numel()} edges cut"
+    checks = [check("max flow", width, TOLERANCE * problem.total / scale, detail)]
+    if not (route_exists and arrays.feasible):
+        return V, checks
+
+    # alpha <= V <= every cut.
+    share = f"alpha is {arrays.alpha / V:.4g} of V"
+    checks.append(check("alpha <= V", _excess_share(arrays.alpha, V), arrays.total_bound, share))
+    checks.append(smallest_cut(arrays, sides, max(arrays.alpha, V - best.error)))
+
+    # The support of a max flow lies inside the support of f (item 7). Each push of the solver may round.
     used = best.edge_flow.cpu().numpy()
-    carries = arrays.reached_from_source()[arrays.tail] & arrays.reaches[arrays.head] & (arrays.weight > 0)
-    stray = float(used[~carries].sum()) / scale
-    noise = (best.error + EPS * network.total * max(1, int((used > 0).sum()))) / scale  # each push may round
-    checks += [
-        check("alpha <= V", _overshoot(arrays.alpha, value), arrays.whole, f"alpha is {arrays.alpha / value:.4g} of V"),
-        smallest_cut(arrays, sides, max(arrays.alpha, value - best.error)),
-        check("support", stray, noise, f"{(used > 0).sum()} of {carries.sum()} edges"),
-    ]
+    num_used = int((used > 0).sum())
+    on_a_route = arrays.reached_from_source()[arrays.tail] & arrays.reaches_sink[arrays.head]
+    carries_flow = on_a_route & (arrays.weight > 0)
+    outside_support = float(used[~carries_flow].sum()) / scale
+    rounding = (best.error + EPS * problem.total * max(1, num_used)) / scale
+    checks.append(check("support", outside_support, rounding, f"{num_used} of {carries_flow.sum()} edges"))
+
+    # alpha f[v] <= M[v] (item 8), for the tokens with most throughput between the terminals.
     inner = np.flatnonzero(~(arrays.is_source | arrays.is_sink) & (arrays.f > 0))
-    tokens = inner[np.argsort(-arrays.f[inner], kind="stable")[:num_through]].tolist()
+    largest_first = inner[np.argsort(-arrays.f[inner], kind="stable")]
+    tokens = largest_first[:num_through].tolist()
     if tokens:
-        ratios = [arrays.alpha * float(arrays.f[v]) / np.float64(network.through(v)) for v in tokens]
-        worst = float(np.max(ratios))
-        checks.append(
-            check("through", max(worst - 1, 0.0), arrays.whole, f"at most {worst:.3g} of it, {len(tokens)} tokens")
-        )
+        ratios = []
+        for v in tokens:
+            scaled_flow = arrays.alpha * float(arrays.f[v])
+            ratios.append(scaled_flow / np.float64(problem.through(v)))
+        largest = float(np.max(ratios))
+        detail = f"at most {largest:.3g} of it, {len(tokens)} tokens"
+        checks.append(check("through", max(largest - 1, 0.0), arrays.total_bound, detail))
     else:
         notes.append("through: not computed; num_through is 0, or no token between source and demand carries flow")
-    return value, checks
+    return V, checks
+
+
+def _largest_difference(got: NDArray, wanted: NDArray) -> float:
+    """Compute the largest difference relative to the larger number: 0 for equal ones, 1 where only one is 0."""
+    scale = np.maximum(np.maximum(np.abs(got), np.abs(wanted)), NEGLIGIBLE_FLOW)
+    return float(np.max(np.abs(got - wanted) / scale, initial=0.0))
+
+
+def _excess_share(small: float, large: float) -> float:
+    """Compute by what share ``small`` exceeds ``large``, 0 where it does not; infinite where ``large`` is 0."""
+    return max(float(np.float64(small) / large) - 1, 0.0)
+
+
+def _source_by_rule(arrays: FlowArrays) -> NDArray:
+    """Compute src from its rule; of a vector given by the caller only support and sum can be checked."""
+    rule = arrays.flow.source_rule
+    if rule == "uniform":
+        weights = arrays.is_question
+    elif rule == "potential":
+        weights = _question_potential(arrays)
+    else:
+        weights = arrays.source
+
+    share = np.where(arrays.reaches_sink, np.maximum(weights, 0.0), 0.0)
+    return share / share.sum()
+
+
+def _question_potential(arrays: FlowArrays) -> NDArray:
+    """Compute h 2**e of the question tokens, relative to their largest 2**e so that it cannot overflow."""
+    e = arrays.scale_exponent
+    counted = arrays.is_question & arrays.reaches_sink
+    largest = e[counted].max(initial=e.min())
+    potential = np.ldexp(arrays.h, np.minimum(e - largest, 0))
+    return np.where(counted, potential, 0.0)
+
+
+def _random_set(num_tokens: int, rng: np.random.Generator) -> TokenSet:
+    """Draw a set of tokens of random density."""
+    uniform = rng.random(num_tokens)
+    density = rng.random()
+    return uniform < density
+
+
+def _net_outflow(arrays: FlowArrays, side: TokenSet) -> float:
+    """Compute the flow out of a set of tokens minus the flow into it."""
+    return arrays.outflow_of_set(side, arrays.edge_flow) - arrays.outflow_of_set(~side, arrays.edge_flow)

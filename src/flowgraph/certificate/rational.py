@@ -1,7 +1,7 @@
-"""The same flow once more in exact fractions: what float64 was supposed to compute.
+"""Recompute a flow in exact fractions, and compare every number of it with its exact value.
 
-Capacities, source and demand are taken as the exact binary fractions that they are in memory, damping included; nothing
-is rounded anywhere, so a comparison with these numbers measures the solver's rounding and nothing else.
+Capacities, source and demand are taken as the exact binary fractions that they are in memory, damping included.
+Nothing is rounded, so a comparison with these numbers measures the rounding of the solver and nothing else.
 """
 
 from __future__ import annotations
@@ -16,61 +16,98 @@ from networkx.algorithms.flow import shortest_augmenting_path
 from numpy.typing import NDArray
 
 from flowgraph.certificate.checks import Check, check
-from flowgraph.certificate.flow_arrays import NOTHING, FlowArrays
+from flowgraph.certificate.flow_arrays import NEGLIGIBLE_FLOW, FlowArrays
 from flowgraph.errors import TooLargeError
 
 RATIONAL_EDGES = 5_000
 """Default size limit: dense graphs of 100 tokens, some seconds; numerators grow by 53 bits with every hop."""
 
-Numbers = list[Fraction]
+_ZERO = Fraction(0)
+_LEAST_FLOW = Fraction(NEGLIGIBLE_FLOW)
+
+Fractions = list[Fraction]
+WeightedEdge = tuple[int, int, Fraction]
+"""Tail s, head t, and N[t, s]."""
 
 
 @dataclass(frozen=True)
 class RationalFlow:
-    """h, g, throughput per token, alpha, the flow on the edge that alpha fills, the source, and V, as exact fractions.
+    """The conserved flow of one graph in exact fractions.
 
-    alpha is None where no edge carries flow, V where a token is source and sink.
+    Attributes:
+        h: potential of each token.
+        g: influence of each token.
+        throughput: f = g h of each token.
+        source: src, share of the unit that enters at each token.
+        alpha: the largest scaling that fits the capacities; None where no edge carries flow.
+        alpha_flow: F on the edge that ``alpha`` fills; 0 where no edge carries flow.
+        max_flow_value: V; None where a token is both source and sink.
     """
 
-    h: Numbers
-    g: Numbers
-    throughput: Numbers
+    h: Fractions
+    g: Fractions
+    throughput: Fractions
+    source: Fractions
     alpha: Fraction | None
     alpha_flow: Fraction
-    shares: Numbers
     max_flow_value: Fraction | None
 
 
 def rational_flow(arrays: FlowArrays, *, max_edges: int = RATIONAL_EDGES) -> RationalFlow:
-    """Both sweeps, edge by edge, and the max flow by augmenting paths, all in fractions.
+    """Compute both sweeps, edge by edge, and the max flow by augmenting paths, in exact fractions.
+
+    Args:
+        arrays: the flow, of which only the graph, the options and the source vector are read.
+        max_edges: refuse larger graphs.
+
+    Returns:
+        The exact flow.
 
     Raises:
         TooLargeError: more than ``max_edges`` edges.
+
+    Cost: two passes over the edges and one max flow, on fractions that grow by 53 bits with every hop.
     """
     require_rational_size(arrays.weight.size, max_edges)
-    damping = Fraction(arrays.flow.damping)
-    edges = [
-        (int(s), int(t), Fraction(float(c)) * damping)
-        for s, t, c in zip(arrays.tail, arrays.head, arrays.capacity, strict=True)
-        if c > 0 and not arrays.absorbing[s]
-    ]
-    h = [Fraction(float(b)) for b in arrays.demand]
-    for s, t, weight in reversed(edges):  # sorted by target: h[t] is final here
+    edges = _weighted_edges(arrays)
+
+    # Backward sweep: h = b + N^T h. Edges are sorted by target, so in reverse order h[t] is final when it is read.
+    h = [Fraction(float(demand)) for demand in arrays.demand]
+    for s, t, weight in reversed(edges):
         h[s] += weight * h[t]
-    shares = _named_shares(arrays, h)
-    g = [share / potential if potential else Fraction(0) for share, potential in zip(shares, h, strict=True)]
+
+    # Forward sweep: g = q + N g, with q = src / h.
+    source = _source_by_rule(arrays, h)
+    g = [_divided(share, potential) for share, potential in zip(source, h, strict=True)]
     for s, t, weight in edges:
         g[t] += weight * g[s]
-    worst, through = max(((g[s] * h[t], g[s] * weight * h[t]) for s, t, weight in edges), default=(Fraction(0),) * 2)
-    throughput = [x * y for x, y in zip(g, h, strict=True)]
-    return RationalFlow(h, g, throughput, 1 / worst if worst else None, through, shares, _max_flow(arrays, edges))
+
+    throughput = [influence * potential for influence, potential in zip(g, h, strict=True)]
+
+    # alpha = 1 / max g[s] h[t]. Among edges of equal congestion the one with most flow stands for all of them.
+    congestion = _ZERO
+    alpha_flow = _ZERO
+    for s, t, weight in edges:
+        edge = (g[s] * h[t], g[s] * weight * h[t])
+        congestion, alpha_flow = max((congestion, alpha_flow), edge)
+    alpha = 1 / congestion if congestion else None
+
+    return RationalFlow(
+        h=h,
+        g=g,
+        throughput=throughput,
+        source=source,
+        alpha=alpha,
+        alpha_flow=alpha_flow,
+        max_flow_value=_max_flow_value(arrays, edges),
+    )
 
 
 def require_rational_size(num_edges: int, max_edges: int) -> None:
-    """Refuse what would take too long in fractions.
+    """Refuse a graph that would take too long in fractions.
 
     Raises:
-        TooLargeError: with the size, and what to do.
+        TooLargeError: more than ``max_edges`` edges.
     """
     if num_edges > max_edges:
         raise TooLargeError(
@@ -80,81 +117,154 @@ def require_rational_size(num_edges: int, max_edges: int) -> None:
         )
 
 
-def _named_shares(arrays: FlowArrays, h: Numbers) -> Numbers:
-    """The unit, spread as the rule says, exactly; a vector of one's own is normalised again, exactly."""
-    uniform = [Fraction(int(asked)) for asked in arrays.question]
-    rules = {"uniform": uniform, "potential": [x * y for x, y in zip(uniform, h, strict=True)]}
-    weights = rules.get(arrays.flow.source_rule, [Fraction(float(x)) for x in arrays.source])
-    weights = [w if potential else Fraction(0) for w, potential in zip(weights, h, strict=True)]
-    total = sum(weights, Fraction(0))
-    return [w / total if total else w for w in weights]
+def against_fractions(
+    arrays: FlowArrays, max_flow_value: float | None, *, max_edges: int = RATIONAL_EDGES
+) -> list[Check]:
+    """Check every number of the flow against its exact value, and alpha <= V without any tolerance.
 
+    A number is the result of at most one rounding error per edge on its longest route. So each component is off by at
+    most the number of tokens times the local bound of :mod:`flowgraph.certificate.checks`.
 
-def _max_flow(arrays: FlowArrays, edges: list[tuple[int, int, Fraction]]) -> Fraction | None:
-    """V in fractions; None where a token is source and sink."""
-    if (arrays.is_source & arrays.is_sink).any():
-        return None
-    network = nx.DiGraph()
-    network.add_nodes_from(["from", "to"])
-    unlimited = 2 * sum((c for _, _, c in edges), Fraction(1))
-    network.add_edges_from((s, t, {"capacity": c}) for s, t, c in edges)
-    network.add_edges_from(("from", int(v), {"capacity": unlimited}) for v in np.flatnonzero(arrays.is_source))
-    network.add_edges_from((int(v), "to", {"capacity": unlimited}) for v in np.flatnonzero(arrays.is_sink))
-    return Fraction(shortest_augmenting_path(network, "from", "to").graph["flow_value"])
+    Args:
+        arrays: the flow.
+        max_flow_value: V in float64; None where it was not computed.
+        max_edges: refuse larger graphs.
 
+    Returns:
+        The checks that could be made: alpha needs an edge with flow, V disjoint terminals.
 
-def against_fractions(arrays: FlowArrays, value: float | None, *, max_edges: int = RATIONAL_EDGES) -> list[Check]:
-    """Every number of the flow against its exact value; alpha <= V without any tolerance.
-
-    A number is the result of at most one rounding error per edge on its longest route, so componentwise it is off by
-    at most tokens times the local bound of :mod:`flowgraph.certificate.checks`.
+    Raises:
+        TooLargeError: more than ``max_edges`` edges.
     """
     exact = rational_flow(arrays, max_edges=max_edges)
-    bound = arrays.f.size * arrays.local
-    unit = arrays.flow.exponent.cpu().numpy()
-    carries = [x >= Fraction(NOTHING) for x in exact.throughput]
-    f = np.where((arrays.f < NOTHING) & ~np.array(carries), 0.0, arrays.f)
+    bound = arrays.f.size * arrays.local_bound
+
+    # h and throughput, component by component. A throughput that both sides call negligible counts as equal.
+    carries_flow = [throughput >= _LEAST_FLOW for throughput in exact.throughput]
+    is_negligible = (arrays.f < NEGLIGIBLE_FLOW) & ~np.array(carries_flow)
+    throughput = np.where(is_negligible, 0.0, arrays.f)
+    exact_throughput = _keep_where(carries_flow, exact.throughput)
+    unscaled = np.zeros_like(arrays.scale_exponent)
+
+    # g: influence at a token without flow is no part of the flow.
+    g = np.where(carries_flow, arrays.g, 0.0)
+    exact_g = _keep_where(carries_flow, exact.g)
+
     checks = [
-        check("rational h", _deviation(arrays.h, unit, exact.h), bound),
-        # Influence that carries nothing is no part of the flow.
-        check("rational g", _deviation(np.where(carries, arrays.g, 0.0), -unit, _where(carries, exact.g)), bound),
-        check("rational throughput", _deviation(f, np.zeros_like(unit), _where(carries, exact.throughput)), bound),
+        check("rational h", _largest_deviation(arrays.h, arrays.scale_exponent, exact.h), bound),
+        check("rational g", _largest_deviation(g, -arrays.scale_exponent, exact_g), bound),
+        check("rational throughput", _largest_deviation(throughput, unscaled, exact_throughput), bound),
     ]
+
     if exact.alpha is not None:
-        same = all((x > 0) == bool(e) for x, e in zip(exact.shares, arrays.is_source, strict=True))
-        counts_as_none = exact.alpha_flow < Fraction(NOTHING)  # then what float64 makes of alpha says nothing
-        off = 0.0 if counts_as_none else _relative(arrays.alpha, 0, exact.alpha)
-        checks.append(check("rational alpha", off, bound, _short(exact.alpha)))
-        # V is that of the tokens where float64 lets flow enter; shares below its range are no part of it.
-        if exact.max_flow_value is not None and not counts_as_none and (exact.alpha <= exact.max_flow_value or same):
-            over = max(exact.alpha - exact.max_flow_value, Fraction(0))
-            checks.append(check("rational alpha <= V", float(over > 0), 0, "compared as fractions"))
-    if exact.max_flow_value is not None and value is not None:
-        off = _relative(value, 0, exact.max_flow_value) if value or exact.max_flow_value else 0.0
-        checks.append(check("rational V", off, arrays.whole, f"V = {_short(exact.max_flow_value)}"))
+        checks += _check_alpha(arrays, exact, exact.alpha, bound)
+
+    # V of the max-flow solver.
+    if exact.max_flow_value is not None and max_flow_value is not None:
+        deviation = _relative_deviation(max_flow_value, 0, exact.max_flow_value)
+        checks.append(check("rational V", deviation, arrays.total_bound, f"V = {_as_text(exact.max_flow_value)}"))
     return checks
 
 
-def _where(keep: list[bool], numbers: Numbers) -> Numbers:
-    return [x if inside else Fraction(0) for x, inside in zip(numbers, keep, strict=True)]
+def _check_alpha(arrays: FlowArrays, exact: RationalFlow, exact_alpha: Fraction, bound: float) -> list[Check]:
+    """Check alpha against its exact value, and alpha <= V on the exact values."""
+    # Where the edge that alpha fills carries a negligible flow, float64 cannot represent alpha; nothing is compared.
+    is_negligible = exact.alpha_flow < _LEAST_FLOW
+    deviation = 0.0 if is_negligible else _relative_deviation(arrays.alpha, 0, exact_alpha)
+    checks = [check("rational alpha", deviation, bound, _as_text(exact_alpha))]
+
+    # V counts the tokens at which float64 lets flow enter. If shares below its range are missing there, the exact alpha
+    # belongs to a larger set of sources, and an excess over V proves nothing.
+    if is_negligible or exact.max_flow_value is None:
+        return checks
+    same_sources = [share > 0 for share in exact.source] == arrays.is_source.tolist()
+    excess = max(exact_alpha - exact.max_flow_value, _ZERO)
+    if same_sources or excess == 0:
+        checks.append(check("rational alpha <= V", float(excess > 0), 0, "compared as fractions"))
+    return checks
 
 
-def _deviation(got: NDArray, unit: NDArray, wanted: Numbers) -> float:
-    """Largest relative difference; infinite for something that should be nothing, or the reverse."""
-    return max((_relative(x, k, y) for x, k, y in zip(got.tolist(), unit.tolist(), wanted, strict=True)), default=0.0)
+def _weighted_edges(arrays: FlowArrays) -> list[WeightedEdge]:
+    """List the edges of positive weight, sorted by target; N is the capacity times the damping, nothing rounded."""
+    damping = Fraction(arrays.flow.damping)
+    edges = []
+    for s, t, capacity in zip(arrays.tail.tolist(), arrays.head.tolist(), arrays.capacity.tolist(), strict=True):
+        if capacity > 0 and not arrays.absorbing[s]:
+            edges.append((s, t, Fraction(capacity) * damping))
+    return edges
 
 
-def _relative(got: float, unit: int, wanted: Fraction) -> float:
-    """Of ``got * 2**unit``; NaN and infinity are as wrong as can be."""
+def _source_by_rule(arrays: FlowArrays, h: Fractions) -> Fractions:
+    """Compute src from its rule; a vector given by the caller is normalised again, exactly."""
+    is_question = [Fraction(int(inside)) for inside in arrays.is_question]
+    rule = arrays.flow.source_rule
+    if rule == "uniform":
+        weights = is_question
+    elif rule == "potential":
+        weights = [inside * potential for inside, potential in zip(is_question, h, strict=True)]
+    else:
+        weights = [Fraction(float(share)) for share in arrays.source]
+
+    # Flow enters only where the demand can be reached: h > 0.
+    weights = _keep_where([potential != 0 for potential in h], weights)
+    total = sum(weights, _ZERO)
+    return [_divided(weight, total) for weight in weights]
+
+
+def _max_flow_value(arrays: FlowArrays, edges: list[WeightedEdge]) -> Fraction | None:
+    """Compute V in fractions; None where a token is both source and sink, which makes it unlimited."""
+    if (arrays.is_source & arrays.is_sink).any():
+        return None
+    graph = nx.DiGraph()
+    graph.add_nodes_from(["source", "sink"])
+    for s, t, weight in edges:
+        graph.add_edge(s, t, capacity=weight)
+
+    # Arcs of the virtual source and sink that no flow can fill.
+    unlimited = 2 * sum((weight for _, _, weight in edges), Fraction(1))
+    for v in np.flatnonzero(arrays.is_source).tolist():
+        graph.add_edge("source", v, capacity=unlimited)
+    for v in np.flatnonzero(arrays.is_sink).tolist():
+        graph.add_edge(v, "sink", capacity=unlimited)
+    residual = shortest_augmenting_path(graph, "source", "sink")
+    return Fraction(residual.graph["flow_value"])
+
+
+def _divided(numerator: Fraction, denominator: Fraction) -> Fraction:
+    """Divide, with 0 where the denominator is 0."""
+    if denominator == 0:
+        return _ZERO
+    return numerator / denominator
+
+
+def _keep_where(keep: list[bool], numbers: Fractions) -> Fractions:
+    """Replace the numbers that are not kept by 0."""
+    return [number if kept else _ZERO for number, kept in zip(numbers, keep, strict=True)]
+
+
+def _largest_deviation(got: NDArray, scale_exponent: NDArray, exact: Fractions) -> float:
+    """Compute the largest relative difference; infinite where exactly one of two numbers is 0."""
+    deviations = [
+        _relative_deviation(number, exponent, wanted)
+        for number, exponent, wanted in zip(got.tolist(), scale_exponent.tolist(), exact, strict=True)
+    ]
+    return max(deviations, default=0.0)
+
+
+def _relative_deviation(got: float, scale_exponent: int, exact: Fraction) -> float:
+    """Compute the relative difference of ``got * 2**scale_exponent``; infinite for NaN, infinity, and above 2."""
     if not math.isfinite(got):
         return math.inf
-    if wanted == 0:
+    if exact == 0:
         return 0.0 if got == 0 else math.inf
-    difference = abs(Fraction(got) * Fraction(2) ** unit / wanted - 1)
-    return float(difference) if difference < 2 else math.inf
+    deviation = abs(Fraction(got) * Fraction(2) ** scale_exponent / exact - 1)
+    return float(deviation) if deviation < 2 else math.inf
 
 
-def _short(number: Fraction) -> str:
+def _as_text(number: Fraction) -> str:
+    """Write a fraction exactly where it is short, else as the nearest float."""
     if max(number.numerator, number.denominator) < 10**9:
         return str(number)
-    return f"{float(number):.17g}" if number < 2**1000 else "more than 2**1000"
+    if number < 2**1000:
+        return f"{float(number):.17g}"
+    return "more than 2**1000"

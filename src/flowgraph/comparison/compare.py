@@ -24,13 +24,12 @@ from flowgraph.comparison.agreement import (
 from flowgraph.comparison.alignment import SAME_TOKENS, Alignment, Group, align, question_text
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.files import PathLike, write_json
+from flowgraph.flow.flow import NEGLIGIBLE_FLOW
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.pages.comparison_page import write_comparison_html
 from flowgraph.tracing.flow_trace import FlowTrace
 
 SCHEMA = "flowgraph-comparison/1"
-_NEGLIGIBLE = 1e-12
-"""A difference of throughput below this is rounding."""
 _NAMED_FIRST = ("model", "layers")
 _SETTINGS = ("model", "dtype", "tokenizer", "layers", "heads", "edge_weight", "preset", "rows", "self_attention",
              "first_token", "question_selector", "answer_selector")  # fmt: skip
@@ -114,7 +113,7 @@ class Comparison:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InvalidInputError(f"k: must be at least 1, got {k!r}; ask for the number of pairs you want to see")
         change = self.difference if gains else -self.difference
-        order = torch.argsort(change, descending=True, stable=True)[: min(k, int((change > _NEGLIGIBLE).sum()))]
+        order = torch.argsort(change, descending=True, stable=True)[: min(k, int((change > NEGLIGIBLE_FLOW).sum()))]
         return order.tolist()
 
     def text(self, pair: int) -> str:

@@ -12,30 +12,40 @@ from torch_geometric.data import Batch
 
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.propagation.ratios import masked_ratio
 from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import topology_of
+
+NEGLIGIBLE_FLOW = 1e-12
+"""Shares of the unit flow below this, and differences of shares below this, are rounding."""
 
 
 @dataclass(frozen=True, eq=False)
 class Flow:
     r"""The unit flow from question to answer on one graph, or on each graph of a batch.
 
-    Node vectors have one entry per node of ``graph``, float64; graph vectors one entry per graph.
+    Node vectors have one entry per node of ``graph``, in float64. Graph vectors have one entry per graph.
+
+    Every quantity that takes no argument is a property. ``alpha`` and ``feasible`` are computed once and cached.
+    ``weight``, ``edge_flow``, ``absorbed``, ``potentials`` and ``log2_potential`` are computed at each access, in
+    O(E) or O(T): store the result where you need it more than once.
 
     Attributes:
         graph: the graph that was solved.
-        h: backward potential :math:`h = b + N^\top h`, the total influence of a token that reaches the answer,
-            in units of ``2**exponent``.
-        g: forward influence :math:`g = q + N g`, influence arriving per unit of potential, in units of
-            ``2**-exponent``.
-        exponent: int64, 0 everywhere unless some potential leaves ``2**-150 .. 2**150``, in this graph or another of
-            its batch; then the true potential is ``h * 2**exponent``: see :meth:`potentials`, :meth:`log2_potential`.
+        h: backward potential :math:`h = b + N^\top h`, the total influence of a token that reaches the answer. It is
+            scaled: the true potential is ``h * 2**exponent``, see :attr:`potentials` and :attr:`log2_potential`.
+        g: forward influence :math:`g = q + N g`, the influence that arrives per unit of potential. It is scaled: the
+            true influence is ``g * 2**-exponent``.
+        exponent: int64 scale exponents. 0 everywhere, unless some potential of this graph, or of another graph of its
+            batch, leaves ``2**-150 .. 2**150``.
         throughput: :math:`f = g \cdot h`, share of the unit flow that passes through the token, in [0, 1].
-        source: share of the unit flow that enters at each token (sums to 1 where feasible).
+        source: share of the unit flow that enters at each token. Sums to 1 where feasible.
         demand: b, weight of the edge from each token to the virtual sink.
-        absorbing: tokens that no edge leaves (the answer, when it absorbs).
+        absorbing: tokens without outgoing edges (the answer, when it absorbs).
         damping: factor per hop.
-        source_rule, absorption, backend: what was asked for, after defaults were filled in.
+        source_rule: ``"uniform"``, ``"potential"`` or ``"vector"``.
+        absorption: ``"absorb"`` or ``"pass_through"``.
+        backend: the backend that solved it.
     """
 
     graph: FlowGraph
@@ -53,82 +63,112 @@ class Flow:
 
     @cached_property
     def feasible(self) -> Bool[Tensor, " graphs"]:
-        """Per graph, whether any source token reaches the demand; where not, g on the routes and f are zero."""
+        """Per graph, whether any source token reaches the demand; if not, the throughput is zero. Cached."""
         return topology_of(self.graph).total(self.source.detach()) > 0
 
     @cached_property
     def alpha(self) -> Float64[Tensor, " graphs"]:
-        r"""Per graph, the largest scaling of this flow that fits the capacities.
+        r"""Per graph, the largest scaling of this flow that fits the capacities. Cached.
 
-        :math:`\alpha = \min N[t, s] / F(s, t) = 1 / \max g[s] h[t]` over the edges with flow: a lower bound of the max
-        flow on N. Infinite where no edge carries flow. Cost: one read of the edges, on first use.
+        .. math:: \alpha = \min_{F(s, t) > 0} \frac{N[t, s]}{F(s, t)} = \frac{1}{\max g[s] \, h[t]}
+
+        over the edges with flow: a lower bound of the max flow on N. Infinite where no edge carries flow.
+        Cost: one read of the edges.
         """
-        topology, weight, edge_flow = topology_of(self.graph), self.weight, self.edge_flow
-        start, end = self.graph.edge_index
-        congestion = self.in_units(torch.where(weight > 0, self.g[start] * self.h[end], 0.0))
-        plain, used = (congestion > 0) & torch.isfinite(congestion), edge_flow > 0
-        room = torch.where(used, weight / torch.where(used, edge_flow, 1.0), torch.inf)  # of capacities below 1e-308
-        room = torch.where(plain, 1 / torch.where(plain, congestion, 1.0), room)
-        unlimited = room.new_full((topology.num_graphs,), torch.inf)
-        return unlimited.scatter_reduce(0, topology.graph_of_node[start], room, "amin")
+        source, target = self.graph.edge_index
+        weight = self.weight
+        edge_flow = self.edge_flow
+
+        # The congestion of an edge, F / N = g[s] h[t], does not depend on its capacity.
+        congestion = self.in_units(torch.where(weight > 0, self.g[source] * self.h[target], 0.0))
+
+        # The scaling that saturates an edge, 1 / congestion. For capacities below 1e-308 the congestion can leave the
+        # range of float64 although the flow is positive. N / F is used there.
+        in_range = (congestion > 0) & torch.isfinite(congestion)
+        from_flow = masked_ratio(edge_flow > 0, weight, edge_flow, otherwise=torch.inf)
+        saturating = masked_ratio(in_range, 1, congestion, otherwise=from_flow)
+
+        # alpha: the minimum over the edges of each graph, infinite where no edge carries flow.
+        topology = topology_of(self.graph)
+        unlimited = saturating.new_full((topology.num_graphs,), torch.inf)
+        return unlimited.scatter_reduce(0, topology.graph_of_node[source], saturating, "amin")
 
     @property
     def weight(self) -> Float64[Tensor, " edges"]:
-        """N on the edges: capacity times damping, zero where the source absorbs."""
+        """N on the edges: capacity times damping, and 0 where the source absorbs. Cost: O(E) at each access."""
         is_active_edge = ~self.absorbing[self.graph.edge_index[0]]
         return self.graph.capacity.double() * is_active_edge * self.damping
 
     @property
     def edge_flow(self) -> Float64[Tensor, " edges"]:
-        r"""Flow on each edge, :math:`F(s, t) = g[s] \, N[t, s] \, h[t]`, in the order of ``graph.edge_index``."""
+        r"""Flow on each edge, :math:`F(s, t) = g[s] \, N[t, s] \, h[t]`, in the order of ``graph.edge_index``.
+
+        Cost: O(E) at each access.
+        """
         source, target = self.graph.edge_index
         return self.g[source] * self.in_units(self.weight) * self.h[target]
 
     @property
     def absorbed(self) -> Float64[Tensor, " nodes"]:
-        """Share of the unit flow that leaves to the virtual sink at each token, ``g * b``; sums to 1 where feasible."""
+        """Share of the unit flow that enters the virtual sink at each token, ``g * b``; sums to 1 where feasible.
+
+        Cost: O(T) at each access.
+        """
         return self.g * scaled(self.demand, -self.exponent)
 
     @property
     def potentials(self) -> tuple[Float64[Tensor, " nodes"], Float64[Tensor, " nodes"]]:
-        """h and g as plain numbers: 0 or infinity where float64 cannot hold them (see ``exponent``)."""
+        """The true h and g, without scaling: 0 or infinity where float64 cannot hold them.
+
+        Cost: O(T) at each access.
+        """
         return scaled(self.h, self.exponent), scaled(self.g, -self.exponent)
 
     @property
     def log2_potential(self) -> Float64[Tensor, " nodes"]:
-        """Binary logarithm of the true potential; minus infinity where the demand cannot be reached."""
+        """Binary logarithm of the true potential; minus infinity where the demand is unreachable.
+
+        Cost: O(T) at each access.
+        """
         return log2_potential(self.h, self.exponent)
 
     def in_units(self, per_edge: Float64[Tensor, " edges"]) -> Float64[Tensor, " edges"]:
-        """Weights of edges in the units of h and g: ``* 2**(exponent[target] - exponent[source])``."""
+        """Scale a value per edge to the scaled h and g: ``per_edge * 2**(exponent[target] - exponent[source])``."""
         if not bool(self.exponent.any()):
             return per_edge
         source, target = self.graph.edge_index
         return scaled(per_edge, self.exponent[target] - self.exponent[source])
 
     def __repr__(self) -> str:
-        feasible = (
-            f"{int(self.feasible.sum())}/{self.feasible.numel()} feasible"
-            if self.feasible.numel() > 1
-            else ("feasible" if bool(self.feasible) else "not feasible: the answer is unreachable")
-        )
+        # A batch is summarised by a count.
+        num_graphs = self.feasible.numel()
+        if num_graphs > 1:
+            feasible = f"{int(self.feasible.sum())}/{num_graphs} feasible"
+        elif bool(self.feasible):
+            feasible = "feasible"
+        else:
+            feasible = "not feasible: the answer is unreachable"
         return (
-            f"Flow({self.graph.num_nodes} tokens, {self.graph.num_edges} edges, {feasible}, source={self.source_rule}, "
-            f"absorption={self.absorption}, damping={self.damping:g}, backend={self.backend})"
+            f"Flow({self.graph.num_nodes} tokens, {self.graph.num_edges} edges, {feasible}, "
+            f"source={self.source_rule}, absorption={self.absorption}, damping={self.damping:g}, "
+            f"backend={self.backend})"
         )
 
 
 def log2_potential(h: Tensor, exponent: Tensor) -> Tensor:
-    """``log2(h * 2**exponent)``; minus infinity, with a gradient of zero, where h is 0."""
-    return torch.where(h > 0, torch.where(h > 0, h, 1.0).log2() + exponent, -torch.inf)
+    """Return ``log2(h * 2**exponent)``; minus infinity, with a gradient of zero, where h is 0."""
+    # The inner where keeps the gradient finite: log2(0) has an infinite one.
+    reaches = h > 0
+    log2_h = torch.where(reaches, h, 1.0).log2()
+    return torch.where(reaches, log2_h + exponent, -torch.inf)
 
 
 def require_single_feasible(flow: Flow) -> None:
-    """Refuse what has no routes to speak of.
+    """Refuse a flow that has no routes, or more than one graph.
 
     Raises:
         InvalidInputError: the flow of a batch.
-        InfeasibleFlowError: no flow.
+        InfeasibleFlowError: no question token reaches the answer.
     """
     if isinstance(flow.graph, Batch):
         raise InvalidInputError(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
-from jaxtyping import Float64
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.propagation.checks import token_vector
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.edge_sweeps import EdgeSweeps
 from flowgraph.propagation.interface import Backend
@@ -35,28 +34,28 @@ def solve(
     .. math::
         h = b + N^\top h, \quad q = \mathrm{source}/h, \quad g = q + N g, \quad f = g \cdot h,
 
-    with N the capacities (damped, nothing leaving an absorbing token). Equivalent to the re-weighted
-    transition :math:`P(s \to t) = A[t,s] h[t] / h[s]` of the paper, which is never formed: errors of h cancel in
+    with N the capacities, damped, and 0 on the edges out of an absorbing token. This is equivalent to the re-weighted
+    transition :math:`P(s \to t) = A[t,s] h[t] / h[s]` of the paper. P is never formed, so errors of h cancel in
     :math:`g \cdot h`.
 
     Args:
-        graph: one :class:`FlowGraph`, or a PyG ``Batch`` of many (one call, no cross-talk).
-        backend: ``"scatter"``, blocked substitution over PyG scatter (canonical, any device); ``"numba"``, the same
-            sums compiled, in threads over the graphs of a batch (CPU; extra ``numba``); ``"dense"``, blocked
+        graph: one :class:`FlowGraph`, or a PyG ``Batch`` of many, each solved independently.
+        backend: ``"scatter"``, block substitution over PyG scatter (canonical, any device); ``"numba"``, the same
+            sums compiled, in threads over the graphs of a batch (CPU; extra ``numba``); ``"dense"``, block
             substitution over a dense matrix; ``"reference"``, one token at a time in Python; ``"auto"``, compiled
             where it runs, else scatter.
         source: where the unit enters: ``"uniform"`` over the question tokens that reach the answer (paper),
             ``"potential"`` in proportion to h over question tokens, or a non-negative vector ``[N]``, normalised
             per graph over the tokens that reach the demand.
         demand: b, a non-negative vector ``[N]``; default: 1 on answer tokens.
-        absorption: ``"absorb"``, nothing leaves an answer token (default with the default demand), or
-            ``"pass_through"``, all edges stay (default with a demand of your own).
+        absorption: ``"absorb"``, answer tokens have no outgoing edges (default with the default demand), or
+            ``"pass_through"``, all edges stay (default with a custom demand).
         damping: factor per hop in (0, 1].
 
     Returns:
-        A :class:`Flow`. A graph whose answer is unreachable is not an error: ``feasible`` is False there and
-        the flow is zero. Derivatives of any order flow back to ``graph.capacity``, ``source`` and ``demand`` where they
-        require them: the adjoint of each sweep is the other sweep.
+        A :class:`Flow`. A graph whose answer is unreachable is not an error: its ``feasible`` is False and its flow is
+        zero. Derivatives of any order propagate to ``graph.capacity``, ``source`` and ``demand`` where these require
+        them: the adjoint of each sweep is the other sweep.
 
     Raises:
         InvalidInputError: an option outside its set, a vector of the wrong length, negative or not finite, a
@@ -64,7 +63,7 @@ def solve(
         MissingExtraError: a backend whose package is not installed.
         GraphError: not a FlowGraph.
 
-    Cost: two reads of the edges. What depends on the edges' positions alone is computed once per graph and kept on it.
+    Cost: two reads of the edges. The structure of the edges is computed once per graph and cached on it.
     Source: arXiv 2606.10646 (answer conditioning and local conservation), in the g-form.
 
     Example:
@@ -80,14 +79,31 @@ def solve(
             "(a FlowTrace has its graph as trace.graph, solved as trace.flow)"
         )
     check_options(backend, source, absorption, damping)
-    if absorption is None:
-        absorption = "absorb" if demand is None else "pass_through"
+
+    # D: the damping, or 0 where an answer token absorbs.
+    absorption = absorption_rule(absorption, demand)
     absorbing = graph.answer_mask & (absorption == "absorb")
-    nodes, device = graph.answer_mask.shape, graph.capacity.device
-    b = graph.answer_mask.double() if demand is None else token_vector(demand, nodes, device, "demand")
-    entry = source if isinstance(source, str) else token_vector(source, nodes, device, "source")
-    sweeps = EdgeSweeps(topology_of(graph), (~absorbing).double() * damping, backend)
-    solved = conserve(sweeps, graph.capacity, demand=b, question=graph.question_mask, source=entry)
+    propagation_factor = (~absorbing).double() * damping
+
+    # The demand b, and the source: a checked vector, or the name of a rule that needs h first.
+    nodes = graph.answer_mask.shape
+    device = graph.capacity.device
+    if demand is None:
+        b = graph.answer_mask.double()
+    else:
+        b = token_vector(demand, nodes, device, "demand")
+    if not isinstance(source, str):
+        source = token_vector(source, nodes, device, "source")
+
+    # h, g and src; the throughput f = g h follows.
+    sweeps = EdgeSweeps(topology_of(graph), propagation_factor, backend)
+    solved = conserve(
+        sweeps,
+        graph.capacity,
+        demand=b,
+        question=graph.question_mask,
+        source=source,
+    )
     return Flow(
         graph=graph,
         h=solved.h,
@@ -104,38 +120,35 @@ def solve(
     )
 
 
-def check_options(backend: str, source: str | Tensor, absorption: str | None, damping: float) -> None:
+def absorption_rule(absorption: Absorption | None, demand: Tensor | None) -> Absorption:
+    """Return the rule that applies: by default the answer absorbs, and a custom demand lets all edges pass."""
+    if absorption is not None:
+        return absorption
+    return "absorb" if demand is None else "pass_through"
+
+
+def check_options(
+    backend: str,
+    source: str | Tensor,
+    absorption: str | None,
+    damping: float,
+) -> None:
     """Refuse an option of :func:`solve` that lies outside its set.
 
     Raises:
-        InvalidInputError: which one, and what it may be.
+        InvalidInputError: the option, its allowed values, and the value got.
     """
-    choices = [("backend", backend, get_args(Backend))]
+    _check_choice("backend", backend, get_args(Backend))
     if not isinstance(source, Tensor):
-        choices.append(("source", source, get_args(SourceRule)))
+        _check_choice("source", source, get_args(SourceRule))
     if absorption is not None:
-        choices.append(("absorption", absorption, get_args(Absorption)))
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise InvalidInputError(f"{name}: must be one of {', '.join(map(repr, allowed))}, got {value!r}; see solve")
+        _check_choice("absorption", absorption, get_args(Absorption))
     if not isinstance(damping, (int, float)) or not 0 < damping <= 1:
         raise InvalidInputError(f"damping: must lie in (0, 1], got {damping!r}; 1 is undamped")
 
 
-def token_vector(vector: Tensor, shape: torch.Size, device: torch.device, name: str) -> Float64[Tensor, ...]:
-    """A source or demand of one's own, in float64.
-
-    Raises:
-        InvalidInputError: another shape than the tokens', negative or not finite.
-    """
-    vector = torch.as_tensor(vector, device=device).double()
-    if vector.shape != shape:
-        raise InvalidInputError(
-            f"{name}: must have one entry per token {tuple(shape)}, got shape {tuple(vector.shape)}; "
-            "pass a vector over the tokens"
-        )
-    if not bool(torch.isfinite(vector).all()) or bool((vector < 0).any()):
-        raise InvalidInputError(
-            f"{name}: must be finite and non-negative, got {vector.min().item():g} as its least; clamp it first"
-        )
-    return vector
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value outside a fixed set."""
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise InvalidInputError(f"{name}: must be one of {choices}, got {value!r}; see solve")

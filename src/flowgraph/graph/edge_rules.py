@@ -1,9 +1,9 @@
-r"""From attention rows to edge capacities: which row belongs to a token, and what is left out.
+r"""EdgeRules: how attention rows become edge capacities (which row belongs to a token, and what is excluded).
 
-Attention row t says what the query at position t reads. In a causal LM token k is *produced* by the query at
-position k - 1, so two readings are possible (:class:`EdgeRules`): **emission** gives a generated token the row
-that produced it, **literal** gives every token its own row. Everything else here is bookkeeping on blocks of
-rows: the first token (an attention sink that holds mass without information) and self-attention.
+Attention row t holds what the query at position t reads. In a causal LM token k is *produced* by the query at
+position k - 1, so two rules are possible (:class:`EdgeRules`): **emission** gives a generated token the row
+that produced it, **literal** gives every token its own row. Two more rules concern the first token (an attention sink
+that holds mass without information) and self-attention.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ SelfRule = Literal["drop", "renormalize"]
 FirstTokenRule = Literal["exclude", "keep"]
 Preset = Literal["default", "paper"]
 
+_ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROW_SUM_TOLERANCE_HALF = 3e-2
+"""Half precision: in bfloat16 the rounding of a thousand weights adds up."""
+
 
 @dataclass(frozen=True)
 class EdgeRules:
     """The choices that turn attention rows into edges (method, sections 3 and 3.1).
 
     Attributes:
-        rows: ``"emission"``: a generated token takes the row of the position that emitted it (row k - 1),
+        rows: ``"emission"``: a generated token takes the row of the position that produced it (row k - 1),
             prompt tokens keep their own; ``"emission_all"``: every token takes row k - 1; ``"literal"``: every
             token takes its own row k.
-        self_attention: what becomes of the diagonal where a token keeps its own row: ``"drop"`` it, or drop it
-            and ``"renormalize"`` the rest of the row. (In a shifted row it is the
+        self_attention: treatment of the diagonal where a token keeps its own row: ``"drop"`` it, or drop it
+            and ``"renormalize"`` the rest of the row. (In a shifted row the diagonal is the
             edge k - 1 -> k, like any other.)
-        first_token: ``"exclude"``: no edge leaves the first token and rows are renormalised to sum 1, which
-            also removes a learned sink; ``"keep"``: as the attention has it.
+        first_token: ``"exclude"``: the edges out of the first token are dropped and rows are renormalised to sum 1,
+            which also removes a learned sink; ``"keep"``: attention as it is.
     """
 
     rows: RowRule = "emission"
@@ -45,23 +49,34 @@ class EdgeRules:
 
     def __post_init__(self) -> None:
         """Refuse a value outside its fixed set."""
-        for name, kind in (("rows", RowRule), ("self_attention", SelfRule), ("first_token", FirstTokenRule)):
-            if getattr(self, name) not in get_args(kind):
-                allowed = ", ".join(map(repr, get_args(kind)))
-                raise InvalidInputError(f"{name}: must be one of {allowed}, got {getattr(self, name)!r}; see EdgeRules")
+        _require_one_of("rows", self.rows, get_args(RowRule))
+        _require_one_of("self_attention", self.self_attention, get_args(SelfRule))
+        _require_one_of("first_token", self.first_token, get_args(FirstTokenRule))
 
     @classmethod
     def preset(cls, name: str, **changes: str | None) -> EdgeRules:
-        """``"default"``, or ``"paper"`` for the choices of arXiv 2606.10646; ``changes`` that are None are ignored.
+        """Build a named set of choices.
+
+        Args:
+            name: ``"default"``, or ``"paper"`` for the choices of arXiv 2606.10646.
+            changes: attributes to replace; those that are None are ignored.
 
         Raises:
             InvalidInputError: unknown preset or value.
+
+        Example:
+            >>> str(EdgeRules.preset("paper", first_token="exclude"))
+            'rows=literal, self_attention=drop, first_token=exclude'
         """
         if name not in get_args(Preset):
             allowed = ", ".join(map(repr, get_args(Preset)))
             raise InvalidInputError(f"preset: must be one of {allowed}, got {name!r}; single choices go into EdgeRules")
-        base = cls() if name == "default" else cls(rows="literal", self_attention="drop", first_token="keep")
-        return replace(base, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
+        if name == "paper":
+            base = cls(rows="literal", self_attention="drop", first_token="keep")
+        else:
+            base = cls()
+        given = {key: value for key, value in changes.items() if value is not None}
+        return replace(base, **given)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return f"rows={self.rows}, self_attention={self.self_attention}, first_token={self.first_token}"
@@ -69,11 +84,13 @@ class EdgeRules:
 
 @dataclass(frozen=True)
 class EdgeRows:
-    """The capacities C of each sequence of a batch as a :class:`RowSource`: attention rows seen through the rules.
+    """The capacities of each sequence of a batch as a :class:`RowSource`: attention rows with the rules applied.
+
+    Shapes: B sequences, T tokens.
 
     Attributes:
         attention: attention rows.
-        rules: which row belongs to a token, and what is left out.
+        rules: which row belongs to a token, and what is excluded.
         generated: ``[B, T]`` tokens that the model produced.
         first: ``[B]`` position of the first token of each sequence (0 unless padded on the left).
     """
@@ -92,68 +109,92 @@ class EdgeRows:
         return self.attention.device
 
     def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
-        """Capacities into the tokens ``[start, stop)``: ``E[k, s]`` for every s < stop, zero unless s < k.
+        """Compute the capacities into the tokens ``[start, stop)``: ``c(s, k)`` for every s < stop, zero unless s < k.
 
         Raises:
             GraphError: the attention holds NaN, negative or non-causal weights, or rows that sum to more than 1.
         """
-        earlier = max(start - 1, 0)
-        weights = self.attention.block(earlier, stop)
-        sums = check_attention_rows(weights, earlier)
+        # Under emission rows, the first token of the block may take the row before the block.
+        first_row = max(start - 1, 0)
+        weights = self.attention.block(first_row, stop)
+        sums = check_attention_rows(weights, first_row)
         if self.rules.first_token == "exclude":
-            weights, sums = self._without_first(weights, sums)
+            weights, sums = self._without_first(weights)
+
+        # The row of each token: its own, or the one before.
         token = torch.arange(start, stop, device=self.device)
-        row = token - self._takes_previous_row(token).long() - earlier
+        shift = self._takes_previous_row(token).long()
+        row = token - shift - first_row
         weights = weights.gather(1, row[..., None].expand(-1, -1, stop))
-        own = torch.arange(stop, device=self.device)[None] == token[:, None]  # in a shifted row it is empty already
+
+        # Drop the diagonal, which is empty in a shifted row; "renormalize" gives its mass to the rest of the row.
+        is_diagonal = torch.arange(stop, device=self.device)[None] == token[:, None]
         if self.rules.self_attention == "renormalize":
             total = sums.gather(1, row)[..., None]
-            rest = weights.masked_fill(own, 0).sum(-1, keepdim=True)
-            weights = weights * torch.where(rest > 0, total / rest.clamp_min(torch.finfo(rest.dtype).tiny), 0)
-        return weights.masked_fill(own, 0)
+            rest = weights.masked_fill(is_diagonal, 0).sum(-1, keepdim=True)
+            smallest_normal = torch.finfo(rest.dtype).tiny
+            weights = weights * torch.where(rest > 0, total / rest.clamp_min(smallest_normal), 0)
+        return weights.masked_fill(is_diagonal, 0)
 
-    def _without_first(self, weights: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """No edge leaves the first token, and what is left of a row sums to 1."""
-        at = self.first.clamp_max(weights.shape[-1] - 1)[:, None, None].expand(-1, weights.shape[1], 1)
-        weights = weights.scatter(2, at, 0.0)
+    def _without_first(
+        self, weights: Float[Tensor, "graphs rows stop"]
+    ) -> tuple[Float[Tensor, "graphs rows stop"], Float[Tensor, "graphs rows"]]:
+        """Drop the edges out of the first token and scale each row to sum 1; return the rows and their new sums."""
+        _, num_rows, stop = weights.shape
+        # A sequence that starts after this block has no first token in it; its rows are all zero.
+        first = self.first.clamp_max(stop - 1)
+        column = first[:, None, None].expand(-1, num_rows, 1)
+        weights = weights.scatter(2, column, 0.0)
+
         sums = weights.sum(-1)
-        weights /= sums.clamp_min(torch.finfo(weights.dtype).tiny)[..., None]
+        smallest_normal = torch.finfo(weights.dtype).tiny
+        weights /= sums.clamp_min(smallest_normal)[..., None]
         return weights, (sums > 0).to(sums.dtype)
 
     def _takes_previous_row(self, token: Int64[Tensor, " block"]) -> Bool[Tensor, "graphs block"]:
-        later = token[None] > self.first[:, None]
+        """Find the tokens k that take row k - 1; the first token has no row before it."""
+        has_previous = token[None] > self.first[:, None]
         if self.rules.rows == "literal":
-            return torch.zeros_like(later)
-        return later if self.rules.rows == "emission_all" else later & self.generated[:, token]
+            return torch.zeros_like(has_previous)
+        if self.rules.rows == "emission_all":
+            return has_previous
+        return has_previous & self.generated[:, token]
 
 
 def row_sum_tolerance(dtype: torch.dtype) -> float:
-    """How far the sum of a row of attention may be from 1 by rounding; in bfloat16 a thousand weights add up."""
-    return {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 3e-2)
+    """Return by how much the sum of a row of attention may differ from 1 through rounding."""
+    return _ROW_SUM_TOLERANCE.get(dtype, _ROW_SUM_TOLERANCE_HALF)
 
 
 def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int) -> Float[Tensor, "graphs block"]:
-    """Attention as a causal LM must have it; a row may sum to less than 1 (padding, learned sinks).
+    """Check rows of causal attention; a row may sum to less than 1 (padding, learned sinks).
+
+    Args:
+        weights: rows of the tokens from ``start`` on, columns from token 0 on.
+        start: token of the first row.
 
     Returns:
         The row sums.
 
     Raises:
-        GraphError: NaN or infinite, negative, non-causal, or more than a whole row.
+        GraphError: NaN or infinite, negative or non-causal weights, or a row that sums to more than 1.
     """
-    low, high = torch.aminmax(weights)  # both are NaN if any weight is
+    # Both are NaN if any weight is NaN.
+    low, high = torch.aminmax(weights)
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         row = int((~torch.isfinite(weights)).any(-1).nonzero()[0][-1])
         raise GraphError(
             f"attention: must be finite, got NaN or infinity in row {start + row}; "
             "run the model in float32 or bfloat16 and check its output for NaN"
         )
+
     if bool(low < 0):
         _, row, column = (weights < 0).nonzero()[0].tolist()
         raise GraphError(
             f"attention: must be non-negative, got {low.item():g} at [{start + row}, {column}]; "
             "pass softmax weights, not logits"
         )
+    # Row t of the block is token start + t, so its columns from start + t + 1 on are later tokens.
     future = weights[..., start:].triu(1)
     if bool(future.any()):
         _, row, column = future.nonzero()[0].tolist()
@@ -162,11 +203,18 @@ def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int
             f"[{start + row}, {start + column}]; row t is the reader t, and it reads tokens 0..t"
         )
     sums = weights.sum(-1)
-    tolerance = row_sum_tolerance(weights.dtype)
-    if bool((sums > 1 + tolerance).any()):
-        over = (sums > 1 + tolerance).nonzero()[0]
+    above_one = sums > 1 + row_sum_tolerance(weights.dtype)
+    if bool(above_one.any()):
+        sequence, row = above_one.nonzero()[0].tolist()
         raise GraphError(
-            f"attention: a row must sum to at most 1, got {sums[tuple(over)].item():g} in row {start + int(over[-1])}; "
+            f"attention: a row must sum to at most 1, got {sums[sequence, row].item():g} in row {start + row}; "
             "average over heads and layers, do not sum them (or build with FlowGraph.from_dense)"
         )
     return sums
+
+
+def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value outside its fixed set."""
+    if value not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise InvalidInputError(f"{name}: must be one of {listed}, got {value!r}; see EdgeRules")

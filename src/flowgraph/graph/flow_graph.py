@@ -1,4 +1,4 @@
-"""``FlowGraph``: the attention-induced DAG over tokens, held as a PyG sparse graph."""
+"""FlowGraph: the attention-induced DAG over tokens, held as a PyG Data object."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ class FlowGraph(Data):
         edge_index: ``[2, E]`` int64; row 0 = source (the earlier token), row 1 = target (the later one).
             Sorted by (target, source), so the edges into one token, or into a block of tokens, are one slice.
         capacity: ``[E]`` float > 0; ``c(s, t)`` = share of token t's reading that is taken from token s.
-        question_mask, reasoning_mask, answer_mask: ``[N]`` bool, disjoint; where flow may enter, the
-            generated tokens before the answer, where flow leaves. A token may be in none of them.
+        question_mask: ``[N]`` bool, where flow may enter. The three masks are disjoint; a token may be in none of them.
+        reasoning_mask: ``[N]`` bool, the generated tokens before the answer.
+        answer_mask: ``[N]`` bool, where flow is absorbed.
         kept_attention: ``[1]`` float, share of the edge mass before pruning that the graph still holds.
-        kept_flow: ``[1]`` float, share of the unpruned unit flow whose whole route survived pruning.
+        kept_flow: ``[1]`` float, share of the unpruned unit flow whose entire route was kept by pruning.
         throughput_error: ``[1]`` float, largest change of any token's throughput that pruning caused, against the
             exact solution before it.
-        rules: one line naming the choices that turned attention into edges ("" for edges given as they are).
+        rules: one line that names the choices that turned attention into edges ("" for edges given as they are).
 
-    Token order is a topological order, so nothing here can contain a cycle. Every tensor follows PyG's
+    Token order is a topological order, so the graph cannot contain a cycle. Every tensor follows PyG's
     naming, so ``Batch``, ``DataLoader``, ``.to(device)`` and ``torch_geometric.utils.to_networkx`` work on it.
 
     Build one with :meth:`from_edges`, :meth:`from_dense` or :meth:`from_rows`; the bare constructor exists
@@ -68,31 +69,44 @@ class FlowGraph(Data):
         reasoning: MaskLike | None = None,
         rules: str = "",
     ) -> Self:
-        """Build from an edge list in any order; zero capacities are dropped (they are no edges).
+        """Build from an edge list in any order; edges of zero capacity are dropped.
 
         Args:
             edge_index: ``[2, E]``, source before target.
             capacity: ``[E]``, finite and non-negative.
             num_nodes: number of tokens, isolated ones included.
             question: mask, indices or slice of the tokens where flow enters.
-            answer: the same for the tokens where flow leaves.
+            answer: the same for the tokens where flow is absorbed.
             reasoning: the same for the tokens between; default: every token after the last question token and
                 before the first answer token.
             rules: one line of provenance, kept on the graph.
+
+        Returns:
+            A valid graph; its edges are sorted by (target, source).
 
         Raises:
             GraphError: an edge backwards in time, twice, or outside; NaN, infinite or negative capacity.
             RegionError: a region that is empty, overlaps another or lies outside.
 
         Cost: one sort of the E edges when they do not come sorted.
+
+        Example:
+            >>> pairs = torch.tensor([[1, 0], [2, 1]])
+            >>> graph = FlowGraph.from_edges(pairs, torch.tensor([0.5, 1.0]), num_nodes=3, question=[0], answer=[2])
+            >>> graph.edge_index.tolist(), graph.capacity.tolist()
+            ([[0, 1], [1, 2]], [1.0, 0.5])
         """
         _check_shapes(edge_index, capacity, num_nodes)
-        keep = capacity != 0
-        edge_index, capacity = edge_index[:, keep], capacity[keep]
-        key = edge_index[1] * num_nodes + edge_index[0]
+        is_edge = capacity != 0
+        edge_index = edge_index[:, is_edge]
+        capacity = capacity[is_edge]
+
+        # Sort by (target, source), unless the edges come sorted.
+        key = _sort_key(edge_index, num_nodes)
         if bool((key[1:] < key[:-1]).any()):
             order = torch.argsort(key)
-            edge_index, capacity = edge_index[:, order], capacity[order]
+            edge_index = edge_index[:, order]
+            capacity = capacity[order]
         graph = cls._assemble(edge_index.contiguous(), capacity, num_nodes, question, reasoning, answer, rules)
         graph.validate()
         return graph
@@ -108,11 +122,19 @@ class FlowGraph(Data):
     ) -> Self:
         """Build from a matrix of capacities, taken as they are: ``capacity[t, s]`` is the edge ``s -> t``.
 
-        The diagonal is ignored (a token is not its own predecessor); anything above it is an error.
+        The diagonal is ignored (a token is not its own predecessor); a non-zero entry above it is an error.
+
+        Args:
+            capacity: ``[T, T]``, finite and non-negative.
+            question: see :meth:`from_edges`.
+            answer: see :meth:`from_edges`.
+            reasoning: see :meth:`from_edges`.
 
         Raises:
             GraphError: not square, NaN, infinite, negative, or non-zero above the diagonal.
             RegionError: see :meth:`from_edges`.
+
+        Cost: a few reads of the matrix.
         """
         capacity = torch.as_tensor(capacity)
         if capacity.ndim != 2 or capacity.shape[0] != capacity.shape[1]:
@@ -122,18 +144,22 @@ class FlowGraph(Data):
             )
         if not capacity.is_floating_point():
             raise GraphError(f"capacity: must be floating point, got {capacity.dtype}; call .float() on it")
-        if not bool(torch.isfinite(capacity).all()):
-            t, s = (~torch.isfinite(capacity)).nonzero()[0].tolist()
+        not_finite = ~torch.isfinite(capacity)
+        if bool(not_finite.any()):
+            t, s = not_finite.nonzero()[0].tolist()
             raise GraphError(
                 f"capacity: must be finite and non-negative, got {capacity[t, s].item()} at [{t}, {s}]; "
                 "check the attention for NaN or overflow"
             )
-        if bool((capacity.triu(1) != 0).any()):
-            t, s = (capacity.triu(1) != 0).nonzero()[0].tolist()
+        above_diagonal = capacity.triu(1) != 0
+        if bool(above_diagonal.any()):
+            t, s = above_diagonal.nonzero()[0].tolist()
             raise GraphError(
                 f"capacity: must be causal (zero above the diagonal), got {capacity[t, s].item():g} at [{t}, {s}], "
                 f"an edge from token {s} back to token {t}; rows are readers: capacity[t, s] with s < t"
             )
+
+        # nonzero lists the entries [t, s] below the diagonal by row: sorted by target, then source.
         below = capacity.tril(-1)
         target, source = below.nonzero(as_tuple=True)
         return cls.from_edges(
@@ -158,16 +184,17 @@ class FlowGraph(Data):
         rules: EdgeRules | None = None,
         max_edges: int | str = "auto",
     ) -> Self:
-        """Turn attention rows into the DAG; the choices of the method are made here.
+        """Turn attention rows into the DAG, by the choices of the method.
 
         Args:
             rows: attention, row t = what token t reads: a matrix, or captured rows of one sequence (see
-                :func:`flowgraph.capture`), read block by block and never held whole unless the graph is.
+                :func:`flowgraph.capture`), read block by block. The complete matrix is in memory only where all edges
+                of the graph are.
             question: where flow enters (mask, indices or slice).
-            answer: where flow leaves.
+            answer: where flow is absorbed.
             reasoning: generated tokens before the answer; see :meth:`from_edges` for the default.
             generated: tokens that the model produced; under emission rows they take the row of the
-                position that emitted them. Default: everything after the last question token.
+                position that produced them. Default: every token after the last question token.
             preset: ``"default"`` (emission rows, first token excluded) or ``"paper"`` (literal rows, first
                 token kept, self-attention dropped).
             rules: the same choices one by one; overrides ``preset``.
@@ -181,16 +208,17 @@ class FlowGraph(Data):
 
         Cost: one read of the rows, or two with a limit; memory O(block x T + E).
         """
-        num_nodes = rows.num_tokens if not isinstance(rows, Tensor) else rows.shape[-1]
+        num_nodes = rows.shape[-1] if isinstance(rows, Tensor) else rows.num_tokens
         question_mask = as_mask(question, num_nodes, "question")
         answer_mask = as_mask(answer, num_nodes, "answer")
         if generated is None:
-            generated_mask = (
-                torch.arange(num_nodes) > int(question_mask.nonzero().max()) if question_mask.any() else question_mask
-            )
+            generated_mask = _after_last(question_mask)
         else:
             generated_mask = as_mask(generated, num_nodes, "generated")
-        rules = rules or EdgeRules.preset(preset)
+        if rules is None:
+            rules = EdgeRules.preset(preset)
+
+        # A limit on the edges is applied while the rows are read; the graph records what it lost.
         edges = collect_edges(rows, rules, generated_mask, question_mask, answer_mask, max_edges=max_edges)
         graph = cls._assemble(edges.edge_index, edges.capacity, num_nodes, question, reasoning, answer, str(rules))
         graph.kept_attention = graph.kept_attention * edges.kept_attention
@@ -210,6 +238,8 @@ class FlowGraph(Data):
         answer: MaskLike,
         rules: str,
     ) -> Self:
+        """Build the object from sorted edges, with regions as masks; nothing is pruned yet."""
+        # Regions may be masks, indices or slices; the graph holds masks on the device of its edges.
         device = edge_index.device
         question_mask = as_mask(question, num_nodes, "question", device)
         answer_mask = as_mask(answer, num_nodes, "answer", device)
@@ -231,15 +261,24 @@ class FlowGraph(Data):
         )
 
     def validate(self, raise_on_error: bool = True) -> bool:
-        """Check every invariant of the class, at the cost of a few reads of the edges.
+        """Check every invariant of the class.
+
+        Args:
+            raise_on_error: raise for an invalid graph, instead of returning False.
+
+        Returns:
+            Whether the graph is valid.
 
         Raises:
             GraphError: order, duplicates, causality, range or finiteness of the edges.
             RegionError: masks that are empty, overlapping or of the wrong length.
+
+        Cost: a few reads of the edges.
         """
+        num_nodes = int(self.num_nodes or 0)
         try:
-            _check_shapes(self.edge_index, self.capacity, int(self.num_nodes or 0))
-            _check_edges(self.edge_index, self.capacity, int(self.num_nodes or 0))
+            _check_shapes(self.edge_index, self.capacity, num_nodes)
+            _check_edges(self.edge_index, num_nodes)
             _check_regions(self)
         except (GraphError, RegionError):
             if raise_on_error:
@@ -248,11 +287,28 @@ class FlowGraph(Data):
         return True
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """Batching shifts node ids and nothing else (PyG's default also shifts any name with ``index`` in it)."""
-        return self.num_nodes if key == "edge_index" else super().__inc__(key, value, *args, **kwargs)
+        """Return by how much batching shifts an attribute: node ids by the number of nodes, the rest as PyG does."""
+        if key == "edge_index":
+            return self.num_nodes
+        return super().__inc__(key, value, *args, **kwargs)
+
+
+def _sort_key(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> Int64[Tensor, " edges"]:
+    """Compute one integer per edge whose order is that of (target, source)."""
+    source, target = edge_index
+    return target * num_nodes + source
+
+
+def _after_last(mask: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
+    """Mark every token after the last one of a region; none for an empty region, which is refused later."""
+    if not mask.any():
+        return mask
+    last = int(mask.nonzero().max())
+    return torch.arange(mask.numel()) > last
 
 
 def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
+    """Refuse edges and capacities of another shape, dtype or device, and capacities that are not finite and >= 0."""
     if edge_index.dtype != torch.int64 or edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise GraphError(
             f"edge_index: must be int64 of shape [2, edges], got {edge_index.dtype} of shape "
@@ -278,15 +334,18 @@ def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
         )
 
 
-def _check_edges(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
-    source, target = edge_index
+def _check_edges(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> None:
+    """Refuse edges outside the graph, backwards, twice, or in another order than by (target, source)."""
     if edge_index.numel() == 0:
         return
+    source, target = edge_index
     if int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes:
         raise GraphError(
             f"edge_index: must lie in 0..{num_nodes - 1}, got {int(edge_index.min())}..{int(edge_index.max())}; "
             "pass num_nodes = number of tokens"
         )
+
+    # Token order is a topological order: s < t on every edge.
     backwards = source >= target
     if bool(backwards.any()):
         at = int(backwards.nonzero()[0])
@@ -294,9 +353,12 @@ def _check_edges(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
             f"edge_index: an edge must run from an earlier to a later token, got {int(source[at])} -> "
             f"{int(target[at])}; row 0 is the source, row 1 the target"
         )
-    key = target * num_nodes + source
-    if bool((key[1:] == key[:-1]).any()):
-        at = int((key[1:] == key[:-1]).nonzero()[0])
+
+    # Sorted without duplicates: the keys increase.
+    key = _sort_key(edge_index, num_nodes)
+    repeats = key[1:] == key[:-1]
+    if bool(repeats.any()):
+        at = int(repeats.nonzero()[0])
         raise GraphError(
             f"edge_index: an edge may appear once, got {int(source[at])} -> {int(target[at])} twice; "
             "sum the capacities first (torch_geometric.utils.coalesce)"
@@ -309,6 +371,7 @@ def _check_edges(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
 
 
 def _check_regions(graph: FlowGraph) -> None:
+    """Refuse regions that are no masks over the tokens, overlap, or are empty where one token is needed."""
     masks = {name: graph[f"{name}_mask"] for name in REGIONS}
     for name, mask in masks.items():
         if mask.dtype != torch.bool or mask.shape != (graph.num_nodes,):
@@ -319,6 +382,8 @@ def _check_regions(graph: FlowGraph) -> None:
     for name in ("question", "answer"):
         if not bool(masks[name].any()):
             raise RegionError(f"{name}: must hold at least one token, got none; select the tokens of the {name}")
+
+    # The regions are disjoint, pair by pair.
     for one, other in (("question", "answer"), ("question", "reasoning"), ("reasoning", "answer")):
         both = masks[one] & masks[other]
         if bool(both.any()):

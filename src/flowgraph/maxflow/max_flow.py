@@ -1,11 +1,11 @@
-r"""Exact max flow and min cut: a certificate for a flow, never a score.
+r"""max_flow and its relatives: exact max flow and min cut, a certificate for a flow and never a score.
 
-igraph computes, this module re-checks. No number of the solver is trusted: the edge flow is clipped to the
+igraph computes, and every answer is re-checked. No number of the solver is trusted: the edge flow is clipped to the
 capacities, its conservation and the capacity of the cut are summed again with ``math.fsum``, and by weak duality
 
 .. math:: \text{value} - \sum_v |\text{excess}(v)| \;\le\; V \;\le\; \text{capacity of the cut},
 
-whatever the solver did. The width of that interval is :attr:`MaxFlow.error`.
+for any answer of the solver. The width of that interval is :attr:`MaxFlow.error`.
 
 Source: method, section 4. V between question and answer is nearly the trivial cut on attention graphs, and the
 node flows of a max flow are not unique; use :func:`flowgraph.solve` to score tokens.
@@ -21,7 +21,10 @@ from torch import Tensor
 from flowgraph.flow.flow import Flow
 from flowgraph.flow.solve import Absorption
 from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.maxflow.problem import MAX_EDGES, Backend, MaxFlow, MaxFlowProblem
+from flowgraph.maxflow.problem import MAX_EDGES, Backend, MaxFlowProblem
+from flowgraph.maxflow.verification import MaxFlow
+
+_NO_LIMIT = 2**62
 
 
 def max_flow(
@@ -34,7 +37,7 @@ def max_flow(
     backend: Backend = "igraph",
     max_edges: int = MAX_EDGES,
 ) -> MaxFlow:
-    r"""The most that the edges carry from source tokens to sink tokens, with a min cut.
+    r"""Compute the most that the edges carry from source tokens to sink tokens, with a min cut.
 
     .. math::
         V = \max_x \sum_{s \in Q} x_{out}(s) - x_{in}(s), \quad 0 \le x(s,t) \le N[t,s], \quad
@@ -44,11 +47,11 @@ def max_flow(
 
     Args:
         graph: one :class:`FlowGraph`, or the :class:`Flow` solved on one; a Flow brings its own source,
-            demand, absorption and damping, so none may be given beside it.
+            demand, absorption and damping, so none of them may be given beside it.
         source: ``[N]`` mask or non-negative vector, of which the support counts; default: the question.
         demand: the same for the sinks; default: the answer.
         absorption: ``"absorb"``, no edge leaves an answer token (default with the default demand), or
-            ``"pass_through"`` (default with a demand of your own).
+            ``"pass_through"`` (default with a ``demand``).
         damping: factor on every capacity, in (0, 1]; default 1.
         backend: ``"igraph"``, or ``"networkx"`` as a cross-check (80 to 240 times slower in the solver itself).
         max_edges: refuse larger graphs.
@@ -57,7 +60,8 @@ def max_flow(
         A :class:`MaxFlow`; value 0 and an empty cut where the sinks are unreachable.
 
     Raises:
-        InvalidInputError: a Batch; a token that is both source and sink (nothing limits it); a vector of the
+        GraphError: neither a FlowGraph nor a Flow.
+        InvalidInputError: a Batch; a token that is both source and sink (its flow is unlimited); a vector of the
             wrong length or range; an option beside a Flow, or outside its set.
         TooLargeError: more than ``max_edges`` edges.
         NumericalRangeError: the solver's answer failed the re-check.
@@ -72,7 +76,7 @@ def max_flow(
         >>> best.value, best.source_side.tolist(), best.cut_edges.tolist()
         (0.5, [True, True, False, False], [1, 2])
     """
-    network = MaxFlowProblem(
+    problem = MaxFlowProblem(
         graph,
         source=source,
         demand=demand,
@@ -81,16 +85,16 @@ def max_flow(
         backend=backend,
         max_edges=max_edges,
     )
-    return network.between(network.sources, network.sinks)
+    return problem.between(problem.sources, problem.sinks)
 
 
 def max_flow_through(graph: FlowGraph | Flow, token: int, **options: Any) -> float:
-    r"""The most that could pass through one token: the smaller of what can reach it and what can go on from it.
+    r"""Compute the most that could pass through one token: the smaller of its max flows from and to the terminals.
 
     .. math:: M[v] = \min(\text{maxflow}(Q, v), \text{maxflow}(v, \text{sinks})),
 
-    where a leg is unlimited when v is itself a source (a sink). Scaled to fit the capacities, the conserved
-    flow stays below it: :math:`\alpha f[v] \le M[v]`.
+    where the first is unlimited when v is itself a source, and the second when v is a sink. Scaled to fit the
+    capacities, the conserved flow stays below it: :math:`\alpha f[v] \le M[v]`.
 
     Args:
         graph: see :func:`max_flow`.
@@ -115,7 +119,7 @@ def max_flow_through(graph: FlowGraph | Flow, token: int, **options: Any) -> flo
 
 
 def max_flow_without(graph: FlowGraph | Flow, token: int, **options: Any) -> float:
-    r"""V once a token is taken out: :math:`V - V_{-v}` is what no other token can make up for.
+    r"""Compute V without one token: :math:`V - V_{-v}` is what no other token can replace.
 
     Args:
         graph: see :func:`max_flow`.
@@ -126,7 +130,7 @@ def max_flow_without(graph: FlowGraph | Flow, token: int, **options: Any) -> flo
         The max flow value of the graph without the edges into and out of v, as the capacity of a verified cut.
 
     Raises:
-        InvalidInputError: v outside the graph, or a terminal (there would be nothing to compare with).
+        InvalidInputError: v outside the graph, or a terminal (without it the problem is another one).
 
     Cost: one max flow. Source: method, section 4; unlike the flow through a token in one max flow, it is unique.
     """
@@ -134,11 +138,12 @@ def max_flow_without(graph: FlowGraph | Flow, token: int, **options: Any) -> flo
 
 
 def max_flow_bracket(graph: FlowGraph | Flow, **options: Any) -> tuple[float, float]:
-    r"""An interval that contains V for certain, by arithmetic that rounds nothing.
+    r"""Compute an interval that is proved to contain V, by integer arithmetic.
 
-    All capacities are scaled by one power of two and rounded down, then up, to integers; on integers below
-    :math:`2^{53}` every sum and difference of the solver is exact, so both values are, and
-    :math:`V_{\lfloor c \rfloor} \le V \le V_{\lceil c \rceil}`.
+    .. math:: V_{\lfloor c \rfloor} \le V \le V_{\lceil c \rceil}
+
+    All capacities c are scaled by one power of two and rounded down, then up, to integers. On integers below
+    :math:`2^{53}` every sum and difference of the solver is exact, so both values are exact.
 
     Args:
         graph: see :func:`max_flow`.
@@ -147,7 +152,10 @@ def max_flow_bracket(graph: FlowGraph | Flow, **options: Any) -> tuple[float, fl
     Returns:
         (low, high), at most ``edges * total capacity / 2**49`` apart.
 
-    Cost: two max flows.
+    Raises:
+        NumericalRangeError: the solver's value differs from its cut on integers.
+
+    Cost: two max flows. Source: method, section 4.
 
     Example:
         >>> import torch
@@ -159,16 +167,16 @@ def max_flow_bracket(graph: FlowGraph | Flow, **options: Any) -> tuple[float, fl
 
 
 def dominators(graph: FlowGraph | Flow, **options: Any) -> Bool[Tensor, " tokens"]:
-    """Tokens that every route from question to answer passes: without any one of them the answer is cut off.
+    """Find the tokens that every route from question to answer passes: without any one of them no route is left.
 
-    Sources and sinks count where there is only one of them. A dominator has throughput 1, whatever the capacities.
+    Sources and sinks count where there is only one of them. A dominator has throughput 1 for any capacities.
 
     Args:
         graph: see :func:`max_flow`.
-        options: those of :func:`max_flow`; ``max_edges`` is not a limit here.
+        options: those of :func:`max_flow`; ``max_edges`` has no default here.
 
     Returns:
-        ``[N]`` bool; nothing where no route exists.
+        ``[N]`` bool; all False where no route exists.
 
     Cost: one dominator tree (Lengauer and Tarjan, by igraph), near linear in the edges.
 
@@ -178,4 +186,5 @@ def dominators(graph: FlowGraph | Flow, **options: Any) -> Bool[Tensor, " tokens
         >>> dominators(FlowGraph.from_dense(chain, question=[0], answer=[2])).tolist()
         [True, True, True]
     """
-    return MaxFlowProblem(graph, **{"max_edges": 2**62, **options}).dominators()
+    options.setdefault("max_edges", _NO_LIMIT)
+    return MaxFlowProblem(graph, **options).dominators()

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph.files import PathLike, write_text
+from flowgraph.flow.flow import NEGLIGIBLE_FLOW
 from flowgraph.pages.page import asset, flattened, one_function, printable, render_page
 
 _LISTED = 8
 """Rows of each table of largest differences."""
-_NEGLIGIBLE = 1e-12
 
 
 def render_comparison(payload: Mapping[str, Any]) -> str:
@@ -68,8 +68,8 @@ def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
             for side in payload["units"]
         ],
         "pairs": [[i, j, _short(difference)] for i, j, difference in payload["pairs"]],
-        "gains": [pair for pair in order if change[pair] > _NEGLIGIBLE][:_LISTED],
-        "losses": [pair for pair in order if change[pair] < -_NEGLIGIBLE][:_LISTED],
+        "gains": [pair for pair in order if change[pair] > NEGLIGIBLE_FLOW][:_LISTED],
+        "losses": [pair for pair in order if change[pair] < -NEGLIGIBLE_FLOW][:_LISTED],
         "routes": [
             [route["pairs"], _short(route["first"]), _short(route["second"]), int(route["shared"])]
             for route in payload["routes"]

@@ -1,99 +1,135 @@
-"""What every way of running the two sweeps offers, and the ways over the edges of a graph or batch."""
+"""The two sweeps over the edges of a graph or batch, by a named backend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import numpy as np
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from flowgraph.propagation import block_substitution as sweeps
-from flowgraph.propagation import numba_backend as compiled
-from flowgraph.propagation import reference
-from flowgraph.propagation.interface import Backend, in_token_order
+from flowgraph.propagation import block_substitution, numba_backend, reference
+from flowgraph.propagation.interface import Backend, IncomingEdges, in_order
 from flowgraph.propagation.operators import DenseOperator, SparseOperator
 from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import Topology
 
 
 class EdgeSweeps:
-    """Sweeps over the edges of a graph or batch, by a named backend.
+    """Sweeps over the edges of a graph or batch.
+
+    Args:
+        topology: the structure of the graph or batch.
+        propagation_factor: ``[N]`` the diagonal of D.
+        backend: ``"scatter"``, ``"numba"``, ``"dense"``, ``"reference"``, or ``"auto"``: compiled where it runs, else
+            scatter.
 
     Raises:
-        MissingExtraError: the backend's package is not installed.
-        InvalidInputError: a backend that does not run where the graph is.
+        MissingExtraError: the package of the backend is not installed.
+        InvalidInputError: the backend does not run on the device of the graph.
     """
 
     def __init__(
-        self, topology: Topology, propagation_factor: Float64[Tensor, " nodes"], backend: Backend = "auto"
+        self,
+        topology: Topology,
+        propagation_factor: Float64[Tensor, " nodes"],
+        backend: Backend = "auto",
     ) -> None:
-        self.topology, self.propagation_factor = topology, propagation_factor
+        self.topology = topology
+        self.propagation_factor = propagation_factor
         self.backend = choose_backend(topology) if backend == "auto" else backend
         if self.backend == "numba":
-            compiled.require(topology.device)
-        self._operator: tuple[Tensor, SparseOperator] | None = None
-        self.total, self.largest, self.spread = topology.total, topology.largest, topology.spread
+            numba_backend.require(topology.device)
+        # The operator of the last weights: both sweeps of a solve use it.
+        self._operator_weight: Tensor | None = None
+        self._operator: SparseOperator | None = None
 
     @property
     def can_propagate(self) -> Bool[Tensor, " nodes"]:
         return (self.propagation_factor > 0) & self.topology.has_outgoing
 
+    def total(self, x: Tensor) -> Float64[Tensor, " graphs"]:
+        return self.topology.total(x)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        return self.topology.maximum(x)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return self.topology.broadcast(x)
+
     def potential(self, weight: Tensor, demand: Tensor) -> Tensor:
-        return self._run("potential", weight, demand)
+        factor = self.propagation_factor
+        if self.backend == "reference":
+            return reference.potential(self.topology.edge_index, weight, factor, demand)
+        if self.backend == "numba":
+            return numba_backend.edge_potential(self.topology, weight, factor, demand)
+        return self._solve_in_blocks(block_substitution.potential, weight, demand)
 
     def influence(self, weight: Tensor, inflow: Tensor) -> Tensor:
-        return self._run("influence", weight, inflow)
-
-    def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
-        source, target = self.topology.edge_index
-        return at_target[target] * (self.propagation_factor * at_source)[source]
-
-    def weights_into(self, weight: Tensor, *, last_first: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        source = self.topology.edge_index[0].cpu().numpy()
-        weights = weight.detach().double().cpu().numpy()
-        first = self.topology.row_ptr.tolist()
-        for node in in_token_order(self.topology.num_nodes, last_first):
-            into = slice(first[node], first[node + 1])
-            yield node, source[into], weights[into]
-
-    def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
-        source, target = self.topology.edge_index
-        return scaled(weight * (self.propagation_factor > 0)[source], exponent[target] - exponent[source])
-
-    def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
-        start, end = self.topology.edge_index
-        return bool((source[start] & target[end] & (weight > 0)).any())
-
-    def _run(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
-        topology, propagation_factor = self.topology, self.propagation_factor
+        factor = self.propagation_factor
         if self.backend == "reference":
-            return getattr(reference, name)(topology.edge_index, weight, propagation_factor, x)
+            return reference.influence(self.topology.edge_index, weight, factor, inflow)
         if self.backend == "numba":
-            return compiled.over_edges(name, topology, weight, propagation_factor, x)
+            return numba_backend.edge_influence(self.topology, weight, factor, inflow)
+        return self._solve_in_blocks(block_substitution.influence, weight, inflow)
+
+    def _solve_in_blocks(
+        self,
+        sweep: Callable[..., Tensor],
+        weight: Tensor,
+        x: Tensor,
+    ) -> Tensor:
+        """Run a sweep of :mod:`.block_substitution` on padded vectors ``[graphs, tokens]``."""
+        topology = self.topology
         if self.backend == "dense":
             operator = DenseOperator(_matrices(topology, weight))
         else:
-            operator = self._sparse(weight)
-        tokens = operator.num_tokens
-        solved = getattr(sweeps, name)(operator, topology.pad(propagation_factor, tokens), topology.pad(x, tokens))
-        return topology.unpad(solved)
+            operator = self._sparse_operator(weight)
+        factor = topology.pad(self.propagation_factor, operator.num_tokens)
+        padded = topology.pad(x, operator.num_tokens)
+        solution = sweep(operator, factor, padded)
+        return topology.unpad(solution)
 
-    def _sparse(self, weight: Tensor) -> SparseOperator:
-        """The weights in block order; both sweeps of a solve share them."""
-        if self._operator is None or self._operator[0] is not weight:
-            self._operator = (weight, SparseOperator(self.topology, weight))
-        return self._operator[1]
+    def _sparse_operator(self, weight: Tensor) -> SparseOperator:
+        """Return the weights in block order, sorted once per solve."""
+        if self._operator is None or self._operator_weight is not weight:
+            self._operator = SparseOperator(self.topology, weight)
+            self._operator_weight = weight
+        return self._operator
+
+    def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
+        source, target = self.topology.edge_index
+        propagated = self.propagation_factor * at_source
+        return at_target[target] * propagated[source]
+
+    def incoming_edges(self, weight: Tensor, *, last_first: bool) -> Iterator[IncomingEdges]:
+        source = self.topology.edge_index[0].cpu().numpy()
+        weights = weight.detach().double().cpu().numpy()
+        row_ptr = self.topology.row_ptr.tolist()
+        for node in in_order(range(self.topology.num_nodes), last_first):
+            edges = slice(row_ptr[node], row_ptr[node + 1])
+            yield node, source[edges], weights[edges]
+
+    def balanced(self, weight: Tensor, scale_exponent: Tensor) -> Tensor:
+        source, target = self.topology.edge_index
+        is_active_edge = (self.propagation_factor > 0)[source]
+        return scaled(weight * is_active_edge, scale_exponent[target] - scale_exponent[source])
+
+    def has_edge(self, weight: Tensor, *, source: Tensor, target: Tensor) -> bool:
+        source_node, target_node = self.topology.edge_index
+        edges = source[source_node] & target[target_node] & (weight > 0)
+        return bool(edges.any())
 
 
 def choose_backend(topology: Topology) -> Backend:
-    """Compiled code where it runs, else scatter: dense tiles first have to be written, and never won that back."""
-    return "numba" if topology.device.type == "cpu" and compiled.available() else "scatter"
+    """Choose compiled code where it runs, else scatter. Dense matrices first have to be filled, so they are slower."""
+    return "numba" if numba_backend.runs_on(topology.device) else "scatter"
 
 
 def _matrices(topology: Topology, weight: Tensor) -> Float[Tensor, "graphs tokens tokens"]:
-    size = topology.num_tokens
+    """Write the edges into one matrix per graph."""
     source, target = topology.edge_index
+    size = topology.num_tokens
     matrix = weight.new_zeros(topology.num_graphs, size, size)
-    matrix[topology.graph_of_node[target], topology.local[target], topology.local[source]] = weight
+    graph = topology.graph_of_node[target]
+    matrix[graph, topology.position[target], topology.position[source]] = weight
     return matrix

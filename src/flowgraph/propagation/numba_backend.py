@@ -1,9 +1,10 @@
-"""Run the compiled sweeps of :mod:`.kernels`, in threads where a batch is large enough."""
+"""Run the compiled sweeps of :mod:`.numba_kernels`, in threads where a batch is large enough."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -14,12 +15,18 @@ from torch import Tensor
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.propagation.topology import Topology
 
-_EDGES_PER_THREAD = 100_000  # below that, handing work to a thread costs more than it saves
+_EDGES_PER_THREAD = 100_000
+"""Below this, starting a thread costs more time than it saves."""
 
 
 def available() -> bool:
-    """Whether compiled sweeps can be had."""
+    """Tell whether numba is installed."""
     return find_spec("numba") is not None
+
+
+def runs_on(device: torch.device) -> bool:
+    """Tell whether the compiled sweeps run on this device: numba is installed, and it is the CPU."""
+    return device.type == "cpu" and available()
 
 
 def require(device: torch.device) -> None:
@@ -40,67 +47,141 @@ def require(device: torch.device) -> None:
         )
 
 
-def over_edges(name: str, topology: Topology, weight: Tensor, propagation_factor: Tensor, x: Tensor) -> Tensor:
-    """One sweep (``"potential"`` or ``"influence"``) over the edges of a batch, graphs shared out to threads."""
-    from flowgraph.propagation import numba_kernels as kernels
+def accepts(dtype: torch.dtype) -> bool:
+    """Tell whether the compiled sweeps read weights of this dtype in place."""
+    return dtype in (torch.float32, torch.float64)
 
+
+# Edges of a batch --------------------------------------------------------------------------------------------
+
+
+def edge_potential(
+    topology: Topology,
+    weight: Tensor,
+    propagation_factor: Tensor,
+    demand: Tensor,
+) -> Tensor:
+    """Solve ``h = b + D C^T h`` over the edges of a batch, its graphs shared between threads."""
+    from flowgraph.propagation import numba_kernels
+
+    return _sweep_edges(numba_kernels.potential, topology, weight, propagation_factor, demand)
+
+
+def edge_influence(
+    topology: Topology,
+    weight: Tensor,
+    propagation_factor: Tensor,
+    inflow: Tensor,
+) -> Tensor:
+    """Solve ``g = q + C D g`` over the edges of a batch, its graphs shared between threads."""
+    from flowgraph.propagation import numba_kernels
+
+    return _sweep_edges(numba_kernels.influence, topology, weight, propagation_factor, inflow)
+
+
+def _sweep_edges(
+    kernel: Callable[..., None],
+    topology: Topology,
+    weight: Tensor,
+    propagation_factor: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """Run a kernel on each node range; ``x`` is what its system adds (b or q)."""
     weight = weight.detach()
-    if weight.dtype not in (torch.float32, torch.float64):
-        weight = weight.float()  # exact: half precision numbers are float32 numbers
-    out = x.detach().double().clone()
-    row_ptr, source = topology.row_ptr.numpy(), topology.source32.numpy().view(np.uint32)
+    if not accepts(weight.dtype):
+        weight = weight.float()  # exact: half-precision numbers are float32 numbers
+
+    # The kernel writes into this copy.
+    solution = x.detach().double().clone()
     arrays = (
-        row_ptr,
-        source,
+        topology.row_ptr.numpy(),
+        topology.source_int32.numpy().view(np.uint32),
         weight.contiguous().numpy(),
         propagation_factor.numpy(),
-        out.numpy(),
-        np.zeros(out.numel()),
+        solution.numpy(),
+        np.zeros(solution.numel()),
     )
-    kernel = getattr(kernels, name)
-    _in_threads([lambda a=a, b=b: kernel(*arrays, a, b) for a, b in _ranges(topology)])
-    return out
+    calls = []
+    for first, last in _node_ranges(topology):
+        calls.append(partial(kernel, *arrays, first, last))
+    _in_threads(calls, torch.get_num_threads())
+    return solution
 
 
-def _ranges(topology: Topology) -> list[tuple[int, int]]:
-    """Node ranges of about equally many edges, each ending with a graph, one per thread."""
-    edges = topology.edge_index.shape[1]
-    parts = min(torch.get_num_threads(), topology.num_graphs, max(1, edges // _EDGES_PER_THREAD))
-    if parts <= 1:
+def _node_ranges(topology: Topology) -> list[tuple[int, int]]:
+    """Cut the nodes into one range per thread, each with about equally many edges and ending with a graph."""
+    num_edges = topology.edge_index.shape[1]
+    worthwhile = max(1, num_edges // _EDGES_PER_THREAD)
+    num_ranges = min(torch.get_num_threads(), topology.num_graphs, worthwhile)
+    if num_ranges <= 1:
         return [(0, topology.num_nodes)]
-    ends = topology.row_ptr[topology.ptr]
-    cuts = torch.searchsorted(ends, torch.linspace(0, edges, parts + 1)[1:-1].to(ends.dtype))
-    borders = sorted({0, topology.num_nodes, *topology.ptr[cuts].tolist()})
-    return list(pairwise(borders))
+
+    # Cut at the graph border that follows each equal share of the edges.
+    edges_before_graph = topology.row_ptr[topology.ptr]
+    equal_shares = torch.linspace(0, num_edges, num_ranges + 1)[1:-1].to(edges_before_graph.dtype)
+    cuts = torch.searchsorted(edges_before_graph, equal_shares)
+    borders = {0, topology.num_nodes, *topology.ptr[cuts].tolist()}
+    return list(pairwise(sorted(borders)))
 
 
-def over_rows(name: str, weight: Tensor, propagation_factor: Tensor, x: Tensor) -> Tensor:
-    """The same over matrices ``[B, T, T]``, float32 or float64, read in place."""
-    from flowgraph.propagation import numba_kernels as kernels
-
-    out, matrices = x.detach().double().clone(), weight.detach().numpy()
-    kernel = getattr(kernels, f"dense_{name}")
-    calls = [
-        lambda b=b: kernel(matrices[b], propagation_factor[b].numpy(), out[b].numpy()) for b in range(out.shape[0])
-    ]
-    _in_threads(calls, torch.get_num_threads() if weight[0].numel() > _EDGES_PER_THREAD else 1)
-    return out
+# Matrices ----------------------------------------------------------------------------------------------------
 
 
-def _in_threads(calls: list[Callable[[], None]], threads: int | None = None) -> None:
-    """Run them side by side; compiled code lets go of the interpreter's lock."""
-    threads = min(len(calls), torch.get_num_threads() if threads is None else threads)
-    if threads <= 1:
-        for call in calls:
-            call()
+def dense_potential(matrix: Tensor, propagation_factor: Tensor, demand: Tensor) -> Tensor:
+    """Solve ``h = b + D C^T h`` for matrices ``[B, T, T]`` in float32 or float64, read in place."""
+    from flowgraph.propagation import numba_kernels
+
+    return _sweep_matrices(numba_kernels.dense_potential, matrix, propagation_factor, demand)
+
+
+def dense_influence(matrix: Tensor, propagation_factor: Tensor, inflow: Tensor) -> Tensor:
+    """Solve ``g = q + C D g`` for matrices ``[B, T, T]`` in float32 or float64, read in place."""
+    from flowgraph.propagation import numba_kernels
+
+    return _sweep_matrices(numba_kernels.dense_influence, matrix, propagation_factor, inflow)
+
+
+def _sweep_matrices(
+    kernel: Callable[..., None],
+    matrix: Tensor,
+    propagation_factor: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """Run a kernel on each matrix; ``x`` is what its system adds (b or q)."""
+    # The kernel writes into this copy.
+    solution = x.detach().double().clone()
+    matrices = matrix.detach().numpy()
+    calls = []
+    for b in range(solution.shape[0]):
+        factor = propagation_factor[b].numpy()
+        calls.append(partial(kernel, matrices[b], factor, solution[b].numpy()))
+
+    is_worthwhile = matrix[0].numel() > _EDGES_PER_THREAD
+    num_threads = torch.get_num_threads() if is_worthwhile else 1
+    _in_threads(calls, num_threads)
+    return solution
+
+
+# Threads -----------------------------------------------------------------------------------------------------
+
+
+def _in_threads(calls: list[Callable[[], None]], num_threads: int) -> None:
+    """Run the calls in parallel; compiled code releases the interpreter lock."""
+    num_threads = min(len(calls), num_threads)
+    if num_threads <= 1:
+        _run_all(calls)
         return
-    with ThreadPoolExecutor(threads - 1) as pool:  # the last share is this thread's own
-        others = [pool.submit(lambda part=part: [call() for call in part]) for part in _shares(calls, threads)[:-1]]
-        for call in _shares(calls, threads)[-1]:
-            call()
-        for other in others:
-            other.result()
+
+    # This thread takes the last share itself.
+    shares = [calls[first::num_threads] for first in range(num_threads)]
+    with ThreadPoolExecutor(num_threads - 1) as pool:
+        running = [pool.submit(_run_all, share) for share in shares[:-1]]
+        _run_all(shares[-1])
+        for share in running:
+            share.result()
 
 
-def _shares(calls: list[Callable[[], None]], parts: int) -> list[list[Callable[[], None]]]:
-    return [calls[part::parts] for part in range(parts)]
+def _run_all(calls: list[Callable[[], None]]) -> None:
+    """Run the calls of one thread, one after the other."""
+    for call in calls:
+        call()

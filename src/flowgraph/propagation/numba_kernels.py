@@ -1,7 +1,7 @@
-"""The two sweeps as machine code, each one fused pass over the weights. Imported only where numba is installed.
+"""The two sweeps as compiled code, each one pass over the weights. Imported only where numba is installed.
 
-Nodes of a batch are numbered through and edges never leave their graph, so a whole batch is one DAG: a range of
-nodes that ends at graph borders can be swept on its own, by its own thread.
+The nodes of a batch are numbered consecutively and edges stay within their graph, so a batch is one DAG. A range of
+nodes that ends at the border of a graph can be swept on its own, in a thread of its own.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import numpy as np
 from numba import njit  # type: ignore[import-not-found]
 from numpy.typing import NDArray
 
-# Dense sums may be regrouped, which vector instructions need. Gathered ones may not: vector gathers were measured
-# two to three times slower than scalar loads. Unsigned sources spare a check for negative indices.
+# Vector instructions need permission to regroup a sum. Dense sums have it. Sums over gathered values do not: vector
+# gathers were measured two to three times slower than scalar loads.
 _REGROUP = {"reassoc", "contract"}
 
 
+# Sources are unsigned: the compiled code then needs no check for negative indices.
 @njit(nogil=True, cache=True)
 def potential(
     row_ptr: NDArray,
@@ -26,7 +27,18 @@ def potential(
     first: int,
     last: int,
 ) -> None:
-    """``h = b + D C^T h`` on nodes ``[first, last)``; ``h`` holds b at first. Each row hands its value back."""
+    """Solve ``h = b + D C^T h`` on the nodes ``[first, last)``: each row adds its value to its sources.
+
+    Args:
+        row_ptr: ``[N + 1]`` first edge into each node.
+        source: ``[E]`` unsigned.
+        weight: ``[E]`` C.
+        propagation_factor: ``[N]`` the diagonal of D.
+        h: ``[N]``; holds b at first, and h at the end.
+        accumulated: ``[N]`` scratch, zeros at first: ``C^T h`` over the nodes that are solved.
+        first: first node.
+        last: end of the range, at the border of a graph.
+    """
     for t in range(last - 1, first - 1, -1):
         h[t] += propagation_factor[t] * accumulated[t]
         value = h[t]
@@ -46,7 +58,18 @@ def influence(
     first: int,
     last: int,
 ) -> None:
-    """``g = q + C D g`` on nodes ``[first, last)``; ``g`` holds q at first. Each row gathers what it reads."""
+    """Solve ``g = q + C D g`` on the nodes ``[first, last)``: each row gathers the values of its sources.
+
+    Args:
+        row_ptr: ``[N + 1]`` first edge into each node.
+        source: ``[E]`` unsigned.
+        weight: ``[E]`` C.
+        propagation_factor: ``[N]`` the diagonal of D.
+        g: ``[N]``; holds q at first, and g at the end.
+        propagated: ``[N]`` scratch, zeros at first: ``D g`` over the nodes that are solved.
+        first: first node.
+        last: end of the range, at the border of a graph.
+    """
     for t in range(first, last):
         received = 0.0
         for edge in range(row_ptr[t], row_ptr[t + 1]):
@@ -57,18 +80,32 @@ def influence(
 
 @njit(nogil=True, cache=True, fastmath=_REGROUP)
 def dense_potential(matrix: NDArray, propagation_factor: NDArray, h: NDArray) -> None:
-    """``h = b + D C^T h`` for one matrix ``[T, T]``, four rows at a time, so that each partial sum is stored once."""
+    """Solve ``h = b + D C^T h`` for one matrix, four rows at a time: each partial sum is then stored once per four.
+
+    Args:
+        matrix: ``[T, T]`` C; entries on and above the diagonal are ignored.
+        propagation_factor: ``[T]`` the diagonal of D.
+        h: ``[T]``; holds b at first, and h at the end.
+    """
     accumulated = np.zeros(h.size)
     t = h.size - 1
     while t >= 3:
+        # The triangle of the rows t-3 .. t, last row first.
         for row in range(t, t - 4, -1):
             h[row] += propagation_factor[row] * accumulated[row]
             for s in range(t - 3, row):
                 accumulated[s] += matrix[row, s] * h[row]
-        a, b, c, d = h[t], h[t - 1], h[t - 2], h[t - 3]
+
+        # The columns before them, all four rows in one pass.
+        h0 = h[t]
+        h1 = h[t - 1]
+        h2 = h[t - 2]
+        h3 = h[t - 3]
         for s in range(t - 3):
-            accumulated[s] += matrix[t, s] * a + matrix[t - 1, s] * b + matrix[t - 2, s] * c + matrix[t - 3, s] * d
+            accumulated[s] += matrix[t, s] * h0 + matrix[t - 1, s] * h1 + matrix[t - 2, s] * h2 + matrix[t - 3, s] * h3
         t -= 4
+
+    # The rest: up to three rows, one by one.
     for row in range(t, -1, -1):
         h[row] += propagation_factor[row] * accumulated[row]
         for s in range(row):
@@ -77,26 +114,40 @@ def dense_potential(matrix: NDArray, propagation_factor: NDArray, h: NDArray) ->
 
 @njit(nogil=True, cache=True, fastmath=_REGROUP)
 def dense_influence(matrix: NDArray, propagation_factor: NDArray, g: NDArray) -> None:
-    """``g = q + C D g`` for one matrix ``[T, T]``, four rows at a time, so that each read of g serves four sums."""
+    """Solve ``g = q + C D g`` for one matrix, four rows at a time: each value of g is then read once per four sums.
+
+    Args:
+        matrix: ``[T, T]`` C; entries on and above the diagonal are ignored.
+        propagation_factor: ``[T]`` the diagonal of D.
+        g: ``[T]``; holds q at first, and g at the end.
+    """
     propagated = np.zeros(g.size)
-    whole = g.size - g.size % 4
-    for t in range(0, whole, 4):
-        a = b = c = d = 0.0
+    in_fours = g.size - g.size % 4
+    for t in range(0, in_fours, 4):
+        # The columns before the rows t .. t+3, all four rows in one pass.
+        sum0 = 0.0
+        sum1 = 0.0
+        sum2 = 0.0
+        sum3 = 0.0
         for s in range(t):
             x = propagated[s]
-            a += matrix[t, s] * x
-            b += matrix[t + 1, s] * x
-            c += matrix[t + 2, s] * x
-            d += matrix[t + 3, s] * x
-        g[t] += a
-        g[t + 1] += b
-        g[t + 2] += c
-        g[t + 3] += d
+            sum0 += matrix[t, s] * x
+            sum1 += matrix[t + 1, s] * x
+            sum2 += matrix[t + 2, s] * x
+            sum3 += matrix[t + 3, s] * x
+        g[t] += sum0
+        g[t + 1] += sum1
+        g[t + 2] += sum2
+        g[t + 3] += sum3
+
+        # The triangle of the four rows, first row first.
         for row in range(t, t + 4):
             for s in range(t, row):
                 g[row] += matrix[row, s] * propagated[s]
             propagated[row] = propagation_factor[row] * g[row]
-    for row in range(whole, g.size):
+
+    # The rest: up to three rows, one by one.
+    for row in range(in_fours, g.size):
         for s in range(row):
             g[row] += matrix[row, s] * propagated[s]
         propagated[row] = propagation_factor[row] * g[row]

@@ -1,4 +1,4 @@
-"""The method word for word: one token at a time, no blocks, no batching. Slow; for checking the fast paths."""
+"""The two sweeps one edge at a time in plain Python: slow, and used to check the fast backends."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ def potential(
     propagation_factor: Float64[Tensor, " nodes"],
     demand: Float64[Tensor, " nodes"],
 ) -> Float64[Tensor, " nodes"]:
-    """``h[s] = b[s] + sum over edges s -> t of d[s] * C[t, s] * h[t]``, last token first.
+    """Solve ``h[s] = b[s] + sum over edges s -> t of d[s] * C[t, s] * h[t]``, last token first.
 
     Args:
-        edge_index: ``[2, E]`` sorted by target; several graphs may stand one after the other.
+        edge_index: ``[2, E]`` sorted by target; the graphs of a batch follow each other.
         weight: ``[E]`` C.
-        propagation_factor: d, what each token hands on.
-        demand: b.
+        propagation_factor: ``[N]`` d, what each token propagates.
+        demand: ``[N]`` b.
 
     Returns:
-        h in float64. Cost: E Python steps.
+        ``[N]`` h in float64. Cost: E Python steps.
     """
-    h, d = demand.double().tolist(), propagation_factor.tolist()
+    d = propagation_factor.tolist()
+    h = demand.double().tolist()
+    # Every edge out of t has a later target, so h[t] is final when the edges into t are read.
     for s, t, w in reversed(_edges(edge_index, weight)):
-        h[s] += d[s] * w * h[t]  # every edge out of t has a later target, so h[t] is final here
+        h[s] += d[s] * w * h[t]
     return torch.tensor(h, dtype=torch.float64, device=weight.device)
 
 
@@ -36,12 +38,26 @@ def influence(
     propagation_factor: Float64[Tensor, " nodes"],
     inflow: Float64[Tensor, " nodes"],
 ) -> Float64[Tensor, " nodes"]:
-    """``g[t] = q[t] + sum over edges s -> t of C[t, s] * d[s] * g[s]``, first token first; arguments as above."""
-    g, d = inflow.double().tolist(), propagation_factor.tolist()
+    """Solve ``g[t] = q[t] + sum over edges s -> t of C[t, s] * d[s] * g[s]``, first token first.
+
+    Args:
+        edge_index: ``[2, E]`` sorted by target; the graphs of a batch follow each other.
+        weight: ``[E]`` C.
+        propagation_factor: ``[N]`` d, what each token propagates.
+        inflow: ``[N]`` q.
+
+    Returns:
+        ``[N]`` g in float64. Cost: E Python steps.
+    """
+    d = propagation_factor.tolist()
+    g = inflow.double().tolist()
+    # Every edge into s has a target before t, so g[s] is final when the edges into t are read.
     for s, t, w in _edges(edge_index, weight):
         g[t] += w * d[s] * g[s]
     return torch.tensor(g, dtype=torch.float64, device=weight.device)
 
 
 def _edges(edge_index: Tensor, weight: Tensor) -> list[tuple[int, int, float]]:
-    return list(zip(*edge_index.tolist(), weight.double().tolist(), strict=True))
+    """List the edges as (source, target, weight)."""
+    source, target = edge_index.tolist()
+    return list(zip(source, target, weight.double().tolist(), strict=True))

@@ -1,8 +1,16 @@
-"""RowSource and its implementations: matrix, cached and rescaled rows."""
+"""Rows of causal matrices that are read in blocks: the protocol, and the sources that wrap a matrix or another source.
+
+Row t holds the weights ``C[t, s]`` with which token t reads the tokens s. A source yields the rows ``[start, stop)``
+with the columns ``[0, stop)``: by causality, everything to the right is 0.
+
+- :class:`MatrixRows`: the rows of a matrix in memory; :func:`as_row_source` makes it from a tensor and checks it.
+- :class:`KeptRows`: the rows of another source, stored up to a memory budget, so that later sweeps need not recompute.
+- :class:`BalancedRows`: the rows of another source, scaled by powers of two (see :mod:`.scaling`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,8 +18,11 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from flowgraph.errors import GraphError
-from flowgraph.propagation.block_substitution import BLOCK
+from flowgraph.propagation.block_substitution import token_blocks
 from flowgraph.propagation.scaling import scaled
+
+KEPT_BYTES = 2**28
+"""Memory budget of :class:`KeptRows`: 256 MiB."""
 
 
 class RowSource(Protocol):
@@ -24,34 +35,20 @@ class RowSource(Protocol):
     def device(self) -> torch.device: ...
 
     def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
-        """Rows ``[start, stop)``, columns ``[0, stop)``: causality leaves nothing to the right."""
+        """Return the rows ``[start, stop)``, columns ``[0, stop)``."""
         ...
 
 
-@dataclass(frozen=True)
-class BalancedRows:
-    """Rows in other units, see :mod:`~flowgraph.propagation.scaling`."""
-
-    source: RowSource
-    exponent: Int64[Tensor, "graphs tokens"]
-    propagation_factor: Bool[Tensor, "graphs tokens"]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.source.num_tokens
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    def block(self, start: int, stop: int) -> Float64[Tensor, "graphs block stop"]:
-        gap = self.exponent[:, start:stop, None] - self.exponent[:, None, :stop]
-        return scaled(self.source.block(start, stop) * self.propagation_factor[:, None, :stop], gap)
+# A matrix ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """Whole attention matrices in the shape of :class:`RowSource`."""
+    """The rows of matrices in memory.
+
+    Attributes:
+        matrix: ``[graphs, tokens, tokens]``.
+    """
 
     matrix: Float[Tensor, "graphs tokens tokens"]
 
@@ -64,19 +61,19 @@ class MatrixRows:
         return self.matrix.device
 
     def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
-        """A view."""
+        """Return the rows as a view."""
         return self.matrix[:, start:stop, :stop]
 
 
 def as_row_source(rows: RowSource | Tensor, *, triangle_only: bool = False) -> RowSource:
-    """Accept a matrix ``[T, T]``, or a batch of them, wherever streamed rows are accepted.
+    """Accept a matrix ``[T, T]``, or a batch of them, where streamed rows are accepted.
 
     Args:
-        rows: a matrix, or what is a source already.
-        triangle_only: what stands above the diagonal is no business of the caller's.
+        rows: a matrix, a batch of matrices, or a source, which is returned unchanged.
+        triangle_only: ignore the entries above the diagonal instead of checking that they are 0.
 
     Raises:
-        GraphError: no square floating point matrix, or one with weights above the diagonal.
+        GraphError: the matrix is not square or not floating point, or has weights above the diagonal.
     """
     if not isinstance(rows, Tensor):
         return rows
@@ -89,35 +86,29 @@ def as_row_source(rows: RowSource | Tensor, *, triangle_only: bool = False) -> R
         raise GraphError(f"rows: must be floating point, got {rows.dtype}; call .float() on them")
     matrix = rows[None] if rows.ndim == 2 else rows
     if not triangle_only:
-        _refuse_future(matrix)
+        _check_causal(matrix)
     return MatrixRows(matrix)
 
 
-def _refuse_future(matrix: Tensor) -> None:
-    """Columns to the right of a block are never read, so a whole matrix is checked when it comes in."""
-    for start in range(0, matrix.shape[-1], BLOCK):
-        rows = matrix[:, start : start + BLOCK, start:].triu(1)
-        if bool(rows.any()):
-            _, row, column = rows.nonzero()[0].tolist()
+def _check_causal(matrix: Tensor) -> None:
+    """Refuse weights above the diagonal. A sweep never reads them, so the matrix is checked once, on entry."""
+    for block in token_blocks(matrix.shape[-1]):
+        above = matrix[:, block, block.start :].triu(1)
+        if bool(above.any()):
+            _, row, column = above.nonzero()[0].tolist()
             raise GraphError(
-                f"attention: must be causal (zero above the diagonal), got {rows[rows != 0][0].item():g} at "
-                f"[{start + row}, {start + column}]; row t is the reader t, and it reads tokens 0..t"
+                f"attention: must be causal (zero above the diagonal), got {above[above != 0][0].item():g} at "
+                f"[{block.start + row}, {block.start + column}]; row t is the reader t, and it reads tokens 0..t"
             )
 
 
-@dataclass
-class KeptRows:
-    """Rows that are remembered as long as they fit: later sweeps over a short text recompute nothing.
+# Rows of another source --------------------------------------------------------------------------------------
 
-    What is kept is decided by position alone, the first blocks that fit into ``budget`` bytes, so that both
-    directions of reading find the same ones.
-    """
+
+class _DerivedRows:
+    """Rows made from those of ``source``, with its tokens and device."""
 
     source: RowSource
-    budget: int = 2**28
-    _kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    _store: Tensor | None = None
-    _used: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -127,21 +118,76 @@ class KeptRows:
     def device(self) -> torch.device:
         return self.source.device
 
+
+@dataclass(frozen=True)
+class BalancedRows(_DerivedRows):
+    """``C[t, s] * 2**(k[t] - k[s])``, and 0 where the source s propagates nothing.
+
+    Attributes:
+        source: the rows of C.
+        scale_exponent: ``[graphs, tokens]`` k; see :mod:`.scaling`.
+        propagates: ``[graphs, tokens]`` tokens with a positive propagation factor.
+    """
+
+    source: RowSource
+    scale_exponent: Int64[Tensor, "graphs tokens"]
+    propagates: Bool[Tensor, "graphs tokens"]
+
+    def block(self, start: int, stop: int) -> Float64[Tensor, "graphs block stop"]:
+        """Return the scaled rows ``[start, stop)`` in float64."""
+        at_target = self.scale_exponent[:, start:stop, None]
+        at_source = self.scale_exponent[:, None, :stop]
+        active = self.source.block(start, stop) * self.propagates[:, None, :stop]
+        return scaled(active, at_target - at_source)
+
+
+class KeptRows(_DerivedRows):
+    """Rows that are stored as long as they fit, so that later sweeps over a short text recompute nothing.
+
+    The first blocks of the text are stored, up to ``budget`` bytes. The choice depends on the position alone, so the
+    backward and the forward sweep find the same blocks.
+
+    Args:
+        source: the rows.
+        budget: memory in bytes.
+    """
+
+    def __init__(self, source: RowSource, budget: int = KEPT_BYTES) -> None:
+        self.source = source
+        self.budget = budget
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+        self._storage: Tensor | None = None
+        self._used = 0
+
     def block(self, start: int, stop: int) -> Float[Tensor, "graphs block stop"]:
-        rows = self._kept.get((start, stop))
-        if rows is None:
-            rows = self.source.block(start, stop)
-            if rows.shape[0] * stop * (stop + 1) // 2 * rows.element_size() <= self.budget:  # it and all before it
-                self._keep(start, stop, rows)
+        """Return the rows from storage, or compute them."""
+        stored = self._blocks.get((start, stop))
+        if stored is not None:
+            return stored
+        rows = self.source.block(start, stop)
+        # The size of the triangle that ends with this block: it and all blocks before it.
+        numbers_so_far = rows.shape[0] * stop * (stop + 1) // 2
+        if numbers_so_far * rows.element_size() <= self.budget:
+            self._store(start, stop, rows)
         return rows
 
-    def _keep(self, start: int, stop: int, rows: Tensor) -> None:
-        """Copy it into one allocation of the whole budget: kept among passing blocks, they would riddle the heap."""
-        if self._store is None:
-            widest = rows.shape[0] * rows.shape[1] * self.num_tokens
-            whole = rows.shape[0] * self.num_tokens**2 // 2 + widest
-            room = min(whole, self.budget // rows.element_size() + widest)
-            self._store = torch.empty(room, dtype=rows.dtype, device=rows.device)
-        if self._used + rows.numel() <= self._store.numel():
-            self._kept[start, stop] = self._store[self._used : self._used + rows.numel()].view(rows.shape).copy_(rows)
-            self._used += rows.numel()
+    def _store(self, start: int, stop: int, rows: Tensor) -> None:
+        """Copy the rows into one allocation: many small ones between short-lived blocks would fragment the heap."""
+        if self._storage is None:
+            self._storage = self._allocate(rows)
+        end = self._used + rows.numel()
+        if end > self._storage.numel():
+            return
+        stored = self._storage[self._used : end].view(rows.shape)
+        stored.copy_(rows)
+        self._blocks[start, stop] = stored
+        self._used = end
+
+    def _allocate(self, rows: Tensor) -> Tensor:
+        """Allocate room for all blocks of the text, or for the budget, whichever is smaller."""
+        graphs, num_rows, _ = rows.shape
+        # Blocks are rectangles, so they stick out of the triangle by up to one block of full width.
+        widest_block = graphs * num_rows * self.num_tokens
+        all_blocks = graphs * self.num_tokens**2 // 2 + widest_block
+        within_budget = self.budget // rows.element_size() + widest_block
+        return torch.empty(min(all_blocks, within_budget), dtype=rows.dtype, device=rows.device)

@@ -1,25 +1,25 @@
-"""The two sweeps over rows: dense matrices read in place, or rows that are produced on demand."""
+"""The two sweeps over rows: dense matrices that are read in place, or rows that are computed on demand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.propagation import block_substitution as sweeps
-from flowgraph.propagation import numba_backend as compiled
-from flowgraph.propagation.interface import Backend, in_token_order
+from flowgraph.errors import InvalidInputError
+from flowgraph.propagation import block_substitution, numba_backend
+from flowgraph.propagation.block_substitution import token_blocks
+from flowgraph.propagation.checks import check_weights_below_diagonal
+from flowgraph.propagation.interface import Backend, IncomingEdges, in_order
 from flowgraph.propagation.operators import DenseOperator, StreamedOperator
 from flowgraph.propagation.row_sources import BalancedRows, RowSource
 from flowgraph.propagation.scaling import scaled
 
 
-class _SequenceSums:
-    """Sums over vectors ``[B, T]``, one sequence a row."""
+class _SequenceVectors:
+    """Sums and broadcasts of vectors ``[B, T]``, one sequence per row."""
 
     propagation_factor: Float64[Tensor, "graphs tokens"]
 
@@ -30,83 +30,92 @@ class _SequenceSums:
     def total(self, x: Tensor) -> Float64[Tensor, " graphs"]:
         return x.sum(-1)
 
-    def largest(self, x: Tensor) -> Tensor:
+    def maximum(self, x: Tensor) -> Tensor:
         return x.amax(-1)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         return x[:, None].expand_as(self.propagation_factor)
 
 
-class DenseSweeps(_SequenceSums):
-    """Sweeps over matrices ``[B, T, T]`` that are read in place; entries on and above the diagonal count as zero."""
+class DenseSweeps(_SequenceVectors):
+    """Sweeps over matrices ``[B, T, T]`` that are read in place; the diagonal and everything above it are ignored.
 
-    def __init__(self, propagation_factor: Float64[Tensor, "graphs tokens"], backend: Backend = "auto") -> None:
+    Args:
+        propagation_factor: ``[B, T]`` the diagonal of D.
+        backend: ``"dense"`` (torch), ``"numba"`` (compiled, CPU), or ``"auto"``: compiled where it runs.
+
+    Raises:
+        InvalidInputError: another backend, or ``"numba"`` on another device than the CPU.
+        MissingExtraError: the package of the backend is not installed.
+    """
+
+    def __init__(
+        self,
+        propagation_factor: Float64[Tensor, "graphs tokens"],
+        backend: Backend = "auto",
+    ) -> None:
         if backend not in ("auto", "dense", "numba"):
             raise InvalidInputError(
                 f"backend: dense rows are solved by 'dense' or 'numba', got {backend!r}; 'auto' takes what is there"
             )
-        self.propagation_factor = propagation_factor
+        device = propagation_factor.device
         if backend == "auto":
-            backend = "numba" if compiled.available() and propagation_factor.device.type == "cpu" else "dense"
+            backend = "numba" if numba_backend.runs_on(device) else "dense"
         if backend == "numba":
-            compiled.require(propagation_factor.device)
-        self.backend = backend
+            numba_backend.require(device)
+        self.propagation_factor = propagation_factor
+        self.backend: Backend = backend
 
     def potential(self, weight: Tensor, demand: Tensor) -> Tensor:
-        return self._run("potential", weight, demand)
+        if self._is_compiled(weight):
+            return numba_backend.dense_potential(weight, self.propagation_factor, demand)
+        return block_substitution.potential(DenseOperator(weight), self.propagation_factor, demand)
 
     def influence(self, weight: Tensor, inflow: Tensor) -> Tensor:
-        return self._run("influence", weight, inflow)
+        if self._is_compiled(weight):
+            return numba_backend.dense_influence(weight, self.propagation_factor, inflow)
+        return block_substitution.influence(DenseOperator(weight), self.propagation_factor, inflow)
+
+    def _is_compiled(self, weight: Tensor) -> bool:
+        """Half-precision matrices are solved in torch, which converts them block by block."""
+        return self.backend == "numba" and numba_backend.accepts(weight.dtype)
 
     def outer(self, at_target: Tensor, at_source: Tensor) -> Tensor:
-        return (at_target[:, :, None] * (self.propagation_factor * at_source)[:, None, :]).tril(-1)
+        propagated = self.propagation_factor * at_source
+        return (at_target[:, :, None] * propagated[:, None, :]).tril(-1)
 
-    def weights_into(self, weight: Tensor, *, last_first: bool) -> Iterator[tuple[int, slice, np.ndarray]]:
-        tokens = weight.shape[-1]
+    def incoming_edges(self, weight: Tensor, *, last_first: bool) -> Iterator[IncomingEdges]:
+        num_tokens = weight.shape[-1]
         for graph, matrix in enumerate(weight.detach()):
-            first = graph * tokens
-            for t in in_token_order(tokens, last_first):
-                yield first + t, slice(first, first + t), matrix[t, :t].double().cpu().numpy()
+            first = graph * num_tokens
+            for t in in_order(range(num_tokens), last_first):
+                weights = matrix[t, :t].double().cpu().numpy()
+                yield first + t, slice(first, first + t), weights
 
-    def balanced(self, weight: Tensor, exponent: Tensor) -> Tensor:
-        refuse_bad_weights(weight)  # an infinite weight is one way to get here
-        propagated = weight.tril(-1) * (self.propagation_factor > 0)[:, None, :]
-        return scaled(propagated, exponent[:, :, None] - exponent[:, None, :])
+    def balanced(self, weight: Tensor, scale_exponent: Tensor) -> Tensor:
+        # An infinite weight makes the potential infinite, which leads here.
+        check_weights_below_diagonal(weight)
+        active = weight.tril(-1) * (self.propagation_factor > 0)[:, None, :]
+        return scaled(active, scale_exponent[:, :, None] - scale_exponent[:, None, :])
 
-    def any_weight(self, weight: Tensor, target: Tensor, source: Tensor) -> bool:
-        for matrix, readers, read in zip(weight.detach(), target, source, strict=True):
-            at = read.nonzero().flatten()
-            later = readers[:, None] & (torch.arange(readers.numel(), device=at.device)[:, None] > at)
-            if bool((later & (matrix[:, at] > 0)).any()):
+    def has_edge(self, weight: Tensor, *, source: Tensor, target: Tensor) -> bool:
+        position = torch.arange(weight.shape[-1], device=weight.device)
+        for matrix, is_source, is_target in zip(weight.detach(), source, target, strict=True):
+            columns = is_source.nonzero().flatten()
+            below_diagonal = position[:, None] > columns
+            edges = (matrix[:, columns] > 0) & is_target[:, None] & below_diagonal
+            if bool(edges.any()):
                 return True
         return False
 
-    def _run(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
-        if self.backend == "numba" and weight.dtype in (torch.float32, torch.float64):
-            return compiled.over_rows(name, weight, self.propagation_factor, x)
-        return getattr(sweeps, name)(DenseOperator(weight), self.propagation_factor, x)
 
-
-def refuse_bad_weights(matrix: Float[Tensor, "graphs tokens tokens"]) -> None:
-    """Say which capacity below the diagonal is none.
-
-    Raises:
-        GraphError: NaN, infinite or negative.
-    """
-    below = matrix.detach().tril(-1)
-    bad = ~(torch.isfinite(below) & (below >= 0))
-    if bool(bad.any()):
-        graph, t, s = bad.nonzero()[0].tolist()
-        raise GraphError(
-            f"capacity: must be finite and non-negative, got {below[graph, t, s].item()} at [{graph}, {t}, {s}]; "
-            "check the attention for NaN or overflow"
-        )
-
-
-class StreamSweeps(_SequenceSums):
-    """Sweeps over rows that are produced on demand, block by block, and have no gradient of their own.
+class StreamSweeps(_SequenceVectors):
+    """Sweeps over rows that are computed on demand, block by block, and have no gradient of their own.
 
     The weight is a :class:`~flowgraph.propagation.row_sources.RowSource`.
+
+    Args:
+        propagation_factor: ``[B, T]`` the diagonal of D.
     """
 
     backend = "streamed"
@@ -115,29 +124,41 @@ class StreamSweeps(_SequenceSums):
         self.propagation_factor = propagation_factor
 
     def potential(self, weight: RowSource, demand: Tensor) -> Tensor:
-        return sweeps.potential(StreamedOperator(weight), self.propagation_factor, demand)
+        return block_substitution.potential(StreamedOperator(weight), self.propagation_factor, demand)
 
     def influence(self, weight: RowSource, inflow: Tensor) -> Tensor:
-        return sweeps.influence(StreamedOperator(weight), self.propagation_factor, inflow)
+        return block_substitution.influence(StreamedOperator(weight), self.propagation_factor, inflow)
 
-    def weights_into(self, weight: RowSource, *, last_first: bool) -> Iterator[tuple[int, slice, np.ndarray]]:
-        tokens, step = weight.num_tokens, StreamedOperator(weight).block  # the blocks that the sweeps read
-        for start in in_token_order(tokens, last_first, step=step):
-            rows = weight.block(start, min(start + step, tokens)).double().cpu().numpy()
-            for graph, matrix in enumerate(rows):
-                for row in in_token_order(matrix.shape[0], last_first):
-                    t, first = start + row, graph * tokens
-                    yield first + t, slice(first, first + t), matrix[row, :t]
+    def incoming_edges(
+        self,
+        weight: RowSource,
+        *,
+        last_first: bool,
+    ) -> Iterator[IncomingEdges]:
+        num_tokens = weight.num_tokens
+        for here in in_order(_streamed_blocks(weight), last_first):
+            rows = weight.block(here.start, here.stop).double().cpu().numpy()
+            for graph, block in enumerate(rows):
+                first = graph * num_tokens
+                for row in in_order(range(block.shape[0]), last_first):
+                    t = here.start + row
+                    yield first + t, slice(first, first + t), block[row, :t]
 
-    def balanced(self, weight: RowSource, exponent: Tensor) -> RowSource:
-        return BalancedRows(weight, exponent, self.propagation_factor > 0)
+    def balanced(self, weight: RowSource, scale_exponent: Tensor) -> RowSource:
+        return BalancedRows(weight, scale_exponent, self.propagation_factor > 0)
 
-    def any_weight(self, weight: RowSource, target: Tensor, source: Tensor) -> bool:
-        columns, step = source.any(0).nonzero().flatten(), StreamedOperator(weight).block
-        for start in range(0, weight.num_tokens, step):
-            here = slice(start, min(start + step, weight.num_tokens))
-            rows = weight.block(here.start, here.stop)
-            at = columns[columns < here.stop]
-            if bool(((rows[:, :, at] > 0) & target[:, here, None] & source[:, None, at]).any()):
+    def has_edge(self, weight: RowSource, *, source: Tensor, target: Tensor) -> bool:
+        # A column is read if it is a source in any sequence.
+        source_columns = source.any(0).nonzero().flatten()
+        for here in _streamed_blocks(weight):
+            columns = source_columns[source_columns < here.stop]
+            is_positive = weight.block(here.start, here.stop)[:, :, columns] > 0
+            edges = is_positive & target[:, here, None] & source[:, None, columns]
+            if bool(edges.any()):
                 return True
         return False
+
+
+def _streamed_blocks(rows: RowSource) -> list[slice]:
+    """List the blocks that the sweeps read, so that stored blocks are found again."""
+    return token_blocks(rows.num_tokens, StreamedOperator(rows).block)

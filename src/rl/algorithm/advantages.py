@@ -1,8 +1,8 @@
-"""From rewards to advantages: rewards per token, GAE, baselines from the group, whitening.
+"""Compute advantages from rewards: token rewards, GAE, group baselines, whitening.
 
-B responses, R response columns. ``mask`` is True on the action tokens of a response, a run from column 0 (empty for
-an empty response). Whatever stands on padding is ignored, results are 0 there. All of this happens once per rollout:
-results are detached, in the dtype of the input, and means and variances are summed in float64.
+Shapes: B responses, R response columns. ``mask`` is True on the action tokens of a response, a run from column 0
+(empty for an empty response). Values on padding are ignored, and results are 0 there. These functions run once per
+rollout: results are detached and have the dtype of the input; means and variances are summed in float64.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rl.algorithm.tensor_checks import (
-    described,
     require_finite,
     require_floats,
+    require_indices,
     require_mask,
     require_range,
     require_run,
@@ -31,18 +31,28 @@ def token_rewards(
     kl: Float[Tensor, "batch response"] | None = None,
     kl_weight: float = 0.0,
 ) -> Float[Tensor, "batch response"]:
-    r"""The verdict on the last action token, minus the price of leaving the reference on every action token.
+    r"""Put the reward of a response on its last action token and subtract a KL penalty on every action token.
 
     :math:`r_t = R\,[t = T-1] - \beta\, \mathrm{KL}_t`.
 
     Args:
-        rewards: ``[B]``, one verdict per response; that of an empty response has no token to stand on.
+        rewards: ``[B]``, one reward per response; that of an empty response is ignored.
         mask: ``[B, R]``, action tokens, an end token included.
-        kl: ``[B, R]``, KL to the reference at each token.
-        kl_weight: beta.
+        kl: ``[B, R]``, KL to the reference at each token, in nats.
+        kl_weight: beta, in units of reward per nat.
+
+    Returns:
+        ``[B, R]``, in units of reward.
 
     Raises:
         ConfigError: wrong shapes, a mask with gaps, or numbers that are not finite.
+
+    Source: Ziegler et al., arXiv 1909.08593, eq. 2.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> token_rewards(torch.tensor([1.0]), mask).tolist()
+        [[0.0, 1.0, 0.0]]
     """
     require_run(mask)
     require_finite("rewards", rewards, mask.any(1))
@@ -63,65 +73,83 @@ def gae(
     gae_lambda: float,
     bootstrap: Float[Tensor, " batch"] | None = None,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
-    r"""Generalised advantage estimation.
+    r"""Compute generalised advantage estimates and the targets of the critic.
 
     :math:`\delta_t = r_t + \gamma V_{t+1} - V_t`, :math:`A_t = \delta_t + \gamma\lambda A_{t+1}`, with
     :math:`A_T = 0` and :math:`V_T` = ``bootstrap`` after the last action token.
 
     Args:
         rewards: ``[B, R]``, per token (:func:`token_rewards`).
-        values: ``[B, R]``, the critic's value before each token.
+        values: ``[B, R]``, the critic's value before each token, in units of reward.
         mask: ``[B, R]``, action tokens.
         discount: gamma, in [0, 1].
         gae_lambda: lambda, in [0, 1].
-        bootstrap: ``[B]``, value of what would have followed the last token; None: 0, the response has ended.
+        bootstrap: ``[B]``, value of the state after the last token; None: 0, the response has ended.
 
     Returns:
-        Advantages, and returns :math:`A_t + V_t`, the targets of the critic.
+        Advantages ``[B, R]``, and returns :math:`A_t + V_t` ``[B, R]``, the targets of the critic.
 
     Raises:
         ConfigError: wrong shapes, a mask with gaps, numbers that are not finite, or a setting outside its range.
 
-    Cost: one backward loop over R columns. Source: Schulman et al., arXiv 1506.02438, eq. 16.
+    Cost: one backward loop over R columns.
+
+    Source: Schulman et al., arXiv 1506.02438, eq. 16.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
+        >>> mask = torch.ones(1, 2, dtype=torch.bool)
+        >>> advantages, returns = gae(rewards, values, mask, discount=1.0, gae_lambda=1.0)
+        >>> advantages.tolist(), returns.tolist()
+        ([[0.5, 0.75]], [[1.0, 1.0]])
     """
     require_run(mask)
     require_finite("rewards", rewards, mask)
     require_finite("values", values, mask)
     for name, value in (("discount", discount), ("gae_lambda", gae_lambda)):
         require_range(name, value, 0 <= value <= 1, "lie in [0, 1]", "1 and 0.95 are the defaults")
+
+    # V_t and V_{t+1}; after the last action token V_T is the bootstrap.
     rewards = torch.where(mask, rewards.detach(), 0.0)
     values = torch.where(mask, values.detach(), 0.0)
-    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     if bootstrap is not None:
         require_finite("bootstrap", bootstrap, mask.any(1))
-        following = torch.where(last_tokens(mask), bootstrap.detach()[:, None], following)
-    surprise = rewards + discount * following - values  # on padding discount * 0, so the loop starts from 0
-    advantages = torch.zeros_like(surprise)
-    running = surprise.new_zeros(len(surprise))
-    for column in reversed(range(surprise.shape[1])):
-        running = surprise[:, column] + discount * gae_lambda * running
-        advantages[:, column] = running
+        next_values = torch.where(last_tokens(mask), bootstrap.detach()[:, None], next_values)
+
+    # delta_t = r_t + gamma V_{t+1} - V_t; it is 0 on padding, so the recursion enters the response with A_T = 0.
+    delta = rewards + discount * next_values - values
+
+    # A_t = delta_t + gamma lambda A_{t+1}, from the last column to the first.
+    advantages = torch.zeros_like(delta)
+    advantage = delta.new_zeros(len(delta))
+    for column in reversed(range(delta.shape[1])):
+        advantage = delta[:, column] + discount * gae_lambda * advantage
+        advantages[:, column] = advantage
     return advantages, advantages + values
 
 
 def group_advantages(
     rewards: Float[Tensor, " batch"], groups: Int64[Tensor, " batch"], *, scale_std: bool, epsilon: float = 1e-4
 ) -> Float[Tensor, " batch"]:
-    r"""Each reward minus the mean of its group, over the group's standard deviation where asked for.
+    r"""Subtract the mean of its group from each reward, and optionally divide by the group's standard deviation.
 
     :math:`A_i = (R_i - \bar R) / (\sigma + \epsilon)` with :math:`\sigma^2 = \sum_j (R_j - \bar R)^2 / (G - 1)`, the
     definition and the epsilon of TRL's GRPO. A group of equal rewards gives exact zeros.
 
     Args:
-        rewards: ``[B]``, one verdict per response.
-        groups: ``[B]``, responses of one prompt share a number.
+        rewards: ``[B]``, one reward per response.
+        groups: ``[B]``, responses to one prompt share a number.
         scale_std: divide (GRPO) or not (Dr. GRPO).
-        epsilon: added to the standard deviation.
+        epsilon: added to the standard deviation, in units of reward.
+
+    Returns:
+        ``[B]``; :func:`spread` copies it to the tokens.
 
     Raises:
         ConfigError: wrong shapes, rewards that are not finite, or a group of one.
 
-    Source: GRPO, arXiv 2402.03300; without the division, Dr. GRPO, arXiv 2503.20783.
+    Source: GRPO, arXiv 2402.03300, section 4.1.2; without the division, Dr. GRPO, arXiv 2503.20783, section 3.2.
 
     Example:
         >>> groups = torch.tensor([0, 0, 1, 1])
@@ -129,35 +157,53 @@ def group_advantages(
         [0.5, -0.5, 0.0, 0.0]
     """
     require_range("epsilon", epsilon, epsilon > 0, "be positive", "1e-4 is the default")
-    deviation, index, sizes = _deviations(rewards, groups)
+    deviation, group_index, group_sizes = _deviations(rewards, groups)
     if scale_std:
-        squares = torch.zeros_like(sizes, dtype=deviation.dtype).index_add(0, index, deviation.square())
-        deviation = deviation / ((squares / (sizes - 1)).sqrt() + epsilon)[index]
+        # sigma^2 of each group, with the sample normalisation G - 1.
+        squares = torch.zeros_like(group_sizes, dtype=deviation.dtype).index_add(0, group_index, deviation.square())
+        sigma = (squares / (group_sizes - 1)).sqrt()
+        deviation = deviation / (sigma + epsilon)[group_index]
     return deviation.to(rewards.dtype)
 
 
 def rloo_advantages(rewards: Float[Tensor, " batch"], groups: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    r"""Each reward minus the mean of the *others* of its group, a baseline that does not know this response.
+    r"""Subtract from each reward the mean of the *other* rewards in its group, an unbiased baseline.
 
     :math:`A_i = R_i - \frac{1}{G-1} \sum_{j \ne i} R_j = \frac{G}{G-1} (R_i - \bar R)`.
 
     Args:
-        rewards: ``[B]``, one verdict per response.
-        groups: ``[B]``, responses of one prompt share a number.
+        rewards: ``[B]``, one reward per response.
+        groups: ``[B]``, responses to one prompt share a number.
+
+    Returns:
+        ``[B]``; :func:`spread` copies it to the tokens.
 
     Raises:
         ConfigError: wrong shapes, rewards that are not finite, or a group of one.
 
-    Source: Ahmadian et al., arXiv 2402.14740.
+    Source: RLOO, Ahmadian et al., arXiv 2402.14740.
+
+    Example:
+        >>> rloo_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])).tolist()
+        [1.0, -1.0]
     """
-    deviation, index, sizes = _deviations(rewards, groups)
-    return (deviation * (sizes / (sizes - 1.0))[index]).to(rewards.dtype)
+    deviation, group_index, group_sizes = _deviations(rewards, groups)
+    scale = group_sizes / (group_sizes - 1.0)
+    return (deviation * scale[group_index]).to(rewards.dtype)
 
 
 def spread(
     per_sequence: Float[Tensor, " batch"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
-    """The number of each response on all of its tokens, 0 on padding."""
+    """Copy the number of each response to all of its tokens, and 0 to padding.
+
+    Args:
+        per_sequence: ``[B]``, one number per response.
+        mask: ``[B, R]``, action tokens.
+
+    Raises:
+        ConfigError: wrong shapes.
+    """
     require_mask("mask", mask)
     require_floats("per_sequence", per_sequence, mask.shape[:1])
     return torch.where(mask, per_sequence.detach()[:, None], 0.0)
@@ -166,56 +212,60 @@ def spread(
 def whiten(
     values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
-    r"""Mean 0 and variance 1 over all action tokens of the batch, 0 on padding.
+    r"""Shift and scale to mean 0 and variance 1 over all action tokens of the batch.
 
-    :math:`(x - \bar x) / s` with the sample variance :math:`s^2 = \sum (x - \bar x)^2 / (n - 1)`. Only the mean is
-    removed where n < 2, or where the numbers differ by no more than the rounding of their dtype: dividing by that
-    would blow noise up to full size.
+    :math:`(x - \bar x) / s` with the sample variance :math:`s^2 = \sum (x - \bar x)^2 / (n - 1)`. Where n < 2, or where
+    the numbers differ by no more than the rounding of their dtype, only the mean is removed: the division would
+    amplify rounding errors to variance 1.
 
     Args:
         values: ``[B, R]``, advantages.
-        mask: ``[B, R]``, tokens that count; any pattern.
+        mask: ``[B, R]``, tokens that count; gaps are valid.
+
+    Returns:
+        ``[B, R]``, dimensionless; 0 outside the mask.
 
     Raises:
         ConfigError: wrong shapes, or numbers that are not finite.
     """
     require_mask("mask", mask)
     require_finite("values", values, mask)
-    white = torch.zeros_like(values, requires_grad=False)
-    kept = values.detach()[mask].double()
-    if kept.numel() == 0:
-        return white
-    centred = kept - kept.mean()
-    if kept.numel() > 1:
+    whitened = torch.zeros_like(values, requires_grad=False)
+    selected = values.detach()[mask].double()
+    if selected.numel() == 0:
+        return whitened
+
+    centred = selected - selected.mean()
+    if selected.numel() > 1:
         deviation = centred.std()
-        if deviation > torch.finfo(values.dtype).eps * kept.abs().max():
+        rounding = torch.finfo(values.dtype).eps * selected.abs().max()
+        if deviation > rounding:
             centred = centred / deviation
-    white[mask] = centred.to(values.dtype)
-    return white
+    whitened[mask] = centred.to(values.dtype)
+    return whitened
 
 
 def last_tokens(mask: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:
-    """True on the last action token of each response; nowhere in an empty one."""
-    ended = torch.cat([~mask[:, 1:], torch.ones_like(mask[:, :1])], 1)
-    return mask & ended
+    """Mark the last action token of each response; an empty response has none."""
+    next_is_padding = torch.cat([~mask[:, 1:], torch.ones_like(mask[:, :1])], 1)
+    return mask & next_is_padding
 
 
 def _deviations(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reward minus group mean in float64, the number of each response's group, and the sizes of the groups."""
-    if not isinstance(groups, Tensor) or groups.dtype != torch.int64 or groups.ndim != 1:
-        raise ConfigError(
-            f"groups: must be an int64 tensor of shape (responses,), got {described(groups)}; give every response the "
-            "number of its prompt"
-        )
+    """Return reward minus group mean in float64, the group number of each response, and the group sizes."""
+    require_indices("groups", groups, "(responses,)", 1, "give every response the number of its prompt")
     require_finite("rewards", rewards, torch.ones_like(groups, dtype=torch.bool))
-    names, index, sizes = groups.unique(return_inverse=True, return_counts=True)
-    if bool((sizes < 2).any()):
+    names, group_index, group_sizes = groups.unique(return_inverse=True, return_counts=True)
+    too_small = group_sizes < 2
+    if bool(too_small.any()):
         raise ConfigError(
-            f"groups: must hold at least 2 responses each, got 1 in group {int(names[sizes < 2][0])}; "
+            f"groups: must hold at least 2 responses each, got 1 in group {int(names[too_small][0])}; "
             "use group_size >= 2"
         )
-    wide = rewards.detach().double()
-    lowest = wide.new_full(sizes.shape, math.inf).scatter_reduce(0, index, wide, "amin")
-    above = wide - lowest[index]  # measured from the lowest, equal rewards leave no rounding behind
-    mean = torch.zeros_like(lowest).index_add(0, index, above) / sizes
-    return above - mean[index], index, sizes
+
+    # Rewards are measured from the lowest of their group, so that equal rewards give exact zeros.
+    precise = rewards.detach().double()
+    lowest = precise.new_full(group_sizes.shape, math.inf).scatter_reduce(0, group_index, precise, "amin")
+    above_lowest = precise - lowest[group_index]
+    mean = torch.zeros_like(lowest).index_add(0, group_index, above_lowest) / group_sizes
+    return above_lowest - mean[group_index], group_index, group_sizes

@@ -1,8 +1,8 @@
-"""The losses of PPO, token by token, and their mean over a batch that arrives in pieces.
+"""Compute PPO losses per token, and their mean over a batch that is processed in micro-batches.
 
-B responses, R response columns, V vocabulary entries. The functions that give one loss per token know no mask:
-:func:`aggregate` drops what stands on padding, whatever it is. Log-probabilities that may not be finite there want
-``torch.where(mask, logprobs, 0)`` first: the chain rule multiplies the 0 that comes back by them.
+Shapes: B responses, R response columns, V vocabulary entries. The per-token losses take no mask; :func:`aggregate`
+ignores padded positions, whatever their value. Set non-finite log-probabilities on padding to 0 before calling a loss
+(``torch.where(mask, logprobs, 0)``): a zero gradient times infinity is NaN in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rl.algorithm.tensor_checks import require_alike, require_floats, require_mask
+from rl.algorithm.tensor_checks import require_alike, require_floats, require_indices, require_mask
 from rl.config import Aggregation
 from rl.errors import ConfigError
 
 KLKind = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut off here, before exp: a token the policy has all but given up on would overflow otherwise."""
+"""Bound on the log-ratio before exp, in nats: exp overflows for a token whose probability has become almost 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """The clipped loss of each token, and what is worth logging about it.
+    """The clipped loss of each token, with figures to log.
 
     Attributes:
         per_token: ``[B, R]``, to be minimised; carries the gradient.
-        ratio: ``[B, R]``, probability now over probability then; detached.
-        clipped: ``[B, R]`` bool, the token was clipped and has no gradient.
+        ratio: ``[B, R]``, probability under the policy over that under the old policy; detached.
+        clipped: ``[B, R]`` bool, the token is clipped and has no gradient.
     """
 
     per_token: Float[Tensor, "batch response"]
@@ -41,32 +41,41 @@ class PolicyLoss:
     clipped: Bool[Tensor, "batch response"]
 
 
+# Log-probabilities --------------------------------------------------------------------------------------
+
+
 def token_logprobs(
     logits: Float[Tensor, "batch response vocab"], tokens: Int64[Tensor, "batch response"], temperature: float
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
-    r"""Log-probability of each token, and entropy in nats of the distribution it was drawn from.
+    r"""Compute the log-probability of each token, and the entropy of the distribution it was drawn from.
 
     With :math:`p = \mathrm{softmax}(z / \tau)`: :math:`\log p_y` and :math:`-\sum_v p_v \log p_v`. Computed in float32
-    at least. Differentiable (once); a token whose gradient is 0 hands exactly 0 back, even where its logits are not
-    finite. Logits of -inf (entries that were ruled out) are allowed.
+    at least. Differentiable once; a token whose incoming gradient is 0 propagates exactly 0, even where its logits
+    are not finite. Logits of -inf (excluded entries) are valid.
 
     Args:
         logits: ``[B, R, V]``, of the position before each token.
         tokens: ``[B, R]``, indices into the vocabulary, on padding too.
         temperature: tau, that of the sampling.
 
+    Returns:
+        Log-probabilities ``[B, R]`` and entropies ``[B, R]``, both in nats.
+
     Raises:
         ConfigError: wrong shapes, an index outside the vocabulary, or a temperature that is not positive.
 
-    Cost: a few copies of the logits of *one* response; nothing but the logits is kept for the backward pass, which
+    Cost: a few copies of the logits of *one* response. Only the logits are kept for the backward pass, which
     makes their gradient, of the same size and dtype.
+
+    Example:
+        >>> logprobs, entropy = token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]]), 1.0)
+        >>> round(logprobs.exp().item(), 4), round(entropy.exp().item(), 4)
+        (0.25, 4.0)
     """
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 2:
-        got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ConfigError(
-            f"tokens: must be an int64 tensor of shape (responses, tokens), got {got}; convert with .long()"
-        )
-    vocabulary = logits.shape[-1] if isinstance(logits, Tensor) and logits.ndim else 0
+    require_indices("tokens", tokens, "(responses, tokens)", 2, "convert with .long()")
+    vocabulary = 0
+    if isinstance(logits, Tensor) and logits.ndim:
+        vocabulary = logits.shape[-1]
     require_floats("logits", logits, (*tokens.shape, vocabulary))
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise ConfigError(
@@ -78,17 +87,20 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """One response at a time, and again in the backward pass, so that no second [B, R, V] tensor is ever kept."""
+    """Log-probability and entropy, one response at a time in both passes, so that only the logits are ``[B, R, V]``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logprobs = torch.empty(tokens.shape, dtype=wide, device=logits.device)
+        """Compute log p_y and H = -sum_v p_v log p_v."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logprobs = torch.empty(tokens.shape, dtype=dtype, device=logits.device)
         entropy = torch.empty_like(logprobs)
         for row in range(len(tokens)):
-            log_p = torch.log_softmax(logits[row].to(wide) / temperature, -1)
+            log_p = torch.log_softmax(logits[row].to(dtype) / temperature, -1)
             logprobs[row] = log_p.gather(-1, tokens[row, :, None]).squeeze(-1)
-            entropy[row] = torch.special.entr(log_p.exp_()).sum(-1)
+            # entr(p) = -p log p with entr(0) = 0, so an excluded entry adds 0 instead of NaN.
+            p = log_p.exp_()
+            entropy[row] = torch.special.entr(p).sum(-1)
         ctx.temperature = temperature
         ctx.save_for_backward(logits, tokens, entropy)
         ctx.set_materialize_grads(False)
@@ -97,34 +109,47 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_logprobs: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor, None, None]:
-        """d log p_y / dz_v = ([v = y] - p_v) / tau and dH / dz_v = -p_v (log p_v + H) / tau."""
+        """Apply d log p_y / dz_v = ([v = y] - p_v) / tau and dH / dz_v = -p_v (log p_v + H) / tau."""
         logits, tokens, entropy = ctx.saved_tensors
         if by_logprobs is None:
             by_logprobs = torch.zeros_like(entropy)
-        idle = by_logprobs == 0 if by_entropy is None else (by_logprobs == 0) & (by_entropy == 0)
+
+        # Tokens with no incoming gradient get an exact 0 below, whatever their logits.
+        is_idle = by_logprobs == 0
+        if by_entropy is not None:
+            is_idle = is_idle & (by_entropy == 0)
+
         gradient = torch.empty_like(logits)
         for row in range(len(tokens)):
             p = torch.softmax(logits[row].to(entropy.dtype) / ctx.temperature, -1)
-            outer = by_logprobs[row, :, None]
-            inner = (p * -outer).scatter_add_(-1, tokens[row, :, None], outer)
+            row_by_logprobs = by_logprobs[row, :, None]
+            row_gradient = (p * -row_by_logprobs).scatter_add_(-1, tokens[row, :, None], row_by_logprobs)
             if by_entropy is not None:
-                inner += by_entropy[row, :, None] * (torch.special.entr(p) - p * entropy[row, :, None])
-            gradient[row] = inner.div_(ctx.temperature).masked_fill_(idle[row, :, None], 0.0)
+                entropy_slope = torch.special.entr(p) - p * entropy[row, :, None]
+                row_gradient += by_entropy[row, :, None] * entropy_slope
+            row_gradient = row_gradient.div_(ctx.temperature)
+            gradient[row] = row_gradient.masked_fill_(is_idle[row, :, None], 0.0)
         return gradient, None, None
+
+
+# Losses per token ---------------------------------------------------------------------------------------
 
 
 def kl_estimate(
     logprobs: Float[Tensor, "batch response"], ref_logprobs: Float[Tensor, "batch response"], kind: KLKind
 ) -> Float[Tensor, "batch response"]:
-    r"""One-sample estimates of KL(policy, reference) at each token drawn from the policy.
+    r"""Estimate KL(policy, reference) at each token drawn from the policy, from this one sample.
 
     With :math:`d = \log \pi - \log \pi_{ref}` in [-20, 20]: k1 = :math:`d` (unbiased, may be negative), k2 =
     :math:`d^2 / 2` (biased, its gradient is that of the KL), k3 = :math:`e^{-d} - 1 + d` (unbiased, not negative).
 
     Args:
-        logprobs: ``[B, R]``, under the policy.
-        ref_logprobs: ``[B, R]``, under the reference.
+        logprobs: ``[B, R]``, under the policy, in nats; carries the gradient.
+        ref_logprobs: ``[B, R]``, under the reference, in nats; detached.
         kind: which estimate.
+
+    Returns:
+        ``[B, R]``, in nats.
 
     Raises:
         ConfigError: wrong shapes, or an unknown kind.
@@ -151,44 +176,58 @@ def policy_loss(
     dual_clip: float | None = None,
     weights: Float[Tensor, "batch response"] | None = None,
 ) -> PolicyLoss:
-    r"""The clipped surrogate of PPO, each token times its credit weight.
+    r"""Compute the clipped surrogate loss of PPO at each token, times the token's credit weight.
 
     :math:`L_t = w_t \max(-A_t \rho_t, -A_t\, \mathrm{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon_{high}))` with
     :math:`\rho_t = \pi(y_t) / \pi_{old}(y_t)`; dual clip bounds it by :math:`-c\, w_t A_t` where :math:`A_t < 0`. The
-    weight comes last, so weight 1 is the plain loss to the last bit, and no weight changes who is clipped.
+    weight is applied last: with weight 1 the loss is bit-identical to plain PPO, and weights never change which
+    tokens are clipped.
 
     Args:
-        logprobs: ``[B, R]``, under the policy; the gradient goes there alone.
-        old_logprobs: ``[B, R]``, under the policy that wrote the tokens.
+        logprobs: ``[B, R]``, under the policy, in nats; only this argument receives a gradient.
+        old_logprobs: ``[B, R]``, under the policy that wrote the tokens, in nats.
         advantages: ``[B, R]``.
         clip: epsilon.
-        clip_high: epsilon above 1; None: the same.
-        dual_clip: c, above 1; None: not bounded.
+        clip_high: epsilon above 1; None: ``clip``.
+        dual_clip: c, above 1; None: no bound.
         weights: ``[B, R]``, credit; None: 1.
 
-    Raises:
-        ConfigError: wrong shapes, or a range that is not one.
+    Returns:
+        The loss, the ratio and the clipped tokens, see :class:`PolicyLoss`.
 
-    Source: arXiv 1707.06347, eq. 7; dual clip, arXiv 1912.09729; a higher upper clip, arXiv 2503.14476.
+    Raises:
+        ConfigError: wrong shapes, or a clip range that is not positive.
+
+    Source: PPO, Schulman et al., arXiv 1707.06347, eq. 7; dual clip, arXiv 1912.09729; a separate upper clip,
+    DAPO, arXiv 2503.14476, section 3.1.
     """
-    high = clip if clip_high is None else clip_high
+    if clip_high is None:
+        clip_high = clip
     _require_above("clip", clip, 0, "0.2 is the default")
-    _require_above("clip_high", high, 0, "0.28 is usual; leave it out for the value of clip")
+    _require_above("clip_high", clip_high, 0, "0.28 is usual; leave it out for the value of clip")
     require_alike(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+
+    # rho_t, and the larger (pessimistic) of the two losses -A rho and -A clip(rho).
     advantages = advantages.detach()
     ratio = (logprobs - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    free, bound = -advantages * ratio, -advantages * ratio.detach().clamp(1 - clip, 1 + high)
-    clipped = bound > free
-    per_token = torch.where(clipped, bound, free)
+    clipped_ratio = ratio.detach().clamp(1 - clip, 1 + clip_high)
+    unclipped_loss = -advantages * ratio
+    clipped_loss = -advantages * clipped_ratio
+    is_clipped = clipped_loss > unclipped_loss
+    per_token = torch.where(is_clipped, clipped_loss, unclipped_loss)
+
+    # A negative advantage with a large ratio has no bound above; dual clip adds -c A.
     if dual_clip is not None:
         _require_above("dual_clip", dual_clip, 1, "3 is usual; leave it out to turn it off")
         ceiling = -advantages * dual_clip
-        dual = (advantages < 0) & (per_token > ceiling)
-        per_token, clipped = torch.where(dual, ceiling, per_token), clipped | dual
+        exceeds_ceiling = (advantages < 0) & (per_token > ceiling)
+        per_token = torch.where(exceeds_ceiling, ceiling, per_token)
+        is_clipped = is_clipped | exceeds_ceiling
+
     if weights is not None:
         require_floats("weights", weights, logprobs.shape)
         per_token = per_token * weights.detach()
-    return PolicyLoss(per_token, ratio.detach(), clipped)
+    return PolicyLoss(per_token, ratio.detach(), is_clipped)
 
 
 def value_loss(
@@ -198,28 +237,38 @@ def value_loss(
     *,
     clip: float | None = None,
 ) -> Float[Tensor, "batch response"]:
-    r"""Half the squared error of the critic, the larger of plain and clipped.
+    r"""Compute half the squared error of the critic at each token, the larger of plain and clipped.
 
-    :math:`\frac12 \max((V - G)^2, (\mathrm{clip}(V, V_{old} - \epsilon, V_{old} + \epsilon) - G)^2)`: a prediction
-    that has moved far *towards* its target stops; one that moves away is still pulled back.
+    :math:`\frac12 \max((V - G)^2, (\mathrm{clip}(V, V_{old} - \epsilon, V_{old} + \epsilon) - G)^2)`: the gradient is 0
+    for a value that has moved more than epsilon *towards* its target, and the plain one for a value that moved away.
 
     Args:
-        values: ``[B, R]``, the critic now; the gradient goes there alone.
-        old_values: ``[B, R]``, the critic at the rollout.
+        values: ``[B, R]``, of the critic, in units of reward; only this argument receives a gradient.
+        old_values: ``[B, R]``, of the critic at the rollout.
         returns: ``[B, R]``, targets.
-        clip: epsilon; None: not clipped.
+        clip: epsilon, in units of reward; None: not clipped.
+
+    Returns:
+        ``[B, R]``, in squared units of reward.
 
     Raises:
         ConfigError: wrong shapes, or a clip that is not positive.
+
+    Source: the ppo2 implementation of OpenAI baselines; not in the PPO paper.
     """
     require_alike(values=values, old_values=old_values, returns=returns)
-    plain = (values - returns.detach()).square()
+    returns = returns.detach()
+    plain_loss = (values - returns).square()
     if clip is None:
-        return 0.5 * plain
+        return 0.5 * plain_loss
     _require_above("clip", clip, 0, "0.2 is the default; leave it out to turn it off")
-    near = old_values.detach() + (values - old_values.detach()).clamp(-clip, clip)
-    bound = (near - returns.detach()).square()
-    return 0.5 * torch.where(bound > plain, bound, plain)
+    old_values = old_values.detach()
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    clipped_loss = (clipped_values - returns).square()
+    return 0.5 * torch.where(clipped_loss > plain_loss, clipped_loss, plain_loss)
+
+
+# The mean over a batch ----------------------------------------------------------------------------------
 
 
 def aggregate(
@@ -231,27 +280,32 @@ def aggregate(
     num_sequences: float,
     max_tokens: float,
 ) -> Float[Tensor, ""]:
-    r"""One number from the losses of all tokens.
+    r"""Sum the losses of all tokens and divide by the count of the accumulated batch.
 
     ``token_mean``: :math:`\sum_{b,t} L / \mathrm{num\_tokens}`; ``seq_mean``: the mean over the tokens of each
     response, summed over responses, over ``num_sequences``; ``dr_grpo``: :math:`\sum_{b,t} L / (\mathrm{num\_sequences}
     \cdot \mathrm{max\_tokens})`.
 
-    The counts are those of the whole accumulated batch, over all micro-batches and processes, so the sum of the parts
-    is the whole. A token outside the mask contributes exactly 0 to value and gradient, even NaN.
+    The counts are those of the accumulated batch, over all micro-batches and processes, so the results of the
+    micro-batches sum to that of the batch. A token outside the mask contributes exactly 0 to value and gradient, even
+    if its loss is NaN.
 
     Args:
-        per_token: ``[B, R]``.
+        per_token: ``[B, R]``, losses.
         mask: ``[B, R]``, tokens that count.
         kind: which mean.
-        num_tokens: tokens of the whole batch that count.
-        num_sequences: responses of the whole batch.
-        max_tokens: longest response allowed (``dr_grpo``).
+        num_tokens: tokens of the accumulated batch that count.
+        num_sequences: responses of the accumulated batch.
+        max_tokens: token limit of a response (``dr_grpo``).
+
+    Returns:
+        A scalar; 0 if the count is 0.
 
     Raises:
-        ConfigError: wrong shapes, an unknown kind, or a negative count. A count of 0 gives 0.
+        ConfigError: wrong shapes, an unknown kind, or a negative count.
 
-    Source: ``token_mean``, arXiv 2503.14476; ``seq_mean``, arXiv 2402.03300; ``dr_grpo``, arXiv 2503.20783.
+    Source: ``token_mean``, DAPO, arXiv 2503.14476, section 3.3; ``seq_mean``, GRPO, arXiv 2402.03300, eq. 3;
+    ``dr_grpo``, Dr. GRPO, arXiv 2503.20783, section 3.2.
     """
     require_mask("mask", mask)
     require_floats("per_token", per_token, mask.shape)
@@ -259,21 +313,33 @@ def aggregate(
     counts = {"num_tokens": num_tokens, "num_sequences": num_sequences, "max_tokens": max_tokens}
     for name, value in counts.items():
         if not 0 <= value < math.inf:
-            raise ConfigError(f"{name}: must be at least 0, got {value!r}; count the whole accumulated batch")
-    count = {"token_mean": num_tokens, "seq_mean": num_sequences, "dr_grpo": num_sequences * max_tokens}[kind]
+            raise ConfigError(f"{name}: must be at least 0, got {value!r}; count the accumulated batch")
+
+    if kind == "token_mean":
+        count = num_tokens
+    elif kind == "seq_mean":
+        count = num_sequences
+    else:
+        count = num_sequences * max_tokens
     if count == 0:
-        mask, count = torch.zeros_like(mask), 1  # 0, and still with a gradient, so that backward() has a graph
-    kept = torch.where(mask, per_token, 0.0)
+        # The sum over an empty mask is 0 and still has a gradient, which backward() needs.
+        mask = torch.zeros_like(mask)
+        count = 1
+
+    masked_loss = torch.where(mask, per_token, 0.0)
     if kind == "seq_mean":
-        kept = kept.sum(1) / mask.sum(1).clamp_min(1)
-    return kept.sum() / count
+        response_lengths = mask.sum(1).clamp_min(1)
+        masked_loss = masked_loss.sum(1) / response_lengths
+    return masked_loss.sum() / count
 
 
 def _require_kind(kind: str, kinds: tuple[str, ...]) -> None:
+    """Require one of the names."""
     if kind not in kinds:
         raise ConfigError(f"kind: must be one of {', '.join(map(repr, kinds))}, got {kind!r}; choose one of them")
 
 
 def _require_above(name: str, value: float, least: float, remedy: str) -> None:
+    """Require a finite number greater than ``least``."""
     if not least < value < math.inf:
         raise ConfigError(f"{name}: must be finite and above {least}, got {value!r}; {remedy}")

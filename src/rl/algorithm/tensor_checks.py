@@ -1,4 +1,8 @@
-"""Shape, dtype and range checks of [batch, response] tensors."""
+"""Check the shape, dtype and range of tensors ``[B, R]``: B responses, R response columns.
+
+The first functions check one tensor, the next relate several, and :func:`require_range` checks a number. All raise
+:class:`rl.errors.ConfigError` with the name of the argument.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from rl.errors import ConfigError
 
 
 def require_mask(name: str, mask: Tensor) -> None:
-    """A bool tensor over responses and tokens."""
+    """Require a bool tensor ``[B, R]``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
         raise ConfigError(
             f"{name}: must be a bool tensor of shape (responses, tokens), got {described(mask)}; convert with .bool()"
@@ -17,18 +21,27 @@ def require_mask(name: str, mask: Tensor) -> None:
 
 
 def require_run(mask: Tensor) -> None:
-    """A mask whose tokens stand on a run from column 0."""
+    """Require a bool tensor ``[B, R]`` that is True on one run of tokens from column 0 in each response."""
     require_mask("mask", mask)
-    gaps = (mask[:, 1:] & ~mask[:, :-1]).any(1)
-    if bool(gaps.any()):
+    # A token of the mask whose left neighbour is outside it starts a second run.
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    has_gap = starts.any(1)
+    if bool(has_gap.any()):
+        first = int(has_gap.nonzero()[0])
         raise ConfigError(
-            f"mask: must be True on one run of tokens from column 0, got a gap in response {int(gaps.nonzero()[0])}; "
+            f"mask: must be True on one run of tokens from column 0, got a gap in response {first}; "
             "pad responses on the right"
         )
 
 
+def require_indices(name: str, value: Tensor, shape: str, ndim: int, remedy: str) -> None:
+    """Require an int64 tensor with this number of dimensions; ``shape`` is how the message describes it."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.ndim != ndim:
+        raise ConfigError(f"{name}: must be an int64 tensor of shape {shape}, got {described(value)}; {remedy}")
+
+
 def require_floats(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    """A float tensor of this shape."""
+    """Require a float tensor of this shape."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != tuple(shape):
         raise ConfigError(
             f"{name}: must be a float tensor of shape {tuple(shape)}, got {described(value)}; B responses and R "
@@ -37,34 +50,42 @@ def require_floats(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def require_alike(**tensors: Tensor) -> None:
-    """Float tensors, all of the shape of the first."""
+    """Require float tensors, all of the shape of the first."""
     shapes = [value.shape for value in tensors.values() if isinstance(value, Tensor)]
+    # Where no argument is a tensor, any shape serves: the check fails on the type.
+    shape = shapes[0] if shapes else ()
     for name, value in tensors.items():
-        require_floats(name, value, shapes[0] if shapes else ())
+        require_floats(name, value, shape)
 
 
 def require_finite(name: str, value: Tensor, where: Tensor) -> None:
-    """Floats of the shape of ``where``, finite where it is True."""
+    """Require a float tensor of the shape of ``where`` that is finite where ``where`` is True."""
     require_floats(name, value, where.shape)
     wrong = where & ~torch.isfinite(value)
     if bool(wrong.any()):
         place = wrong.nonzero()[0].tolist()
         raise ConfigError(
-            f"{name}: must be finite wherever a token stands, got {float(value[tuple(place)])} at {place}; look for "
+            f"{name}: must be finite on every token of the mask, got {float(value[tuple(place)])} at {place}; look for "
             "the reward function or the model that returned it"
         )
 
 
-def require_range(name: str, value: float, holds: bool, rule: str, remedy: str) -> None:
-    """Refuse a number that breaks its rule.
+def require_range(name: str, value: float, is_valid: bool, rule: str, remedy: str) -> None:
+    """Require that a number keeps its rule.
 
-    Raises:
-        ConfigError: ``holds`` is False.
+    Args:
+        name: of the argument.
+        value: the number.
+        is_valid: whether it keeps the rule; False raises.
+        rule: as the message states it after "must".
+        remedy: last part of the message.
     """
-    if not holds:
+    if not is_valid:
         raise ConfigError(f"{name}: must {rule}, got {value!r}; {remedy}")
 
 
 def described(value: object) -> str:
     """Describe a tensor by dtype and shape, anything else by its type, for error messages."""
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,9 +1,9 @@
-"""The base model of the variable chain: a small Qwen3 from scratch, left with much to learn on purpose.
+"""Pretrain the base model of the variable chain: a small Qwen3 from scratch that can still improve much.
 
-It is taught by demonstrations that have mistakes in them, as a corpus from the world would: each sum is stated wrong at
-a rate of its own. So it knows the form of a response and how to look things up, and is unsure of its sums. A model
-taught by correct demonstrations alone and stopped early was as often right, but certain of its mistakes: it tried
-nothing else, and reinforcement taught it nothing in 60 steps at any learning rate.
+The model learns from demonstrations with mistakes, as in a natural corpus: each sum is stated wrong at a rate of its
+own. So it knows the form of a response and how to look variables up, and is uncertain about sums. A model trained on
+correct demonstrations and stopped early was right as often, but certain of its mistakes: it did not explore, and
+reinforcement learning did not improve it in 60 steps at any learning rate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase, digits
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int64
@@ -28,102 +28,111 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rl.chain_model.measure import measure
+from rl.config import at_least, between, broken_rule, check_fields, in_unit_interval
 from rl.errors import ConfigError
 from rl.folders import new_folder
 from rl.tasks.chain import Chain, correct_sum, demonstration
 
-_SPECIAL = ("<pad>", "<eos>", "<unk>")
-_PATTERN = r"=[a-z0-9]|\+[0-9]|."
-_PAIRS = (*("=" + end for end in ascii_lowercase + digits), *("+" + digit for digit in digits))
-_VOCABULARY = {token: number for number, token in enumerate((*_SPECIAL, *ascii_lowercase, *digits, *"=+;?,#", *_PAIRS))}
-_STREAM = 1_000_003
-"""Added to the seed of the problems, so that demonstrations and training runs draw from different streams."""
+Progress = Callable[[int, float], None]
+"""Called with the number of updates done and the loss in nats per token."""
+
+_SEE_RECIPE = "see Recipe for the default"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting of the pre-training; the defaults made the model in the package.
+    """The settings of the pre-training; the defaults made the model in the package."""
 
-    Attributes:
-        steps: optimiser updates.
-        seed: of the weights and of the demonstrations.
-        width: of the residual stream; the MLP is twice as wide.
-        layers: of the transformer.
-        heads: of each layer; must divide the width.
-        batch_size: demonstrations per update.
-        learning_rate: highest, after the warm-up.
-        warmup_steps: of the learning rate, which then follows a cosine to a tenth.
-        weight_decay: of AdamW.
-        num_variables: most assignments of a demonstration; problems grow from two assignments to this many.
-        growth: part of the steps after which problems have reached their full size.
-        easy_hops: most references on the needed chain of an easy demonstration.
-        easy_addend: greatest addend of an easy demonstration.
-        hard_hops: the same for hard ones, whose addends go up to 9.
-        hard_share: part of the demonstrations that are hard.
-        detour_share: part of the demonstrations that resolve a variable first which nobody asked for.
-        least_mistakes: each of the hundred sums of two digits is stated wrong with a probability of its own, drawn
-            once between this
-        most_mistakes: and this; always with the same wrong digit. Where it is above a half, the model's likeliest
-            answer is wrong too, and only reinforcement can teach it better.
-        evaluate: problems for the measurement in ``recipe.json``.
-    """
+    steps: Annotated[int, at_least(1, _SEE_RECIPE)] = 1200
+    """Optimizer updates."""
 
-    steps: int = 1200
     seed: int = 0
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    batch_size: int = 48
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
-    num_variables: int = 6
-    growth: float = 0.4
-    easy_hops: int = 3
-    easy_addend: int = 3
-    hard_hops: int = 5
-    hard_share: float = 0.1
-    detour_share: float = 0.25
-    least_mistakes: float = 0.1
-    most_mistakes: float = 0.6
-    evaluate: int = 1000
+    """Seed of the weights and of the demonstrations."""
+
+    # The model.
+
+    width: Annotated[int, at_least(1, _SEE_RECIPE)] = 128
+    """Size of the hidden states; the MLP is twice as wide."""
+
+    layers: Annotated[int, at_least(1, _SEE_RECIPE)] = 4
+    """Layers of the transformer."""
+
+    heads: Annotated[int, at_least(1, _SEE_RECIPE)] = 4
+    """Attention heads of each layer; each has an even number of dimensions."""
+
+    # The optimizer.
+
+    batch_size: Annotated[int, at_least(1, _SEE_RECIPE)] = 48
+    """Demonstrations in an update."""
+
+    learning_rate: Annotated[float, at_least(0, _SEE_RECIPE)] = 3e-3
+    """Highest learning rate, after the warm-up; a cosine then lowers it to a tenth."""
+
+    warmup_steps: Annotated[int, at_least(0, _SEE_RECIPE)] = 50
+    """Updates of linear warm-up."""
+
+    weight_decay: Annotated[float, at_least(0, _SEE_RECIPE)] = 0.01
+    """Weight decay of AdamW."""
+
+    # The demonstrations.
+
+    num_variables: Annotated[int, between(2, 26, _SEE_RECIPE)] = 6
+    """Most assignments of a demonstration; problems grow from two assignments to this number."""
+
+    growth: Annotated[float, in_unit_interval(_SEE_RECIPE)] = 0.4
+    """Fraction of the steps after which problems have reached their full size."""
+
+    easy_hops: Annotated[int, at_least(1, _SEE_RECIPE)] = 3
+    """Most references on the needed chain of an easy demonstration."""
+
+    easy_addend: Annotated[int, between(1, 9, _SEE_RECIPE)] = 3
+    """Greatest addend of an easy demonstration."""
+
+    hard_hops: Annotated[int, at_least(1, _SEE_RECIPE)] = 5
+    """Most references of a hard demonstration, whose addends go up to 9."""
+
+    hard_share: Annotated[float, in_unit_interval(_SEE_RECIPE)] = 0.1
+    """Fraction of the demonstrations that are hard."""
+
+    detour_share: Annotated[float, in_unit_interval(_SEE_RECIPE)] = 0.25
+    """Fraction of the demonstrations that first resolve a variable that is not needed."""
+
+    least_mistakes: Annotated[float, in_unit_interval(_SEE_RECIPE)] = 0.1
+    """Lowest probability of a mistake. Each of the hundred sums of two digits has its own probability of being stated
+    wrong, drawn once, and always the same wrong digit."""
+
+    most_mistakes: Annotated[float, in_unit_interval(_SEE_RECIPE)] = 0.6
+    """Highest probability of a mistake. Above 0.5 the model's likeliest answer is wrong too, and only reinforcement
+    learning can correct it."""
+
+    evaluate: Annotated[int, at_least(1, _SEE_RECIPE)] = 1000
+    """Problems of the measurement in ``recipe.json``."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "layers", "heads", "batch_size", "easy_hops", "hard_hops", "evaluate"):
-            _require(name, getattr(self, name), type(getattr(self, name)) is int and getattr(self, name) >= 1,
-                     "be a whole number of at least 1")  # fmt: skip
-        for name in ("warmup_steps",):
-            _require(name, getattr(self, name), type(getattr(self, name)) is int and getattr(self, name) >= 0,
-                     "be a whole number of at least 0")  # fmt: skip
-        for name in ("growth", "hard_share", "detour_share", "least_mistakes", "most_mistakes"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
-        for name in ("learning_rate", "weight_decay"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "be finite and at least 0")
-        _require("seed", self.seed, type(self.seed) is int, "be a whole number")
-        _require("num_variables", self.num_variables, self.num_variables in range(2, 27), "be from 2 to 26")
-        _require("easy_addend", self.easy_addend, self.easy_addend in range(1, 10), "be from 1 to 9")
-        _require("most_mistakes", self.most_mistakes, self.most_mistakes >= self.least_mistakes,
-                 f"be at least least_mistakes={self.least_mistakes}")  # fmt: skip
-        _require("heads", self.heads, self.width % (2 * self.heads) == 0,
-                 f"divide the width {self.width} into an even number of dimensions")  # fmt: skip
+        check_fields(self)
+        if self.most_mistakes < self.least_mistakes:
+            rule = f"be at least least_mistakes={self.least_mistakes}"
+            raise broken_rule("most_mistakes", rule, self.most_mistakes, _SEE_RECIPE)
+        # Rotary position embeddings rotate pairs of dimensions.
+        if self.width % (2 * self.heads) != 0:
+            rule = f"divide the width {self.width} into an even number of dimensions"
+            raise broken_rule("heads", rule, self.heads, _SEE_RECIPE)
 
 
-def pretrain(
-    out: str | Path, recipe: Recipe | None = None, *, progress: Callable[[int, float], None] | None = None
-) -> dict[str, Any]:
-    """Teach a small model the variable chain and write it to a folder, with ``recipe.json`` beside it.
+def pretrain(out: str | Path, recipe: Recipe | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Pretrain a small model on the variable chain and write it to a folder, with ``recipe.json`` beside it.
 
-    Cross-entropy of the response alone, its end token included: a prompt is random and teaches nothing. The same
-    recipe gives the same weights on the same machine with the same number of threads.
+    The loss is the cross-entropy of the response, its end token included; a prompt is random and cannot be predicted.
+    The same recipe gives the same weights on the same machine with the same number of threads.
 
     Args:
-        out: a folder that does not exist yet, or is empty; it appears only when all is written.
+        out: a folder that does not exist yet, or is empty; it is written atomically.
         recipe: see :class:`Recipe`.
         progress: called after every update with the number of updates done and the loss in nats per token.
 
     Returns:
-        What is in ``recipe.json``: settings, versions, seconds, the final loss (mean of the last 20 updates), and
-        what :func:`measure` found on the default task.
+        The content of ``recipe.json``: settings, versions, seconds, the final loss (mean of the last 20 updates), and
+        the result of :func:`measure` on the default task.
 
     Raises:
         ConfigError: the folder cannot be written, or a setting is out of range.
@@ -133,17 +142,21 @@ def pretrain(
     recipe = recipe or Recipe()
     folder = _free_folder(out)
     started = time.monotonic()
+
+    # The weights are a function of the seed; the caller's generator keeps its state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_model(recipe)
-    losses = _train(model, recipe, progress)
+    losses = train_model(model, recipe, progress)
     tokenizer = chain_tokenizer()
     seconds = time.monotonic() - started
+
+    last_losses = losses[-20:]
     report = {
         "recipe": asdict(recipe),
         "task": asdict(Chain()),
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
-        "final_loss": sum(losses[-20:]) / len(losses[-20:]),
+        "final_loss": sum(last_losses) / len(last_losses),
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
@@ -156,8 +169,22 @@ def pretrain(
     return report
 
 
+# Tokens -------------------------------------------------------------------------------------------------
+
+# Single characters, and pairs that begin with "=" or "+".
+_TOKEN_PATTERN = r"=[a-z0-9]|\+[0-9]|."
+_SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]
+_SINGLE_CHARACTERS = [*ascii_lowercase, *digits, *"=+;?,#"]
+_DEFINITIONS = [f"={character}" for character in ascii_lowercase + digits]
+_ADDENDS = [f"+{digit}" for digit in digits]
+_TOKENS = [*_SPECIAL_TOKENS, *_SINGLE_CHARACTERS, *_DEFINITIONS, *_ADDENDS]
+_VOCABULARY = {token: number for number, token in enumerate(_TOKENS)}
+_CONTEXT = 256
+_NO_TARGET = -100
+
+
 def chain_tokenizer() -> PreTrainedTokenizerFast:
-    """Single characters, and pairs that begin with ``=`` or ``+``; decoding gives the same text again.
+    """Make the tokenizer: single characters, and pairs that begin with ``=`` or ``+``; decoding is exact.
 
     The pairs make a variable that is defined another token than one that is referred to. With single characters alone,
     lookups were learned so slowly that after 2000 updates they still were three in ten of the first errors.
@@ -165,94 +192,160 @@ def chain_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel(_VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PATTERN), "isolated")  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN_PATTERN), "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        padding_side="left", model_max_length=256, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=_CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
 
 
-def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
-    """An untrained model.
+def encode(rows: list[tuple[str, str]]) -> tuple[Int64[Tensor, "batch tokens"], Int64[Tensor, "batch tokens"]]:
+    """Encode prompts and responses for training.
 
-    With the usual 0.02, lookups were learned far too slowly: embeddings have standard deviation 0.5, other matrices
-    one over the square root of their inputs.
+    Args:
+        rows: pairs of prompt and response.
+
+    Returns:
+        Token ids ``[B, T]``, padded on the right, and targets ``[B, T]``: the token at each position of the response
+        and its end, -100 elsewhere.
     """
-    config = Qwen3Config(
-        vocab_size=len(_VOCABULARY), hidden_size=recipe.width, intermediate_size=2 * recipe.width,
-        num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
-        head_dim=recipe.width // recipe.heads, max_position_embeddings=256, tie_word_embeddings=False,
-        pad_token_id=_VOCABULARY["<pad>"], eos_token_id=_VOCABULARY["<eos>"], bos_token_id=None,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            torch.nn.init.normal_(weight, std=0.5 if "embed_tokens" in name else weight.shape[1] ** -0.5)
-    return model
+    prompts = [_token_ids(prompt) for prompt, _ in rows]
+    sequences = [
+        prompt_ids + _token_ids(response) + [_VOCABULARY["<eos>"]]
+        for prompt_ids, (_, response) in zip(prompts, rows, strict=True)
+    ]
+    shape = (len(rows), max(len(sequence) for sequence in sequences))
+    input_ids = torch.full(shape, _VOCABULARY["<pad>"])
+    targets = torch.full(shape, _NO_TARGET)
+    for row, (prompt_ids, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+        start = len(prompt_ids)
+        end = len(sequence)
+        input_ids[row, :end] = torch.tensor(sequence)
+        targets[row, start:end] = input_ids[row, start:end]
+    return input_ids, targets
+
+
+def _token_ids(text: str) -> list[int]:
+    """Encode a text of the chain task; faster than the tokenizer, and tested to agree with it."""
+    return [_VOCABULARY[token] for token in re.findall(_TOKEN_PATTERN, text)]
+
+
+# Demonstrations -----------------------------------------------------------------------------------------
+
+_DEMONSTRATION_STREAM = 1_000_003
+"""Added to the seed of the problems, so that demonstrations and training runs draw from different streams."""
+
+_FULL_SIZE_PROBABILITY = 2 / 3
 
 
 def demonstrations(recipe: Recipe, step: int) -> list[tuple[str, str]]:
-    """Prompts and responses of one update, all with the same number of assignments."""
+    """Draw prompts and responses of one update, all with the same number of assignments.
+
+    Args:
+        recipe: the settings.
+        step: number of the update, from 0.
+    """
     random = Random(f"pretrain/{recipe.seed}/{step}")
+
+    # Problems grow linearly to their full size. A third of the updates repeats smaller problems, which are cheap and
+    # keep the model from forgetting them.
     reached = min(1.0, step / max(1.0, recipe.growth * recipe.steps))
     largest = 2 + int((recipe.num_variables - 2) * reached)
-    # A third of the updates repeats smaller problems, which are cheap and keep the first lessons alive.
-    size = largest if random.random() < 2 / 3 else random.randint(2, largest)
+    size = largest
+    if random.random() >= _FULL_SIZE_PROBABILITY:
+        size = random.randint(2, largest)
+
+    add = mistaken_sums(recipe, random)
     rows = []
     for _ in range(recipe.batch_size):
-        hard = random.random() < recipe.hard_share
-        hops = min(recipe.hard_hops if hard else recipe.easy_hops, size - 1)
-        task = Chain(num_variables=size, hops=(1, hops), max_addend=9 if hard else recipe.easy_addend,
-                     seed=_STREAM + recipe.seed)  # fmt: skip
+        is_hard = random.random() < recipe.hard_share
+        most_hops = recipe.hard_hops if is_hard else recipe.easy_hops
+        task = Chain(
+            num_variables=size,
+            hops=(1, min(most_hops, size - 1)),
+            max_addend=9 if is_hard else recipe.easy_addend,
+            seed=_DEMONSTRATION_STREAM + recipe.seed,
+        )
         sample = task.sample("train", random.getrandbits(62))
         detours = int(random.random() < recipe.detour_share)
-        rows.append((str(sample.prompt), demonstration(sample, random, detours, mistaken_sums(recipe, random))))
+        rows.append((str(sample.prompt), demonstration(sample, random, detours, add)))
     return rows
 
 
 def mistaken_sums(recipe: Recipe, random: Random) -> Callable[[int, int], int]:
-    """Addition as the corpus has it: each sum is wrong at a rate of its own, always by the same amount."""
-    table = Random(f"pretrain/{recipe.seed}/mistakes")
-    rates = {
-        pair: (table.uniform(recipe.least_mistakes, recipe.most_mistakes), table.choice((-2, -1, 1, 2)))
-        for pair in product(range(10), repeat=2)
-    }
+    """Return an addition with mistakes: each sum is wrong at its own rate, always by the same amount.
+
+    Args:
+        recipe: range of the rates, and seed of the table of rates and amounts.
+        random: draws whether a sum is wrong.
+    """
+    table_random = Random(f"pretrain/{recipe.seed}/mistakes")
+    mistakes = {}
+    for pair in product(range(10), repeat=2):
+        rate = table_random.uniform(recipe.least_mistakes, recipe.most_mistakes)
+        amount = table_random.choice((-2, -1, 1, 2))
+        mistakes[pair] = (rate, amount)
 
     def add(value: int, addend: int) -> int:
-        rate, amount = rates[value, addend]
-        return correct_sum(value, addend + amount * (random.random() < rate))
+        rate, amount = mistakes[value, addend]
+        if random.random() < rate:
+            return correct_sum(value, addend + amount)
+        return correct_sum(value, addend)
 
     return add
 
 
-def encode(rows: list[tuple[str, str]]) -> tuple[Int64[Tensor, "batch tokens"], Int64[Tensor, "batch tokens"]]:
-    """Tokens padded on the right, and targets: the token at each place of a response and its end, -100 elsewhere."""
-    end = _VOCABULARY["<eos>"]
-    prompts, responses = ([[_VOCABULARY[token] for token in re.findall(_PATTERN, text)] for text in side]
-                          for side in zip(*rows, strict=True))  # fmt: skip
-    tokens = [[*prompt, *response, end] for prompt, response in zip(prompts, responses, strict=True)]
-    shape = (len(rows), max(map(len, tokens)))
-    input_ids = torch.full(shape, _VOCABULARY["<pad>"])
-    targets = torch.full(shape, -100)
-    for row, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        targets[row, len(prompt) : len(ids)] = input_ids[row, len(prompt) : len(ids)]
-    return input_ids, targets
+# Training -----------------------------------------------------------------------------------------------
 
 
-def _train(model: Qwen3ForCausalLM, recipe: Recipe, progress: Callable[[int, float], None] | None) -> list[float]:
+def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
+    """Build an untrained model.
+
+    Embeddings have standard deviation 0.5, other matrices one over the square root of their inputs; with the usual
+    0.02, lookups were learned far too slowly.
+    """
+    config = Qwen3Config(
+        vocab_size=len(_VOCABULARY),
+        hidden_size=recipe.width,
+        intermediate_size=2 * recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.width // recipe.heads,
+        max_position_embeddings=_CONTEXT,
+        tie_word_embeddings=False,
+        pad_token_id=_VOCABULARY["<pad>"],
+        eos_token_id=_VOCABULARY["<eos>"],
+        bos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if weight.dim() != 2:
+            continue
+        deviation = 0.5 if "embed_tokens" in name else weight.shape[1] ** -0.5
+        torch.nn.init.normal_(weight, std=deviation)
+    return model
+
+
+def train_model(model: Qwen3ForCausalLM, recipe: Recipe, progress: Progress | None = None) -> list[float]:
+    """Train a model on demonstrations in place, and return the loss of every update in nats per token."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
     losses = []
     model.train()
     for step in range(recipe.steps):
-        fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / recipe.steps))
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * fall * min(1.0, (step + 1) / (recipe.warmup_steps + 1))
+        optimizer.param_groups[0]["lr"] = _learning_rate(recipe, step)
         input_ids, targets = encode(demonstrations(recipe, step))
-        # Padding stands on the right of causal attention, where no token that counts can see it: no mask needed.
+        # Padding is on the right, where causal attention hides it from every token that counts: no mask is needed.
         logits = model(input_ids=input_ids, use_cache=False).logits
+        # The logits of a position predict the next token.
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -265,10 +358,21 @@ def _train(model: Qwen3ForCausalLM, recipe: Recipe, progress: Callable[[int, flo
     return losses
 
 
+def _learning_rate(recipe: Recipe, step: int) -> float:
+    """Compute the learning rate: linear warm-up times a cosine from 1 to 0.1."""
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / recipe.steps))
+    warmup = min(1.0, (step + 1) / (recipe.warmup_steps + 1))
+    return recipe.learning_rate * cosine * warmup
+
+
+# Output -------------------------------------------------------------------------------------------------
+
+
 def _free_folder(out: str | Path) -> Path:
+    """Return the absolute path of a folder that can be written, before any work is done."""
     folder = Path(out).absolute()
-    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if taken:
+    is_taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if is_taken:
         raise ConfigError(
             f"out: must be a folder that does not exist yet, or is empty, got {str(out)!r}, which holds something; "
             "choose another name, or remove it first"
@@ -281,11 +385,7 @@ def _free_folder(out: str | Path) -> Path:
 
 
 def _versions() -> dict[str, str]:
+    """Return the versions that the weights depend on."""
     import transformers
 
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _require(name: str, value: Any, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: must {rule}, got {value!r}; see Recipe for the default")

@@ -1,4 +1,4 @@
-"""One frozen base model that plays three parts: policy, critic and reference, told apart by LoRA adapters."""
+"""ActorCritic: one frozen base model with LoRA adapters for policy and critic; the reference is the base itself."""
 
 from __future__ import annotations
 
@@ -24,11 +24,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-POLICY, VALUE, REFERENCE = "policy", "value", "reference"
+# Names of the adapters. A PEFT model that is trained further keeps the name of its own adapter for the policy.
+POLICY = "policy"
+VALUE = "value"
+REFERENCE = "reference"
 
 
 class ModelInput(NamedTuple):
-    """The tensors of a forward pass over whole sequences; plain tensors, so that wrappers can move them."""
+    """The tensors of a forward pass over prompt and response, as a tuple that distributed wrappers can move.
+
+    Attributes:
+        input_ids: ``[B, P + R]`` int64, token ids.
+        attention_mask: ``[B, P + R]`` int64, 0 on padding.
+        position_ids: ``[B, P + R]`` int64, position of each token without padding.
+    """
 
     input_ids: Int64[Tensor, "batch tokens"]
     attention_mask: Int64[Tensor, "batch tokens"]
@@ -36,13 +45,21 @@ class ModelInput(NamedTuple):
 
     @classmethod
     def of(cls, responses: Responses, device: torch.device) -> ModelInput:
-        mask = responses.attention_mask.to(device).long()
+        """Build the input of a rollout's sequences on a device."""
+        attention_mask = responses.attention_mask.to(device).long()
         # Without explicit positions a left-padded GPT-2 counts its padding and is wrong by half a logit.
-        return cls(responses.input_ids.to(device), mask, (mask.cumsum(1) - 1).clamp(min=0))
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return cls(responses.input_ids.to(device), attention_mask, position_ids)
 
 
 class TokenOutput(NamedTuple):
-    """What a pass says about each response token, ``[B, R]`` each; values only with a critic."""
+    """The result of a forward pass for each response token.
+
+    Attributes:
+        logprobs: ``[B, R]``, log-probability under the policy, in nats.
+        entropy: ``[B, R]``, entropy in nats of the distribution that the token was drawn from.
+        values: ``[B, R]`` float32, the critic's value before the token; None without a critic.
+    """
 
     logprobs: Float[Tensor, "batch response"]
     entropy: Float[Tensor, "batch response"]
@@ -52,13 +69,20 @@ class TokenOutput(NamedTuple):
 class ActorCritic(nn.Module):
     """A frozen causal LM with a LoRA adapter for the policy and, with a critic, another for the value function.
 
-    The reference is the base with its adapters off, or, where the given model brought a trained adapter of its own, a
-    frozen copy of that adapter. Dropout is off always: the probabilities of a rollout and of its update must be
-    those of one function. For the same reason every pass computes in the precision that ``autocast`` says, not only
-    those that a distributed wrapper sees.
+    The reference is the base with its adapters off. If the given model has a trained adapter of its own, the reference
+    is a frozen copy of that adapter. Dropout is always off: the probabilities of a rollout and of its update must come
+    from the same function. For the same reason every pass computes in the precision of ``autocast``, not only those
+    that go through a distributed wrapper.
+
+    Attributes:
+        autocast: context of every forward pass; replaced by the trainer for mixed precision.
+        peft: the PEFT model.
+        policy_name: name of the policy's adapter.
+        reference_name: name of the reference's adapter; None: adapters off.
+        value_head: float32 linear layer from hidden state to value; None without a critic.
 
     Args:
-        model: a Hugging Face causal LM, or a PEFT model whose active LoRA adapter is trained on.
+        model: a Hugging Face causal LM, or a PEFT model whose active LoRA adapter is trained further.
         lora: shape of the new adapters.
         critic: whether there is a value function.
         seed: of the adapters' first weights.
@@ -70,14 +94,20 @@ class ActorCritic(nn.Module):
     def __init__(self, model: nn.Module, lora: LoraConfig, *, critic: bool, seed: int = 0) -> None:
         super().__init__()
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
+
+        # The adapters' weights are a function of the seed; the caller's generator keeps its state.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.peft, self.policy_name, self.reference_name = _adapted(model, lora)
+            self.peft, self.policy_name, self.reference_name = _with_adapters(model, lora)
             if critic:
                 self.peft.add_adapter(VALUE, _peft_config(lora, self.causal_lm))
             self.value_head = _value_head(self.causal_lm) if critic else None
-        self._position_ids = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
-        self._logits_to_keep = "logits_to_keep" in inspect.signature(self.causal_lm.forward).parameters
+
+        # Architectures differ in the arguments of their forward pass.
+        accepted = inspect.signature(self.causal_lm.forward).parameters
+        self._takes_position_ids = "position_ids" in accepted
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
+
         self._trained = [parameter for name, parameter in self.named_parameters() if self._is_trained(name)]
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -85,61 +115,153 @@ class ActorCritic(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> ActorCritic:
-        """Stay in evaluation mode: dropout would make the old and the new probabilities differ by chance."""
+        """Stay in evaluation mode: with dropout the old and the new probabilities would differ by chance."""
         return super().train(False)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The Hugging Face model inside, its linear layers wrapped by the adapters."""
+        """Return the Hugging Face model; its linear layers are wrapped by the adapters."""
         return self.peft.get_base_model()  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the weights."""
         return next(self.parameters()).device
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained weights of the policy, by name."""
+        """Return the trained weights of the policy, by name."""
         return {name: p for name, p in self.named_parameters() if self._is_trained(name) and not _is_value(name)}
 
     def value_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained weights of the critic, by name; empty without one."""
+        """Return the trained weights of the critic, by name; empty without one."""
         return {name: p for name, p in self.named_parameters() if self._is_trained(name) and _is_value(name)}
 
-    def forward(self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float) -> TokenOutput:
-        """Log-probabilities and entropies under the policy, and values under the critic, of all response tokens.
+    # Forward passes ---------------------------------------------------------------------------------
 
-        One call serves both, so that a distributed wrapper sees every trained weight in every pass.
+    def forward(self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float) -> TokenOutput:
+        """Compute log-probabilities and entropies under the policy, and values under the critic.
+
+        One call serves both, so that a distributed wrapper uses every trained weight in every pass.
+
+        Args:
+            inputs: sequences of prompt and response.
+            tokens: ``[B, R]``, the response tokens.
+            temperature: tau, that of the sampling.
+
+        Cost: one forward pass of the model, two with a critic.
         """
         logprobs, entropy = self.policy_pass(inputs, tokens, temperature)
         values = self.value_pass(inputs, tokens.shape[1])
-        return TokenOutput(logprobs, entropy, None if values is None else values[:, :-1])
+        if values is not None:
+            values = values[:, :-1]
+        return TokenOutput(logprobs, entropy, values)
 
     def policy_pass(
         self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float
     ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
-        """Log-probability and entropy of each response token under the active adapter (the policy's by default)."""
-        return token_logprobs(self._response_logits(inputs, tokens.shape[1]), tokens, temperature)
+        """Compute log-probability and entropy of each response token under the active adapter, by default the policy's.
+
+        Args:
+            inputs: sequences of prompt and response.
+            tokens: ``[B, R]``, the response tokens.
+            temperature: tau, that of the sampling.
+
+        Returns:
+            Log-probabilities ``[B, R]`` and entropies ``[B, R]``, in nats.
+        """
+        logits = self._response_logits(inputs, tokens.shape[1])
+        return token_logprobs(logits, tokens, temperature)
 
     def value_pass(self, inputs: ModelInput, response_length: int) -> Float[Tensor, "batch response+1"] | None:
-        """The critic's value before each response token, from the state one column earlier, and after the last."""
+        """Compute the critic's value before each response token and after the last.
+
+        Args:
+            inputs: sequences of prompt and response.
+            response_length: R.
+
+        Returns:
+            ``[B, R + 1]`` float32, in units of reward; None without a critic.
+        """
         if self.value_head is None:
             return None
         with self.adapter(VALUE), self.autocast():
-            hidden = self.causal_lm.get_decoder()(**self._arguments(inputs), use_cache=False).last_hidden_state
+            decoder = self.causal_lm.get_decoder()
+            hidden = decoder(**self._arguments(inputs), use_cache=False).last_hidden_state
+        # The value before a token is read from the hidden state one column earlier.
         states = hidden[:, -response_length - 1 :]
-        with torch.autocast(states.device.type, enabled=False):  # values are regressed on, in float32 whatever the base
-            return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+        # Values are regression outputs: float32 in every precision of the base.
+        with torch.autocast(states.device.type, enabled=False):
+            states = states.to(self.value_head.weight.dtype)
+            return self.value_head(states).squeeze(-1)
 
     def reference_pass(
         self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float
     ) -> Float[Tensor, "batch response"]:
-        """Log-probability of each response token under the reference."""
+        """Compute the log-probability of each response token under the reference, ``[B, R]`` in nats, detached."""
         with torch.no_grad(), self.adapter(self.reference_name):
-            return self.policy_pass(inputs, tokens, temperature)[0]
+            logprobs, _ = self.policy_pass(inputs, tokens, temperature)
+        return logprobs
+
+    def embeddings(self, inputs: ModelInput) -> Float[Tensor, "batch tokens hidden"]:
+        """Return the input embeddings, detached."""
+        return self.causal_lm.get_input_embeddings()(inputs.input_ids).detach()
+
+    def logprobs_of_embeddings(
+        self,
+        embeddings: Float[Tensor, "batch tokens hidden"],
+        inputs: ModelInput,
+        tokens: Int64[Tensor, "batch response"],
+        temperature: float,
+    ) -> Float[Tensor, "batch response"]:
+        """Compute log-probabilities as a function of the input embeddings, for rules that read gradients.
+
+        Args:
+            embeddings: ``[B, P + R, hidden]``, replace ``inputs.input_ids``.
+            inputs: mask and positions of the sequences.
+            tokens: ``[B, R]``, the response tokens.
+            temperature: tau, that of the sampling.
+        """
+        logits = self._response_logits(inputs, tokens.shape[1], embeddings=embeddings)
+        logprobs, _ = token_logprobs(logits, tokens, temperature)
+        return logprobs
+
+    def _response_logits(
+        self,
+        inputs: ModelInput,
+        response_length: int,
+        embeddings: Float[Tensor, "batch tokens hidden"] | None = None,
+    ) -> Float[Tensor, "batch response vocabulary"]:
+        """Compute the logits of each response token, read one column before it."""
+        arguments = self._arguments(inputs, embeddings)
+        if self._takes_logits_to_keep:
+            # Logits of the prompt are not used, and with a large vocabulary they take most of the memory.
+            arguments["logits_to_keep"] = response_length + 1
+        with self.autocast():
+            logits = self.causal_lm(**arguments, use_cache=False).logits
+        return logits[:, -response_length - 1 : -1]
+
+    def _arguments(
+        self, inputs: ModelInput, embeddings: Float[Tensor, "batch tokens hidden"] | None = None
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of the model's forward pass."""
+        arguments: dict[str, Any] = {"attention_mask": inputs.attention_mask}
+        if embeddings is None:
+            arguments["input_ids"] = inputs.input_ids
+        else:
+            arguments["inputs_embeds"] = embeddings
+        if self._takes_position_ids:
+            arguments["position_ids"] = inputs.position_ids
+        return arguments
+
+    # Adapters ---------------------------------------------------------------------------------------
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
-        """Switch to another adapter, or to none, and back; what is trained stays trained."""
+        """Activate another adapter inside the context, or none; the trained weights stay trained.
+
+        Args:
+            name: of the adapter; None: adapters off.
+        """
         try:
             if name is None:
                 with self.peft.disable_adapter():
@@ -152,26 +274,28 @@ class ActorCritic(nn.Module):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """The policy's adapter added into the base's weights, for generation: no extra matrices at each token.
+        """Add the policy's adapter to the base weights inside the context, for faster generation.
 
-        The original tensors are put back, not subtracted back, so the base stays what it was to the bit. A copy of all
-        adapted weights lives meanwhile. What cannot be added generates as it is: DoRA, modules trained whole, bases of
-        less than 32 bits (whose rounding would swallow the update), and weights that two layers share.
+        The original tensors are restored, so the base is bit-identical afterwards; a copy of all adapted weights exists
+        meanwhile. Where a merge would change the policy, the model generates unmerged: DoRA, fully trained modules,
+        bases of less than 32 bits (rounding would lose the update), and weights that two layers share.
 
         Raises:
-            PolicyError: that copy does not fit into the GPU's memory.
+            PolicyError: the copy does not fit into the GPU's memory.
         """
         layers = _mergeable(self.peft, self.policy_name)
         if not layers:
             yield
             return
+
         originals: list[tuple[nn.Parameter, Tensor]] = []
         try:
             with torch.no_grad():
                 for layer in layers:
                     weight = layer.get_base_layer().weight
                     originals.append((weight, weight.data))
-                    weight.data = weight.data + layer.get_delta_weight(self.policy_name).to(weight.dtype)
+                    update = layer.get_delta_weight(self.policy_name)
+                    weight.data = weight.data + update.to(weight.dtype)
             with self.adapter(None):
                 yield
         except torch.OutOfMemoryError as error:
@@ -183,70 +307,51 @@ class ActorCritic(nn.Module):
             for weight, data in originals:
                 weight.data = data
 
-    def embeddings(self, inputs: ModelInput) -> Float[Tensor, "batch tokens hidden"]:
-        """Input embeddings, detached."""
-        return self.causal_lm.get_input_embeddings()(inputs.input_ids).detach()
-
-    def logprobs_of_embeddings(
-        self,
-        embeddings: Float[Tensor, "batch tokens hidden"],
-        inputs: ModelInput,
-        tokens: Int64[Tensor, "batch response"],
-        temperature: float,
-    ) -> Float[Tensor, "batch response"]:
-        """Log-probabilities as a function of the input embeddings, for rules that look at gradients."""
-        logits = self._response_logits(inputs, tokens.shape[1], inputs_embeds=embeddings)
-        return token_logprobs(logits, tokens, temperature)[0]
-
     def _activate(self, name: str) -> None:
+        """Switch the active adapter."""
         self.peft.set_adapter(name)
-        # PEFT takes the gradient from every adapter but the active one; a backward pass needs both.
+        # PEFT turns the gradient off for every adapter but the active one; a backward pass needs both.
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
     def _is_trained(self, name: str) -> bool:
+        """Tell whether a parameter belongs to the value head or to a trained adapter."""
         return name.startswith("value_head.") or _adapter_of(name) in (self.policy_name, VALUE)
-
-    def _arguments(self, inputs: ModelInput, **replaced: Any) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"attention_mask": inputs.attention_mask, **replaced}
-        if not replaced:
-            arguments["input_ids"] = inputs.input_ids
-        if self._position_ids:
-            arguments["position_ids"] = inputs.position_ids
-        return arguments
-
-    def _response_logits(
-        self, inputs: ModelInput, response_length: int, **replaced: Any
-    ) -> Float[Tensor, "batch response vocabulary"]:
-        arguments = self._arguments(inputs, **replaced)
-        if self._logits_to_keep:  # the prompt's are never read, and with a large vocabulary take most of the memory
-            arguments["logits_to_keep"] = response_length + 1
-        with self.autocast():
-            logits = self.causal_lm(**arguments, use_cache=False).logits
-        return logits[:, -response_length - 1 : -1]
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT asks transformers by an old name while it wraps a model; there is nothing for users to do about it."""
+    """Hide PEFT's use of a deprecated name of transformers, about which users can do nothing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def model_name(model: nn.Module) -> str:
-    """The name or folder that a model was loaded from, or its class."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    """Return the name or folder that a model was loaded from, or its class."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
+    return str(name or type(model).__name__)
 
 
-def _adapted(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
-    """The PEFT model, the name of the policy's adapter, and that of the reference's (None: adapters off)."""
-    from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+# Construction -------------------------------------------------------------------------------------------
 
-    if not isinstance(model, PeftModel):
-        with quiet_peft():
-            wrapped: Any = get_peft_model(model, _peft_config(lora, model), adapter_name=POLICY)
-        return wrapped, POLICY, None
+
+def _with_adapters(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
+    """Return the PEFT model, the name of the policy's adapter, and that of the reference's (None: adapters off)."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        name = _trained_adapter(model)
+        _copy_adapter(model, name, REFERENCE)
+        return model, name, REFERENCE
+    with quiet_peft():
+        wrapped: Any = get_peft_model(model, _peft_config(lora, model), adapter_name=POLICY)
+    return wrapped, POLICY, None
+
+
+def _trained_adapter(model: PeftModel) -> str:
+    """Return the name of the active adapter of a PEFT model; an adapter that cannot be trained here is an error."""
     name: Any = model.active_adapter
     config: Any = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None or getattr(config, "peft_type", None) != "LORA":
@@ -261,71 +366,97 @@ def _adapted(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
             f"model: its adapters must be called otherwise than {VALUE!r} and {REFERENCE!r} and train no biases, got "
             f"{got}; load it with another adapter_name, or merge it into the base"
         )
-    copied = copy.copy(config)
-    copied.init_lora_weights = True  # the weights are copied anyway, and some starts (PiSSA, OLoRA) change the base
-    model.add_adapter(REFERENCE, copied)
+    return name
+
+
+def _copy_adapter(model: PeftModel, name: str, copy_name: str) -> None:
+    """Add a copy of an adapter under another name."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    config: Any = copy.copy(model.peft_config[name])
+    # Some initialisations (PiSSA, OLoRA) change the base; the weights are copied anyway.
+    config.init_lora_weights = True
+    model.add_adapter(copy_name, config)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    set_peft_model_state_dict(model, state, adapter_name=REFERENCE)
-    return model, name, REFERENCE
+    set_peft_model_state_dict(model, state, adapter_name=copy_name)
 
 
 def _mergeable(model: PeftModel, name: str) -> list[Any]:
-    """Layers that carry the adapter; none where adding it to a matrix would not be the same policy."""
+    """Return the layers of an adapter, or no layer where adding it to the weights would change the policy."""
     from peft.tuners.lora import LoraLayer
 
     config: Any = model.peft_config[name]
-    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     if config.use_dora or config.modules_to_save or config.trainable_token_indices:
         return []
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and name in module.r]
-    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
-    # Narrower weights would round the update away; a tied one would take it to the other end of the model too.
-    plain = all(weight is not None and weight.dtype == torch.float32 and uses[id(weight)] == 1 for weight in weights)
-    return layers if plain else []
+    # A tied weight is a parameter of several layers.
+    num_uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    layers = []
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or name not in module.r:
+            continue
+        weight = getattr(module.get_base_layer(), "weight", None)
+        # Narrower weights would round the update away; a tied weight would change the other layer too.
+        if weight is None or weight.dtype != torch.float32 or num_uses[id(weight)] != 1:
+            return []
+        layers.append(module)
+    return layers
 
 
 def _peft_config(lora: LoraConfig, model: nn.Module) -> Any:
+    """Translate the settings of an adapter for PEFT, and check its targets."""
     import peft
     from transformers.pytorch_utils import Conv1D
 
     if lora.targets != "all-linear":
-        _check_targets([lora.targets] if isinstance(lora.targets, str) else lora.targets, model)
+        targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+        _check_targets(targets, model)
+    # GPT-2 stores the weights of its linear layers transposed, as Conv1D.
+    is_transposed = any(isinstance(module, Conv1D) for module in model.modules())
     return peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores its weights so
-    )  # fmt: skip
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=is_transposed,
+    )
 
 
 def _check_targets(targets: list[str], model: nn.Module) -> None:
+    """Require that every target names a linear layer, by its name or the end of it."""
     from transformers.pytorch_utils import Conv1D
 
-    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    # A second adapter is added to a model whose layers are wrapped already.
-    layers = [name.removesuffix(".base_layer") for name in layers if ".lora_" not in name]
-    ends = sorted({name.split(".")[-1] for name in layers})
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
+            # A layer that has an adapter already is wrapped, and its own name ends in ".base_layer".
+            names.append(name.removesuffix(".base_layer"))
+    last_parts = sorted({name.split(".")[-1] for name in names})
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
             raise PolicyError(
                 f"lora.targets: must name linear layers of the model, got {target!r}; {type(model).__name__} has "
-                f"{', '.join(ends)}, and 'all-linear' takes all but the output layer"
+                f"{', '.join(last_parts)}, and 'all-linear' takes all but the output layer"
             )
 
 
 def _value_head(model: Any) -> nn.Linear:
-    """Zero at first, so that an untrained critic adds no noise; float32, because values are regressed on."""
-    size = model.config.get_text_config(decoder=True).hidden_size
-    head = nn.Linear(size, 1, dtype=torch.float32, device=model.device)
+    """Make the value head: zero at first, so that an untrained critic adds no noise, and float32 for regression."""
+    hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    head = nn.Linear(hidden_size, 1, dtype=torch.float32, device=model.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
 
 
 def _is_value(name: str) -> bool:
+    """Tell whether a parameter belongs to the critic."""
     return name.startswith("value_head.") or _adapter_of(name) == VALUE
 
 
 def _adapter_of(name: str) -> str | None:
-    """The adapter of a LoRA weight, ``....lora_A.ADAPTER.weight``; None of other weights."""
-    parts = name.split(".")
-    return next((after for part, after in pairwise(parts) if part.startswith("lora_")), None)
+    """Return the adapter of a LoRA weight, ``....lora_A.ADAPTER.weight``; None for other weights."""
+    for part, next_part in pairwise(name.split(".")):
+        if part.startswith("lora_"):
+            return next_part
+    return None

@@ -1,4 +1,4 @@
-"""Sampling responses: each sequence has a noise stream of its own, so what it says depends on nothing beside it."""
+"""Sample responses; each sequence has its own noise generator, so its response does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """Padded prompts and responses of one batch; see :class:`rl.records.Responses` for the columns."""
+    """Padded prompts and responses of one batch, in the columns of :class:`rl.records.Responses`.
+
+    Attributes:
+        input_ids: ``[B, P + R]`` int64, token ids of prompt and response.
+        attention_mask: ``[B, P + R]`` bool, False on the padding of both sides.
+        prompt_length: P, padding included, in tokens.
+        response_mask: ``[B, R]`` bool, the tokens that the model chose, an end token included.
+        truncated: ``[B]`` bool, the response reached the token limit before an end token.
+    """
 
     input_ids: Int64[Tensor, "batch tokens"]
     attention_mask: Bool[Tensor, "batch tokens"]
@@ -32,10 +40,11 @@ class Generated:
 
 @dataclass(frozen=True)
 class Ending:
-    """Ids with which a response ends, and the id that fills what is left.
+    """The token ids that end a response, and the id that pads it.
 
-    Raises:
-        PolicyError: nothing can end a response.
+    Attributes:
+        end_ids: ids of end tokens.
+        pad_id: id of padding.
     """
 
     end_ids: tuple[int, ...]
@@ -43,28 +52,34 @@ class Ending:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ending:
-        """The model's own end tokens and the tokenizer's.
+        """Collect the end tokens of the model and of the tokenizer.
 
-        A tokenizer without padding, or with one that was added to it and never to the model, is padded with an end
-        token: the masks say what is padding, not the id.
+        A tokenizer without padding, or with a padding token that the model has no embedding for, pads with an end
+        token; the masks, not the id, tell padding apart.
+
+        Raises:
+            PolicyError: neither names an end token.
         """
         settings = getattr(model, "generation_config", None)
-        own = getattr(settings, "eos_token_id", None)
-        ids = [own] if isinstance(own, int) else list(own or [])
-        end: Any = tokenizer.eos_token_id
-        if end is not None and end not in ids:
-            ids.append(end)
-        if not ids:
+        of_model = getattr(settings, "eos_token_id", None)
+        end_ids = [of_model] if isinstance(of_model, int) else list(of_model or [])
+        of_tokenizer: Any = tokenizer.eos_token_id
+        if of_tokenizer is not None and of_tokenizer not in end_ids:
+            end_ids.append(of_tokenizer)
+        if not end_ids:
             raise PolicyError(
                 f"tokenizer: must have an end-of-sequence token, got {type(tokenizer).__name__} without one and a "
                 "model that names none; set tokenizer.eos_token"
             )
-        pad: Any = tokenizer.pad_token_id
-        return cls(tuple(ids), ids[0] if pad is None or pad >= vocabulary_size(model) else pad)
+
+        pad_id: Any = tokenizer.pad_token_id
+        if pad_id is None or pad_id >= vocabulary_size(model):
+            pad_id = end_ids[0]
+        return cls(tuple(end_ids), pad_id)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of ids that the model has an embedding for."""
+    """Return the number of ids that the model has an embedding for."""
     return model.get_input_embeddings().weight.shape[0]  # type: ignore[return-value]
 
 
@@ -79,50 +94,65 @@ def generate(
 ) -> Generated:
     r"""Sample one response to each prompt, exactly from ``softmax(logits / temperature)``.
 
-    Gumbel's trick: the greatest of ``logits / temperature + G`` with independent standard Gumbel noise ``G`` is a
-    sample of the softmax. The noise of a sequence comes from its own generator, so a response does not depend on the
-    others in its batch, on the batch's size, or on the number of processes.
+    Gumbel's trick: with independent standard Gumbel noise ``G``, ``argmax(logits / temperature + G)`` is a sample of
+    the softmax. The noise of a sequence comes from its own generator, so a response does not depend on the other
+    sequences, on the batch size, or on the number of processes.
 
     Args:
         model: a causal LM; its adapters stay as they are.
         prompts: token ids.
         noise: a generator for each prompt; None: greedy decoding.
         ending: which ids end a response.
-        max_new_tokens: responses are cut off there.
-        temperature: positive.
+        max_new_tokens: token limit of a response.
+        temperature: positive; ignored in greedy decoding.
 
-    Cost: the model's own ``generate``, one draw of vocabulary size for each token.
+    Returns:
+        Prompts padded on the left and responses padded on the right, on the CPU.
+
+    Cost: that of the model's own ``generate``, and one draw of vocabulary size on the CPU for each token.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    input_ids, attention_mask = _left_padded(prompts, ending.pad_id)
+    prompt_length = input_ids.shape[1]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=ending.pad_id,
+        eos_token_id=list(ending.end_ids),
+    )
+    processors = LogitsProcessorList()
+    if noise is not None:
+        processors.append(_GumbelNoise(noise, temperature))  # type: ignore[arg-type]
 
     device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), ending.pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(list(prompt), dtype=torch.int64)
-        mask[row, width - len(prompt) :] = True
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=ending.pad_id,
-        eos_token_id=list(ending.end_ids),
-    )  # fmt: skip
-    processors = [] if noise is None else [_GumbelNoise(noise, temperature)]
-    with torch.no_grad(), _own_settings(model, settings):
+    with torch.no_grad(), _generation_settings(model, settings):
         output = model.generate(  # type: ignore[operator]
-            ids.to(device), attention_mask=mask.to(device).long(), generation_config=settings,
-            logits_processor=_processor_list(processors),
-        )  # fmt: skip
-    response = output[:, width:].cpu()
+            input_ids.to(device),
+            attention_mask=attention_mask.to(device).long(),
+            generation_config=settings,
+            logits_processor=processors,
+        )
+
+    response = output[:, prompt_length:].cpu()
     response_mask, truncated = _until_end(response, ending.end_ids)
     response = response.masked_fill(~response_mask, ending.pad_id)
     return Generated(
-        torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1), width, response_mask, truncated
+        input_ids=torch.cat([input_ids, response], 1),
+        attention_mask=torch.cat([attention_mask, response_mask], 1),
+        prompt_length=prompt_length,
+        response_mask=response_mask,
+        truncated=truncated,
     )
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout (PEFT leaves that of a trainable adapter on) and no gradient checkpointing; modes come back."""
+    """Turn dropout and gradient checkpointing off inside the context; the mode of every module is restored.
+
+    PEFT leaves the dropout of a trainable adapter on, so the mode is set and restored module by module.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -133,30 +163,43 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _GumbelNoise:
-    """A logits processor; the greedy choice after it is a sample."""
+    """A logits processor that adds Gumbel noise, so that the greedy choice is a sample of the softmax."""
 
     def __init__(self, noise: Sequence[torch.Generator], temperature: float) -> None:
-        self.noise, self.temperature = list(noise), temperature
+        self.noise = list(noise)
+        self.temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Float[Tensor, "batch vocabulary"]) -> Tensor:
+        # One row of exponential draws for each sequence, from its own generator.
         draws = torch.empty(scores.shape, dtype=torch.float32)
         for row, generator in zip(draws, self.noise, strict=True):
             row.exponential_(generator=generator)
-        # minus the logarithm of an exponential draw is a standard Gumbel one
+        # If X is exponential, -log X is standard Gumbel. The clamp keeps a draw of 0 finite.
         gumbel = -draws.clamp_(min=torch.finfo(torch.float32).tiny).log()
         return scores.float() / self.temperature + gumbel.to(scores.device)
 
 
-def _processor_list(processors: list[Any]) -> Any:
-    from transformers import LogitsProcessorList
-
-    return LogitsProcessorList(processors)
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Int64[Tensor, "batch prompt"], Bool[Tensor, "batch prompt"]]:
+    """Pad prompts on the left to one length, and return their ids and their mask."""
+    length = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        start = length - len(prompt)
+        input_ids[row, start:] = torch.as_tensor(list(prompt), dtype=torch.int64)
+        attention_mask[row, start:] = True
+    return input_ids, attention_mask
 
 
 @contextmanager
-def _own_settings(model: Any, settings: Any) -> Iterator[None]:
-    """Hide the model's own generation settings: a repetition penalty or top-k there would make the samples those of
-    another distribution than the one whose log-probabilities are trained on."""
+def _generation_settings(model: Any, settings: Any) -> Iterator[None]:
+    """Replace the model's own generation settings inside the context.
+
+    A repetition penalty or top-k among them would sample from another distribution than the one whose
+    log-probabilities are trained.
+    """
     before = model.generation_config
     model.generation_config = settings
     try:
@@ -168,7 +211,7 @@ def _own_settings(model: Any, settings: Any) -> Iterator[None]:
 def _until_end(
     response: Int64[Tensor, "batch response"], end_ids: Sequence[int]
 ) -> tuple[Bool[Tensor, "batch response"], Bool[Tensor, " batch"]]:
-    """Tokens up to the first end token, that one included; and which responses have none."""
-    ends = torch.isin(response, torch.tensor(list(end_ids), dtype=response.dtype))
-    before = ends.long().cumsum(1) - ends.long()
-    return before == 0, ~ends.any(1)
+    """Mark the tokens up to and including the first end token, and the responses without one."""
+    is_end = torch.isin(response, torch.tensor(list(end_ids), dtype=response.dtype))
+    num_ends_before = is_end.long().cumsum(1) - is_end.long()
+    return num_ends_before == 0, ~is_end.any(1)

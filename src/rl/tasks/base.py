@@ -1,42 +1,83 @@
-"""What a task is: problems by number, a verdict on a response, and where in the text its answer stands."""
+"""The Task protocol: problems by number, a reward for a response, and the characters that state its answer."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from rl.errors import TaskError
 from rl.records import CharSpan, Sample
 
 SPLITS = ("train", "eval")
-"""Problems to learn from, and fresh ones that no training run ever sees."""
+"""Problems to learn from, and fresh ones that no training run uses."""
 
 
 @runtime_checkable
 class Task(Protocol):
     """A stream of problems with verifiable answers.
 
-    Everything is a function of its arguments: the same split and number give the same problem, on every machine and
-    after every resume. ``repr`` tells tasks apart: a run is resumed only with one of the same text.
+    Every method is a function of its arguments: the same split and number give the same problem, on every machine and
+    after every resume. ``repr`` identifies a task: a run is resumed only with a task of the same ``repr``.
+
+    Attributes:
+        name: of the task, for logs and pages.
     """
 
     name: str
 
     @property
     def size(self) -> int | None:
-        """Number of training problems; None where there is no end to them."""
+        """Return the number of training problems; None for an endless stream."""
         ...
 
     def sample(self, split: str, index: int) -> Sample:
-        """Problem number ``index`` of a split; a finite task starts again from its first."""
+        """Return problem number ``index`` of a split; a finite task starts again from its first."""
         ...
 
     def find_answer(self, completion: str) -> CharSpan | None:
-        """The characters that state the answer, or None where there is none."""
+        """Return the characters that state the answer, or None if no answer is stated."""
         ...
 
     def reward(self, sample: Sample, completion: str) -> float:
-        """The verdict, a finite number; usually 1 for right and 0 for wrong."""
+        """Return the reward of a response, a finite number; usually 1 for a right answer and 0 for a wrong one."""
         ...
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:
-        """The characters known to be decisive, of tasks that know; None otherwise."""
+        """Return the characters known to be decisive; None for tasks without this knowledge."""
         ...
+
+
+def check_problem(split: object, index: object) -> None:
+    """Check the arguments of ``Task.sample``.
+
+    Raises:
+        TaskError: an unknown split, or a number that is not an integer of at least 0.
+    """
+    if split not in SPLITS:
+        choices = ", ".join(map(repr, SPLITS))
+        raise TaskError(f"split: must be one of {choices}, got {split!r}; choose one of them")
+    check_integer("index", index, "problems are numbered from 0", least=0)
+
+
+def check_integer(name: str, value: Any, remedy: str, *, least: int | None = None, most: int | None = None) -> None:
+    """Check that an option is an integer in a range; a bool is not an integer.
+
+    Args:
+        name: of the option.
+        value: given by the user.
+        remedy: last part of the message.
+        least: smallest value; None: no bound.
+        most: greatest value, given only together with ``least``; None: no bound.
+
+    Raises:
+        TaskError: the value is not an integer, or lies outside the range.
+    """
+    bounds = ""
+    if least is not None:
+        bounds = f" of at least {least}" if most is None else f" from {least} to {most}"
+    is_valid = type(value) is int
+    if is_valid and least is not None:
+        is_valid = value >= least
+    if is_valid and most is not None:
+        is_valid = value <= most
+    if not is_valid:
+        raise TaskError(f"{name}: must be an integer{bounds}, got {value!r}; {remedy}")

@@ -1,9 +1,9 @@
-"""A multi-hop variable chain: a small task of our own whose decisive tokens are known.
+"""The variable chain: a small multi-hop task whose decisive tokens are known.
 
 A problem is a shuffled list of assignments and one question, ``f=c+2;a=7;d=b+1;c=a+1;b=4;f?``. Sums are modulo 10.
-The response traces the variable asked for back to a literal, resolves the variables on the way from there on, and
-states the last one again behind a ``#``: ``fca=7,c=8,f=0#0``. It may do the same for other variables before
-(``db=4,d=5,``): these are *detours*, and the tokens in them do not matter for the answer.
+A response traces the queried variable back to a literal, resolves the variables on the way forward, and repeats the
+last value behind a ``#``: ``fca=7,c=8,f=0#0``. It may do the same for other variables before (``db=4,d=5,``): these
+are *detours*, and their tokens do not influence the answer.
 """
 
 from __future__ import annotations
@@ -14,33 +14,48 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 from string import ascii_lowercase
-from typing import Any
+from typing import NamedTuple
 
 from rl.errors import TaskError
 from rl.records import CharSpan, Sample
-from rl.tasks.base import SPLITS
+from rl.tasks.base import check_integer, check_problem
 
+# A line of a response: a trace of one or more letters, "=" and a digit, between commas.
 _LINE = re.compile(r"(?:^|(?<=,))([a-z]+)=([0-9])(?=,|\Z)")
 _ANSWER = re.compile(r"#([0-9])\Z")
 _WELL_FORMED = re.compile(r"(?:[a-z]+=[0-9],)*[a-z]+=[0-9]#[0-9]")
-_BRANCH = 2 / 3
+
+_REFERENCE_PROBABILITY = 2 / 3
 """A distractor refers to an earlier variable with this probability, and is a literal otherwise."""
 
-Assignments = dict[str, tuple[str | None, int]]
-"""Variable -> the variable that it refers to (None: a literal) and the digit of its assignment."""
+
+class Assignment(NamedTuple):
+    """The right side of an assignment.
+
+    Attributes:
+        reference: the variable that it refers to; None for a literal.
+        digit: the literal, or the addend of a reference.
+    """
+
+    reference: str | None
+    digit: int
+
+
+Assignments = dict[str, Assignment]
+"""Variable -> its assignment, in the order of the prompt."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Problems of the variable chain; each a function of the options, the split and the number alone.
+    """The task of variable chains; a problem is a function of the options, the split and the number.
 
-    The variable asked for is the end of a chain of ``hops`` references that begins with a literal. The other variables
-    are distractors: literals, or references to any other variable, those on the needed chain included.
+    The queried variable is the end of a chain of ``hops`` references that begins with a literal. The other variables
+    are distractors: literals, or references to any other variable, including those of the needed chain.
 
     Args:
         num_variables: assignments of a problem, 2 to 26.
-        hops: least and greatest number of references on the needed chain; drawn uniformly.
-        max_addend: the digits added are uniform in 1 to this, at most 9.
+        hops: smallest and greatest number of references on the needed chain; drawn uniformly.
+        max_addend: addends are uniform from 1 to this number, at most 9.
         seed: of the stream of problems.
 
     Raises:
@@ -64,190 +79,242 @@ class Chain:
     name: str = "chain"
 
     def __post_init__(self) -> None:
-        if isinstance(self.hops, list):  # as YAML and JSON give it
+        # YAML and JSON have lists in place of tuples.
+        if isinstance(self.hops, list):
             object.__setattr__(self, "hops", tuple(self.hops))
-        _whole("num_variables", self.num_variables, 2, 26, "6 is the default")
-        _whole("max_addend", self.max_addend, 1, 9, "3 is the default")
-        _whole("seed", self.seed, None, None, "0 is the default")
+        check_integer("num_variables", self.num_variables, "6 is the default", least=2, most=26)
+        check_integer("max_addend", self.max_addend, "3 is the default", least=1, most=9)
+        check_integer("seed", self.seed, "0 is the default")
         if self.name != "chain":
             raise TaskError(f"name: must be 'chain', got {self.name!r}; leave it out")
-        most = self.num_variables - 1
-        whole = isinstance(self.hops, tuple) and len(self.hops) == 2 and all(type(hop) is int for hop in self.hops)
-        if not whole or not 1 <= self.hops[0] <= self.hops[1] <= most:
+
+        greatest = self.num_variables - 1
+        is_pair = (
+            isinstance(self.hops, tuple) and len(self.hops) == 2 and all(type(number) is int for number in self.hops)
+        )
+        if not is_pair or not 1 <= self.hops[0] <= self.hops[1] <= greatest:
             raise TaskError(
-                f"hops: must be two whole numbers 1 <= least <= greatest <= {most} (num_variables - 1), "
-                f"got {self.hops!r}; use hops=({min(2, most)}, {min(4, most)})"
+                f"hops: must be two integers 1 <= least <= greatest <= {greatest} (num_variables - 1), "
+                f"got {self.hops!r}; use hops=({min(2, greatest)}, {min(4, greatest)})"
             )
 
     @property
     def size(self) -> None:
-        """None: the stream has no end."""
+        """Return None: the stream is endless."""
         return None
 
     def sample(self, split: str, index: int) -> Sample:
-        """Problem number ``index`` of a split.
+        """Return problem number ``index`` of a split.
 
-        Each problem has a generator of its own, seeded with text that holds the split, so "train" and "eval" are
-        different streams. Nothing forbids that both draw the same problem; the space is so large that the first
-        100 000 problems of each have none in common.
+        Each problem has its own generator, seeded with a text that contains the split, so "train" and "eval" are
+        different streams. Both may draw the same problem, but the space is so large that the first 100 000 problems
+        of each have none in common.
 
         Raises:
-            TaskError: an unknown split, or a number that is no whole number of at least 0.
+            TaskError: an unknown split, or a number that is not an integer of at least 0.
         """
-        if split not in SPLITS:
-            raise TaskError(f"split: must be one of {', '.join(SPLITS)}, got {split!r}; choose one of them")
-        _whole("index", index, 0, None, "problems are numbered from 0")
+        check_problem(split, index)
         random = Random(f"chain/{self.seed}/{split}/{index}")
-        hops = random.randint(*self.hops)
+        num_hops = random.randint(*self.hops)
+
+        # The first ``num_hops + 1`` names are the needed chain: each refers to the one before it. The rest distract.
         names = random.sample(ascii_lowercase, self.num_variables)
         assignments: Assignments = {}
         for position, variable in enumerate(names):
-            earlier = names[position - 1] if 0 < position <= hops else None
-            if position > hops and random.random() < _BRANCH:
-                earlier = random.choice(names[:position])
-            digit = random.randint(0, 9) if earlier is None else random.randint(1, self.max_addend)
-            assignments[variable] = (earlier, digit)
+            reference = None
+            if 0 < position <= num_hops:
+                reference = names[position - 1]
+            elif position > num_hops and random.random() < _REFERENCE_PROBABILITY:
+                reference = random.choice(names[:position])
+            if reference is None:
+                digit = random.randint(0, 9)
+            else:
+                digit = random.randint(1, self.max_addend)
+            assignments[variable] = Assignment(reference, digit)
+
         order = list(assignments)
         random.shuffle(order)
-        asked = names[hops]
-        lines = [f"{v}={_right_side(*assignments[v])}" for v in order]
+        lines = [f"{variable}={_right_side(assignments[variable])}" for variable in order]
+        queried = names[num_hops]
         values = resolve(assignments)
         return Sample(
             index=index,
-            prompt=";".join([*lines, f"{asked}?"]),
-            answer=str(values[asked]),
-            metadata={"hops": hops, "needed": names[: hops + 1], "values": values},
+            prompt=";".join([*lines, f"{queried}?"]),
+            answer=str(values[queried]),
+            metadata={"hops": num_hops, "needed": names[: num_hops + 1], "values": values},
         )
 
     def find_answer(self, completion: str) -> CharSpan | None:
-        """The digit of a ``#`` and one digit that end the completion; anything behind them spoils it."""
-        found = _ANSWER.search(completion)
-        return found.span(1) if found else None
+        """Find the digit behind a ``#`` at the end of the completion; with more text behind it there is no answer."""
+        match = _ANSWER.search(completion)
+        return match.span(1) if match else None
 
     def reward(self, sample: Sample, completion: str) -> float:
-        """1.0 where the stated answer is the reference, else 0.0; how it was reached does not count."""
+        """Return 1.0 for the right answer, else 0.0; the steps before it do not count."""
         span = self.find_answer(completion)
-        return float(span is not None and completion[slice(*span)] == sample.answer)
+        if span is None:
+            return 0.0
+        start, end = span
+        return float(completion[start:end] == sample.answer)
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan]:
-        """The variables and values of the needed chain, each a span of one character.
+        """Return the variables and values of the needed chain, each a span of one character.
 
         A line is one or more letters, ``=`` and a digit, between commas, before the first ``#``. A letter is decisive
-        where the variable asked for depends on that variable (itself included), in a trace as in front of ``=``; a
-        digit is decisive where the letter in front of its ``=`` is, right or wrong, stated once or again. Not decisive
-        are the separators ``=``, ``,`` and ``#``, variables and values of detours, anything that is not part of such
-        a line, and the answer behind the ``#``, which merely repeats the last value.
+        if the queried variable depends on that variable (itself included), in a trace as in front of ``=``; a digit is
+        decisive if the letter in front of its ``=`` is, right or wrong, stated once or again. Not decisive are the
+        separators ``=``, ``,`` and ``#``, variables and values of detours, text outside such lines, and the answer
+        behind the ``#``, which repeats the last value.
         """
         needed = set(sample.metadata["needed"])
         spans: list[CharSpan] = []
         for line in _LINE.finditer(completion.split("#", 1)[0]):
-            spans += [(place, place + 1) for place in range(*line.span(1)) if completion[place] in needed]
-            if line[1][-1] in needed:
+            for position in range(*line.span(1)):
+                if completion[position] in needed:
+                    spans.append((position, position + 1))
+            variable = line[1][-1]
+            if variable in needed:
                 spans.append(line.span(2))
         return spans
 
 
+# Problems as data ---------------------------------------------------------------------------------------
+
+
+def read_prompt(prompt: str) -> Assignments:
+    """Return the assignments of a prompt, in its order.
+
+    Example:
+        >>> read_prompt("f=c+2;c=7;f?")["f"]
+        Assignment(reference='c', digit=2)
+    """
+    assignments: Assignments = {}
+    for line in prompt.split(";")[:-1]:
+        variable, right_side = line.split("=")
+        reference, _, digit = right_side.rpartition("+")
+        assignments[variable] = Assignment(reference or None, int(digit))
+    return assignments
+
+
+def resolve(assignments: Assignments) -> dict[str, int]:
+    """Compute the value of every variable; a variable that is referred to must come first."""
+    values: dict[str, int] = {}
+    for variable, (reference, digit) in assignments.items():
+        if reference is None:
+            values[variable] = digit
+        else:
+            values[variable] = correct_sum(values[reference], digit)
+    return values
+
+
 def correct_sum(value: int, addend: int) -> int:
-    """The sum of two digits modulo 10."""
+    """Add two digits modulo 10."""
     return (value + addend) % 10
+
+
+def _right_side(assignment: Assignment) -> str:
+    """Write the right side of an assignment."""
+    if assignment.reference is None:
+        return str(assignment.digit)
+    return f"{assignment.reference}+{assignment.digit}"
+
+
+# Responses ----------------------------------------------------------------------------------------------
 
 
 def demonstration(
     sample: Sample, random: Random, detours: int = 0, add: Callable[[int, int], int] = correct_sum
 ) -> str:
-    """A response: the variable asked for is traced and resolved, after others that it does not need.
+    """Write a response that traces and resolves the queried variable, after detours.
 
     Args:
         sample: a problem of :class:`Chain`.
         random: draws the detours.
-        detours: variables to trace and resolve before, each with all that it rests on; never the one asked for.
-        add: how sums are done; a wrong one is gone on from, up to the answer.
+        detours: number of other variables that are traced and resolved before the queried one.
+        add: computes sums; later lines and the answer continue from a wrong sum.
     """
     assignments = read_prompt(str(sample.prompt))
-    asked = sample.metadata["needed"][-1]
-    others = [variable for variable in assignments if variable != asked]
-    targets = [*random.sample(others, min(detours, len(others))), asked]
+    queried = sample.metadata["needed"][-1]
+    others = [variable for variable in assignments if variable != queried]
+    targets = [*random.sample(others, min(detours, len(others))), queried]
+
     lines = []
+    value = 0
     for target in targets:
+        # Back along the references to a literal ...
         trace = target
-        while earlier := assignments[trace[-1]][0]:
-            trace += earlier
-        value = assignments[trace[-1]][1]
+        reference = assignments[target].reference
+        while reference is not None:
+            trace += reference
+            reference = assignments[reference].reference
+        value = assignments[trace[-1]].digit
         lines.append(f"{trace}={value}")
-        for variable in trace[-2::-1]:
-            value = add(value, assignments[variable][1])
+        # ... and forward again, one sum a line.
+        for variable in reversed(trace[:-1]):
+            value = add(value, assignments[variable].digit)
             lines.append(f"{variable}={value}")
-    return ",".join(lines) + lines[-1].replace("=", "#")[-2:]
+    return ",".join(lines) + f"#{value}"
 
 
 def first_error(sample: Sample, completion: str) -> str | None:
-    """What first goes wrong in a response; None where nothing does.
+    """Return the kind of the first error in a response; None for a response without an error.
 
-    Each line is judged by what the response itself stated before, so one slip is not counted again further down:
+    Each line is compared with what the response stated before, so one error is not counted again in later lines:
 
-    - ``"format"``: not lines and an answer from end to end;
-    - ``"lookup"``: a trace that leaves the references of the problem, or a literal with another digit than its own;
+    - ``"format"``: the response is not lines and an answer from end to end;
+    - ``"lookup"``: a trace that departs from the references of the problem, or a literal with another digit;
     - ``"order"``: a trace that stops before a literal, or a line that is not the next one on the way back;
-    - ``"sum"``: a digit that is not the one before plus the addend, be it misread or miscalculated;
-    - ``"end"``: a chain that is left unfinished, or is not the one asked for, or an answer that is not its digit.
+    - ``"sum"``: a digit that is not the one before plus the addend, misread or miscalculated;
+    - ``"end"``: a chain that is unfinished or is not the queried one, or an answer that is not its digit.
     """
     if not _WELL_FORMED.fullmatch(completion):
         return "format"
     assignments = read_prompt(str(sample.prompt))
     text, answer = completion.split("#")
-    waiting = ""
-    variable, value = "", 0
+
+    # Variables of the current trace that are not resolved yet; the next line must state the last of them.
+    pending = ""
+    variable = ""
+    value = 0
     for line in text.split(","):
-        letters, before, value = line[:-2], value, int(line[-1])
-        variable = letters[-1]
-        error = _wrong_trace(assignments, letters, value) if not waiting else _wrong_step(
-            assignments, letters, before, value, waiting[-1])  # fmt: skip
+        letters = line[:-2]
+        digit = int(line[-1])
+        if pending:
+            error = _step_error(assignments, letters, value, digit, expected=pending[-1])
+            pending = pending[:-1]
+        else:
+            error = _trace_error(assignments, letters, digit)
+            pending = letters[:-1]
         if error:
             return error
-        waiting = waiting[:-1] if waiting else letters[:-1]
-    return "end" if waiting or variable != sample.metadata["needed"][-1] or value != int(answer) else None
+        variable = letters[-1]
+        value = digit
+
+    is_finished = not pending and variable == sample.metadata["needed"][-1]
+    if not is_finished or value != int(answer):
+        return "end"
+    return None
 
 
-def _wrong_trace(assignments: Assignments, letters: str, value: int) -> str | None:
+def _trace_error(assignments: Assignments, letters: str, digit: int) -> str | None:
+    """Check a trace: every letter refers to the next, and the last is a literal with this digit."""
     if letters[0] not in assignments:
         return "lookup"
-    for variable, earlier in pairwise(letters):
-        if assignments[variable][0] != earlier:
+    for variable, next_variable in pairwise(letters):
+        if assignments[variable].reference != next_variable:
             return "lookup"
-    earlier, digit = assignments[letters[-1]]
-    return "order" if earlier else "lookup" if value != digit else None
+    last = assignments[letters[-1]]
+    if last.reference is not None:
+        return "order"
+    if digit != last.digit:
+        return "lookup"
+    return None
 
 
-def _wrong_step(assignments: Assignments, letters: str, before: int, value: int, expected: str) -> str | None:
+def _step_error(assignments: Assignments, letters: str, value: int, digit: int, expected: str) -> str | None:
+    """Check a step back: it states the expected variable, and the value before plus its addend."""
     if letters != expected:
         return "order"
-    return "sum" if value != correct_sum(before, assignments[expected][1]) else None
-
-
-def read_prompt(prompt: str) -> Assignments:
-    """The assignments of a prompt, in its order."""
-    assignments: Assignments = {}
-    for line in prompt.split(";")[:-1]:
-        variable, right = line.split("=")
-        earlier, _, digit = right.rpartition("+")
-        assignments[variable] = (earlier or None, int(digit))
-    return assignments
-
-
-def resolve(assignments: Assignments) -> dict[str, int]:
-    """The value of every variable; one that is referred to must come first."""
-    values: dict[str, int] = {}
-    for variable, (earlier, digit) in assignments.items():
-        values[variable] = (digit + (values[earlier] if earlier else 0)) % 10
-    return values
-
-
-def _right_side(earlier: str | None, digit: int) -> str:
-    return f"{earlier}+{digit}" if earlier else str(digit)
-
-
-def _whole(name: str, value: Any, least: int | None, most: int | None, remedy: str) -> None:
-    bounds = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
-    within = type(value) is int and (least is None or value >= least) and (most is None or value <= most)
-    if not within:
-        raise TaskError(f"{name}: must be a whole number{bounds}, got {value!r}; {remedy}")
+    if digit != correct_sum(value, assignments[expected].digit):
+        return "sum"
+    return None

@@ -1,9 +1,11 @@
-"""Problems of reasoning-gym: generated without end, seeded, verified, and made hard to exploit.
+"""Procedural: endless, seeded and verified problems of reasoning-gym, protected against exploits.
 
-Three of its habits do not suit training. Scorers pay for longer texts that contain the answer, read the first number
-of many, or accept what is nearly right; so only the extracted, bounded answer reaches a scorer, and full marks alone
-count. Some execute the answer as code; so those get it only past a whitelist or an exact evaluation of our own. And
-neighbouring seeds give the same problems; so every block of problems has a seed of its own.
+Three properties of reasoning-gym do not suit training:
+
+- Its scorers reward longer texts that contain the answer, read the first number of many, or accept what is nearly
+  right. Here a scorer gets only the extracted answer, of bounded length, and only full marks count.
+- Some scorers execute the answer as code. Here they get it only if it passes a whitelist or an exact evaluation.
+- Neighbouring seeds give the same problems. Here every block of problems has its own seed.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from rl.tasks.answers import (
     is_costly,
     parse_number,
 )
-from rl.tasks.base import SPLITS
+from rl.tasks.base import SPLITS, check_integer, check_problem
+
+Entry = Mapping[str, Any]
+"""A problem of reasoning-gym: ``question``, ``answer`` and ``metadata``."""
 
 BLOCK = 64
 """Problems that one generator of reasoning-gym makes."""
@@ -41,47 +46,37 @@ EVAL_SHARE = 4
 
 _ATTEMPTS = 200
 _FULL_MARKS = 1 - 1e-9
+
 _INSTRUCTIONS = {
     "tag": "Think step by step. Then state your final answer once, as <answer>...</answer>.",
     "boxed": r"Think step by step. Then state your final answer once, as \boxed{...}.",
     "hash": "Think step by step. Then state your final answer once, on a line of its own that starts with ####.",
 }
-# What makes two problems the same where the same numbers come in another order or wording.
+
+# The metadata that identifies a problem, where the same numbers occur in another order or wording.
 _IDENTITY = {"countdown": ("numbers", "target"), "puzzle24": ("numbers",)}
-# Scorers of these run eval on the answer; without parentheses, dots and lower case nothing can be called or repeated.
-_LITERALS = {
-    "string_insertion": re.compile(r"[A-Z'\",\[\]\s]+"),
-    "n_queens": re.compile(r"[Q_'\",\[\]\s]+"),
-    "spiral_matrix": re.compile(r"[0-9,\[\]\s-]+"),
-    "binary_matrix": re.compile(r"[0-9,\[\]\s-]+"),
-}
-# And of these the parser of sympy, which runs eval too.
-_SYMBOLIC = ("simple_integration", "intermediate_integration", "polynomial_multiplication")
-_FORMULA = re.compile(r"(?:[0-9A-Za-z+\-*/() \n]|(?<=[0-9])\.(?=[0-9]))+")
-_FUNCTIONS = {"exp", "log", "sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "pi"}
-_MOST_CALLS = 8
 
 
 class Procedural:
-    """A dataset of reasoning-gym as a task.
+    """The task of a dataset of reasoning-gym.
 
-    A problem belongs to the train or to the eval split by a hash of its content (1/4 is eval), so no problem of one
-    is ever met in the other, whatever the seeds and however few problems there are. Random states of Python and
-    NumPy are left as they were: some datasets draw from them or seed them.
+    A problem belongs to the train or to the eval split by a hash of its content (1/4 is eval), so no problem occurs in
+    both, for any seeds and however few problems there are. The random states of Python and NumPy are restored after
+    each use, because some datasets draw from them or seed them.
 
     Args:
         dataset: its name in reasoning-gym, for example ``"countdown"``.
         seed: of the stream of problems.
         answer_format: how the prompt asks for the answer, and the only form that counts: ``"tag"``, ``"boxed"`` or
             ``"hash"``.
-        chat: prompts are chat messages rather than plain text.
-        partial_credit: pay what the dataset's scorer says between 0 and 1, rather than 0 below full marks.
-        max_answer: characters that an answer may have.
+        chat: prompts are chat messages instead of plain text.
+        partial_credit: reward the marks of the dataset's scorer between 0 and 1, instead of 0 below full marks.
+        max_answer: longest answer, in characters.
         **options: the dataset's own, for example ``min_numbers=3``.
 
     Raises:
         MissingExtraError: reasoning-gym is not installed.
-        TaskError: an unknown dataset, or options that it refuses.
+        TaskError: an unknown dataset, or options that it rejects.
 
     Source: reasoning-gym, https://github.com/open-thought/reasoning-gym, arXiv 2505.24760.
 
@@ -111,35 +106,40 @@ class Procedural:
         self.partial_credit = partial_credit
         self.max_answer = max_answer
         self.options = dict(options)
-        self._check()
+        self._check_options()
         self._scorer = self._generator(0)
+        # The caches belong to the task, so that they are freed with it.
         self._block = lru_cache(maxsize=16)(self._make_block)
         self._entry = lru_cache(maxsize=4096)(self._find_entry)
 
     def __repr__(self) -> str:
-        """Everything that decides what is asked and how it is judged."""
-        names = ("seed", "answer_format", "chat", "partial_credit", "max_answer")
-        settings = {name: getattr(self, name) for name in names} | self.options
-        return f"Procedural({self.dataset!r}, {', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        """Name everything that decides the problems and their rewards."""
+        settings = {
+            "seed": self.seed,
+            "answer_format": self.answer_format,
+            "chat": self.chat,
+            "partial_credit": self.partial_credit,
+            "max_answer": self.max_answer,
+            **self.options,
+        }
+        arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"Procedural({self.dataset!r}, {arguments})"
 
     @property
     def size(self) -> None:
-        """There is no end to the problems."""
+        """Return None: the stream is endless."""
         return None
 
     def sample(self, split: str, index: int) -> Sample:
-        """Problem number ``index`` of a split.
+        """Return problem number ``index`` of a split.
 
         Raises:
-            TaskError: an unknown split, a negative number, a reference answer beyond ``max_answer``, or a dataset
+            TaskError: an unknown split, a negative number, a reference answer longer than ``max_answer``, or a dataset
                 with too few different problems.
 
         Cost: 1.3 problems of reasoning-gym for train and 4 for eval, on average (countdown: 12 ms each).
         """
-        if split not in SPLITS:
-            raise TaskError(f"split: must be one of {', '.join(map(repr, SPLITS))}, got {split!r}; choose one of them")
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise TaskError(f"index: must be a whole number of at least 0, got {index!r}; problems count from 0")
+        check_problem(split, index)
         entry = self._entry(split, index)
         answer = "" if entry["answer"] is None else str(entry["answer"])
         if len(answer) > self.max_answer:
@@ -147,65 +147,68 @@ class Procedural:
                 f"max_answer: must hold the answers of {self.dataset!r}, got {self.max_answer} for one of "
                 f"{len(answer)} characters; set max_answer={2 * len(answer)}"
             )
-        return Sample(index, self._prompt(entry), answer, self._metadata(split, entry))
+        metadata = {"dataset": self.dataset, "split": split, "problem": _as_json(entry["metadata"])}
+        return Sample(index, self._prompt(entry), answer, metadata)
 
     def find_answer(self, completion: str) -> CharSpan | None:
-        """The last answer stated in the format that the prompt asks for."""
+        """Find the last answer that is stated in the format that the prompt asks for."""
         return find_answer(completion, self.answer_format, max_length=self.max_answer)
 
     def reward(self, sample: Sample, completion: str) -> float:
-        """1 for full marks of the dataset's scorer on the stated answer, else 0 (or its marks, with partial credit).
+        """Return 1 for full marks of the dataset's scorer on the stated answer, else 0 (or its marks, see the class).
 
         Raises:
-            TaskError: the sample is none of this task.
+            TaskError: the sample does not come from this task.
         """
+        # The sample is checked even if there is no answer, so that a wrong sample never passes as a wrong answer.
+        entry = self._entry_of(sample)
         span = self.find_answer(completion)
-        split = sample.metadata.get("split")
-        entry = self._entry(split, sample.index) if split in SPLITS else None
-        if entry is None or self._prompt(entry) != sample.prompt:
-            raise TaskError(
-                f"sample: must come from this task and these options, got sample {sample.index} of split {split!r} "
-                f"with another prompt; use the samples of this {self.dataset!r}"
-            )
         if span is None:
             return 0.0
-        answer = completion[slice(*span)]
+        start, end = span
+        answer = completion[start:end]
         if not _is_safe(self.dataset, answer, entry):
             return 0.0
         marks = self._marks(answer, entry)
         if marks >= _FULL_MARKS:
             return 1.0
-        return marks if self.partial_credit and marks > 0 else 0.0
+        if self.partial_credit and marks > 0:
+            return marks
+        return 0.0
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:
-        """reasoning-gym knows no decisive tokens."""
+        """Return None: the decisive tokens of reasoning-gym's problems are not known."""
         return None
 
-    def _check(self) -> None:
-        gym = _registry()
-        choices = (("dataset", self.dataset, sorted(gym)), ("answer_format", self.answer_format, FORMATS))
+    def _check_options(self) -> None:
+        """Check the names of the dataset, the format and the dataset's options."""
+        registry = _registry()
+        choices = (("dataset", self.dataset, sorted(registry)), ("answer_format", self.answer_format, FORMATS))
         for name, value, known in choices:
             if value not in known:
                 raise TaskError(f"{name}: must be one of {', '.join(known)}, got {value!r}; choose one of them")
-        if type(self.seed) is not int:
-            raise TaskError(f"seed: must be a whole number, got {self.seed!r}; 0 is the default")
+        check_integer("seed", self.seed, "0 is the default")
         if type(self.max_answer) is not int or self.max_answer < 1:
             raise TaskError(f"max_answer: must be at least 1, got {self.max_answer!r}; {MAX_ANSWER} is the default")
-        settings = [item.name for item in fields(gym[self.dataset][1]) if item.name not in ("seed", "size")]
+        _, settings_class = registry[self.dataset]
+        known = [item.name for item in fields(settings_class) if item.name not in ("seed", "size")]
         for name in self.options:
-            if name not in settings:
+            if name not in known:
                 raise TaskError(
-                    f"{name}: must be an option of {self.dataset!r}, got an unknown name; "
-                    f"there are {', '.join(settings)}"
+                    f"{name}: must be an option of {self.dataset!r}, got an unknown name; there are {', '.join(known)}"
                 )
 
+    # Problems ---------------------------------------------------------------------------------------
+
     def _generator(self, seed: int) -> Any:
+        """Make a generator of one block of problems, which is also the scorer of the dataset."""
         try:
-            with _contained(seed):
-                settings = _registry()[self.dataset][1](seed=seed, size=BLOCK, **self.options)
+            with _isolated(seed):
+                dataset_class, settings_class = _registry()[self.dataset]
+                settings = settings_class(seed=seed, size=BLOCK, **self.options)
                 if hasattr(settings, "validate"):
                     settings.validate()
-                return _registry()[self.dataset][0](settings)
+                return dataset_class(settings)
         except (AssertionError, TypeError, ValueError) as error:
             raise TaskError(
                 f"options: must suit the dataset {self.dataset!r}, got {self.options!r}, which it refuses: {error}; "
@@ -213,90 +216,148 @@ class Procedural:
             ) from error
 
     def _make_block(self, split: str, block: int, attempt: int) -> tuple[Any, int]:
-        """A generator of 64 problems and its seed, independent of all others."""
+        """Make a generator of 64 problems and its seed, independent of all others."""
         place = f"{self.dataset}/{self.seed}/{split}/{block}/{attempt}"
-        seed = _hashed(place) % (2**32 - BLOCK)  # NumPy, which some datasets seed, takes 32 bits
+        # Some datasets seed NumPy, which takes 32 bits.
+        seed = _stable_hash(place) % (2**32 - BLOCK)
         return self._generator(seed), seed
 
-    def _find_entry(self, split: str, index: int) -> Mapping[str, Any]:
-        """The first problem of this place that belongs to the split."""
+    def _find_entry(self, split: str, index: int) -> Entry:
+        """Return the first problem at this position, over several attempts, that belongs to the split."""
+        block, position = divmod(index, BLOCK)
         failure: Exception | None = None
         for attempt in range(_ATTEMPTS):
-            generator, seed = self._block(split, index // BLOCK, attempt)
+            generator, seed = self._block(split, block, attempt)
             try:
-                with _contained(seed + index % BLOCK):
-                    entry = generator[index % BLOCK]
+                with _isolated(seed + position):
+                    entry = generator[position]
             except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
-                failure = error  # narrow options let a generator fail for some seeds
+                # With narrow options a generator may fail for some seeds.
+                failure = error
                 continue
-            answer = entry["answer"]  # None where any of several solutions counts
-            if split == self._split_of(entry) and (answer is None or _is_safe(self.dataset, str(answer), entry)):
+            if self._split_of(entry) != split:
+                continue
+            # A problem with several solutions has no answer; a reference that is unsafe could never be rewarded.
+            answer = entry["answer"]
+            if answer is None or _is_safe(self.dataset, str(answer), entry):
                 return entry
         raise TaskError(
             f"options: must leave {self.dataset!r} different problems for both splits, got {self.options!r}, "
             f"which gave none for {split!r} in {_ATTEMPTS} attempts; widen its ranges"
         ) from failure
 
-    def _split_of(self, entry: Mapping[str, Any]) -> str:
-        parts = [entry["metadata"][name] for name in _IDENTITY.get(self.dataset, ())] or [entry["question"]]
+    def _split_of(self, entry: Entry) -> str:
+        """Return the split of a problem, a hash of what identifies it."""
+        parts = [entry["question"]]
+        if self.dataset in _IDENTITY:
+            parts = [entry["metadata"][name] for name in _IDENTITY[self.dataset]]
         content = [sorted(part) if isinstance(part, list) else part for part in parts]
-        return "eval" if _hashed(f"{self.dataset}/{content}") % EVAL_SHARE == 0 else "train"
+        is_eval = _stable_hash(f"{self.dataset}/{content}") % EVAL_SHARE == 0
+        return "eval" if is_eval else "train"
 
-    def _prompt(self, entry: Mapping[str, Any]) -> str | Messages:
+    def _prompt(self, entry: Entry) -> str | Messages:
+        """Write the question and the instruction how to answer."""
         text = f"{entry['question'].strip()}\n\n{_INSTRUCTIONS[self.answer_format]}\n"
-        return [{"role": "user", "content": text.strip()}] if self.chat else text
+        if self.chat:
+            return [{"role": "user", "content": text.strip()}]
+        return text
 
-    def _metadata(self, split: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-        return {"dataset": self.dataset, "split": split, "problem": _plain(entry["metadata"])}
+    # Scoring ----------------------------------------------------------------------------------------
 
-    def _marks(self, answer: str, entry: Mapping[str, Any]) -> float:
+    def _entry_of(self, sample: Sample) -> Entry:
+        """Return the problem of a sample; a sample of another task is an error."""
+        split = sample.metadata.get("split")
+        entry = self._entry(split, sample.index) if split in SPLITS else None
+        if entry is None or self._prompt(entry) != sample.prompt:
+            raise TaskError(
+                f"sample: must come from this task and these options, got sample {sample.index} of split {split!r} "
+                f"with another prompt; use the samples of this {self.dataset!r}"
+            )
+        return entry
+
+    def _marks(self, answer: str, entry: Entry) -> float:
+        """Return the marks of the dataset's scorer, 0 for an answer that makes it fail."""
         try:
-            with _contained(0):
+            with _isolated(0):
                 return float(self._scorer.score_answer(answer, entry))
-        except Exception:  # noqa: BLE001  (scorers parse without care: an answer that breaks one is not right)
+        except Exception:  # noqa: BLE001  (scorers parse without checks; an answer that breaks one is not right)
             return 0.0
 
 
-def dataset_names() -> list[str]:
-    """Datasets of the installed reasoning-gym.
+# Safety of answers --------------------------------------------------------------------------------------
 
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    return sorted(_registry())
+# Scorers of these call eval on the answer; without parentheses, dots and lower case an answer cannot call or repeat.
+_LITERALS = {
+    "string_insertion": re.compile(r"[A-Z'\",\[\]\s]+"),
+    "n_queens": re.compile(r"[Q_'\",\[\]\s]+"),
+    "spiral_matrix": re.compile(r"[0-9,\[\]\s-]+"),
+    "binary_matrix": re.compile(r"[0-9,\[\]\s-]+"),
+}
+# Scorers of these call the parser of sympy, which uses eval too.
+_SYMBOLIC = ("simple_integration", "intermediate_integration", "polynomial_multiplication")
+_FORMULA = re.compile(r"(?:[0-9A-Za-z+\-*/() \n]|(?<=[0-9])\.(?=[0-9]))+")
+_FUNCTIONS = {"exp", "log", "sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "pi"}
+_MAX_CALLS = 8
 
 
-def _is_safe(dataset: str, answer: str, entry: Mapping[str, Any]) -> bool:
-    """Whether a scorer may see this answer; see the comments at the tables for what it would do with others.
-
-    Countdown counts the given numbers as they stand in the text and accepts a result within 1e-5 of the target, so
-    ``1e2`` would be a number of its own and ``12.5`` would use 12 and 5; puzzle24 never looks at the given numbers;
-    gsm_symbolic reads the first number of many and drops its sign; game_of_life_halting takes any text for True;
-    coin_flip gives full marks to a 0 that begins like the answer; an integral answers itself, unevaluated.
-    """
-    if dataset in ("countdown", "puzzle24"):
-        target = entry["metadata"]["target"] if dataset == "countdown" else 24
-        used = sorted(int(number) for number in re.findall("[0-9]+", answer))
-        return evaluate_arithmetic(answer) == target and used == sorted(entry["metadata"]["numbers"])
+def _is_safe(dataset: str, answer: str, entry: Entry) -> bool:
+    """Tell whether a scorer may see this answer: it cannot be executed or exploited."""
+    if dataset == "countdown":
+        return _uses_numbers_once(answer, entry, target=entry["metadata"]["target"])
+    if dataset == "puzzle24":
+        return _uses_numbers_once(answer, entry, target=24)
     if dataset == "gsm_symbolic":
+        # Its scorer reads the first number of many and drops its sign.
         return equal_number(answer, str(entry["answer"]))
     if dataset == "game_of_life_halting":
+        # Its scorer takes any text for True.
         return answer == str(entry["answer"])
     if dataset == "coin_flip":
-        number, right = parse_number(answer), Fraction(entry["answer"])
-        return number is not None and abs(number - right) <= right / 1000
+        return _is_close_number(answer, entry)
     if dataset in _LITERALS:
         return _LITERALS[dataset].fullmatch(answer) is not None
     if dataset in _SYMBOLIC:
-        known = {"C", *re.findall(r"\b[A-Za-z]\b", f"{entry['metadata'].get('variable', '')} {entry['answer']}")}
-        words = re.findall("[A-Za-z]+", answer)
-        calls = sum(word in _FUNCTIONS for word in words)
-        letters = _FORMULA.fullmatch(answer) is not None and known | _FUNCTIONS >= set(words)
-        return letters and calls <= _MOST_CALLS and not is_costly(answer)
+        return _is_short_formula(answer, entry)
     return True
 
 
+def _uses_numbers_once(answer: str, entry: Entry, target: int) -> bool:
+    """Tell whether an expression has exactly the target as its value and uses each given number once.
+
+    The scorer of countdown counts the given numbers as they occur in the text and accepts a result within 1e-5 of the
+    target, so ``1e2`` would be a number of its own and ``12.5`` would use 12 and 5; the scorer of puzzle24 ignores the
+    given numbers.
+    """
+    used = sorted(int(number) for number in re.findall("[0-9]+", answer))
+    return evaluate_arithmetic(answer) == target and used == sorted(entry["metadata"]["numbers"])
+
+
+def _is_close_number(answer: str, entry: Entry) -> bool:
+    """Tell whether a number is within 1/1000 of the answer; coin_flip gives full marks to a prefix of it, such as 0."""
+    number = parse_number(answer)
+    right = Fraction(entry["answer"])
+    return number is not None and abs(number - right) <= right / 1000
+
+
+def _is_short_formula(answer: str, entry: Entry) -> bool:
+    """Tell whether a text is a formula in the problem's variables with few, known functions.
+
+    Without this check an integral could be answered by itself, unevaluated.
+    """
+    variable = entry["metadata"].get("variable", "")
+    variables = set(re.findall(r"\b[A-Za-z]\b", f"{variable} {entry['answer']}"))
+    known_words = variables | _FUNCTIONS | {"C"}
+    words = re.findall("[A-Za-z]+", answer)
+    num_calls = sum(word in _FUNCTIONS for word in words)
+    is_formula = _FORMULA.fullmatch(answer) is not None and known_words >= set(words)
+    return is_formula and num_calls <= _MAX_CALLS and not is_costly(answer)
+
+
+# reasoning-gym ------------------------------------------------------------------------------------------
+
+
 def _registry() -> Mapping[str, tuple[Callable[..., Any], type]]:
+    """Return the datasets of reasoning-gym by name, each as its class and the class of its settings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -311,34 +372,38 @@ def _registry() -> Mapping[str, tuple[Callable[..., Any], type]]:
 
 
 @contextmanager
-def _contained(seed: int) -> Iterator[None]:
-    """Keep warnings and global random states of reasoning-gym to itself."""
+def _isolated(seed: int) -> Iterator[None]:
+    """Seed Python's global generator inside the context, hide warnings, and restore all global random states."""
     import numpy as np
 
-    ours, of_numpy = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     random.seed(seed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        random.setstate(ours)
-        np.random.set_state(of_numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
-def _hashed(text: str) -> int:
-    """A number that is the same on every machine."""
+def _stable_hash(text: str) -> int:
+    """Hash a text to 64 bits, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it: keys are texts, sequences and sets are lists, and what it does not know is its text."""
+def _as_json(value: Any) -> Any:
+    """Convert metadata to JSON values: keys to text, sequences and sets to lists, unknown types to text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=str)
+        # Sets have no order of their own; a sorted list is reproducible.
+        return sorted((_as_json(item) for item in value), key=str)
     if value is None or isinstance(value, str | int | float):
         return value
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)

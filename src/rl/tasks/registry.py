@@ -1,4 +1,4 @@
-"""Tasks by name. Nothing heavy is imported before a task is made."""
+"""Make tasks by name; packages that a task needs are imported when it is made."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ if TYPE_CHECKING:
 GYM_NAMES = ("chain_sum", "countdown", "gsm_symbolic")
 """Datasets of reasoning-gym that have a short name."""
 
-_PREFIX = "reasoning_gym:"
+_GYM_PREFIX = "reasoning_gym:"
+_TASK_MEMBERS = ("name", "size", "sample", "find_answer", "reward", "oracle")
 
 
 def task_names() -> list[str]:
-    """Names that :func:`make_task` knows; the last two stand for many.
+    """List the names that :func:`make_task` accepts; each of the last two is a pattern for many.
 
     Example:
         >>> task_names()
         ['chain', 'chain_sum', 'countdown', 'gsm_symbolic', 'reasoning_gym:<dataset>', '<path>.jsonl']
     """
-    return ["chain", *GYM_NAMES, f"{_PREFIX}<dataset>", "<path>.jsonl"]
+    return ["chain", *GYM_NAMES, f"{_GYM_PREFIX}<dataset>", "<path>.jsonl"]
 
 
 def make_task(task: str | Task, **options: Any) -> Task:
-    """The task of this name.
+    """Make the task of this name.
 
     Args:
         task: ``"chain"`` (:class:`rl.tasks.chain.Chain`); ``"countdown"``, ``"gsm_symbolic"``, ``"chain_sum"`` or
@@ -37,40 +38,39 @@ def make_task(task: str | Task, **options: Any) -> Task:
         **options: the keyword arguments of that class.
 
     Raises:
-        TaskError: no such task, or options that it does not take.
-        MissingExtraError: its package is not installed.
+        TaskError: an unknown task, or options that it does not take.
+        MissingExtraError: a package that the task needs is not installed.
 
     Example:
         >>> make_task("countdown", min_numbers=3, max_numbers=3).name
         'reasoning_gym:countdown'
     """
     if not isinstance(task, str):
-        return _own_task(task, options)
+        return _checked_task(task, options)
     if task == "chain":
         from rl.tasks.chain import Chain
 
-        return _built(Chain, task, options)
-    if task in GYM_NAMES or task.startswith(_PREFIX):
+        return _construct(Chain, task, options)
+    if task in GYM_NAMES or task.startswith(_GYM_PREFIX):
         from rl.tasks.procedural import Procedural
 
-        return _built(Procedural, task, {"dataset": task.removeprefix(_PREFIX), **options})
+        return _construct(Procedural, task, {"dataset": task.removeprefix(_GYM_PREFIX), **options})
     if task.endswith(".jsonl"):
         from rl.tasks.jsonl import JsonlTask
 
-        return _built(JsonlTask, task, {"path": task, **options})
+        return _construct(JsonlTask, task, {"path": task, **options})
     raise TaskError(
         f"task: must be one of {', '.join(task_names())}, got {task!r}; datasets of reasoning-gym without a short name "
         "take its name as a prefix"
     )
 
 
-def _own_task(task: Any, options: dict[str, Any]) -> Task:
+def _checked_task(task: Any, options: dict[str, Any]) -> Task:
+    """Return a task object of the caller; a missing method or an option is an error."""
     from rl.tasks.base import Task
 
     if not isinstance(task, Task):
-        missing = [
-            name for name in ("name", "size", "sample", "find_answer", "reward", "oracle") if not hasattr(task, name)
-        ]
+        missing = [name for name in _TASK_MEMBERS if not hasattr(task, name)]
         raise TaskError(
             f"task: must be a name or have the methods of rl.tasks.base.Task, got a {type(task).__name__} without "
             f"{', '.join(missing)}; names are {', '.join(task_names())}"
@@ -83,11 +83,15 @@ def _own_task(task: Any, options: dict[str, Any]) -> Task:
     return task
 
 
-def _built(kind: Callable[..., Any], task: str, options: dict[str, Any]) -> Task:
+def _construct(kind: Callable[..., Any], task: str, options: dict[str, Any]) -> Task:
+    """Construct a task; an option that its class does not take is an error that lists the known ones."""
+    signature = inspect.signature(kind)
+    # Binding first tells a wrong option apart from a TypeError inside the constructor.
     try:
-        inspect.signature(kind).bind(**options)
+        signature.bind(**options)
     except TypeError as error:
-        known = [name for name in inspect.signature(kind).parameters if name not in ("path", "dataset", "options")]
+        # The first two come from the name of the task, the third is the name of ``**options`` itself.
+        known = [name for name in signature.parameters if name not in ("path", "dataset", "options")]
         raise TaskError(
             f"options: must be arguments of the task {task!r}, got {', '.join(options)} ({error}); "
             f"it takes {', '.join(known)}"

@@ -1,8 +1,8 @@
-"""Reward functions of the user: found by name, called with plain lists, and never believed without a look.
+"""Load, call and check reward functions of the user.
 
 A reward function is ``reward(samples, completions) -> list of numbers``: the problems and the responses to them, in the
-same order, and one finite number for each. Whatever else comes back would reach the policy as NaN, as a shifted
-batch or as a silent zero, so it stops the run with the response it belongs to.
+same order, and one finite number for each. Any other result stops the run with an error that names the response;
+otherwise it would reach the policy as NaN, as rewards of the wrong responses, or as a silent zero.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from rl.records import Sample
 
 RewardFunction = Callable[[list[Sample], list[str]], Sequence[float]]
 
-_SHOWN = 80
-"""Characters of a response that a message shows."""
+_SHOWN_CHARACTERS = 80
+_SHOWN_SAMPLES = 4
+_LARGEST_REWARD = torch.finfo(torch.float32).max
+
+
+# Calling ------------------------------------------------------------------------------------------------
 
 
 def checked_rewards(
@@ -40,14 +44,14 @@ def checked_rewards(
             of B numbers. True and False count as 1 and 0.
         samples: the B problems; responses to one problem repeat it.
         completions: the B responses, without special tokens.
-        name: what messages call the function.
+        name: of the function, for messages.
 
     Returns:
         ``[B]`` float32, finite.
 
     Raises:
         RewardError: the function raised (its exception is the cause), or returned another number of values, None,
-            something that is no number, or one that is not finite in float32.
+            a value that is not a number, or one that is not finite in float32.
 
     Cost: that of the function.
 
@@ -67,97 +71,29 @@ def checked_rewards(
         returned = function(list(samples), list(completions))
     except Exception as error:
         raise RewardError(
-            f"reward {name!r}: must return numbers for {_batch(samples)}, got {type(error).__name__}: "
+            f"reward {name!r}: must return numbers for {_described_batch(samples)}, got {type(error).__name__}: "
             f"{_shortened(str(error))}; it is called as reward(samples, completions), and the cause is shown above"
         ) from error
+
+    rewards = []
     values = _as_list(returned, len(samples), name)
-    rewards = [_number(value, k, samples, completions, name) for k, value in enumerate(values)]
+    for index, (value, sample, completion) in enumerate(zip(values, samples, completions, strict=True)):
+        response = f"response {index} (sample {sample.index}: {_shortened(completion)!r})"
+        rewards.append(_as_number(value, response, name))
     return torch.tensor(rewards, dtype=torch.float32)
 
 
-def load_function(path: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` or ``folder/file.py:function`` names.
-
-    The module or file is imported, so its code runs: name only what you trust. A module is found as Python finds it
-    (the working folder is not added to its path); a file is executed again at every call, and on its own, so that it
-    cannot import its neighbours by name.
-
-    Raises:
-        ConfigError: the text has another form, nothing is there, its code raises, or it has no such function.
-
-    Example:
-        >>> load_function("math:sqrt")(9.0)
-        3.0
-    """
-    place, colon, function_name = path.rpartition(":") if isinstance(path, str) else ("", "", "")
-    if not (place and colon and function_name.isidentifier()):
-        raise ConfigError(
-            f"reward: must have the form 'package.module:function' or 'folder/file.py:function', got {path!r}; "
-            "name the function after a colon"
-        )
-    module = _from_file(place, path) if place.endswith(".py") else _from_module(place, path)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        got = "no such name" if function is None else f"a {type(function).__name__}"
-        raise ConfigError(
-            f"reward: must name a function of {place}, got {function_name!r}, which is {got}; "
-            f"define it as 'def {function_name}(samples, completions)'"
-        )
-    return function
-
-
 def function_name(function: Callable[..., Any]) -> str:
-    """What messages call a function."""
+    """Return the name of a function for messages, or the class of a callable object."""
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _from_file(place: str, path: str) -> Any:
-    file = Path(place).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"reward: must name a file that exists, got {path!r} with no file {place}; check the path")
-    # A name of its own: a user's file called torch.py must not take the place of the package.
-    name = f"_reward_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"reward: must name a file of Python code, got {path!r}; check the path")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look for the module of a class
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise _failed(path, error) from error
-    return module
-
-
-def _from_module(place: str, path: str) -> Any:
-    if not all(part.isidentifier() for part in place.split(".")):
-        raise ConfigError(
-            f"reward: must name a module before the colon, got {path!r}; "
-            "write package.module:function, or folder/file.py:function for a file"
-        )
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"reward: must name a module that can be imported, got {path!r}, where {error.name!r} is missing; "
-            "install it, or name the file as folder/file.py:function"
-        ) from error
-    except Exception as error:
-        raise _failed(path, error) from error
-
-
-def _failed(path: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"reward: must name code that can be imported, got {path!r}, which raised {type(error).__name__}: "
-        f"{_shortened(str(error))}; the cause is shown above"
-    )
-
-
 def _as_list(returned: Any, expected: int, name: str) -> list[Any]:
+    """Return the values of a list, tuple, array or tensor of the expected length."""
     values = returned
     if inspect.iscoroutine(returned):
-        returned.close()  # otherwise Python warns, later and elsewhere, that nobody awaited it
+        # An open coroutine makes Python warn later that it was never awaited.
+        returned.close()
     elif hasattr(returned, "tolist"):
         values = returned.tolist()
     if not isinstance(values, list | tuple):
@@ -174,33 +110,133 @@ def _as_list(returned: Any, expected: int, name: str) -> list[Any]:
     return list(values)
 
 
-def _number(value: Any, k: int, samples: Sequence[Sample], completions: Sequence[str], name: str) -> float:
-    if getattr(value, "ndim", None) == 0:  # scalars of torch and numpy
+def _as_number(value: Any, response: str, name: str) -> float:
+    """Return one reward as a float that is finite in float32."""
+    if getattr(value, "ndim", None) == 0:
+        # A scalar tensor or array.
         value = value.item()
-    where = f"for response {k} (sample {samples[k].index}: {_shortened(completions[k])!r})"
     if not isinstance(value, numbers.Real):
         got = "None" if value is None else f"{_shortened(repr(value))} ({type(value).__name__})"
         raise RewardError(
-            f"reward {name!r}: must return a number {where}, got {got}; return a float, 0.0 where nothing is earned"
+            f"reward {name!r}: must return a number for {response}, got {got}; return a float, 0.0 where nothing is "
+            "earned"
         )
     try:
         number = float(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:
+        # An integer beyond the range of floats.
         number = float("inf")
-    if not abs(number) <= torch.finfo(torch.float32).max:  # NaN fails every comparison
+    # The comparison is False for NaN too.
+    is_finite = abs(number) <= _LARGEST_REWARD
+    if not is_finite:
         raise RewardError(
-            f"reward {name!r}: must return a finite number {where}, got {_shortened(str(value))}; "
+            f"reward {name!r}: must return a finite number for {response}, got {_shortened(str(value))}; "
             "guard divisions and logarithms, and bound the reward"
         )
     return number
 
 
-def _batch(samples: Sequence[Sample]) -> str:
-    """Which problems a batch holds."""
+def _described_batch(samples: Sequence[Sample]) -> str:
+    """Describe the problems of a batch for a message."""
     indices = sorted({sample.index for sample in samples})
-    shown = ", ".join(map(str, indices[:4])) + (", ..." if len(indices) > 4 else "")
-    return f"a batch of {len(samples)} responses (samples {shown})" if indices else "an empty batch"
+    if not indices:
+        return "an empty batch"
+    shown = ", ".join(map(str, indices[:_SHOWN_SAMPLES]))
+    if len(indices) > _SHOWN_SAMPLES:
+        shown += ", ..."
+    return f"a batch of {len(samples)} responses (samples {shown})"
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    """Cut a text for a message."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
+
+# Loading ------------------------------------------------------------------------------------------------
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """Load the function that ``package.module:function`` or ``folder/file.py:function`` names.
+
+    The module or file is imported, so its code runs: name only what you trust. A module is found as Python finds it;
+    the working folder is not added to its path. A file is executed at every call, under a name of its own, so it
+    cannot import its neighbours by name.
+
+    Raises:
+        ConfigError: the text has another form, the module or file is missing, its code raises, or it has no such
+            function.
+
+    Example:
+        >>> load_function("math:sqrt")(9.0)
+        3.0
+    """
+    place, name = "", ""
+    if isinstance(path, str):
+        place, _, name = path.rpartition(":")
+    if not place or not name.isidentifier():
+        raise ConfigError(
+            f"reward: must have the form 'package.module:function' or 'folder/file.py:function', got {path!r}; "
+            "name the function after a colon"
+        )
+    if place.endswith(".py"):
+        module = _module_from_file(place, path)
+    else:
+        module = _module_from_name(place, path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        got = "no such name" if function is None else f"a {type(function).__name__}"
+        raise ConfigError(
+            f"reward: must name a function of {place}, got {name!r}, which is {got}; "
+            f"define it as 'def {name}(samples, completions)'"
+        )
+    return function
+
+
+def _module_from_file(place: str, path: str) -> Any:
+    """Execute a file as a module; ``path`` is the user's text, for messages."""
+    file = Path(place).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"reward: must name a file that exists, got {path!r} with no file {place}; check the path")
+    # A unique module name: a user's file called torch.py must not replace the package.
+    digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
+    name = f"_reward_{file.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward: must name a file of Python code, got {path!r}; check the path")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look up the module of a class here.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _import_error(path, error) from error
+    return module
+
+
+def _module_from_name(place: str, path: str) -> Any:
+    """Import a module by its dotted name; ``path`` is the user's text, for messages."""
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ConfigError(
+            f"reward: must name a module before the colon, got {path!r}; "
+            "write package.module:function, or folder/file.py:function for a file"
+        )
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"reward: must name a module that can be imported, got {path!r}, where {error.name!r} is missing; "
+            "install it, or name the file as folder/file.py:function"
+        ) from error
+    except Exception as error:
+        raise _import_error(path, error) from error
+
+
+def _import_error(path: str, error: Exception) -> ConfigError:
+    """Build the error of code that raises while it is imported."""
+    return ConfigError(
+        f"reward: must name code that can be imported, got {path!r}, which raised {type(error).__name__}: "
+        f"{_shortened(str(error))}; the cause is shown above"
+    )

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rl.algorithm.advantages import (
-    gae,
-    group_advantages,
-    last_tokens,
-    rloo_advantages,
-    spread,
-    token_rewards,
-    whiten,
-)
-from rl.errors import ConfigError
+from rl import ConfigError, gae, group_advantages, rloo_advantages
+from rl.algorithm.advantages import last_tokens, spread, token_rewards, whiten
 from tests.reference import rl_math as reference
 
 some = settings(max_examples=60, deadline=None)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rl.algorithm.losses import aggregate, kl_estimate, policy_loss, token_logprobs, value_loss
-from rl.errors import ConfigError
+from rl import ConfigError, aggregate, kl_estimate, policy_loss, token_logprobs, value_loss
 from tests.reference import rl_math as reference
 
 some = settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl.errors import CheckpointError, ConfigError, PolicyError
+from rl import CheckpointError, ConfigError, PolicyError
 from rl.policy.loading import load_model, load_policy
 from tests.fixtures.policies import alphabet, tiny_policy
 

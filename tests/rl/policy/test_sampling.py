@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl.errors import PolicyError
+from rl import PolicyError
 from rl.policy.sampling import Ending, generate
 from rl.seeds import generator
 from tests.fixtures.policies import FAMILIES, alphabet, tiny_policy

@@ -10,20 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowgraph import MissingExtraError
-from rl.errors import TaskError
+from rl import TaskError
+from rl.tasks import answers
 from rl.tasks.answers import (
     MAX_ANSWER,
-    SEARCHED,
+    SEARCH_WINDOW,
     check_pattern,
     equal_math,
     equal_number,
     equal_text,
     evaluate_arithmetic,
-    extract_answer,
     find_answer,
     parse_number,
 )
-from rl.tasks.registry import answers
+
+
+def stated(text: str, pattern: str | None = None) -> str | None:
+    """The text that is found."""
+    span = find_answer(text, pattern)
+    return None if span is None else text[slice(*span)]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ from rl.tasks.registry import answers
     ],
 )
 def test_the_last_complete_statement_counts(text: str, answer: str):
-    assert extract_answer(text) == answer
+    assert stated(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -64,21 +69,21 @@ def test_what_states_nothing(text: str):
 
 
 def test_a_statement_beyond_the_length_is_no_answer():
-    assert extract_answer(f"<answer>{'7' * MAX_ANSWER}</answer>") == "7" * MAX_ANSWER
+    assert stated(f"<answer>{'7' * MAX_ANSWER}</answer>") == "7" * MAX_ANSWER
     assert find_answer(f"<answer>1</answer><answer>{'7' * (MAX_ANSWER + 1)}</answer>") is None
     assert find_answer("<answer>777</answer>", max_length=2) is None
 
 
 def test_a_named_format_ignores_the_others():
     text = "#### 1\n<answer>2</answer> \\boxed{3}"
-    assert [extract_answer(text, name) for name in answers.FORMATS] == ["3", "2", "1\n".strip()]
-    assert extract_answer("<answer>2</answer>", "boxed") is None
+    assert [stated(text, name) for name in answers.FORMATS] == ["3", "2", "1\n".strip()]
+    assert stated("<answer>2</answer>", "boxed") is None
 
 
 def test_a_pattern_takes_its_last_match():
-    assert extract_answer("Answer: 1\nAnswer: 2.", r"Answer: (\d+)") == "2"
-    assert extract_answer("Answer: 1", r"Reply: (\d+)") is None
-    assert extract_answer("b", r"(a)?b") is None
+    assert stated("Answer: 1\nAnswer: 2.", r"Answer: (\d+)") == "2"
+    assert stated("Answer: 1", r"Reply: (\d+)") is None
+    assert stated("b", r"(a)?b") is None
 
 
 def test_bad_patterns():
@@ -99,9 +104,9 @@ def test_a_catastrophic_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_long_responses_are_searched_at_their_end():
-    text = "<answer>1</answer>" + "x" * SEARCHED
+    text = "<answer>1</answer>" + "x" * SEARCH_WINDOW
     assert find_answer(text) is None
-    assert extract_answer(text + "<answer>2</answer>") == "2"
+    assert stated(text + "<answer>2</answer>") == "2"
 
 
 @pytest.mark.parametrize("unit", ["\\boxed{", "{", "}", "<answer>", "</answer>", "\n####", "\\", " "])

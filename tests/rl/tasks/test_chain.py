@@ -1,4 +1,4 @@
-"""The variable chain: its problems against a solver of another kind, its verdicts and its oracle by hand."""
+"""The variable chain: its problems against a solver of another kind, its rewards and its oracle by hand."""
 
 import json
 import re
@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.errors import TaskError
-from rl.records import Sample
-from rl.tasks.base import Task
+from rl import Sample, Task, TaskError
 from rl.tasks.chain import Chain, demonstration, first_error, read_prompt, resolve
 
 some = settings(max_examples=60, deadline=None)
@@ -173,12 +171,12 @@ def test_it_is_a_task_whose_options_may_come_from_yaml():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_variables": 1}, r"num_variables: must be a whole number from 2 to 26, got 1; 6 is the default"),
+        ({"num_variables": 1}, r"num_variables: must be an integer from 2 to 26, got 1; 6 is the default"),
         ({"num_variables": 27}, r"num_variables: must be .* got 27"),
         ({"num_variables": 5.0}, r"num_variables: must be .* got 5\.0"),
-        ({"max_addend": 10}, r"max_addend: must be a whole number from 1 to 9, got 10"),
-        ({"seed": "x"}, r"seed: must be a whole number, got 'x'; 0 is the default"),
-        ({"hops": (0, 2)}, r"hops: must be two whole numbers 1 <= least <= greatest <= 5 .* got \(0, 2\); use hops="),
+        ({"max_addend": 10}, r"max_addend: must be an integer from 1 to 9, got 10"),
+        ({"seed": "x"}, r"seed: must be an integer, got 'x'; 0 is the default"),
+        ({"hops": (0, 2)}, r"hops: must be two integers 1 <= least <= greatest <= 5 .* got \(0, 2\); use hops="),
         ({"hops": (3, 2)}, r"hops: must be .* got \(3, 2\)"),
         ({"hops": (2, 8)}, r"hops: must be .* got \(2, 8\)"),
         ({"hops": 3}, r"hops: must be .* got 3"),
@@ -192,8 +190,8 @@ def test_bad_options(options: dict, message: str):
 
 
 def test_bad_requests():
-    with pytest.raises(TaskError, match=r"split: must be one of train, eval, got 'test'; choose one of them"):
+    with pytest.raises(TaskError, match=r"split: must be one of 'train', 'eval', got 'test'; choose one of them"):
         Chain().sample("test", 0)
     for index in (-1, 1.5, True):
-        with pytest.raises(TaskError, match=r"index: must be a whole number of at least 0, got"):
+        with pytest.raises(TaskError, match=r"index: must be an integer of at least 0, got"):
             Chain().sample("train", index)

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from flowgraph import MissingExtraError
-from rl.errors import ConfigError, RewardError, TaskError
-from rl.tasks.base import Task
-from rl.tasks.jsonl import JsonlTask
-from rl.tasks.registry import answers
+from rl import ConfigError, JsonlTask, RewardError, Task, TaskError
+from rl.tasks import answers
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -168,7 +166,7 @@ def test_many_bad_lines_and_bad_bytes(tmp_path: Path):
 
 def test_references_fit_their_equality(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "2 apples"})
-    with pytest.raises(TaskError, match="line 1: 'answer' is no number: '2 apples'"):
+    with pytest.raises(TaskError, match="line 1: 'answer' is not a number: '2 apples'"):
         JsonlTask(path, equality="number")
     assert JsonlTask(path, equality="number", reward=lambda s, c: [1.0]).size == 1
 
@@ -181,7 +179,7 @@ def test_bad_requests(path: Path, tmp_path: Path):
         ({"eval_every": 5, "eval_path": path}, r"eval_every: must be left out beside eval_path, got 5"),
         ({"reward": 3}, r"reward: must be a function or its place, got 3"),
         ({"pattern": "("}, r"pattern: must be 'boxed'"),
-        ({"seed": 0.5}, r"seed: must be a whole number, got 0.5"),
+        ({"seed": 0.5}, r"seed: must be an integer, got 0.5"),
     ):
         with pytest.raises(TaskError, match=message):
             JsonlTask(path, **options)
@@ -191,7 +189,7 @@ def test_bad_requests(path: Path, tmp_path: Path):
         JsonlTask(write(tmp_path / "empty.jsonl"))
     with pytest.raises(TaskError, match=r"split: must be one of 'train', 'eval', got 'test'"):
         JsonlTask(path).sample("test", 0)
-    with pytest.raises(TaskError, match=r"index: must be a whole number of at least 0, got -1"):
+    with pytest.raises(TaskError, match=r"index: must be an integer of at least 0, got -1"):
         JsonlTask(path).sample("train", -1)
     with pytest.raises(TaskError, match=r"split: must hold problems, got none for 'eval' in .*; give eval_path"):
         JsonlTask(path, eval_every=0).sample("eval", 0)

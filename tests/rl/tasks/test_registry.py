@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rl.errors import TaskError
-from rl.tasks.jsonl import JsonlTask
+from rl import JsonlTask, TaskError, make_task, task_names
 from rl.tasks.procedural import Procedural
-from rl.tasks.registry import make_task, task_names
 
 
 def test_names_give_their_tasks():
@@ -49,15 +47,6 @@ def test_bad_requests(tmp_path: Path):
         make_task(str(path), field="q")
     with pytest.raises(TaskError, match=r"options: must be left out beside a task that exists already, got seed; give"):
         make_task(make_task("chain_sum"), seed=1)
-
-
-def test_the_protocol_is_found_here_too():
-    import rl.tasks
-    from rl.tasks.base import Task
-
-    assert rl.tasks.Task is Task
-    with pytest.raises(AttributeError, match=r"module 'rl.tasks' has no attribute 'Tusk'"):
-        _ = rl.tasks.Tusk
 
 
 def test_importing_the_tasks_loads_nothing_heavy():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.errors import ConfigError, RewardError
-from rl.records import Sample
+from rl import ConfigError, RewardError, Sample
 from rl.tasks.rewards import checked_rewards, function_name, load_function
 
 SAMPLES = [Sample(index, f"prompt {index}", str(index)) for index in (4, 4, 9)]
