@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import flowgraph
-from flowgraph import CaptureError, InvalidInputError, capture
+from flowgraph import CaptureError, EdgeRules, FlowGraph, InvalidInputError, capture, certify, solve, solve_rows
 from tests.fixtures.models import build, family, padded, sequences
 
 FAMILIES = ["llama", "gpt2", "qwen3_sliding", "gemma2", "mixtral", "gpt_oss"]
@@ -155,3 +155,52 @@ def test_bad_input(options: dict, message: str):
 def test_attention_that_bypasses_the_interface_is_refused():
     with pytest.raises(CaptureError, match="model: its attention must go through transformers' AttentionInterface"):
         capture(family("bloom"), TEXT, capacity="vtrace")
+
+
+def leaked(capacity: Tensor, first: int, answer: int) -> Tensor:
+    """Drop the first token and the diagonal, divide by the largest row sum up to the answer."""
+    kept = capacity.tril(-1).clone()
+    kept[:, first] = 0
+    return kept / kept[: answer + 1].sum(-1).max()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("capacity", ["sharp", "vtrace_share", "centred", "vtrace"])
+def test_leaking_rows_keep_their_own_sums(name: str, capacity: str):
+    text = sequences()[0]
+    rows = capture(family(name), text, capacity=capacity)
+    masks = {"question": slice(1, 4), "answer": [len(text) - 2]}
+    graph = FlowGraph.from_rows(rows.sequence(), **masks, rules=EdgeRules(rows="literal", normalization="leak"))
+    wanted = leaked(rows.dense()[0], 0, len(text) - 2)
+    dense = torch.zeros_like(wanted)
+    dense[graph.edge_index[1], graph.edge_index[0]] = graph.capacity
+    assert torch.allclose(dense, wanted, rtol=1e-5, atol=1e-9)
+    assert "normalization=leak" in graph.rules
+    by_default = FlowGraph.from_rows(rows.sequence(), **masks)
+    assert by_default.rules == "rows=emission, self_attention=drop, first_token=exclude, normalization=leak"
+
+
+def test_renormalised_rows_sum_to_one():
+    text = sequences()[0]
+    rows = capture(family("llama"), text, capacity="sharp_max")
+    graph = FlowGraph.from_rows(rows.sequence(), question=slice(1, 4), answer=[len(text) - 1])
+    sums = torch.zeros(len(text)).index_add(0, graph.edge_index[1], graph.capacity)
+    generated = torch.arange(len(text)) > 4
+    assert torch.allclose(sums[generated], torch.ones(int(generated.sum())), atol=1e-5)
+
+
+@pytest.mark.parametrize("capacity", ["sharp", "sharp_max", "vtrace", "vtrace_share", "centred"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_flows_are_certified_and_the_same_from_rows(capacity: str, side: str):
+    ids, mask = padded(side)
+    rows = capture(family("llama"), ids, mask, capacity=capacity)
+    position = mask.cumsum(-1) * mask
+    question = (position >= 2) & (position <= 4)
+    answer = (mask == 1) & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    batch = solve_rows(rows, question=question, answer=answer)
+    for item in range(2):
+        kept = mask[item].nonzero().flatten()
+        graph = FlowGraph.from_rows(rows.sequence(item), question=question[item][kept], answer=answer[item][kept])
+        flow = solve(graph)
+        assert certify(flow).ok
+        assert torch.allclose(batch.throughput[item][kept], flow.throughput, rtol=1e-4, atol=1e-7)

@@ -174,7 +174,10 @@ class AttentionRows:
         layers: indices of the layers averaged.
         attention_mask: ``[batch, tokens]`` bool, False on padding.
         device: where rows are added up: the device of the first chosen layer.
+        normalization: how the rows become capacities, see :class:`flowgraph.EdgeRules`.
     """
+
+    normalization = "attention"
 
     def __init__(
         self,
@@ -327,7 +330,7 @@ class AttentionRows:
             )
         layers = [layer.select(slice(item, item + 1)) for layer in self._layers]
         positions = self.attention_mask[item].nonzero().flatten()
-        return SequenceRows(layers, positions, self.device, self._reduction)
+        return SequenceRows(layers, positions, self.device, self._reduction, self.normalization)
 
     def layer_rows(self, item: int = 0) -> Float[Tensor, "layers tokens tokens"]:
         """Compute the rows of one sequence for each chosen layer separately, without its padding.
@@ -371,12 +374,14 @@ class SequenceRows:
         positions: position of each token in the padded batch.
         device: where rows are added up.
         reduction: how layers are joined.
+        normalization: how the rows become capacities, see :class:`flowgraph.EdgeRules`.
     """
 
     layers: Sequence[Layer]
     positions: Int[Tensor, " tokens"]
     device: torch.device
     reduction: Reduction = "mean"
+    normalization: str = "attention"
 
     @property
     def num_tokens(self) -> int:

@@ -21,7 +21,9 @@ from flowgraph.errors import CaptureError, InvalidInputError
 _POWERS = {"power": 2.0, "place": "pre", "layers": "upper"}
 
 
-@capacity("attention", defaults={"layers": "middle", "heads": "mean", "edge_weight": "attention"})
+@capacity(
+    "attention", defaults={"layers": "middle", "heads": "mean", "edge_weight": "attention"}, normalization="attention"
+)
 def attention(batch: CapacityInput) -> AttentionRows:
     """Mean attention of the middle third of the layers (arXiv 2606.10646); heads and layers can be chosen."""
     recorder = AttentionRecorder(
@@ -35,7 +37,7 @@ def attention(batch: CapacityInput) -> AttentionRows:
     return recorder.rows(batch.attention_mask, batch.input_ids)
 
 
-@capacity("value_norm", defaults={"layers": "middle", "heads": "mean"})
+@capacity("value_norm", defaults={"layers": "middle", "heads": "mean"}, normalization="attention")
 def value_norm(batch: CapacityInput) -> AttentionRows:
     """Attention times the norm of the value vector that is read, rows rescaled to their attention sum."""
     recorder = AttentionRecorder(
@@ -46,7 +48,7 @@ def value_norm(batch: CapacityInput) -> AttentionRows:
     return recorder.rows(batch.attention_mask, batch.input_ids)
 
 
-@capacity("sharpened", defaults=_POWERS | {"normalization": "leak"}, normalization="leak", score="potential")
+@capacity("sharpened", defaults=_POWERS | {"normalization": "leak"}, score="potential")
 def sharpened(batch: CapacityInput) -> AttentionRows:
     """Attention to a power, so that lookups by one or a few heads are not averaged away."""
     power = _checked_power(batch.options["power"])
@@ -97,7 +99,7 @@ def vtrace_share(batch: CapacityInput) -> AttentionRows:
     defaults={"answer": None, "generated": None, "target": "margin", "hops": 0},
     signed=True,
     gradient=True,
-    normalization=None,
+    normalization="none",
 )
 def relevance(batch: CapacityInput) -> RelevanceRows:
     """Conserved relevance: a signed flow that one linearised backward pass of the model makes itself."""

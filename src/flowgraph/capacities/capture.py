@@ -84,7 +84,9 @@ def capture(
             CapacityInput(inner, model, ids, mask, forward_arguments(inner, mask), {**chosen.defaults, **given})
         )
     if isinstance(rows, Tensor):
-        return _as_rows(capacity, rows, mask)
+        rows = _as_rows(capacity, rows, mask)
+    if isinstance(rows, AttentionRows):
+        rows.normalization = chosen.options_normalization({**chosen.defaults, **given})
     return rows
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from flowgraph.errors import InvalidInputError
+
+Normalization = Literal["attention", "renormalize", "leak", "none"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +58,8 @@ class Capacity:
         defaults: its options with their defaults; other options are refused.
         signed: True where edges may be negative.
         gradient: True where a backward pass of the model is needed.
-        normalization: ``"renormalize"``: rows sum to 1 after the first token is left out; ``"leak"``: rows keep their
-            own sums, divided by the largest; None: the values are used as they are.
+        normalization: how rows become capacities, see :class:`flowgraph.EdgeRules`; an option ``normalization`` of the
+            capacity overrides it.
         score: the score that ranks tokens best: ``"throughput"`` or ``"potential"``.
     """
 
@@ -67,8 +69,20 @@ class Capacity:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     signed: bool = False
     gradient: bool = False
-    normalization: str | None = "renormalize"
+    normalization: Normalization = "renormalize"
     score: str = "throughput"
+
+    def options_normalization(self, options: Mapping[str, Any]) -> Normalization:
+        """Return the normalisation of a call: its own option, or that of the capacity.
+
+        Raises:
+            InvalidInputError: an unknown one.
+        """
+        chosen = options.get("normalization", self.normalization)
+        if chosen not in get_args(Normalization):
+            allowed = ", ".join(map(repr, get_args(Normalization)))
+            raise InvalidInputError(f"normalization: must be one of {allowed}, got {chosen!r}; see EdgeRules")
+        return chosen
 
 
 _CAPACITIES: dict[str, Capacity] = {}
@@ -80,7 +94,7 @@ def capacity(
     defaults: Mapping[str, Any] | None = None,
     signed: bool = False,
     gradient: bool = False,
-    normalization: str | None = "renormalize",
+    normalization: Normalization = "renormalize",
     score: str = "throughput",
 ) -> Callable[[CapacityFunction], CapacityFunction]:
     """Register a capacity under a name; the first line of the function's docstring describes it.
@@ -90,7 +104,7 @@ def capacity(
         defaults: its options; a call may set these and no others.
         signed: edges may be negative.
         gradient: a backward pass of the model is needed.
-        normalization: ``"renormalize"``, ``"leak"`` or None, see :class:`Capacity`.
+        normalization: how rows become capacities: ``"renormalize"``, ``"leak"``, ``"attention"`` or ``"none"``.
         score: ``"throughput"`` or ``"potential"``, the score that ranks tokens best.
 
     Raises:
