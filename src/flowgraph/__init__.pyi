@@ -93,3 +93,4 @@ from .views.figures import plot_potentials as plot_potentials
 from .views.figures import plot_steps as plot_steps
 from .views.figures import plot_throughput as plot_throughput
 from .views.figures import save_figure as save_figure
+from .views.page import render_page as render_page
