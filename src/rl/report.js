@@ -169,7 +169,6 @@ function numberList(response, column) {
 }
 
 function drawReadout() {
-  readout.classList.toggle("active", shown !== null);
   if (shown === null) {
     readout.replaceChildren(make("p", "hint", HINT));
     return;

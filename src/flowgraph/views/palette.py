@@ -2,9 +2,9 @@
 
 The hues are those of Okabe and Ito, "Color Universal Design: how to make figures and presentations that are friendly
 to colorblind people" (2002, revised 2008): blue, bluish green, vermillion, reddish purple and yellow. Their lightness
-is adapted to the ground, so that words in these colours have a contrast of at least 4.5 to 1 with a page (``found``
-marks only, and is never a word's colour). No meaning depends on colour alone: regions also differ by their lines,
-differences by bars, and amounts by lightness.
+is adapted to the ground, so that words in these colours have a contrast of at least 4.5 to 1 with a page. ``context``
+and ``found`` are colours of lines and bars, never of words. No meaning depends on colour alone: regions also differ
+by their lines, differences by bars, and amounts by lightness.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PALETTE = {
     "question": Colour("#0072b2", "#56b4e9"),
     "reasoning": Colour("#4a4d55", "#c9ccd4"),
     "answer": Colour("#007a58", "#46b68c"),
-    "context": Colour("#6f727b", "#8d919d"),
+    "context": Colour("#8a8d96", "#7b7f8b"),
     # Amounts. Flow is vermillion everywhere; in a difference, vermillion is more flow and purple less.
     "flow": Colour("#b74d02", "#fe8444"),
     "less": Colour("#a64e81", "#e588bc"),
@@ -40,7 +40,8 @@ PALETTE = {
 }
 
 FLOW_RAMP_ON_DARK = ("#2e1d15", "#562f14", "#7f4401", "#a16004", "#c47e00", "#e29f1e")
-"""Amounts of flow on a dark terminal, from little to much."""
+"""Amounts of flow on a dark terminal, from little to much; text is white on the first four steps, then black."""
+FIRST_STEP_WITH_BLACK_INK = 4
 
 
 def css_variables() -> str:

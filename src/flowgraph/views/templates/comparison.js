@@ -10,7 +10,7 @@ const MAX_NAME = 44; // characters of a unit's name
 const units = page.units.map((side) =>
   side.map(([text, region, start, stop, throughput, pair]) => ({ text, region, start, stop, throughput, pair })),
 );
-/** Records {members, change}: the unit of each text, null where it has none, and the throughput of B minus that of A. */
+/** Records {members, change}: the unit of each text, null for none, and the throughput of B minus that of A. */
 const pairs = page.pairs.map(([first, second, change]) => ({
   members: [first, second].map((unit) => (unit >= 0 ? unit : null)),
   change,
@@ -103,8 +103,8 @@ function paint(element, change) {
 
 // --- texts -----------------------------------------------------------------------------------------------------
 
-/** Elements of one unit; a line break at its end starts a new line unless the unit is the last of its cell. */
-function drawUnit(side, index, isLast) {
+/** Elements of one unit, which may be the first or the last one of its cell. */
+function drawUnit(side, index, { isFirst, isLast }) {
   const unit = units[side][index];
   const { pair, text } = unit;
   const { change } = pairs[pair];
@@ -121,8 +121,10 @@ function drawUnit(side, index, isLast) {
   makeToggle(element, `${exact(text)}, ${place}, ${numbers}`);
   unitElements[side][index] = element;
 
-  const endsLine = text.endsWith("\n") && !isLast;
-  return [beforeToken(text), element, ...(endsLine ? [make("br")] : [])];
+  // The space before a cell would indent it, and the end of a cell ends the line anyway.
+  const before = isFirst ? [] : [beforeToken(text)];
+  const after = text.endsWith("\n") && !isLast ? [make("br")] : [];
+  return [...before, element, ...after];
 }
 
 /** A row ends where both texts end a line, or end a sentence that is long enough. */
@@ -139,7 +141,10 @@ function endsRow(pair, length) {
 function drawRow(rowPairs) {
   const cells = SIDES.map((name, side) => {
     const members = rowPairs.map((pair) => pairs[pair].members[side]).filter((member) => member !== null);
-    const parts = members.flatMap((member, place) => drawUnit(side, member, place === members.length - 1));
+    const last = members.length - 1;
+    const parts = members.flatMap((member, place) =>
+      drawUnit(side, member, { isFirst: place === 0, isLast: place === last }),
+    );
     const cell = make("div", "cell", ...parts);
     cell.dataset.side = name;
     cell.dir = "auto";
@@ -286,8 +291,9 @@ function togglePin(selection) {
 
 // --- panel -----------------------------------------------------------------------------------------------------
 
+const UNIT = page.by === "steps" ? "step" : "token";
 const HINT =
-  "Point at a token, tap it, or reach it with Tab and the arrow keys: its numbers appear here and its partner is " +
+  `Point at a ${UNIT}, tap it, or reach it with Tab and the arrow keys: its numbers appear here and its partner is ` +
   "framed in the other text. A click pins it, Escape releases it.";
 
 function panelNumber(className, label, value) {
@@ -482,7 +488,7 @@ function drawTable(title, listed) {
     row.cells[0].className = "what";
     return row;
   });
-  const head = tableHead([page.by === "steps" ? "step" : "token", "A", "B", "B − A"], ["what"]);
+  const head = tableHead([UNIT, "A", "B", "B − A"], ["what"]);
   section.append(make("table", "", head, make("tbody", "", ...rows)));
 }
 
