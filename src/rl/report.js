@@ -203,6 +203,8 @@ function setPinned(index) {
   pinned = index;
   if (pinned !== null) tokens[pinned].element.setAttribute("aria-pressed", "true");
   show(pinned);
+  // The numbers may cover the token.
+  if (pinned !== null) tokens[pinned].element.scrollIntoView({ block: "nearest" });
 }
 
 function unpin() {
