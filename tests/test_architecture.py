@@ -96,6 +96,7 @@ PUBLIC = {
     "read_gexf",
     "read_graphml",
     "read_json",
+    "render_page",
     "save_figure",
     "selectors",
     "solve",

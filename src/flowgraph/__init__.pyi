@@ -82,6 +82,7 @@ from .maxflow.max_flow import max_flow_bracket as max_flow_bracket
 from .maxflow.max_flow import max_flow_through as max_flow_through
 from .maxflow.max_flow import max_flow_without as max_flow_without
 from .maxflow.verification import MaxFlow as MaxFlow
+from .pages.page import render_page as render_page
 from .plots.trace_plots import plot_comparison as plot_comparison
 from .plots.trace_plots import plot_potentials as plot_potentials
 from .plots.trace_plots import plot_steps as plot_steps

@@ -191,6 +191,7 @@ def test_a_click_pins_and_escape_releases(visit, payload: dict):
 def test_the_keyboard_moves_in_a_text_and_tab_reaches_the_partner(visit, payload: dict):
     page = visit(payload)
     assert page.locator('.t[tabindex="0"]').count() == 2
+    page.locator("#theme").focus()
     page.keyboard.press("Tab")
     place = "[document.activeElement.dataset.side, document.activeElement.dataset.index].map(Number)"
     assert page.evaluate(place) == [0, 0]

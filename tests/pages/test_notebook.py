@@ -12,6 +12,7 @@ from flowgraph.analysis.backbone import prune
 from flowgraph.flow.solve import solve
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.pages.notebook import repr_html
+from flowgraph.pages.palette import PALETTE, rgba
 from flowgraph.tracing.flow_trace import FlowTrace
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -72,7 +73,7 @@ class Fragment(HTMLParser):
 
 
 def opacity(attributes: dict) -> float:
-    match = re.search(r"rgba\(0,114,178,([\d.]+)\)", attributes.get("style", ""))
+    match = re.search(re.escape(rgba(PALETTE["flow"].light, 1)[:-2]) + r"([\d.]+)\)", attributes.get("style", ""))
     return float(match[1]) if match else 0.0
 
 
@@ -129,7 +130,7 @@ def test_hostile_tokens_are_text():
     assert fragment.attributes <= {"style", "title", "dir", "class"}
     shown = [fragment.tokens[k][0] for k in range(len(HOSTILE))]
     assert shown[:6] == list(HOSTILE[:6])
-    assert shown[6:10] == ["⟨U+0000⟩⟨U+001B⟩", "⟨U+D83D⟩", "⟨U+202E⟩evil", "⟨U+2028⟩"]
+    assert shown[6:10] == ["␀␛", "⟨U+D83D⟩", "⟨U+202E⟩evil", "⟨U+2028⟩"]
     assert shown[11] == "<" * 80 + "…"
     assert "<i>tiny</i>" in fragment.words
     assert "mathjax_ignore" in page

@@ -20,6 +20,7 @@ from flowgraph.comparison.compare import compare
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MissingExtraError, OutputError
 from flowgraph.flow.solve import solve
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.pages.palette import PALETTE
 from flowgraph.plots.drawing import drawable, families
 from flowgraph.plots.trace_plots import (
     _root_ticks,
@@ -102,7 +103,8 @@ def test_a_bar_is_the_throughput_of_its_token(scale: str):
     named = [text.get_text() for text in legend.get_texts()]
     assert named == ["question (12 tokens)", "reasoning (24 tokens)", "answer (2 tokens)", "context (2 tokens)"]
     colours = {to_hex(group.patches[0].get_facecolor()): len(group.patches) for group in ax.containers}
-    assert colours == {"#0072b2": 12, "#e69f00": 24, "#009e73": 2, "#8a8a8a": 2}
+    regions = {"question": 12, "reasoning": 24, "answer": 2, "context": 2}
+    assert colours == {PALETTE[region].light: number for region, number in regions.items()}
 
 
 @pytest.mark.parametrize("num_tokens", [97, 100, 101, 250])
@@ -247,9 +249,9 @@ def test_text_is_shown_as_it_is_or_as_code_points():
     assert drawable("  ") == "␣␣"
     assert drawable("$x_1$") == "$x_1$"
     assert drawable("\n\t") == "⏎⇥"
-    assert drawable("\u202e\x00") == "<U+202E><U+0000>"
-    assert drawable("\ud83d") == "<U+D83D>"
-    assert drawable("\U00100000") == "<U+100000>"
+    assert drawable("\u202e\x00") == "⟨U+202E⟩<U+0000>"
+    assert drawable("\ud83d") == "⟨U+D83D⟩"
+    assert drawable("\U00100000") == "⟨U+100000⟩"
     assert drawable("a" * 50, 10) == "a" * 10 + "…"
     assert drawable("\x00" * 9, 10) == "<U+0000>…"
     ax = plot_throughput(make(8, 2, 1, ("$x_1$", "$$")))

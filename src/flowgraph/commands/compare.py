@@ -72,7 +72,7 @@ def _summary(comparison: Comparison) -> list[Text]:
     counts = [f"{len(side)} {units}" for side in comparison.units]
     lines = []
     for letter, style, name, count, hops in zip(
-        "AB", ("blue", "yellow"), comparison.names, counts, comparison.mean_hops, strict=True
+        "AB", ("magenta", "yellow"), comparison.names, counts, comparison.mean_hops, strict=True
     ):
         line = Text(letter, style=f"bold {style}").append(f" {visible(name)}", style="not bold default")
         lines.append(line.append(f": {count}, mean route {hops:.2f} hops", style="dim not bold default"))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from flowgraph.certificate.certify import Certificate
+from flowgraph.pages import signs
+from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
 from flowgraph.tracing.flow_trace import FlowTrace
 
-_RAMP = ("#3b4a6b", "#2f6f8f", "#2a938c", "#5cb46a", "#b5cf3c", "#fde725")
 _REGION_LETTER = {"question": "Q", "reasoning": "R", "answer": "A"}
 _BAR = 16
 
 
 def visible(token: str) -> str:
-    """Token text with control characters as symbols, so that nothing in it can steer a terminal."""
-    shown = token.replace("\n", "⏎").replace("\t", "⇥") if token.strip(" ") else "␣" * len(token)
-    return "".join("·" if unicodedata.category(c)[0] == "C" else c for c in shown)
+    """Token text with signs for invisible characters and for blank tokens, so that no text can control a terminal."""
+    return signs.visible(token) if token.strip(" ") else "␣" * len(token)
 
 
 def render_trace(trace: FlowTrace, *, keep: float = 0.9, rows: int | None = 24, num_routes: int = 6) -> RenderableType:
@@ -48,7 +46,9 @@ def heat_text(trace: FlowTrace) -> Text:
     masks = ((trace.question, "underline"), (trace.answer, "bold reverse"))
     for index, token in enumerate(trace.tokens):
         strength = float(trace.throughput[index]) ** 0.5
-        style = f"{'black' if strength > 0.6 else 'white'} on {_RAMP[min(int(strength * len(_RAMP)), len(_RAMP) - 1)]}"
+        step = min(int(strength * len(FLOW_RAMP_ON_DARK)), len(FLOW_RAMP_ON_DARK) - 1)
+        ink = "black" if step >= FIRST_STEP_WITH_BLACK_INK else "white"
+        style = f"{ink} on {FLOW_RAMP_ON_DARK[step]}"
         if strength < 0.05:
             style = "dim"
         extra = " ".join(name for mask, name in masks if bool(mask[index]))

@@ -11,7 +11,8 @@ from typing import Any
 
 from flowgraph.files import PathLike, write_text
 from flowgraph.flow.flow import NEGLIGIBLE_FLOW
-from flowgraph.pages.page import asset, flattened, one_function, printable, render_page
+from flowgraph.pages.page import asset, flattened, render_page
+from flowgraph.pages.signs import visible
 
 _LISTED = 8
 """Rows of each table of largest differences."""
@@ -29,12 +30,13 @@ def render_comparison(payload: Mapping[str, Any]) -> str:
     Cost: one pass over the units.
     """
     return render_page(
-        "comparison.html.jinja",
-        style=asset("comparison.css"),
-        script=one_function("scripts/signs.js", "comparison.js"),
+        asset("comparison.html.jinja"),
+        styles=[asset("comparison.css")],
+        scripts=[asset("comparison.js")],
+        data_id="comparison",
         page_data=_page_data(payload),
-        names=[printable(name) for name in payload["names"]],
-        notes=[printable(note) for note in payload["notes"]],
+        names=[visible(name) for name in payload["names"]],
+        notes=[visible(note) for note in payload["notes"]],
         provenance=list(_both_provenances(payload["provenance"])),
         by=payload["by"],
         rule=payload["rule"],

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph.files import PathLike, write_text
-from flowgraph.pages.page import asset, flattened, percent, printable, render_page
+from flowgraph.pages.page import asset, flattened, percent, render_page
+from flowgraph.pages.signs import visible
 
 MAX_ROWS = 10_000
 """Rows that the page shows: beyond this a browser sorts slowly, and the table file is the better tool."""
@@ -34,16 +35,16 @@ def render_index(rows: Sequence[Mapping[str, Any]], pages: Mapping[int, str], fa
     traces = [row for row in rows if not row.get("error")]
     errors = [row for row in rows if row.get("error")]
     return render_page(
-        "corpus.html.jinja",
-        style=asset("corpus.css"),
-        script=asset("corpus.js"),
+        asset("corpus.html.jinja"),
+        styles=[asset("corpus.css")],
+        scripts=[asset("corpus.js")],
         columns=_COLUMNS,
         traces=[_cells(row, pages.get(row["line"])) for row in traces[:MAX_ROWS]],
         errors=[(row["line"], _shown(row["id"]), _shown(row["error"], 600)) for row in errors[:MAX_ROWS]],
         num_traces=len(traces),
         num_errors=len(errors),
         summary=_summary(traces),
-        model=printable(str(facts.get("model", "a model"))),
+        model=visible(str(facts.get("model", "a model"))),
         facts=list(flattened(facts)),
     )
 
@@ -93,7 +94,7 @@ def _cells(row: Mapping[str, Any], page: str | None) -> dict[str, Any]:
 
 
 def _shown(text: str, limit: int = _SHOWN) -> str:
-    text = printable(" ".join(text.split()))
+    text = visible(" ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

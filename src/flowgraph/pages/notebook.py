@@ -6,7 +6,6 @@ the routes are left. Token text is data: it is escaped, and control characters a
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
@@ -17,6 +16,8 @@ import torch
 from flowgraph.analysis.routes import widest_routes
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.pages.palette import PALETTE, rgba
+from flowgraph.pages.signs import visible, visible_name
 
 _MAX_TOKENS = 300
 """Tokens shown of a longer trace."""
@@ -27,12 +28,13 @@ _MAX_CHARACTERS = 80
 _NUM_ROUTES = 3
 _ROUTE_ENDS = 5
 """Tokens shown at each end of a long route."""
-_HEAT, _STRONGEST = "0,114,178", 0.75
-"""A blue dark enough for white text and, at this opacity at most, light enough for black."""
+_STRONGEST = 0.75
+"""Opacity of the strongest token's colour: at most this much of it is light enough for black text on white, and dark
+enough for white text on black."""
 _MARKS = {
-    "question": "border-bottom:2px solid #56b4e9",
+    "question": f"border-bottom:2px solid {PALETTE['question'].light}",
     "reasoning": "",
-    "answer": "outline:2px solid #009e73;outline-offset:-1px",
+    "answer": f"outline:2px solid {PALETTE['answer'].light};outline-offset:-1px",
     "context": "opacity:.65",
 }
 
@@ -103,11 +105,15 @@ def _text(trace: TraceLike) -> str:
 
 def _token(index: int, token: str, value: float, region: str, scale: float) -> str:
     strength = _STRONGEST * min(value / scale, 1.0) ** 0.5
-    styles = [f"background-color:rgba({_HEAT},{strength:.2f})" if strength >= 0.005 else "", _MARKS[region]]
+    styles = [f"background-color:{_heat(strength)}" if strength >= 0.005 else "", _MARKS[region]]
     style = ";".join(filter(None, styles))
     line = "<br>" * min(token.count("\n"), 2)
     inside = f'<span title="token {index}, {region}: {_percent(value)}"' + (f' style="{style}"' if style else "")
     return f"{inside}>{_visible(token)}</span>{line}"
+
+
+def _heat(opacity: float) -> str:
+    return rgba(PALETTE["flow"].light, round(opacity, 2))
 
 
 def _gap(values: Sequence[float]) -> str:
@@ -148,7 +154,7 @@ def _windows(throughput: Sequence[float], regions: Sequence[str]) -> Iterator[tu
 def _routes(trace: TraceLike) -> str:
     rows = []
     for route in widest_routes(trace.flow, _NUM_ROUTES):
-        names = [f"<bdi>{_visible(_named(trace.tokens[t]), 24)}</bdi><sub>{t}</sub>" for t in route.tokens]
+        names = [f"<bdi>{_visible(visible_name(trace.tokens[t]), 24)}</bdi><sub>{t}</sub>" for t in route.tokens]
         if len(names) > 2 * _ROUTE_ENDS + 1:
             middle = f"… {len(names) - 2 * _ROUTE_ENDS} more …"
             names = [*names[:_ROUTE_ENDS], middle, *names[-_ROUTE_ENDS:]]
@@ -158,7 +164,7 @@ def _routes(trace: TraceLike) -> str:
 
 def _legend() -> str:
     samples = [f'<span style="{_MARKS[name]}">{name}</span>' for name in ("question", "answer", "context")]
-    heat = f'<span style="background-color:rgba({_HEAT},{_STRONGEST})">most throughput outside the answer</span>'
+    heat = f'<span style="background-color:{_heat(_STRONGEST)}">most throughput outside the answer</span>'
     return f'<div style="font-size:85%">{heat} · {" · ".join(samples)} · reasoning unmarked</div>'
 
 
@@ -171,19 +177,10 @@ def _regions(trace: TraceLike) -> list[str]:
 
 
 def _visible(text: str, length: int = _MAX_CHARACTERS) -> str:
-    """Escaped text in which nothing is invisible, changes direction or breaks out."""
+    """Escaped text without invisible characters, cut after so many characters."""
     if len(text) > length:
         text = text[:length] + "…"
-    symbols = {"\n": "⏎", "\t": "⇥"}
-    shown = []
-    for character in text:
-        hidden = unicodedata.category(character)[0] == "C" or unicodedata.category(character) in ("Zl", "Zp")
-        shown.append(symbols.get(character) or (f"⟨U+{ord(character):04X}⟩" if hidden else character))
-    return escape("".join(shown))
-
-
-def _named(token: str) -> str:
-    return token.strip(" ") or "␣" * len(token)
+    return escape(visible(text))
 
 
 def _percent(share: float) -> str:

@@ -1,8 +1,11 @@
-"""What every page shares: one self-contained file that runs its own script and nothing else.
+"""Render one self-contained HTML page, which runs its own script and makes no network request.
 
-Token text is data in a page: it travels as JSON with every markup character escaped, and scripts write it by
-``textContent`` only. A Content-Security-Policy that names the one script and the one style sheet by their hashes
-stands behind that.
+Every page has the same shell (``page.html.jinja``), the same base style (``page.css``, with the colours of
+:mod:`flowgraph.pages.palette`) and the same script helpers (``signs.js``, ``base.js``).
+
+Token text is data: it travels as JSON with every markup character escaped, and scripts write it by ``textContent``
+only. In addition, a Content-Security-Policy names the one script and the one style sheet by their hashes, so that a
+browser runs nothing else.
 """
 
 from __future__ import annotations
@@ -14,51 +17,108 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from flowgraph.errors import InvalidInputError
+from flowgraph.pages.palette import css_variables
+from flowgraph.pages.signs import visible
 
-def render_page(template: str, *, style: str, script: str, page_data: Any = None, **values: Any) -> str:
-    """A page from a template of this package, which gets style, script, their hashes and the data beside its values.
+_SHELL = "page.html.jinja"
+_SHARED_STYLE = "page.css"
+_SHARED_SCRIPTS = ("scripts/signs.js", "scripts/base.js")
+_THEME_BUTTON = Markup('<button type="button" class="small" id="theme" data-theme="auto">Theme: auto</button>')
+
+
+def render_page(
+    template: str,
+    *,
+    styles: Sequence[str] = (),
+    scripts: Sequence[str] = (),
+    libraries: Sequence[str] = (),
+    data_id: str = "",
+    page_data: Any = None,
+    **values: Any,
+) -> str:
+    """Render one self-contained HTML page.
 
     Args:
-        template: name of the template.
-        style: CSS of our own, which is not escaped.
-        script: JavaScript of our own or vendored unchanged, which is not escaped.
-        page_data: JSON values for the script.
-        values: for the template, which escapes them.
+        template: Jinja source that extends ``page.html.jinja`` and fills its blocks ``title`` and ``body`` (and
+            ``noscript``, the sentence shown where scripts are switched off). ``{{ theme_button }}`` in the body is the
+            switch between themes. The filter ``visible`` replaces invisible characters by signs.
+        styles: CSS texts of the page, after the shared ones; not escaped.
+        scripts: JavaScript texts of the page, which run after the shared helpers, in one function with them; not
+            escaped.
+        libraries: JavaScript texts that run before that function, in the global scope; not escaped.
+        data_id: id of the script element that holds the data; no data by default.
+        page_data: JSON values, which the script knows as ``page``.
+        **values: of the template, which escapes them.
+
+    Returns:
+        The page as HTML, with one style element and one script element.
+
+    Raises:
+        InvalidInputError: page_data holds a number that is not finite.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(asset(template)).render(
+    style = "\n".join([css_variables(), asset(_SHARED_STYLE), *map(_normal_lines, styles)])
+    script = join_scripts(scripts, libraries)
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=DictLoader({_SHELL: asset(_SHELL)}),
+    )
+    environment.filters["visible"] = visible
+    return environment.from_string(template).render(
+        policy=_content_security_policy(style, script),
         style=Markup(style),
         script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
+        data_id=data_id,
         page_data=Markup(_embeddable(page_data)),
+        theme_button=_THEME_BUTTON,
         **values,
     )
 
 
+def join_scripts(scripts: Sequence[str], libraries: Sequence[str] = ()) -> str:
+    """Join libraries, shared helpers and scripts; helpers and scripts are the body of one function."""
+    parts = [*map(asset, _SHARED_SCRIPTS), *map(_normal_lines, scripts)]
+    body = "\n".join(['"use strict";\n(() => {', *parts, "})();\n"])
+    return "\n".join([*map(_normal_lines, libraries), body])
+
+
 def asset(name: str) -> str:
-    """One of the templates' files as text."""
-    text = (files("flowgraph.pages") / "templates" / name).read_text(encoding="utf-8")
-    return text.replace("\r\n", "\n")  # browsers hash what they parsed, and parsing turns CRLF into LF
+    """Read one of the templates' files as text."""
+    return _normal_lines((files("flowgraph.pages") / "templates" / name).read_text(encoding="utf-8"))
 
 
-def one_function(*names: str) -> str:
-    """Script files as the body of one function, so that nothing of them is global."""
-    return "\n".join(['"use strict";\n(() => {', *map(asset, names), "})();\n"])
+def _normal_lines(text: str) -> str:
+    """Text with LF line ends: a browser turns CRLF into LF before it computes the hash of a script."""
+    return text.replace("\r\n", "\n")
+
+
+def _content_security_policy(style: str, script: str) -> Markup:
+    """The policy that allows exactly this style sheet and this script, and no request."""
+    sources = {"default-src": "'none'", "script-src": _csp_hash(script), "style-src": _csp_hash(style)}
+    sources |= {"base-uri": "'none'", "form-action": "'none'"}
+    return Markup("; ".join(f"{directive} {source}" for directive, source in sources.items()))
 
 
 def _csp_hash(content: str) -> str:
     """The source expression that lets a browser run exactly this inline content."""
     digest = hashlib.sha256(content.encode()).digest()
-    return Markup(f"'sha256-{base64.b64encode(digest).decode()}'")
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _embeddable(values: Any) -> str:
     """JSON that can neither end nor alter the script element around it; lone surrogates stay escaped."""
-    text = json.dumps(values, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    try:
+        text = json.dumps(values, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise InvalidInputError(
+            f"page_data: must hold JSON values with finite numbers, got an error ({error}); use None for other numbers"
+        ) from error
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -69,16 +129,11 @@ def percent(share: float) -> str:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as printable names with dots, and printable texts."""
+    """Nested values as visible names with dots, and visible texts."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{name}.")
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield printable(prefix + str(name)), printable(", ".join(map(str, value)))
+            yield visible(prefix + str(name)), visible(", ".join(map(str, value)))
         else:
-            yield printable(prefix + str(name)), printable("none" if value is None else str(value))
-
-
-def printable(text: str) -> str:
-    """Text whose invisible and direction-changing characters show as replacement characters."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+            yield visible(prefix + str(name)), visible("none" if value is None else str(value))

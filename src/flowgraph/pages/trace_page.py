@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph.files import PathLike, write_text
-from flowgraph.pages.page import asset, flattened, one_function, percent, printable, render_page
+from flowgraph.pages.page import asset, flattened, percent, render_page
 from flowgraph.pages.pagedata import page_data
+from flowgraph.pages.signs import visible
 
-_STYLES = ("page.css", "text.css", "steps.css")
+STYLES = ("trace.css", "text.css", "steps.css")
 _VENDORED = ("d3-array", "d3-sankey")
-_SCRIPTS = (
-    "base",
-    "signs",
+SCRIPTS = (
+    "tokens",
     "text",
     "curves",
     "backbone",
@@ -29,7 +29,7 @@ _SCRIPTS = (
     "search",
     "page",
 )
-"""One script in twelve parts, by concern; together they are the body of one function."""
+"""Scripts of the page, in the order in which they run."""
 
 
 def render_html(payload: Mapping[str, Any]) -> str:
@@ -44,8 +44,15 @@ def render_html(payload: Mapping[str, Any]) -> str:
 
     Cost: one pass over the tokens, the steps and the edges shown.
     """
-    style, script = "".join(map(asset, _STYLES)), _script()
-    return render_page("trace.html.jinja", style=style, script=script, page_data=page_data(payload), **_header(payload))
+    return render_page(
+        asset("trace.html.jinja"),
+        styles=list(map(asset, STYLES)),
+        scripts=[asset(f"scripts/{name}.js") for name in SCRIPTS],
+        libraries=[_with_licence(name) for name in _VENDORED],
+        data_id="trace",
+        page_data=page_data(payload),
+        **_header(payload),
+    )
 
 
 def write_html(path: PathLike, payload: Mapping[str, Any]) -> Path:
@@ -57,11 +64,9 @@ def write_html(path: PathLike, payload: Mapping[str, Any]) -> Path:
     return write_text(path, render_html(payload))
 
 
-def _script() -> str:
-    vendored = [
-        f"/* {name}\n{asset(f'vendor/{name}.LICENSE')}*/\n{asset(f'vendor/{name}.min.js')}" for name in _VENDORED
-    ]
-    return "\n".join([*vendored, one_function(*(f"scripts/{name}.js" for name in _SCRIPTS))])
+def _with_licence(name: str) -> str:
+    """A vendored library with its licence, which has to travel with it."""
+    return f"/* {name}\n{asset(f'vendor/{name}.LICENSE')}*/\n{asset(f'vendor/{name}.min.js')}"
 
 
 def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
     kept_flow, kept_attention = summary["kept_flow"], summary["kept_attention"]
     lost = (percent(kept_flow), percent(kept_attention), f"{summary['throughput_error']:.1g}")
     return {
-        "model": printable(payload["model"] or "a model"),
+        "model": visible(payload["model"] or "a model"),
         "feasible": payload["feasible"],
         "has_steps": bool(payload.get("steps")),
         "num_tokens": summary["num_tokens"],

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from flowgraph.pages.palette import PALETTE
+from flowgraph.pages.signs import visible
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {"question": "#0072B2", "reasoning": "#E69F00", "answer": "#009E73", "context": "#8A8A8A"}
+COLOURS = {name: PALETTE[name].light for name in ("question", "reasoning", "answer", "context")}
+"""Colours of the regions on a white ground."""
 INK = "#333333"
 _LENGTH = 18
 """Characters of a token that a label shows."""
@@ -115,16 +118,16 @@ def families() -> list[str]:
 
 
 def drawable(text: str, length: int = _LENGTH) -> str:
-    """One line without a missing glyph: blanks as symbols, what no font of :func:`families` has as its code point."""
+    """One line without a missing glyph: signs for invisible characters, code points for what no font draws."""
     from matplotlib import font_manager
 
     fonts = [font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[f]))) for f in families()]
     text = text.strip(" ") or "␣" * len(text)
     parts, size = [], 0
     for character in text:
-        shown = {"\n": "⏎", "\t": "⇥"}.get(character, character)
-        hidden = unicodedata.category(shown)[0] == "C" or unicodedata.category(shown) in ("Zl", "Zp")
-        if hidden or not any(font.get_char_index(ord(shown)) for font in fonts):
+        shown = visible(character)
+        has_glyphs = all(any(font.get_char_index(ord(part)) for font in fonts) for part in shown)
+        if not has_glyphs:
             shown = f"<U+{ord(character):04X}>"
         if size + len(shown) > length:
             return "".join(parts) + "…"

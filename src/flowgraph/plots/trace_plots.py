@@ -1,8 +1,8 @@
 """Figures of a trace, drawn with matplotlib on axes of yours or on new ones.
 
 Nothing here shows a window or changes a global setting. Token text is data: it is never read as mathematics, and what
-cannot be drawn, control characters or glyphs that no installed font has, is written as its code point. Colours are
-those of Okabe and Ito, told apart by people with any common kind of colour vision.
+cannot be drawn, control characters or glyphs that no installed font has, is written as a sign or as its code point.
+Colours are those of :mod:`flowgraph.pages.palette`, which also colours the pages.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from flowgraph.comparison.compare import Comparison
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MissingExtraError
 from flowgraph.files import PathLike, atomic_write
+from flowgraph.pages.palette import PALETTE
 from flowgraph.plots.drawing import COLOURS, INK, drawable, families, frame, mark_regions, place_labels
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
 from flowgraph.tracing.flow_trace import FlowTrace
@@ -119,7 +120,10 @@ def plot_potentials(trace: FlowTrace, *, ax: Axes | None = None) -> Axes:
     flow, token = trace.flow, np.arange(trace.num_tokens)
     exponent = flow.exponent.numpy()
     meaning = {"h": "cannot reach the answer", "g": "nothing arrives from the question"}
-    for name, mark, colour, shift, foot in (("h", "o", "#0072B2", 1, 0.06), ("g", "^", "#D55E00", -1, 0.02)):
+    for name, mark, colour, shift, foot in (
+        ("h", "o", PALETTE["answer"].light, 1, 0.06),
+        ("g", "^", PALETTE["question"].light, -1, 0.02),
+    ):
         value = getattr(flow, name).numpy()
         missing = value <= 0
         height = np.where(missing, np.nan, np.log10(np.where(missing, 1.0, value)) + shift * exponent * math.log10(2))
@@ -217,10 +221,12 @@ def plot_comparison(comparison: Comparison, *, ax: Axes | None = None, top: int 
     ax = _axes(ax, (10, 4.5))
     values, present = comparison.throughput.numpy(), comparison.pairs.numpy() >= 0
     change, place = comparison.difference.numpy(), np.arange(len(values))
-    for bars, colour, label in ((change > 0, "#009E73", "more in B"), (change < 0, "#CC79A7", "less in B")):
+    more, less = PALETTE["flow"].light, PALETTE["less"].light
+    # A has the colour of less flow in B, and B that of more; the bars are pale, so that the lines stand out.
+    for bars, colour, label in ((change > 0, more, "more in B"), (change < 0, less, "less in B")):
         if bars.any():
-            ax.bar(place[bars], change[bars], 0.9, color=colour, label=label, linewidth=0)
-    for side, (name, colour, line) in enumerate((("A", "#0072B2", "-"), ("B", "#D55E00", "--"))):
+            ax.bar(place[bars], change[bars], 0.9, color=colour, alpha=0.45, label=label, linewidth=0)
+    for side, (name, colour, line) in enumerate((("A", less, "-"), ("B", more, "--"))):
         height = np.where(present[:, side], values[:, side], np.nan)
         label = f"{name}: {drawable(comparison.names[side], 40)}"
         ax.plot(place, height, line, marker=".", markersize=2.5, color=colour, linewidth=0.9, label=label)
@@ -259,17 +265,17 @@ def _bands(
     from matplotlib.path import Path as Curve
 
     flows = [
-        (place[source], place[target], flow, steps.steps[source].region or "context")
+        (place[source], place[target], flow)
         for (source, target), flow in zip(steps.edge_index.T.tolist(), steps.edge_flow.tolist(), strict=True)
     ]
     leaving, arriving = np.zeros(len(heights)), np.zeros(len(heights))
     foot: dict[tuple[int, int], list[float]] = {}
-    for source, target, flow, _ in sorted(flows, key=lambda band: band[1] - band[0]):
+    for source, target, flow in sorted(flows, key=lambda band: band[1] - band[0]):
         foot[source, target] = [leaving[source], arriving[target]]  # the nearest neighbour lies at the bottom
         leaving[source] += flow
         arriving[target] += flow
     summit, hidden = max(heights), 0.0
-    for source, target, flow, region in flows:
+    for source, target, flow in flows:
         if flow < min_flow:
             hidden += flow
             continue
@@ -282,8 +288,8 @@ def _bands(
         curve = [(start_x, low), (start_x + bend, over[0]), (end_x - bend, over[1]), (end_x, end)]
         upper = [(x, y + flow) for x, y in reversed(curve)]
         codes = [Curve.MOVETO, *[Curve.CURVE4] * 3, Curve.LINETO, *[Curve.CURVE4] * 3, Curve.CLOSEPOLY]
-        patch = PathPatch(Curve([*curve, *upper, curve[0]], codes), color=COLOURS[region], alpha=0.45, linewidth=0)
-        ax.add_patch(patch)
+        outline = Curve([*curve, *upper, curve[0]], codes)
+        ax.add_patch(PathPatch(outline, color=PALETTE["flow"].light, alpha=0.35, linewidth=0.6))
         summit = max(summit, (low + end) / 8 + 3 / 8 * sum(over) + flow)
     return summit, hidden
 

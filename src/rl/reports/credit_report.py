@@ -1,15 +1,11 @@
 """The token-credit report: one HTML page for a rollout, what each token was worth in right and in wrong answers.
 
-The page makes no request of any kind and opens from disk. Token text is data in it: it travels as JSON with every
-markup character escaped, the page's script writes it by ``textContent`` only, and a Content-Security-Policy names
-this one script and this one style sheet by their hashes.
+The page is rendered by :func:`flowgraph.render_page`: it makes no request, opens from disk and treats token text as
+data.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowgraph import InvalidInputError, atomic_write
+from flowgraph import InvalidInputError, atomic_write, render_page
 from rl.config import flattened
 from rl.records import Experience, Responses
 from rl.rollouts.rollout_file import PathLike, Tokens, load_rollout
@@ -156,26 +152,25 @@ def report_file(source: PathLike, out: PathLike) -> Path:
 
 
 def render_report(payload: Mapping[str, Any]) -> str:
-    """The page of a payload of :func:`report_payload`."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    """Render the page of a payload of :func:`report_payload`."""
+    return render_page(
+        _asset("credit_report.html.jinja"),
+        styles=[_asset("credit_report.css")],
+        scripts=[_asset("credit_report.js")],
+        data_id="rollout",
+        page_data={name: payload[name] for name in ("quantities", "groups", "right_at")},
+        page=payload,
+        number=_three_digits,
+    )
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["printable"] = _printable
-    environment.filters["number"] = lambda value: "\N{EN DASH}" if value is None else f"{value:.3g}"
-    template = environment.from_string((files("rl.reports") / "credit_report.html.jinja").read_text(encoding="utf-8"))
 
-    def source_of(block: str) -> str:
-        """What a Content-Security-Policy calls exactly this inline content."""
-        content = "".join(template.blocks[block](template.new_context()))
-        return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'")
+def _asset(name: str) -> str:
+    """Read a file that stands beside this module."""
+    return (files(str(__package__)) / name).read_text(encoding="utf-8")
 
-    drawn = {name: payload[name] for name in ("quantities", "groups", "right_at")}
-    text = json.dumps(drawn, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":  # U+2028, U+2029, controls and lone surrogates are ASCII escapes already
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    hashes = {"style_hash": source_of("style"), "script_hash": source_of("script")}
-    return template.render(page_data=Markup(text), page=payload, **hashes)
+
+def _three_digits(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:.3g}"
 
 
 def _quantities(experience: Experience, ratio: Tensor | None) -> Iterator[_Quantity]:
@@ -293,8 +288,3 @@ def _said(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return "none" if value is None else str(value)
-
-
-def _printable(text: str) -> str:
-    """Text whose invisible and direction-changing characters show as replacement characters."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))

@@ -1,43 +1,74 @@
-"use strict";
-(() => {
-  const table = document.getElementById("traces");
-  if (!table) return;
-  const body = table.tBodies[0];
-  const rows = [...body.rows];
+// The corpus page: sort the table of traces by a column, and list only the traces that contain a text.
+
+const table = byId("traces"); // absent if no line could be traced
+
+// --- sort ------------------------------------------------------------------------------------------------------
+
+const textOrder = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
+
+function compareTexts(first, second, column) {
+  return textOrder.compare(first.cells[column].textContent, second.cells[column].textContent);
+}
+
+/** The value of a number cell, or null where there is none. */
+function numberIn(row, column) {
+  const { v } = row.cells[column].dataset;
+  return v === "" ? null : Number(v);
+}
+
+/** Compare two rows by a number; a row without the number goes last in both directions. */
+function compareNumbers(first, second, column, sign) {
+  const a = numberIn(first, column);
+  const b = numberIn(second, column);
+  if (a === null || b === null) return Number(a === null) - Number(b === null);
+  return sign * (a - b);
+}
+
+function sortRows(rows, column, isNumber, isAscending) {
+  const sign = isAscending ? 1 : -1;
+  return [...rows].sort((first, second) =>
+    isNumber ? compareNumbers(first, second, column, sign) : sign * compareTexts(first, second, column),
+  );
+}
+
+function startSorting(rows) {
   const headings = [...table.tHead.rows[0].cells];
-  const words = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
-
-  // A cell without a number goes last, whichever way the column is sorted.
-  const compare = (column, isNumber, sign) => (a, b) => {
-    if (!isNumber) return sign * words.compare(a.cells[column].textContent, b.cells[column].textContent);
-    const [x, y] = [a, b].map((row) => row.cells[column].dataset.v);
-    if (x === "" || y === "") return (x === "") - (y === "");
-    return sign * (Number(x) - Number(y));
-  };
-
   headings.forEach((heading, column) => {
     heading.querySelector("button").addEventListener("click", () => {
+      // A second click turns the order round. At first, numbers fall, and texts and line numbers rise.
       const isNumber = heading.classList.contains("number");
       const before = heading.getAttribute("aria-sort");
-      const ascending = before ? before === "descending" : !isNumber || column === 0;
-      headings.forEach((other) => other.removeAttribute("aria-sort"));
-      heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-      body.append(...[...rows].sort(compare(column, isNumber, ascending ? 1 : -1)));
+      const isAscending = before ? before === "descending" : !isNumber || column === 0;
+      for (const other of headings) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", isAscending ? "ascending" : "descending");
+      table.tBodies[0].append(...sortRows(rows, column, isNumber, isAscending));
     });
   });
+}
 
-  const find = document.getElementById("find");
-  const count = document.getElementById("count");
-  const texts = rows.map((row) => `${row.cells[1].textContent}\n${row.cells[2].textContent}`.toLowerCase());
-  const filter = () => {
-    const wanted = find.value.trim().toLowerCase();
-    let shown = 0;
+// --- find ------------------------------------------------------------------------------------------------------
+
+function startFinding(rows) {
+  const field = byId("find");
+  const idAndAnswer = (row) => `${row.cells[1].textContent}\n${row.cells[2].textContent}`.toLowerCase();
+  const texts = rows.map(idAndAnswer);
+  const find = () => {
+    const wanted = field.value.trim().toLowerCase();
+    let numListed = 0;
     rows.forEach((row, index) => {
       row.hidden = !texts[index].includes(wanted);
-      shown += !row.hidden;
+      if (!row.hidden) numListed++;
     });
-    count.textContent = wanted ? `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")} listed` : "";
+    byId("count").textContent = wanted ? `${count(numListed)} of ${count(rows.length)} listed` : "";
   };
-  find.addEventListener("input", filter);
-  filter();  // a browser may keep what was typed over a reload
-})();
+  field.addEventListener("input", find);
+  find(); // a browser may restore the field when the page is loaded again
+}
+
+// --- start -----------------------------------------------------------------------------------------------------
+
+if (table) {
+  const rows = [...table.tBodies[0].rows];
+  startSorting(rows);
+  startFinding(rows);
+}

@@ -1,69 +1,94 @@
-// The backbone slider: the strongest edges, and the exact share of the flow whose whole route lies on them.
-const slider = at("arcs");
-const DEFAULT_ARCS = 60;
+// The backbone slider: the strongest edges, and the exact share of the flow whose routes use only these edges.
 
-/** The page's edges in the order of their source, so that a token's flow is complete before it goes on. */
-const inOrder = page.edges.map((edge, rank) => rank).sort((a, b) => page.edges[a][0] - page.edges[b][0]);
+const slider = byId("arcs"); // absent if there is no flow
+const DEFAULT_EDGES = 60;
+
+/** Ranks of the edges by their source, so that what a token receives is complete before it is propagated. */
+const ranksBySource = edges.map((_, rank) => rank).sort((a, b) => edges[a].source - edges[b].source);
 
 /**
- * The share of the flow that never leaves the `kept` strongest edges: what enters, carried on by each kept edge's
- * part of its source's throughput, as far as it is absorbed.
+ * The share of the flow whose whole route uses the `numKept` strongest edges.
+ *
+ * A kept edge (u, v) propagates flow(u, v) / throughput(u) of what has arrived at u. The sum of what is absorbed at the
+ * answer tokens is the share.
  */
-function keptShare(kept) {
-  const carried = new Float64Array(tokens.length);
-  for (const [index, share] of page.entering) carried[index] = share;
-  for (const rank of inOrder) {
-    if (rank >= kept) continue;
-    const [source, target, flow] = page.edges[rank];
-    carried[target] += (carried[source] * flow) / tokens[source][FLOW];
+function shareOnStrongest(numKept) {
+  const arrived = new Float64Array(tokens.length);
+  for (const [token, share] of page.entering) arrived[token] = share;
+  for (const rank of ranksBySource) {
+    if (rank >= numKept) continue;
+    const { source, target, flow } = edges[rank];
+    arrived[target] += (arrived[source] * flow) / tokens[source].throughput;
   }
-  let arrived = 0;
-  for (const [index, share] of page.leaving) arrived += (carried[index] * share) / tokens[index][FLOW];
-  return Math.min(1, arrived);
+  let absorbed = 0;
+  for (const [token, share] of page.leaving) absorbed += (arrived[token] * share) / tokens[token].throughput;
+  return Math.min(1, absorbed);
 }
-/** Flow on the strongest edges, added up, and on all: every hop of a unit of flow counts once on each. */
-const flowUpTo = page.edges.reduce((sums, edge) => (sums.push(sums.at(-1) + edge[2]), sums), [0]);
-const allHops = tokens.reduce((sum, token) => sum + token[FLOW], 0) - 1;
-/** The fewest strongest edges that carry a share, or all of them. */
-function fewestFor(share) {
-  let low = 0, high = page.edges.length;
+
+// The flow of the k strongest edges, added up, at index k, and of all edges. One unit of flow over n hops counts n
+// times in both, so their ratio is a share of all hops.
+const cumulativeFlow = [0];
+for (const edge of edges) cumulativeFlow.push(cumulativeFlow.at(-1) + edge.flow);
+const totalHops = tokens.reduce((sum, token) => sum + token.throughput, 0) - 1;
+
+/** The smallest number of strongest edges whose routes carry a share, or the number of all edges. */
+function fewestEdgesFor(share) {
+  const needed = share * (1 - 1e-5); // the numbers of the page have six digits
+  let low = 0;
+  let high = edges.length;
   while (low < high) {
-    const middle = (low + high) >> 1;
-    if (keptShare(middle) >= share * (1 - 1e-5)) high = middle; // the page's numbers have six digits
+    const middle = Math.floor((low + high) / 2);
+    if (shareOnStrongest(middle) >= needed) high = middle;
     else low = middle + 1;
   }
   return high;
 }
-/** Numbers of edges the slider stops at: round ones while a picture is readable, then by share of the flow. */
-function sliderStops() {
-  const all = page.edges.length, stops = [0, 5, 10, 20, 30, 40, DEFAULT_ARCS, 80, 100, 150, 200, 300];
-  for (let share = 5; share <= 95; share += 5) stops.push(fewestFor(share / 100));
-  if (page.backbone) stops.push(page.backbone.num_edges);
-  return [...new Set(stops.filter((stop) => stop < all)), all].sort((a, b) => a - b);
-}
-let stops = [0];
-const shownEdges = () => stops[slider?.value ?? 0];
 
-/** [share of the flow whose routes stay on the shown edges, share of all hops they hold, how many they are]. */
-function describe(shown) {
-  const known = page.edges.length + page.edges_left_out;
-  const whole = shown === known ? 1 : shown === page.backbone?.num_edges ? page.backbone.share : keptShare(shown);
-  const held = shown === known ? 1 : Math.min(1, flowUpTo[shown] / allHops);
-  return [whole, held, `${count(shown)} of ${plural(known, "edge")}`];
+/** Numbers of edges at which the slider stops: round numbers first, then those of 5 %, 10 %, ... of the flow. */
+function sliderStops() {
+  const stops = [0, 5, 10, 20, 30, 40, DEFAULT_EDGES, 80, 100, 150, 200, 300];
+  for (let share = 5; share <= 95; share += 5) stops.push(fewestEdgesFor(share / 100));
+  if (page.backbone) stops.push(page.backbone.num_edges);
+  const distinct = new Set(stops.filter((stop) => stop < edges.length));
+  distinct.add(edges.length);
+  return [...distinct].sort((a, b) => a - b);
 }
-function moveSlider() {
-  const shown = shownEdges(), [whole, held, edges] = describe(shown);
-  const drawn = shown > MAX_ARCS ? `, the strongest ${count(MAX_ARCS)} of them drawn` : "";
-  at("arc-share").textContent = `${percent(whole)} of the flow`;
-  at("arc-count").textContent = `in routes that stay on ${edges}, ${percent(held)} of all hops${drawn}`;
-  slider.setAttribute("aria-valuetext", `${edges}: routes that stay on them carry ${percent(whole)} of the flow`);
-  drawArcs();
+
+let stops = [0];
+
+function numShownEdges() {
+  return stops[slider?.value ?? 0];
 }
+
+/** What the shown edges are: the share of the flow on their routes, their share of all hops, and their number. */
+function describeEdges(numShown) {
+  const numEdges = edges.length + page.edges_left_out;
+  const number = `${count(numShown)} of ${plural(numEdges, "edge")}`;
+  if (numShown === numEdges) return { routeShare: 1, hopShare: 1, number };
+  const isBackbone = numShown === page.backbone?.num_edges;
+  const routeShare = isBackbone ? page.backbone.share : shareOnStrongest(numShown);
+  return { routeShare, hopShare: Math.min(1, cumulativeFlow[numShown] / totalHops), number };
+}
+
+function onSlider() {
+  const numShown = numShownEdges();
+  const { routeShare, hopShare, number } = describeEdges(numShown);
+  const onlyDrawn = numShown > MAX_CURVES ? `, the strongest ${count(MAX_CURVES)} of them drawn` : "";
+  byId("arc-share").textContent = `${percent(routeShare)} of the flow`;
+  byId("arc-count").textContent = `in routes that stay on ${number}, ${percent(hopShare)} of all hops${onlyDrawn}`;
+  const spoken = `${number}: routes that stay on them carry ${percent(routeShare)} of the flow`;
+  slider.setAttribute("aria-valuetext", spoken);
+  drawEdgeCurves();
+}
+
 function startSlider() {
   if (!slider) return;
   stops = sliderStops();
   slider.max = stops.length - 1;
-  slider.value = Math.max(0, stops.findLastIndex((stop) => stop <= DEFAULT_ARCS));
-  slider.addEventListener("input", moveSlider);
-  moveSlider();
+  slider.value = Math.max(
+    0,
+    stops.findLastIndex((stop) => stop <= DEFAULT_EDGES),
+  );
+  slider.addEventListener("input", onSlider);
+  onSlider();
 }

@@ -1,23 +1,31 @@
-// What every other part uses: the trace, makers of elements, and how numbers and token text are written.
-const page = JSON.parse(document.getElementById("trace").textContent);
-const [TEXT, REGION, GENERATED, H, G, FLOW, JOINED] = [0, 1, 2, 3, 4, 5, 6];
-const CONTEXT = "context";
-const tokens = page.tokens;
-const at = (id) => document.getElementById(id);
-const still = matchMedia("(prefers-reduced-motion: reduce)");
+// Helpers that every page uses: page data, elements, numbers, colour scales, regions, lines of text, theme.
+//
+// The scripts of a page are joined into the body of one function, so a name declared in one file is known in the
+// files after it and is not global. Text reaches the page through textContent only, never as markup.
 
-// --- elements: every string reaches the page through textContent ---------------------------------------------
+// --- page data -------------------------------------------------------------------------------------------------
+
+const dataElement = document.querySelector('script[type="application/json"]');
+const page = dataElement ? JSON.parse(dataElement.textContent) : null;
+
+const CONTEXT = "context"; // class and title of text outside question, reasoning and answer
+const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+
+// --- elements --------------------------------------------------------------------------------------------------
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+/** An HTML element with children; a string becomes a text node, null and "" are left out. */
 function make(tag, className = "", ...children) {
   const element = document.createElement(tag);
   if (className) element.className = className;
-  element.append(...children.filter((child) => child !== null && child !== "")); // append makes text nodes of strings
+  element.append(...children.filter((child) => child !== null && child !== ""));
   return element;
 }
-function shape(tag, attributes = {}) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  return element;
-}
+
+/** A button that calls `action` on a click. */
 function pressable(className, action, ...children) {
   const button = make("button", className, ...children);
   button.type = "button";
@@ -25,42 +33,209 @@ function pressable(className, action, ...children) {
   return button;
 }
 
-// --- numbers -------------------------------------------------------------------------------------------------
-/** A share as a percentage that says 100 only when it is all and 0 only when it is nothing. */
+/** Add one listener for several events. */
+function listen(element, eventNames, listener) {
+  for (const name of eventNames) element.addEventListener(name, listener);
+}
+
+/** A table row of `td` cells; a cell is a string or an element. */
+function tableRow(...cells) {
+  return make("tr", "", ...cells.map((cell) => make("td", "", cell)));
+}
+
+/** A table head; `classes` gives the class of a column where it has one. */
+function tableHead(names, classes = []) {
+  const cells = names.map((name, column) => {
+    const cell = make("th", classes[column] ?? "", name);
+    cell.scope = "col";
+    return cell;
+  });
+  return make("thead", "", make("tr", "", ...cells));
+}
+
+// --- numbers and text ------------------------------------------------------------------------------------------
+
+/** A share in percent; "100 %" only for a whole, "0 %" only for nothing. */
 function percent(share) {
   if (share === null) return "–";
   const value = 100 * share;
   if (value === 0 || value >= 99.9999) return `${Math.round(value)} %`;
   if (value > 99.9) return "99.9 %";
-  return value < 0.01 ? "< 0.01 %" : `${value.toFixed(value < 1 ? 2 : 1)} %`;
+  if (value < 0.01) return "< 0.01 %";
+  return `${value.toFixed(value < 1 ? 2 : 1)} %`;
 }
-const count = (value) => value.toLocaleString("en");
-const plural = (value, word, several = `${word}s`) => `${count(value)} ${value === 1 ? word : several}`;
-const number = (value) => (value === null ? "–" : value !== 0 && value < 0.001 ? value.toExponential(1) : value.toFixed(3));
-/** The characters of tokens [start, stop): one that several tokens share is written once. */
-function textOf(start, stop) {
-  let text = "";
-  for (let i = start; i < stop; i++) if (!tokens[i][JOINED] || i === start) text += tokens[i][TEXT];
-  return text;
-}
-/** Text on one line, at most so many characters (never half of one). */
-function shortened(text, limit) {
-  const characters = Array.from(visible(text.replace(/\s+/g, " ").trim()));
-  return characters.length > limit ? `${characters.slice(0, limit - 1).join("").trimEnd()}…` : characters.join("");
-}
-/** A token's name in lists; one without letters or digits brings the words before it, to be recognised by. */
-function named(index) {
-  const words = Array.from(visible(tokens[index][TEXT]).trim() || "·".repeat(tokens[index][TEXT].length));
-  const wordy = (text) => /[\p{L}\p{N}]/u.test(text);
-  let before = "";
-  for (let i = index - 1; !wordy(words.join("") + before) && i >= Math.max(0, index - 4); i--) before = visible(tokens[i][TEXT]) + before;
-  const context = Array.from(before.trim()).slice(-16).join("");
-  return make("span", "", context && make("small", "", `${context} `), words.length > 24 ? `${words.slice(0, 23).join("")}…` : words.join(""));
-}
-const chip = (index) => make("span", `chip ${tokens[index][REGION] ?? CONTEXT}`, named(index));
 
-// --- colour: square root of throughput, full at the strongest token outside the answer -----------------------
-const greatest = (chosen) => chosen.reduce((top, token) => Math.max(top, token[FLOW]), 0);
-const strongest = greatest(tokens);
-const full = greatest(tokens.filter((token) => token[REGION] !== "answer")) || strongest || 1;
-const level = (flow) => Math.sqrt(Math.min(1, flow / full)).toFixed(3);
+/** A whole number with separators of thousands. */
+function count(value) {
+  return value.toLocaleString("en");
+}
+
+/** A count with its noun. */
+function plural(value, singular, several = `${singular}s`) {
+  return `${count(value)} ${value === 1 ? singular : several}`;
+}
+
+/** The first `limit` characters of a text; surrogate pairs stay together. */
+function truncated(text, limit) {
+  const characters = Array.from(text);
+  if (characters.length <= limit) return text;
+  return `${characters
+    .slice(0, limit - 1)
+    .join("")
+    .trimEnd()}…`;
+}
+
+function capitalised(word) {
+  return word[0].toUpperCase() + word.slice(1);
+}
+
+// --- colour scales ---------------------------------------------------------------------------------------------
+
+/** Set the place of an element on its colour scale, from 0 (no colour) to 1 (full colour). */
+function setStrength(element, strength) {
+  element.style.setProperty("--f", strength.toFixed(3));
+}
+
+/**
+ * A colour scale with labels below it.
+ *
+ * `paint(step, fraction)` colours one step, with the fraction going from 0 to 1 from left to right.
+ * A label is [text, CSS grid column, class].
+ */
+function colourScale(numSteps, paint, labels) {
+  const scale = make("span", "ramp");
+  for (let index = 0; index < numSteps; index++) {
+    const step = make("i");
+    paint(step, index / (numSteps - 1));
+    scale.append(step);
+  }
+  for (const [text, column, className] of labels) {
+    const label = make("b", className, text);
+    label.style.gridColumn = column;
+    scale.append(label);
+  }
+  return scale;
+}
+
+// --- tokens as buttons -----------------------------------------------------------------------------------------
+
+/**
+ * Append the visible text of a token to its element, without the leading spaces.
+ *
+ * Leading spaces stand before the element (see `beforeToken`), so that the coloured background starts at the first
+ * glyph. A token of spaces alone gets a no-break space, so that it can be seen and pointed at. A token without any
+ * character gets the sign "‥". With `breakLines`, a line break inside the text also starts a new line.
+ */
+function appendTokenText(element, text, { breakLines = false } = {}) {
+  const rest = text.slice(leadingSpaces(text).length);
+  if (text === "") {
+    element.append(make("span", "sign", "‥"));
+  } else if (rest === "") {
+    element.classList.add("blank");
+    element.append("\u00a0");
+  }
+  const parts = rest.split(/(\n+)/).filter((part) => part !== "");
+  parts.forEach((part, index) => {
+    if (!part.startsWith("\n")) {
+      element.append(visible(part));
+      return;
+    }
+    element.append(make("span", "sign", "⏎".repeat(part.length)));
+    const isInside = index < parts.length - 1;
+    if (breakLines && isInside) element.append(make("br"));
+  });
+}
+
+function leadingSpaces(text) {
+  return text.match(/^ */)[0];
+}
+
+/** Make an element a toggle button that the arrow keys reach; `label` is what a screen reader says. */
+function makeToggle(element, label) {
+  element.tabIndex = -1;
+  element.setAttribute("role", "button");
+  element.setAttribute("aria-pressed", "false");
+  element.setAttribute("aria-label", label);
+}
+
+/** What comes before a token in its line: its leading spaces, or a place where a line may break. */
+function beforeToken(text) {
+  const spaces = leadingSpaces(text);
+  return spaces.length < text.length ? spaces : make("wbr");
+}
+
+// --- regions ---------------------------------------------------------------------------------------------------
+
+/**
+ * The region of each token, with CONTEXT for none.
+ *
+ * Tokens without a region between two tokens of the same region are given that region, so that a section is not cut
+ * into pieces by a separator.
+ */
+function filledRegions(regions) {
+  const filled = regions.map((region) => region ?? CONTEXT);
+  let lastRegion = null;
+  let gap = [];
+  regions.forEach((region, index) => {
+    if (!region) {
+      gap.push(index);
+      return;
+    }
+    if (region === lastRegion) {
+      for (const inGap of gap) filled[inGap] = region;
+    }
+    lastRegion = region;
+    gap = [];
+  });
+  return filled;
+}
+
+// --- lines of text ---------------------------------------------------------------------------------------------
+
+const SAME_LINE = 8; // boxes whose tops differ by less than this many pixels stand on one line
+
+/**
+ * The box nearest to box `current` in the adjacent line above (direction -1) or below (direction 1).
+ *
+ * A box is {x, top}, x its horizontal centre. Returns `current` where there is no such line.
+ */
+function nearestInNextLine(boxes, current, direction) {
+  const here = boxes[current];
+  const distanceOf = (box) => direction * (box.top - here.top);
+
+  // The adjacent line is the one at the smallest distance in this direction.
+  let lineDistance = Infinity;
+  for (const box of boxes) {
+    const distance = distanceOf(box);
+    if (distance > SAME_LINE) lineDistance = Math.min(lineDistance, distance);
+  }
+
+  // In that line, take the box whose centre is nearest.
+  let nearest = current;
+  let smallestOffset = Infinity;
+  boxes.forEach((box, index) => {
+    const offset = Math.abs(box.x - here.x);
+    const isInLine = Math.abs(distanceOf(box) - lineDistance) < SAME_LINE;
+    if (isInLine && offset < smallestOffset) {
+      nearest = index;
+      smallestOffset = offset;
+    }
+  });
+  return nearest;
+}
+
+// --- theme -----------------------------------------------------------------------------------------------------
+
+const THEMES = ["auto", "light", "dark"];
+
+/** Go to the next theme; "auto" follows the setting of the browser. */
+function nextTheme() {
+  const button = byId("theme");
+  const place = THEMES.indexOf(button.dataset.theme);
+  const theme = THEMES[(place + 1) % THEMES.length];
+  button.dataset.theme = theme;
+  document.documentElement.dataset.theme = theme;
+  button.textContent = `Theme: ${theme}`;
+}
+
+byId("theme")?.addEventListener("click", nextTheme);

@@ -1,24 +1,27 @@
-// The page as a whole: the two views, the colour theme, the keys, and the start.
-let view = "tokens";
+// The trace page as a whole: its two views, its keys, and the start.
+
+let view = "tokens"; // or "steps"
+
+// --- views -----------------------------------------------------------------------------------------------------
+
 function showView(name) {
   if (!steps || view === name) return;
   view = name;
-  at("step-view").hidden = name !== "steps";
-  at("token-view").hidden = name !== "tokens";
-  for (const each of ["tokens", "steps"]) at(`show-${each}`).setAttribute("aria-pressed", String(each === name));
-  if (name === "steps") stopPlaying();
+  byId("step-view").hidden = name !== "steps";
+  byId("token-view").hidden = name !== "tokens";
+  for (const each of ["tokens", "steps"]) {
+    byId(`show-${each}`).setAttribute("aria-pressed", String(each === name));
+  }
+  if (name === "steps") stopPlayer();
   if (name === "tokens") redraw();
   if (!pinned) show(null);
+
+  // Both views start at the same place, so a page scrolled into one goes to the start of the other.
   const columns = document.querySelector(".columns");
   if (columns.getBoundingClientRect().top < 0) columns.scrollIntoView();
 }
 
-const THEMES = ["auto", "light", "dark"];
-function turnTheme() {
-  const button = at("theme"), next = THEMES[(THEMES.indexOf(button.dataset.theme) + 1) % THEMES.length];
-  button.dataset.theme = document.documentElement.dataset.theme = next;
-  button.textContent = `Theme: ${next}`;
-}
+// --- keys ------------------------------------------------------------------------------------------------------
 
 const KEYS = [
   ["← → ↑ ↓ Home End", "move from token to token (in the step view: from step to step)"],
@@ -32,61 +35,99 @@ const KEYS = [
   ["t", "theme: auto, light, dark"],
   ["?", "this list"],
 ];
-function startHelp() {
-  for (const [keys, meaning] of KEYS) at("keys").append(make("dt", "", make("kbd", "", keys)), make("dd", "", meaning));
-  at("ask").addEventListener("click", () => at("help").showModal());
-  at("help-close").addEventListener("click", () => at("help").close());
+
+const ACTIONS = {
+  "/": () => searchField.focus(),
+  "?": openHelp,
+  n: () => goToHit(1),
+  N: () => goToHit(-1),
+  p: playChosenRoute,
+  ".": () => moveByHand(1),
+  ",": () => moveByHand(-1),
+  1: () => showView("tokens"),
+  2: () => showView("steps"),
+  t: nextTheme,
+};
+
+function playChosenRoute() {
+  if (player) togglePlayer();
+  else if (routes.length) startRoute(pinned?.route ?? 0);
 }
 
-const typing = (event) => event.target.matches?.("input:not([type=range]), textarea, select");
-const ACTIONS = {
-  "/": () => field.focus(),
-  "?": () => at("help").showModal(),
-  n: () => goToHit(1), N: () => goToHit(-1),
-  p: () => (playing ? playOrPause() : page.routes.length && startPlaying(pinned?.route ?? 0)),
-  ".": () => byHand(1), ",": () => byHand(-1),
-  1: () => showView("tokens"), 2: () => showView("steps"),
-  t: turnTheme,
-};
+function openHelp() {
+  byId("help").showModal();
+}
+
+function startHelp() {
+  for (const [keys, meaning] of KEYS) {
+    byId("keys").append(make("dt", "", make("kbd", "", keys)), make("dd", "", meaning));
+  }
+  byId("ask").addEventListener("click", openHelp);
+  byId("help-close").addEventListener("click", () => byId("help").close());
+}
+
+function isTyping(event) {
+  return event.target.matches?.("input:not([type=range]), textarea, select");
+}
+
+function onEscape() {
+  const clearsSearch = !pinned && !player && searchField.value;
+  if (clearsSearch) clearSearch();
+  else unpin();
+}
+
 function onKey(event) {
-  if (typing(event) || event.ctrlKey || event.metaKey || event.altKey || at("help").open) return;
-  if (event.key === "Escape") {
-    if (pinned || playing) unpin();
-    else if (field.value) clearSearch();
-    else unpin();
-  } else if (Object.hasOwn(ACTIONS, event.key)) ACTIONS[event.key]();
+  if (isTyping(event) || event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
+  if (event.key === "Escape") onEscape();
+  else if (Object.hasOwn(ACTIONS, event.key)) ACTIONS[event.key]();
   else return;
   event.preventDefault();
 }
 
+// --- start -----------------------------------------------------------------------------------------------------
+
+/** Say that a long trace is folded, and open it as steps. */
+function announceFolding() {
+  const how = steps ? "It opens as steps; its text opens section by section." : "Its text opens section by section.";
+  const notice = byId("long");
+  notice.textContent = `This trace has ${count(tokens.length)} tokens, too many to show at once. ${how}`;
+  notice.hidden = false;
+  showView("steps");
+}
+
 function start() {
+  // Contents.
   drawLegend();
   drawText();
   drawRoutes();
-  drawRoles("Hubs", "Reasoning tokens that most of the flow passes through.", page.hubs);
-  drawRoles("Aggregation checkpoints", "Reasoning tokens that gather flow from many places.", page.checkpoints);
-  const explained = "Inflows and outflows: the effective number of edges by which a token’s flow arrives and leaves.";
-  if (page.hubs.length) at("roles").append(make("p", "hint", explained));
-  holder.append(canvas);
+  drawRoles("Hubs", "Reasoning tokens that most of the flow passes through.", hubs);
+  drawRoles("Aggregation checkpoints", "Reasoning tokens that gather flow from many places.", checkpoints);
+  if (hubs.length) {
+    const explanation =
+      "Inflows and outflows: the effective number of edges by which a token’s flow arrives and leaves.";
+    byId("roles").append(make("p", "hint", explanation));
+  }
+  textHolder.append(canvas);
   setCurrent(0);
   drawPanel(null);
   measure();
+
+  // Controls.
   startSlider();
   startText();
   startSteps();
   startPlayer();
   startSearch();
   startHelp();
-  at("theme").addEventListener("click", turnTheme);
-  if (steps) for (const each of ["tokens", "steps"]) at(`show-${each}`).addEventListener("click", () => { showView(each); });
-  document.addEventListener("keydown", onKey);
-  if (folding) {
-    const how = steps ? "It opens as steps; its text opens section by section." : "Its text opens section by section.";
-    at("long").textContent = `This trace has ${count(tokens.length)} tokens, too many to show at once. ${how}`;
-    at("long").hidden = false;
-    showView("steps");
+  if (steps) {
+    for (const each of ["tokens", "steps"]) byId(`show-${each}`).addEventListener("click", () => showView(each));
   }
-  new ResizeObserver(follow).observe(holder);
-  document.fonts?.ready.then(follow);
+  document.addEventListener("keydown", onKey);
+  if (isFolding) announceFolding();
+
+  // Curves keep to their tokens when the text moves.
+  new ResizeObserver(planRedraw).observe(textHolder);
+  document.fonts?.ready.then(planRedraw);
 }
+
 start();

@@ -1,163 +1,244 @@
-// The step view's picture: steps from left to right, each as tall as its throughput, bands as wide as their flow.
-// d3-sankey places them. A band that passes over other steps gets a place of its own in each column it crosses, so
-// that bands run beside the steps between, never through them.
-const river = at("river"), RIVER_HEIGHT = 380, LABEL = 22, NODE = 14, COLUMN = 104;
+// The picture of the step view: steps from left to right, as tall as their throughput, and bands as wide as their flow.
+//
+// d3-sankey places them. A band that passes over other steps gets a place of its own in each column that it crosses, so
+// that bands run beside the steps between their ends.
+
+const river = byId("river"); // absent if the trace has no steps
+const RIVER_HEIGHT = 380; // pixels for all of the flow
+const LABEL_HEIGHT = 22; // pixels for the percentages above the steps
+const NODE_WIDTH = 14;
+const MIN_COLUMN_WIDTH = 104;
 const riverSvg = shape("svg", { "aria-hidden": "true" });
 
-function riverGraph({ indices, bands }) {
-  const columnOf = new Map(indices.map((index, column) => [index, column]));
-  const nodes = indices.map((index, column) => ({ step: index, column, fixedValue: steps.nodes[index][STEP_FLOW] }));
+// --- layout ----------------------------------------------------------------------------------------------------
+
+/** Nodes and links for d3-sankey: a node for each step, and one for each column that a band passes over. */
+function sankeyGraph({ indices, bands }) {
+  const columnOf = new Map(indices.map((step, column) => [step, column]));
+  const nodes = indices.map((step, column) => ({ step, column, fixedValue: steps.nodes[step].throughput }));
   const links = [];
-  for (let i = 1; i < indices.length; i++) links.push({ source: i - 1, target: i, value: 0 }); // keeps every column in place
+
+  // Links without flow between neighbours keep every step in its column.
+  for (let column = 1; column < indices.length; column++) {
+    links.push({ source: column - 1, target: column, value: 0 });
+  }
   for (const band of bands) {
-    const [from, to, flow] = steps.edges[band];
-    let last = columnOf.get(from);
-    for (let column = last + 1; column < columnOf.get(to); column++) {
+    const { source, target, flow } = steps.edges[band];
+    let last = columnOf.get(source);
+    for (let column = last + 1; column < columnOf.get(target); column++) {
       nodes.push({ column, fixedValue: flow });
       links.push({ source: last, target: nodes.length - 1, value: flow, band });
       last = nodes.length - 1;
     }
-    links.push({ source: last, target: columnOf.get(to), value: flow, band });
+    links.push({ source: last, target: columnOf.get(target), value: flow, band });
   }
   return { nodes, links };
 }
-function placeRiver(graph, width) {
-  const crowd = [];
-  for (const { column } of graph.nodes) crowd[column] = (crowd[column] ?? 0) + 1;
-  const gaps = Math.max(1, ...crowd) - 1;
-  return d3.sankey()
+
+function layOut(graph, width) {
+  const nodesInColumn = [];
+  for (const { column } of graph.nodes) nodesInColumn[column] = (nodesInColumn[column] ?? 0) + 1;
+  const numGaps = Math.max(1, ...nodesInColumn) - 1;
+  // Gaps take at most 30 % of the height of a column.
+  const gap = numGaps ? Math.min(16, (0.3 * RIVER_HEIGHT) / numGaps) : 0;
+  const layout = d3
+    .sankey()
     .nodeAlign((node) => node.column)
-    .nodeWidth(NODE)
-    .nodePadding(gaps ? Math.min(16, (0.3 * RIVER_HEIGHT) / gaps) : 0) // at least 70 % of the height is flow
+    .nodeWidth(NODE_WIDTH)
+    .nodePadding(gap)
     .iterations(12)
-    .extent([[0, LABEL], [width, LABEL + RIVER_HEIGHT]])(graph);
+    .extent([
+      [0, LABEL_HEIGHT],
+      [width, LABEL_HEIGHT + RIVER_HEIGHT],
+    ]);
+  return layout(graph);
 }
-/** A band through all its columns: level inside a column, an S between two. */
-function bandLine(links) {
-  let line = "";
+
+// --- shapes ----------------------------------------------------------------------------------------------------
+
+/** The path of a band through all its columns: level inside a column, an S between two. */
+function bandPath(links) {
+  let path = "";
   for (const { source, target, y0, y1 } of links) {
     const middle = (source.x1 + target.x0) / 2;
-    line += `${line ? "L" : "M"}${source.x1} ${y0}C${middle} ${y0} ${middle} ${y1} ${target.x0} ${y1}`;
+    path += `${path ? "L" : "M"}${source.x1} ${y0}C${middle} ${y0} ${middle} ${y1} ${target.x0} ${y1}`;
   }
-  return line;
+  return path;
 }
+
 function drawBand(band, links) {
-  const [source, target] = steps.edges[band];
-  const path = shape("path", { d: bandLine(links), class: "band", "stroke-width": Math.max(1, links[0].width).toFixed(2) });
+  const { source, target } = steps.edges[band];
+  const width = Math.max(1, links[0].width).toFixed(2);
+  const path = shape("path", { d: bandPath(links), class: "band", "stroke-width": width });
   path.dataset.band = band;
   path.dataset.ends = `${source + 1}-${target + 1}`;
   bandPaths.set(band, path);
   return path;
 }
+
 function drawNode(node) {
-  const [, , region, flow] = steps.nodes[node.step];
-  const height = Math.max(2, node.y1 - node.y0);
-  const box = shape("rect", { x: node.x0, y: node.y0, width: NODE, height, class: `node ${region ?? CONTEXT}` });
-  box.style.setProperty("--f", flow.toFixed(3)); // a scale of its own: a step holds far more than a token
+  const { throughput } = steps.nodes[node.step];
+  const box = shape("rect", {
+    x: node.x0,
+    y: node.y0,
+    width: NODE_WIDTH,
+    height: Math.max(2, node.y1 - node.y0),
+    class: `node ${regionOfStep(node.step)}`,
+  });
+  // Steps hold far more flow than tokens, so their colour is the throughput itself.
+  setStrength(box, throughput);
   const label = shape("text", { x: (node.x0 + node.x1) / 2, y: node.y0 - 6 });
-  label.append(percent(flow));
+  label.append(percent(throughput));
   const group = shape("g");
   group.dataset.step = node.step;
   group.append(box, label);
   return group;
 }
-function drawCard(node, pitch) {
-  const [, , region, flow] = steps.nodes[node.step];
-  const name = `Step ${node.step + 1}, ${region ?? "outside the three parts"}, throughput ${percent(flow)}`;
-  const words = make("span", "words", shortened(stepText(node.step), 110));
+
+/** The card below a step: its number, its region and its first words. */
+function drawCard(node, columnWidth) {
+  const { step } = node;
+  const { region, throughput } = steps.nodes[step];
+  const text = shortened(stepText(step), 110);
+  const words = make("span", "words", text);
   words.dir = "auto";
-  const card = pressable(`step ${region ?? CONTEXT}`, () => pickStep(node.step), make("b", "", count(node.step + 1), make("small", "", region ?? CONTEXT)), words);
+  const title = make("b", "", count(step + 1), make("small", "", regionOfStep(step)));
+  const card = pressable(`step ${regionOfStep(step)}`, () => onStepClick(step), title, words);
   card.setAttribute("aria-pressed", "false");
-  card.setAttribute("aria-label", `${name}: ${shortened(stepText(node.step), 110)}`);
-  card.dataset.step = node.step;
+  const place = region ?? "outside the three parts";
+  card.setAttribute("aria-label", `Step ${step + 1}, ${place}, throughput ${percent(throughput)}: ${text}`);
+  card.dataset.step = step;
   card.style.setProperty("--x", `${(node.x0 + node.x1) / 2}px`);
-  card.style.setProperty("--pitch", `${pitch - 8}px`);
-  stepCards.set(node.step, card);
+  card.style.setProperty("--pitch", `${columnWidth - 8}px`);
+  stepCards.set(step, card);
   return card;
 }
-/** A first click keeps the step's numbers in the panel, a second one goes to its text. */
-const pickStep = (index) => (same(pinned, { step: index }) ? goToStep(index) : select({ step: index }, true));
+
+/** A first click pins the step, a second one goes to its text. */
+function onStepClick(step) {
+  if (isSame(pinned, { step })) goToStep(step);
+  else pin({ step });
+}
 
 function drawRiver() {
-  const chosen = chosenSteps(Number(at("step-limit").value));
-  const columns = chosen.indices.length;
-  const pitch = Math.max(COLUMN, river.clientWidth / columns), width = pitch * columns;
-  const { nodes, links } = placeRiver(riverGraph(chosen), width - pitch + NODE);
-  const byBand = new Map(chosen.bands.map((band) => [band, []]));
-  for (const link of links) if (link.band !== undefined) byBand.get(link.band).push(link);
+  const drawn = stepsToDraw(Number(byId("step-limit").value));
+  const numColumns = drawn.indices.length;
+  const columnWidth = Math.max(MIN_COLUMN_WIDTH, river.clientWidth / numColumns);
+  const width = columnWidth * numColumns;
+  const { nodes, links } = layOut(sankeyGraph(drawn), width - columnWidth + NODE_WIDTH);
+
+  // A band is one path over all its links; the links without a band only keep the columns apart.
+  const linksByBand = new Map(drawn.bands.map((band) => [band, []]));
+  for (const link of links) {
+    if (link.band !== undefined) linksByBand.get(link.band).push(link);
+  }
   stepCards.clear();
   bandPaths.clear();
   const bands = shape("g", { class: "bands" });
-  bands.append(...[...byBand].map(([band, path]) => drawBand(band, path)));
-  const real = nodes.filter((node) => node.step !== undefined);
-  const body = shape("g", { transform: `translate(${pitch / 2 - NODE / 2} 0)` });
-  body.append(bands, ...real.map(drawNode));
+  for (const [band, bandLinks] of linksByBand) bands.append(drawBand(band, bandLinks));
+
+  const stepNodes = nodes.filter((node) => node.step !== undefined);
+  const shift = columnWidth / 2 - NODE_WIDTH / 2; // from the left edge to the middle of the first column
+  const body = shape("g", { transform: `translate(${shift} 0)` });
+  body.append(bands, ...stepNodes.map(drawNode));
   riverSvg.replaceChildren(body);
   riverSvg.setAttribute("width", width);
-  riverSvg.setAttribute("height", LABEL + RIVER_HEIGHT + 4);
-  const cards = make("div", "cards", ...real.map((node) => drawCard(node, pitch)));
-  cards.style.setProperty("--shift", `${pitch / 2 - NODE / 2}px`);
+  riverSvg.setAttribute("height", LABEL_HEIGHT + RIVER_HEIGHT + 4);
+
+  const cards = make("div", "cards", ...stepNodes.map((node) => drawCard(node, columnWidth)));
+  cards.style.setProperty("--shift", `${shift}px`);
   cards.style.width = `${width}px`;
   river.replaceChildren(riverSvg, cards);
-  sayWhatIsShown(chosen);
+
+  describeDrawn(drawn);
   markRiver(shown);
   markStepHits();
 }
 
-/** Light up what belongs to the chosen step or band. */
-function markRiver(choice) {
+/** Mark the chosen step with its bands, or the chosen band with its ends. */
+function markRiver(selection) {
   if (!steps) return;
-  riverSvg.classList.toggle("busy", choice?.step !== undefined || choice?.band !== undefined);
-  for (const [band, path] of bandPaths) {
-    const [source, target] = steps.edges[band];
-    path.classList.toggle("in", target === choice?.step);
-    path.classList.toggle("out", source === choice?.step);
-    path.classList.toggle("on", band === choice?.band);
+  const step = selection?.step;
+  const band = selection?.band;
+  riverSvg.classList.toggle("busy", step !== undefined || band !== undefined);
+  for (const [drawnBand, path] of bandPaths) {
+    const { source, target } = steps.edges[drawnBand];
+    path.classList.toggle("in", target === step);
+    path.classList.toggle("out", source === step);
+    path.classList.toggle("on", drawnBand === band);
   }
-  const lit = choice?.band === undefined ? [choice?.step] : steps.edges[choice.band].slice(0, 2);
-  for (const [step, card] of stepCards) card.classList.toggle("on", lit.includes(step));
+  const marked = band === undefined ? [step] : [steps.edges[band].source, steps.edges[band].target];
+  for (const [drawnStep, card] of stepCards) card.classList.toggle("on", marked.includes(drawnStep));
+}
+
+// --- events ----------------------------------------------------------------------------------------------------
+
+/** The step or band of an event, or null. */
+function riverSelection(event) {
+  const element = event.target.closest("[data-step], [data-band]");
+  if (!element) return null;
+  const { step, band } = element.dataset;
+  return step !== undefined ? { step: Number(step) } : { band: Number(band) };
+}
+
+function previewRiver(event) {
+  const selection = riverSelection(event);
+  if (selection && !isSame(shown, selection)) preview(selection);
+}
+
+function onRiverClick(event) {
+  const selection = riverSelection(event);
+  if (!selection) unpin();
+  else if (selection.step !== undefined) onStepClick(selection.step);
+  else togglePin(selection);
+}
+
+/** Arrow keys move from card to card. */
+function onRiverKey(event) {
+  const cards = [...stepCards.values()];
+  const here = cards.indexOf(event.target);
+  const places = { ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: cards.length - 1 };
+  const next = places[event.key];
+  if (here < 0 || next === undefined) return;
+  cards[Math.max(0, Math.min(cards.length - 1, next))].focus();
+  event.preventDefault();
+}
+
+/** Fill the list of limits: each that differs from the one before, up to the number of steps. */
+function fillStepLimits() {
+  const numSteps = steps.nodes.length;
+  for (const limit of [20, DEFAULT_STEPS, 80, 160]) {
+    const isTooLarge = limit > DEFAULT_STEPS / 2 && numSteps <= limit / 2;
+    if (isTooLarge) continue;
+    const option = make("option", "", count(limit));
+    option.value = limit;
+    option.selected = limit === DEFAULT_STEPS || numSteps <= limit;
+    byId("step-limit").append(option);
+  }
+  byId("step-choice").hidden = numSteps <= 20;
 }
 
 function startSteps() {
   if (!steps) return;
-  const target = (event) => {
-    const found = event.target.closest("[data-step], [data-band]");
-    if (!found) return null;
-    return found.dataset.step !== undefined ? { step: Number(found.dataset.step) } : { band: Number(found.dataset.band) };
-  };
-  const point = (event) => {
-    const choice = target(event);
-    if (choice && !same(shown, choice)) select(choice, false);
-  };
-  river.addEventListener("pointerover", (event) => { if (event.pointerType === "mouse") point(event); });
-  river.addEventListener("focusin", (event) => { if (event.target.matches(":focus-visible")) point(event); });
-  river.addEventListener("pointerleave", unhover);
-  riverSvg.addEventListener("click", (event) => {
-    const choice = target(event);
-    if (!choice) unpin();
-    else if (choice.step !== undefined) pickStep(choice.step);
-    else toggle(choice);
+  river.addEventListener("pointerover", (event) => {
+    if (event.pointerType === "mouse") previewRiver(event);
   });
-  river.addEventListener("keydown", (event) => {
-    const cards = [...stepCards.values()], here = cards.indexOf(event.target);
-    const next = { ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: cards.length - 1 }[event.key];
-    if (here < 0 || next === undefined) return;
-    cards[Math.max(0, Math.min(cards.length - 1, next))].focus();
-    event.preventDefault();
+  river.addEventListener("focusin", (event) => {
+    if (event.target.matches(":focus-visible")) previewRiver(event);
   });
-  at("step-limit").addEventListener("change", drawRiver);
-  for (const limit of [20, STEPS_SHOWN, 80, 160]) {
-    if (limit > STEPS_SHOWN / 2 && steps.nodes.length <= limit / 2) continue;
-    const option = make("option", "", count(limit));
-    option.value = limit;
-    option.selected = limit === STEPS_SHOWN || steps.nodes.length <= limit;
-    at("step-limit").append(option);
-  }
-  at("step-choice").hidden = steps.nodes.length <= 20;
-  let width = 0;
-  new ResizeObserver(() => {
-    if (!river.clientWidth || river.clientWidth === width) return;
-    width = river.clientWidth;
+  river.addEventListener("pointerleave", endPreview);
+  river.addEventListener("keydown", onRiverKey);
+  riverSvg.addEventListener("click", onRiverClick);
+  byId("step-limit").addEventListener("change", drawRiver);
+  fillStepLimits();
+
+  // The river is as wide as its holder, which has no width while the view is hidden.
+  let drawnWidth = 0;
+  const observer = new ResizeObserver(() => {
+    const width = river.clientWidth;
+    if (!width || width === drawnWidth) return;
+    drawnWidth = width;
     drawRiver();
-  }).observe(river);
+  });
+  observer.observe(river);
 }

@@ -1,97 +1,143 @@
-// Routes, each playable token by token, and the tables of hubs and checkpoints.
-const BEAT = 1100; // milliseconds a token is shown for
-let playing = null; // {route, position, timer}: timer is null while paused
+// The widest routes, each of which can be played token by token, and the tables of hubs and checkpoints.
 
-const routeButtons = page.routes.map(([path, flow], route) => {
-  const edges = path.flatMap((index, i) => [i ? make("span", "arrow", "→") : null, chip(index)]).filter(Boolean);
-  const button = pressable("path", () => toggle({ route }), make("span", "pct", percent(flow)), make("span", "", ...edges));
+const MILLISECONDS_PER_TOKEN = 1100;
+const MAX_ROLES = 8; // rows of a table of roles
+
+let player = null; // {route, position, timer} while a route is played; timer is null while it is paused
+
+// --- list of routes --------------------------------------------------------------------------------------------
+
+const routeButtons = routes.map(({ path, flow }, route) => {
+  const hops = path.flatMap((token, place) => (place ? [make("span", "arrow", "→"), chip(token)] : [chip(token)]));
+  const label = [make("span", "pct", percent(flow)), make("span", "", ...hops)];
+  const button = pressable("path", () => togglePin({ route }), ...label);
   button.setAttribute("aria-pressed", "false");
-  for (const event of ["pointerenter", "focus"]) button.addEventListener(event, () => select({ route }, false));
-  for (const event of ["pointerleave", "blur"]) button.addEventListener(event, unhover);
+  listen(button, ["pointerenter", "focus"], () => preview({ route }));
+  listen(button, ["pointerleave", "blur"], endPreview);
   return button;
 });
+
 function drawRoutes() {
-  if (!routeButtons.length) return;
-  const sum = page.routes.reduce((total, [, flow]) => total + flow, 0);
+  if (!routes.length) return;
   const rows = routeButtons.map((button, route) => {
-    const play = pressable("play", () => startPlaying(route), "▶");
+    const play = pressable("play", () => startRoute(route), "▶");
     play.setAttribute("aria-label", `Play route ${route + 1}`);
     return make("li", "", play, button);
   });
-  at("routes").append(
-    make("h2", "", "Widest routes"),
-    make("p", "hint", `Single paths from question to answer and the share of the flow each carries, ${percent(sum)} in all. ▶ walks along one.`),
-    make("ol", "", ...rows),
-  );
+  const total = routes.reduce((sum, { flow }) => sum + flow, 0);
+  const hint =
+    "Single paths from question to answer and the share of the flow that each carries, " +
+    `${percent(total)} in all. ▶ plays a path token by token.`;
+  byId("routes").append(make("h2", "", "Widest routes"), make("p", "hint", hint), make("ol", "", ...rows));
 }
+
+/** Mark the tokens of a route; while it is played, those up to the current position. */
 function markRoute(route) {
-  page.routes[route][0].forEach((index, i) => {
-    if (!playing || i <= playing.position) mark(views[index], i === playing?.position ? "walk" : "on");
+  routes[route].path.forEach((token, place) => {
+    const isReached = !player || place <= player.position;
+    const isPosition = player !== null && place === player.position;
+    if (isReached) mark(tokenElements[token], isPosition ? "walk" : "on");
   });
 }
 
-// --- playing: one token after the other, by itself or step by step -------------------------------------------
-function startPlaying(route) {
-  stopPlaying();
-  playing = { route, position: 0, timer: null };
+// --- player ----------------------------------------------------------------------------------------------------
+
+function startRoute(route) {
+  stopPlayer();
+  player = { route, position: 0, timer: null };
   pinned = { route };
-  at("player").hidden = false;
-  for (const index of page.routes[route][0]) if (folding) reveal(index);
+  byId("player").hidden = false;
+  if (isFolding) {
+    for (const token of routes[route].path) reveal(token);
+  }
   showView("tokens");
-  goAlong(0);
-  if (!still.matches) resume(); // who asked for less motion goes on by hand
-  at("play-pause").focus({ preventScroll: true });
-}
-function goAlong(change) {
-  if (!playing) return;
-  const path = page.routes[playing.route][0];
-  playing.position = Math.max(0, Math.min(path.length - 1, playing.position + change));
-  const index = path[playing.position];
-  reveal(index);
-  show({ route: playing.route });
-  bringIntoView(views[index], "nearest");
-  at("play-place").textContent = `route ${playing.route + 1}: token ${playing.position + 1} of ${path.length}, “${exact(tokens[index][TEXT])}”`;
-  at("play-back").disabled = playing.position === 0;
-  at("play-on").disabled = playing.position === path.length - 1;
-  if (playing.position === path.length - 1) pause();
-}
-function resume() {
-  if (!playing) return;
-  if (playing.position === page.routes[playing.route][0].length - 1) goAlong(-playing.position);
-  playing.timer = setInterval(() => goAlong(1), BEAT);
-  nameButton();
-}
-function pause() {
-  clearInterval(playing?.timer ?? undefined);
-  if (playing) playing.timer = null;
-  nameButton();
-}
-function nameButton() {
-  const on = playing?.timer != null;
-  at("play-pause").textContent = on ? "pause" : "▶ play";
-}
-const playOrPause = () => (playing?.timer != null ? pause() : resume());
-const byHand = (change) => { pause(); goAlong(change); };
-function stopPlaying() {
-  if (!playing) return;
-  pause();
-  playing = null;
-  at("player").hidden = true;
-}
-function startPlayer() {
-  at("play-back").addEventListener("click", () => byHand(-1));
-  at("play-on").addEventListener("click", () => byHand(1));
-  at("play-pause").addEventListener("click", playOrPause);
-  at("play-stop").addEventListener("click", unpin);
+  moveAlong(0);
+  // With reduced motion the reader moves along by hand.
+  if (!reducedMotion.matches) resumePlayer();
+  byId("play-pause").focus({ preventScroll: true });
 }
 
-function drawRoles(title, hint, roles) {
-  if (!roles.length) return;
-  const head = make("tr", "", ...["token", "throughput", "inflows", "outflows"].map((name) => make("th", "", name)));
-  const rows = roles.slice(0, 8).map(([index, flow, into, out]) => {
-    const cells = [percent(flow), into.toFixed(1), out.toFixed(1)].map((value) => make("td", "", value));
-    return make("tr", "", make("td", "", clickable(index)), ...cells);
-  });
-  const table = make("table", "", make("thead", "", head), make("tbody", "", ...rows));
-  at("roles").append(make("section", "", make("h2", "", title), make("p", "hint", hint), table));
+/** Move by some tokens along the route that is played, and stop the clock at its end. */
+function moveAlong(change) {
+  if (!player) return;
+  const { path } = routes[player.route];
+  const last = path.length - 1;
+  player.position = Math.max(0, Math.min(last, player.position + change));
+  const token = path[player.position];
+  reveal(token);
+  show({ route: player.route });
+  bringIntoView(tokenElements[token]);
+
+  const place = `route ${player.route + 1}: token ${player.position + 1} of ${path.length}`;
+  byId("play-place").textContent = `${place}, “${exact(tokens[token].text)}”`;
+  byId("play-back").disabled = player.position === 0;
+  byId("play-on").disabled = player.position === last;
+  if (player.position === last) pausePlayer();
+}
+
+function isRunning() {
+  return player !== null && player.timer !== null;
+}
+
+function resumePlayer() {
+  if (!player) return;
+  const isAtEnd = player.position === routes[player.route].path.length - 1;
+  if (isAtEnd) moveAlong(-player.position);
+  player.timer = setInterval(() => moveAlong(1), MILLISECONDS_PER_TOKEN);
+  labelPauseButton();
+}
+
+function pausePlayer() {
+  if (player) {
+    clearInterval(player.timer);
+    player.timer = null;
+  }
+  labelPauseButton();
+}
+
+function labelPauseButton() {
+  byId("play-pause").textContent = isRunning() ? "pause" : "▶ play";
+}
+
+function togglePlayer() {
+  if (isRunning()) pausePlayer();
+  else resumePlayer();
+}
+
+function moveByHand(change) {
+  pausePlayer();
+  moveAlong(change);
+}
+
+function stopPlayer() {
+  if (!player) return;
+  pausePlayer();
+  player = null;
+  byId("player").hidden = true;
+}
+
+/** Stop playing when anything but the route that is played is chosen. */
+function stopPlayerUnless(route) {
+  if (player && player.route !== route) stopPlayer();
+}
+
+function startPlayer() {
+  byId("play-back").addEventListener("click", () => moveByHand(-1));
+  byId("play-on").addEventListener("click", () => moveByHand(1));
+  byId("play-pause").addEventListener("click", togglePlayer);
+  byId("play-stop").addEventListener("click", unpin);
+}
+
+// --- hubs and checkpoints --------------------------------------------------------------------------------------
+
+function drawRoles(title, hint, records) {
+  if (!records.length) return;
+  const rows = records
+    .slice(0, MAX_ROLES)
+    .map(({ token, throughput, inflows, outflows }) =>
+      tableRow(tokenButton(token), percent(throughput), inflows.toFixed(1), outflows.toFixed(1)),
+    );
+  const head = tableHead(["token", "throughput", "inflows", "outflows"]);
+  const table = make("table", "", head, make("tbody", "", ...rows));
+  byId("roles").append(make("section", "", make("h2", "", title), make("p", "hint", hint), table));
 }

@@ -1,101 +1,154 @@
-// Search in the text: across tokens, without regard to case; hits keep their colour and get a frame.
-let hits = [], hitTokens = new Set(), chosenHit = -1;
-const isHit = (index) => hitTokens.has(index);
-const field = at("search");
+// Search in the text, across tokens and without regard to case. A hit keeps its colour and gets a frame.
 
-/** All the text in small letters, and where each token begins in it; a character of several tokens counts once. */
+const searchField = byId("search");
+let hits = []; // [start, stop) of the tokens of each hit
+let hitTokens = new Set();
+let currentHit = -1; // index into hits, or -1
+
+function isHit(token) {
+  return hitTokens.has(token);
+}
+
+// --- find ------------------------------------------------------------------------------------------------------
+
 let searchable = null;
-function searchText() {
+
+function searchForm(text) {
+  return text.toLowerCase().replace(/\s/g, " ");
+}
+
+/** The whole text in its search form, and where each token starts in it; made at the first search. */
+function searchableText() {
   if (searchable) return searchable;
-  const parts = [], starts = new Uint32Array(tokens.length + 1);
-  tokens.forEach((token, i) => {
-    parts.push(token[JOINED] ? "" : token[TEXT].toLowerCase().replace(/\s/g, " "));
-    starts[i + 1] = starts[i] + parts[i].length;
+  const parts = [];
+  const starts = new Uint32Array(tokens.length + 1);
+  tokens.forEach(({ text, joined }, index) => {
+    // A character that several tokens share belongs to the first of them.
+    const part = joined ? "" : searchForm(text);
+    parts.push(part);
+    starts[index + 1] = starts[index] + part.length;
   });
   searchable = { text: parts.join(""), starts };
   return searchable;
 }
-function find(query) {
-  const { text, starts } = searchText(), found = [];
-  const wanted = query.toLowerCase().replace(/\s/g, " ");
+
+/** The token ranges [start, stop) of all matches. */
+function findAll(query) {
+  const wanted = searchForm(query);
+  if (!wanted) return [];
+  const { text, starts } = searchableText();
+  const found = [];
   let token = 0;
-  for (let from = text.indexOf(wanted); wanted && from >= 0; from = text.indexOf(wanted, from + wanted.length)) {
+  let from = text.indexOf(wanted);
+  while (from >= 0) {
+    const end = from + wanted.length;
     while (starts[token + 1] <= from) token++;
     let stop = token + 1;
-    while (starts[stop] < from + wanted.length) stop++;
-    while (stop < tokens.length && tokens[stop][JOINED]) stop++; // the rest of a split character
+    while (starts[stop] < end) stop++;
+    // Tokens that share the last character belong to the match too.
+    while (stop < tokens.length && tokens[stop].joined) stop++;
     found.push([token, stop]);
+    from = text.indexOf(wanted, end);
   }
   return found;
 }
+
+// --- hits ------------------------------------------------------------------------------------------------------
+
 function search() {
-  for (const index of hitTokens) views[index]?.classList.remove("hit", "now");
-  hits = find(field.value);
-  hitTokens = new Set(hits.flatMap(([start, stop]) => Array.from({ length: stop - start }, (_, i) => start + i)));
-  for (const index of hitTokens) views[index]?.classList.add("hit");
-  chosenHit = -1;
+  for (const token of hitTokens) tokenElements[token]?.classList.remove("hit", "now");
+  hits = findAll(searchField.value);
+  hitTokens = new Set();
+  for (const [start, stop] of hits) {
+    for (let token = start; token < stop; token++) hitTokens.add(token);
+  }
+  for (const token of hitTokens) tokenElements[token]?.classList.add("hit");
+  currentHit = -1;
   markStepHits();
-  if (hits.length && !folding && view === "tokens") goToHit(1);
-  else sayHits();
+
+  // A folded text and the step view stay where they are until a hit is asked for.
+  const goesToFirst = hits.length > 0 && !isFolding && view === "tokens";
+  if (goesToFirst) goToHit(1);
+  else describeHits();
 }
-function sayHits() {
-  const place = chosenHit < 0 ? plural(hits.length, "match", "matches") : `${count(chosenHit + 1)} of ${count(hits.length)}`;
-  at("hits").textContent = !field.value ? "" : hits.length ? place : "no match";
-  at("hit-back").disabled = at("hit-on").disabled = !hits.length;
+
+function describeHits() {
+  const hasHits = hits.length > 0;
+  let text = "";
+  if (searchField.value) text = "no match";
+  if (hasHits) text = plural(hits.length, "match", "matches");
+  if (currentHit >= 0) text = `${count(currentHit + 1)} of ${count(hits.length)}`;
+  byId("hits").textContent = text;
+  byId("hit-back").disabled = !hasHits;
+  byId("hit-on").disabled = !hasHits;
 }
+
+function frameCurrentHit(isFramed) {
+  if (currentHit < 0) return;
+  const [start, stop] = hits[currentHit];
+  for (let token = start; token < stop; token++) tokenElements[token]?.classList.toggle("now", isFramed);
+}
+
+/** Go to the next hit (change 1) or the one before (change -1); after the last comes the first. */
 function goToHit(change) {
   if (!hits.length) return;
-  const frame = (on) => {
-    if (chosenHit < 0) return;
-    for (let i = hits[chosenHit][0]; i < hits[chosenHit][1]; i++) views[i]?.classList.toggle("now", on);
-  };
-  frame(false);
-  chosenHit = chosenHit < 0 ? (change > 0 ? 0 : hits.length - 1) : (chosenHit + change + hits.length) % hits.length;
-  const [start] = hits[chosenHit];
+  frameCurrentHit(false);
+  const first = change > 0 ? 0 : hits.length - 1;
+  currentHit = currentHit < 0 ? first : (currentHit + change + hits.length) % hits.length;
+
+  const [start] = hits[currentHit];
   if (view === "steps") {
-    const card = stepCards.get(stepOf(start));
-    if (card) bringIntoView(card, "center");
-    select({ step: stepOf(start) }, true);
+    const step = stepOf(start);
+    bringIntoView(stepCards.get(step), "center");
+    pin({ step });
   } else {
     reveal(start);
     setCurrent(start);
-    bringIntoView(views[start], "center");
+    bringIntoView(tokenElements[start], "center");
   }
-  frame(true);
-  sayHits();
+  frameCurrentHit(true);
+  describeHits();
 }
-function stepOf(index) {
-  let low = 0, high = steps.nodes.length - 1;
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (steps.nodes[middle][START] <= index) low = middle;
-    else high = middle - 1;
-  }
-  return low;
+
+function stepOf(token) {
+  return lastStartingBefore(steps.nodes, token);
 }
+
 function markStepHits() {
   if (!steps) return;
-  const found = new Set(hits.map(([start]) => stepOf(start)));
-  for (const [step, card] of stepCards) card.classList.toggle("hit", found.has(step));
+  const stepsWithHit = new Set(hits.map(([start]) => stepOf(start)));
+  for (const [step, card] of stepCards) card.classList.toggle("hit", stepsWithHit.has(step));
 }
+
 function clearSearch() {
-  field.value = "";
+  searchField.value = "";
   search();
 }
+
+// --- events ----------------------------------------------------------------------------------------------------
+
 function startSearch() {
-  let waitingFor = 0;
-  field.addEventListener("input", () => {
-    clearTimeout(waitingFor);
-    waitingFor = setTimeout(search, folding ? 200 : 60);
+  // Search after a pause in typing; the text of a long trace takes longer.
+  let timer = 0;
+  searchField.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(search, isFolding ? 200 : 60);
   });
-  field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") { clearTimeout(waitingFor); if (!hits.length) search(); else goToHit(event.shiftKey ? -1 : 1); }
-    else if (event.key === "Escape") { clearSearch(); field.blur(); }
-    else return;
+  searchField.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") {
+      clearTimeout(timer);
+      if (hits.length) goToHit(event.shiftKey ? -1 : 1);
+      else search();
+    } else if (event.key === "Escape") {
+      clearSearch();
+      searchField.blur();
+    } else {
+      return;
+    }
     event.preventDefault();
     event.stopPropagation();
   });
-  at("hit-back").addEventListener("click", () => goToHit(-1));
-  at("hit-on").addEventListener("click", () => goToHit(1));
-  sayHits();
+  byId("hit-back").addEventListener("click", () => goToHit(-1));
+  byId("hit-on").addEventListener("click", () => goToHit(1));
+  describeHits();
 }

@@ -1,114 +1,189 @@
-// What is chosen: a token, a route, a step or a band; shown while pointed at, kept when pinned.
-let shown = null, pinned = null, current = 0;
-const marked = [];
-const mark = (element, ...names) => {
-  if (!element) return;
-  element.classList.add(...names);
-  marked.push([element, names]);
-};
-function show(choice) {
-  shown = choice;
-  for (const [element, names] of marked.splice(0)) element.classList.remove(...names);
-  drawFocus();
-  canvas.classList.toggle("busy", choice !== null && (choice.token !== undefined || choice.route !== undefined));
-  if (choice?.token !== undefined) {
-    mark(views[choice.token], "on");
-    for (const [source] of inflows(choice.token).slice(0, LISTED)) mark(views[source], "in");
-    for (const [, target] of outflows(choice.token).slice(0, LISTED)) mark(views[target], "out");
-  }
-  if (choice?.route !== undefined) markRoute(choice.route);
-  if (choice?.step !== undefined) for (let i = page.steps.nodes[choice.step][0]; i < page.steps.nodes[choice.step][1]; i++) mark(views[i], "instep");
-  markRiver(choice);
-  drawPanel(choice);
-  for (const element of pressed.splice(0)) element.setAttribute("aria-pressed", "false");
-  press(pinned?.token !== undefined && views[pinned.token]);
-  press(pinned?.route !== undefined && routeButtons[pinned.route]);
-  press(pinned?.step !== undefined && stepCards.get(pinned.step));
+// What is chosen: {token}, {route}, {step} or {band}. It is shown while pointed at or focused, and kept while pinned.
+
+let shown = null;
+let pinned = null;
+let current = 0; // the token that the Tab key reaches
+
+const marks = []; // [element, class names] of everything that the shown selection marks
+const pressed = []; // elements with aria-pressed="true"
+
+// --- marks -----------------------------------------------------------------------------------------------------
+
+function mark(element, ...classNames) {
+  if (!element) return; // tokens of a folded section are not on the page
+  element.classList.add(...classNames);
+  marks.push([element, classNames]);
 }
-const pressed = [];
+
 function press(element) {
   if (!element) return;
   element.setAttribute("aria-pressed", "true");
   pressed.push(element);
 }
-function select(choice, pin) {
-  if (pinned && !pin) return;
-  if (playing && choice.route !== playing.route) stopPlaying();
-  if (pin) pinned = choice;
-  if (pin && choice.token !== undefined) {
-    reveal(choice.token);
+
+function clearMarks() {
+  for (const [element, classNames] of marks.splice(0)) element.classList.remove(...classNames);
+  for (const element of pressed.splice(0)) element.setAttribute("aria-pressed", "false");
+}
+
+/** Mark a token and the ends of its strongest edges. */
+function markToken(token) {
+  mark(tokenElements[token], "on");
+  for (const { source } of inflowsOf(token).slice(0, MAX_LISTED)) mark(tokenElements[source], "in");
+  for (const { target } of outflowsOf(token).slice(0, MAX_LISTED)) mark(tokenElements[target], "out");
+}
+
+/** Mark the tokens of a step in the text. */
+function markStep(step) {
+  const { start, stop } = steps.nodes[step];
+  for (let index = start; index < stop; index++) mark(tokenElements[index], "instep");
+}
+
+// --- show, pin, release ----------------------------------------------------------------------------------------
+
+/** Show a selection in text, curves, step view and panel; null shows none. */
+function show(selection) {
+  shown = selection;
+  clearMarks();
+  drawChosenCurves();
+  const hasCurves = selection?.token !== undefined || selection?.route !== undefined;
+  canvas.classList.toggle("busy", hasCurves);
+
+  if (selection?.token !== undefined) markToken(selection.token);
+  if (selection?.route !== undefined) markRoute(selection.route);
+  if (selection?.step !== undefined) markStep(selection.step);
+  markRiver(selection);
+  drawPanel(selection);
+
+  if (pinned?.token !== undefined) press(tokenElements[pinned.token]);
+  if (pinned?.route !== undefined) press(routeButtons[pinned.route]);
+  if (pinned?.step !== undefined) press(stepCards.get(pinned.step));
+}
+
+/** Show what is pointed at or focused, unless something is pinned. */
+function preview(selection) {
+  if (pinned) return;
+  stopPlayerUnless(selection.route);
+  show(selection);
+}
+
+function endPreview() {
+  if (!pinned) show(null);
+}
+
+/** Keep a selection; a token is also brought into view. */
+function pin(selection) {
+  stopPlayerUnless(selection.route);
+  pinned = selection;
+  const { token } = selection;
+  if (token !== undefined) {
+    reveal(token);
     if (view === "steps") showView("tokens");
   }
-  show(choice);
-  if (!pin || choice.token === undefined) return;
-  rove(choice.token, false);
-  bringIntoView(views[choice.token]);
+  show(selection);
+  if (token === undefined) return;
+  setCurrent(token);
+  bringIntoView(tokenElements[token]);
 }
+
 function unpin() {
-  stopPlaying();
+  stopPlayer();
   pinned = null;
   show(null);
 }
-const unhover = () => { if (!pinned) show(null); };
-const same = (one, other) => one !== null && ["token", "route", "step", "band"].every((kind) => one[kind] === other[kind]);
-const toggle = (choice) => (same(pinned, choice) ? unpin() : select(choice, true));
-const bringIntoView = (element, block = "nearest") => element?.scrollIntoView({ block, inline: "nearest", behavior: still.matches ? "auto" : "smooth" });
 
-// --- pointer and keyboard in the text ------------------------------------------------------------------------
-function setCurrent(index) {
-  if (views[current]) views[current].tabIndex = -1;
-  current = index;
-  if (views[current]) views[current].tabIndex = 0;
+function isSame(first, second) {
+  if (first === null) return false;
+  return ["token", "route", "step", "band"].every((kind) => first[kind] === second[kind]);
 }
-function rove(index, focusIt = true) {
+
+function togglePin(selection) {
+  if (isSame(pinned, selection)) unpin();
+  else pin(selection);
+}
+
+function bringIntoView(element, block = "nearest") {
+  const behavior = reducedMotion.matches ? "auto" : "smooth";
+  element?.scrollIntoView({ block, inline: "nearest", behavior });
+}
+
+// --- movement in the text --------------------------------------------------------------------------------------
+
+/** Make a token the one that the Tab key reaches. */
+function setCurrent(index) {
+  if (tokenElements[current]) tokenElements[current].tabIndex = -1;
+  current = index;
+  if (tokenElements[current]) tokenElements[current].tabIndex = 0;
+}
+
+function focusToken(index) {
   reveal(index);
   setCurrent(index);
-  if (focusIt) views[index].focus();
+  tokenElements[index].focus();
 }
-const indexOf = (event) => {
-  const found = event.target.closest(".t");
-  return found ? Number(found.dataset.index) : null;
-};
-/** The token nearest in the closest line above (-1) or below (1). */
-function vertical(direction) {
-  const here = boxes[current];
-  const distance = (box) => direction * (box.top - here.top);
-  const line = boxes.reduce((best, box) => (distance(box) > 8 ? Math.min(best, distance(box)) : best), Infinity);
-  let best = current, nearest = Infinity;
-  boxes.forEach((box, i) => {
-    const off = Math.abs(box.x - here.x);
-    if (Math.abs(distance(box) - line) < 8 && off < nearest) [best, nearest] = [i, off];
-  });
-  return best;
+
+function isRightToLeft() {
+  const line = tokenElements[current]?.parentElement;
+  return line !== undefined && getComputedStyle(line).direction === "rtl";
 }
-/** 1 where reading goes to the right, -1 where it goes to the left. */
-const reading = () => (views[current] && getComputedStyle(views[current].parentElement).direction === "rtl" ? -1 : 1);
+
+/** The token that a key leads to, or null for any other key. */
+function tokenAfterKey(key) {
+  const last = tokens.length - 1;
+  const forward = isRightToLeft() ? -1 : 1; // the right arrow key goes to the right on the page
+  switch (key) {
+    case "ArrowRight":
+      return Math.max(0, Math.min(last, current + forward));
+    case "ArrowLeft":
+      return Math.max(0, Math.min(last, current - forward));
+    case "ArrowDown":
+      return nearestInNextLine(boxes, current, 1);
+    case "ArrowUp":
+      return nearestInNextLine(boxes, current, -1);
+    case "Home":
+      return 0;
+    case "End":
+      return last;
+    default:
+      return null;
+  }
+}
+
+/** The token of an event, or null. */
+function tokenOf(event) {
+  const element = event.target.closest(".t");
+  return element ? Number(element.dataset.index) : null;
+}
+
+function onTextKey(event) {
+  if (tokenOf(event) === null || event.ctrlKey || event.metaKey || event.altKey) return;
+  const next = tokenAfterKey(event.key);
+  if (next !== null) focusToken(next);
+  else if (event.key === "Enter" || event.key === " ") togglePin({ token: current });
+  else return;
+  event.preventDefault();
+}
+
 function startText() {
-  holder.addEventListener("pointerover", (event) => {
-    const index = indexOf(event);
-    if (event.pointerType === "mouse" && index !== null && shown?.token !== index) select({ token: index }, false);
+  textHolder.addEventListener("pointerover", (event) => {
+    const token = tokenOf(event);
+    // A finger has no hover: a tap arrives as a click.
+    if (event.pointerType === "mouse" && token !== null && shown?.token !== token) preview({ token });
   });
-  holder.addEventListener("pointerleave", unhover);
-  holder.addEventListener("focusin", (event) => {
-    const index = indexOf(event);
-    if (index !== null && event.target.matches(":focus-visible")) select({ token: index }, false);
+  textHolder.addEventListener("pointerleave", endPreview);
+  textHolder.addEventListener("focusin", (event) => {
+    const token = tokenOf(event);
+    if (token !== null && event.target.matches(":focus-visible")) preview({ token });
   });
-  holder.addEventListener("click", (event) => {
-    const index = indexOf(event);
-    if (index === null) return event.target.closest("button") ? undefined : unpin();
-    rove(index);
-    toggle({ token: index });
+  textHolder.addEventListener("click", (event) => {
+    const token = tokenOf(event);
+    if (token !== null) {
+      focusToken(token);
+      togglePin({ token });
+      return;
+    }
+    const isFoldButton = event.target.closest("button") !== null;
+    if (!isFoldButton) unpin();
   });
-  holder.addEventListener("keydown", (event) => {
-    if (indexOf(event) === null || event.ctrlKey || event.metaKey || event.altKey) return;
-    const last = tokens.length - 1, inside = (index) => Math.max(0, Math.min(last, index));
-    const moves = {
-      ArrowRight: () => inside(current + reading()), ArrowLeft: () => inside(current - reading()),
-      ArrowDown: () => vertical(1), ArrowUp: () => vertical(-1), Home: () => 0, End: () => last,
-    };
-    if (Object.hasOwn(moves, event.key)) rove(moves[event.key]());
-    else if (event.key === "Enter" || event.key === " ") toggle({ token: current });
-    else return;
-    event.preventDefault();
-  });
+  textHolder.addEventListener("keydown", onTextKey);
 }

@@ -1,141 +1,167 @@
-// The text, token by token, in the sections of its regions; a long trace opens a section when it is asked for.
-const FOLD_ABOVE = 10000, SECTION = 256;
-const folding = tokens.length > FOLD_ABOVE;
-const holder = at("text");
-const views = []; // the element of each token that is on the page
-const sections = []; // {region, start, stop, prose, button}: button and an empty prose while folded
+// The text, token by token, in sections by region. A long trace is folded: a section is drawn when it is opened.
 
+const FOLD_ABOVE = 10000; // tokens from which on a trace is folded
+const SECTION_TOKENS = 256; // tokens of a folded section
+const MAX_LINE_BREAKS = 3; // line breaks drawn after one token
+
+const isFolding = tokens.length > FOLD_ABOVE;
+const textHolder = byId("text");
+const tokenElements = []; // the element of each token that is on the page
+const sections = []; // {region, start, stop, prose, button}; a folded section has a button and an empty prose
+
+// --- one token -------------------------------------------------------------------------------------------------
+
+/** Elements of one token, from the space before it to the line breaks after it. */
 function drawToken(index) {
-  const [text, region, , , , flow, joined] = tokens[index];
-  const view = make("span", "t");
-  if (!region) view.classList.add("dim");
-  view.style.setProperty("--f", level(flow));
-  const lead = text.match(/^ */)[0];
-  const rest = joined ? "" : text.slice(lead.length);
-  if (joined) view.append(make("span", "sign", "‥"));
-  else if (rest === "") { view.classList.add("blank"); view.append("\u00a0"); }
-  for (const part of rest.split(/(\n+)/)) {
-    if (part.startsWith("\n")) view.append(make("span", "sign", "⏎".repeat(part.length)));
-    else if (part) view.append(visible(part));
+  const { text, region, throughput, joined } = tokens[index];
+  const element = make("span", "t");
+  element.dataset.index = index;
+  setStrength(element, strengthOf(throughput));
+  if (!region) element.classList.add("dim");
+  if (isHit(index)) element.classList.add("hit");
+
+  const place = region ?? "outside the three parts";
+  makeToggle(element, `${exact(text)}, token ${index}, ${place}, throughput ${percent(throughput)}`);
+  if (index === current) element.tabIndex = 0;
+  tokenElements[index] = element;
+
+  // A token that shares its character with the token before has nothing to show and ends no line.
+  if (joined) {
+    element.append(make("span", "sign", "‥"));
+    return [make("wbr"), element];
   }
-  view.dataset.index = index;
-  view.tabIndex = index === current ? 0 : -1;
-  view.setAttribute("role", "button");
-  view.setAttribute("aria-pressed", "false");
-  view.setAttribute("aria-label", `${exact(text)}, token ${index}, ${region ?? "outside the three parts"}, throughput ${percent(flow)}`);
-  if (isHit(index)) view.classList.add("hit");
-  views[index] = view;
-  const breaks = joined ? 0 : Math.min(3, text.split("\n").length - 1);
+  appendTokenText(element, text);
   const after = [];
-  for (let i = 0; i < breaks; i++) after.push(make("br"), make("span", "gap"));
-  return [rest ? lead : make("wbr"), view, ...after];
+  const numBreaks = Math.min(MAX_LINE_BREAKS, text.split("\n").length - 1);
+  for (let line = 0; line < numBreaks; line++) after.push(make("br"), make("span", "gap"));
+  return [beforeToken(text), element, ...after];
 }
 
-/** Runs of one region; tokens of none that lie between two tokens of the same region stay inside its run. */
-function runs() {
-  const regions = tokens.map((token) => token[REGION]);
-  let last = null, gap = [];
-  regions.forEach((region, i) => {
-    if (!region) return void gap.push(i);
-    if (region === last) for (const j of gap) regions[j] = region;
-    [last, gap] = [region, []];
+// --- sections --------------------------------------------------------------------------------------------------
+
+/** Runs of tokens of one region, as {region, start, stop}. */
+function regionRuns() {
+  const regions = filledRegions(tokens.map((token) => token.region));
+  const runs = [];
+  regions.forEach((region, index) => {
+    if (index === 0 || region !== regions[index - 1]) runs.push({ region, start: index, stop: index });
+    runs.at(-1).stop = index + 1;
   });
-  const found = [];
-  regions.forEach((region, i) => {
-    if (i === 0 || region !== regions[i - 1]) found.push({ region: region ?? CONTEXT, start: i });
-    found.at(-1).stop = i + 1;
-  });
-  return found;
+  return runs;
 }
 
-/** A long run in pieces of a few hundred tokens, cut between steps where there are any. */
-function pieces({ region, start, stop }) {
-  if (!folding) return [{ region, start, stop }];
-  const ends = (page.steps?.nodes ?? []).map((node) => node[1]).filter((end) => end > start && end < stop);
+/** The sections of a run: the run itself, or pieces of a few hundred tokens that end with a step where possible. */
+function sectionsOf(run) {
+  if (!isFolding) return [run];
+  const stepEnds = (steps?.nodes ?? []).map((node) => node.stop).filter((stop) => stop > run.start && stop < run.stop);
   const found = [];
-  for (let from = start; from < stop;) {
-    const step = ends.find((end) => end >= from + SECTION / 2 && end <= from + 2 * SECTION);
-    const to = Math.min(stop, step ?? from + SECTION);
-    found.push({ region, start: from, stop: to });
-    from = to;
+  let start = run.start;
+  while (start < run.stop) {
+    const earliest = start + SECTION_TOKENS / 2;
+    const latest = start + 2 * SECTION_TOKENS;
+    const stepEnd = stepEnds.find((end) => end >= earliest && end <= latest);
+    const stop = Math.min(run.stop, stepEnd ?? start + SECTION_TOKENS);
+    found.push({ region: run.region, start, stop });
+    start = stop;
   }
   return found;
 }
 
-const titleOf = (region) => region[0].toUpperCase() + region.slice(1);
 function drawText() {
-  for (const run of runs()) {
-    const block = make("section", `block ${run.region}`, make("h2", "", make("span", "", titleOf(run.region))));
+  for (const run of regionRuns()) {
     const body = make("div", "body");
-    for (const piece of pieces(run)) {
-      const section = { ...piece, prose: make("div", "prose"), button: null };
+    for (const { region, start, stop } of sectionsOf(run)) {
+      const section = { region, start, stop, prose: make("div", "prose"), button: null };
       section.prose.dir = "auto";
-      if (folding) {
-        const top = greatest(tokens.slice(piece.start, piece.stop));
-        const words = shortened(textOf(piece.start, Math.min(piece.stop, piece.start + 40)), 90);
-        const about = `tokens ${count(piece.start)} to ${count(piece.stop - 1)}, strongest ${percent(top)}`;
-        section.button = pressable("fold", () => (isOpen(section) ? fold(section) : unfold(section)), make("bdi", "", words), make("small", "", about));
-        section.button.style.setProperty("--f", level(top));
-        section.button.setAttribute("aria-expanded", "false");
+      if (isFolding) {
+        section.button = foldButton(section);
         body.append(section.button);
-      } else fill(section);
+      } else {
+        fill(section);
+      }
       body.append(section.prose);
       sections.push(section);
     }
-    block.append(body);
-    holder.append(block);
+    const title = make("h2", "", make("span", "", capitalised(run.region)));
+    textHolder.append(make("section", `block ${run.region}`, title, body));
   }
 }
-const isOpen = (section) => views[section.start] !== undefined;
+
+/** The button that opens and closes a section: its first words, its tokens and the strongest of them. */
+function foldButton(section) {
+  const largest = largestThroughput(tokens.slice(section.start, section.stop));
+  const words = shortened(textOf(section.start, Math.min(section.stop, section.start + 40)), 90);
+  const about = `tokens ${count(section.start)} to ${count(section.stop - 1)}, strongest ${percent(largest)}`;
+  const button = pressable(
+    "fold",
+    () => (isOpen(section) ? fold(section) : unfold(section)),
+    make("bdi", "", words),
+    make("small", "", about),
+  );
+  setStrength(button, strengthOf(largest));
+  button.setAttribute("aria-expanded", "false");
+  return button;
+}
+
+function isOpen(section) {
+  return tokenElements[section.start] !== undefined;
+}
+
 function fill(section) {
   const parts = [];
-  for (let i = section.start; i < section.stop; i++) parts.push(...drawToken(i));
+  for (let index = section.start; index < section.stop; index++) parts.push(...drawToken(index));
   section.prose.append(...parts);
 }
+
 function unfold(section) {
   if (isOpen(section)) return;
   fill(section);
   section.button.setAttribute("aria-expanded", "true");
-  if (!views[current]) setCurrent(section.start);
+  // The Tab key needs one token to reach.
+  if (!tokenElements[current]) setCurrent(section.start);
   redraw();
 }
+
 function fold(section) {
-  if (section.start <= current && current < section.stop) views[current].blur();
+  if (section.start <= current && current < section.stop) tokenElements[current].blur();
   section.prose.replaceChildren();
-  for (let i = section.start; i < section.stop; i++) delete views[i];
+  for (let index = section.start; index < section.stop; index++) delete tokenElements[index];
   section.button.setAttribute("aria-expanded", "false");
   redraw();
 }
-function sectionOf(index) {
-  let low = 0, high = sections.length - 1;
+
+/** Index of the last record that starts at or before a token; records are in the order of their start. */
+function lastStartingBefore(records, token) {
+  let low = 0;
+  let high = records.length - 1;
   while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (sections[middle].start <= index) low = middle;
+    const middle = Math.ceil((low + high) / 2);
+    if (records[middle].start <= token) low = middle;
     else high = middle - 1;
   }
-  return sections[low];
+  return low;
 }
-/** Make sure that a token is on the page. */
-const reveal = (index) => unfold(sectionOf(index));
+
+/** Open the section of a token, so that the token is on the page. */
+function reveal(index) {
+  unfold(sections[lastStartingBefore(sections, index)]);
+}
+
+// --- legend ----------------------------------------------------------------------------------------------------
 
 function drawLegend() {
-  const steps = 24, ramp = make("span", "ramp");
-  for (let i = 0; i < steps; i++) {
-    const step = make("i");
-    step.style.setProperty("--f", (i / (steps - 1)).toFixed(3));
-    ramp.append(step);
-  }
-  for (const [column, share] of [["1", 0], ["11", 0.25], ["22", 1]]) {
-    const label = make("b", "", (share === 1 && strongest > full ? "≥ " : "") + percent(share * full));
-    label.style.gridColumn = `${column} / span 6`;
-    ramp.append(label);
-  }
   if (!strongest) return;
-  const example = shape("svg", { "aria-hidden": "true" });
-  example.append(shape("path", { d: "M3 16C12 0 34 0 43 16", "stroke-width": 3 }));
-  at("legend").append(
-    make("span", "key", "throughput (square-root scale)", ramp),
-    make("span", "key curves", example, "flow, thicker = more"),
+  const atLeast = strongest > fullColour ? "≥ " : ""; // answer tokens above the end of the scale
+  const scale = colourScale(24, setStrength, [
+    ["0 %", "1 / span 6", ""],
+    [percent(fullColour / 4), "11 / span 6", ""], // the middle of a square-root scale
+    [atLeast + percent(fullColour), "22 / span 6", ""],
+  ]);
+  const curve = shape("svg", { "aria-hidden": "true" });
+  curve.append(shape("path", { d: "M3 16C12 0 34 0 43 16", "stroke-width": 3 }));
+  byId("legend").append(
+    make("span", "key", "throughput (square-root scale)", scale),
+    make("span", "key curves", curve, "flow, thicker = more"),
     make("span", "key", make("span", "t dim", "dimmed"), "outside the three parts"),
   );
 }

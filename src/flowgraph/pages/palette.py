@@ -1,0 +1,63 @@
+"""Colours with one meaning each, for pages, notebooks, figures and the terminal.
+
+The hues are those of Okabe and Ito, "Color Universal Design: how to make figures and presentations that are friendly
+to colorblind people" (2002, revised 2008): blue, bluish green, vermillion, reddish purple and yellow. Their lightness
+is adapted to the ground, so that words in these colours have a contrast of at least 4.5 to 1 with a page. ``context``
+and ``found`` are colours of lines and bars, never of words. No meaning depends on colour alone: regions also differ
+by their lines, differences by bars, and amounts by lightness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LIGHT_GROUND = ("#fbfbf9", "#ffffff")
+"""Background of the pages and of their cards in the light theme."""
+DARK_GROUND = ("#16171b", "#1e2026")
+"""Background of the pages and of their cards in the dark theme."""
+
+
+@dataclass(frozen=True)
+class Colour:
+    """One meaning on light and on dark ground, as ``#rrggbb``."""
+
+    light: str
+    dark: str
+
+
+PALETTE = {
+    # Regions. Blue also marks what comes from the question's side (g, flow in), green what goes to the answer's side
+    # (h, flow out).
+    "question": Colour("#0072b2", "#56b4e9"),
+    "reasoning": Colour("#4a4d55", "#c9ccd4"),
+    "answer": Colour("#007a58", "#46b68c"),
+    "context": Colour("#8a8d96", "#7b7f8b"),
+    # Amounts. Flow is vermillion everywhere; in a difference, vermillion is more flow and purple less.
+    "flow": Colour("#b74d02", "#fe8444"),
+    "less": Colour("#a64e81", "#e588bc"),
+    # Matches of a search, always with a line in the text's colour around.
+    "found": Colour("#f0e442", "#f0e442"),
+}
+
+FLOW_RAMP_ON_DARK = ("#2e1d15", "#562f14", "#7f4401", "#a16004", "#c47e00", "#e29f1e")
+"""Amounts of flow on a dark terminal, from little to much; text is white on the first four steps, then black."""
+FIRST_STEP_WITH_BLACK_INK = 4
+
+
+def css_variables() -> str:
+    """The palette and the grounds as CSS variables, ``--question`` and so on, for the theme in force.
+
+    Browsers without ``light-dark()`` get the light theme.
+    """
+    grounds = {"page": Colour(LIGHT_GROUND[0], DARK_GROUND[0]), "card": Colour(LIGHT_GROUND[1], DARK_GROUND[1])}
+    colours = grounds | PALETTE
+    both = "".join(f"  --{name}: light-dark({colour.light}, {colour.dark});\n" for name, colour in colours.items())
+    light = "".join(f"    --{name}: {colour.light};\n" for name, colour in colours.items())
+    fallback = f"@supports not (color: light-dark(#000, #fff)) {{\n  :root {{\n{light}  }}\n}}\n"
+    return f":root {{\n{both}}}\n{fallback}"
+
+
+def rgba(colour: str, opacity: float) -> str:
+    """A colour ``#rrggbb`` at some opacity, as CSS writes it."""
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:.3g})"
