@@ -94,6 +94,8 @@ from .steps.contraction import contract as contract
 from .steps.step_flow import Step as Step
 from .steps.step_flow import StepFlow as StepFlow
 from .steps.step_flow import split_steps as split_steps
+from .steps.step_relevance import StepRelevance as StepRelevance
+from .steps.step_relevance import step_relevance as step_relevance
 from .text.encoding import EncodedText as EncodedText
 from .text.encoding import encode as encode
 from .text.regions import Regions as Regions
