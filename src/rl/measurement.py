@@ -25,7 +25,7 @@ def respond(
         choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(samples), 500):
         batch = tokenizer([str(sample.prompt) for sample in samples[start : start + 500]],
-                          padding=True, return_tensors="pt", return_token_type_ids=False)  # fmt: skip
+                          padding=True, return_tensors="pt", return_token_type_ids=False).to(model.device)  # fmt: skip
         with torch.no_grad():
             written = model.generate(**batch, **choice, max_new_tokens=max_new_tokens)
         written = written[:, batch["input_ids"].shape[1] :]
@@ -50,7 +50,8 @@ def measure(
     Cost: one pass of generation per sample, some seconds for 1000 problems on one core.
     """
     samples = [task.sample("eval", index) for index in range(num_problems)]
-    with torch.random.fork_rng(devices=[]):
+    # Samples are drawn where the model is, so that generator is seeded and put back too.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         drawn = [respond(model, tokenizer, samples) for _ in range(num_samples)]
     rewards = torch.tensor([[task.reward(*pair) for pair in zip(samples, texts, strict=True)] for texts in drawn])

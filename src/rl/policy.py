@@ -70,8 +70,9 @@ class ActorCritic(nn.Module):
     def __init__(self, model: nn.Module, lora: LoraConfig, *, critic: bool, seed: int = 0) -> None:
         super().__init__()
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
-            torch.manual_seed(seed)
+        # PEFT draws the first weights on the CPU. torch.manual_seed would also reseed the caller's CUDA generators.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             self.peft, self.policy_name, self.reference_name = _adapted(model, lora)
             if critic:
                 self.peft.add_adapter(VALUE, _peft_config(lora, self.causal_lm))

@@ -137,7 +137,7 @@ def pretrain(
     folder = _free_folder(out)
     started = time.monotonic()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)  # torch.manual_seed would reseed CUDA generators as well
         model = build_model(recipe)
     losses = _train(model, recipe, progress)
     tokenizer = chain_tokenizer()
