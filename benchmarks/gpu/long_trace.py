@@ -33,6 +33,8 @@ def run(context: Context, record: Record) -> None:
         definition="trace: fg.trace with its defaults (middle third of the layers, 64 edges per token kept by flow, "
         "exact streamed solve); forward: the same model and text, logits of one position, no cache",
         growth_expected_per_doubling=_GROWTH,
+        stages="read off the host's clock without waiting for the device, so work that was queued in one stage may be "
+        "waited for in the next",
     )
     lengths = TOY_LENGTHS if context.toy else LENGTHS
     model = context.model()
