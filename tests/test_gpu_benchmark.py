@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import correctness, credit, internals, models, timing
+from benchmarks.gpu import comparisons, correctness, credit, internals, models, timing
 from benchmarks.gpu import run as runner
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.context import Context, DeviceLostError
@@ -368,13 +368,13 @@ def test_differences_are_relative_and_never_hide_nan():
     one = torch.tensor([1.0, 0.0, 1e-200], dtype=torch.float64)
     doubled = torch.tensor([1.0, 0.0, 2e-200], dtype=torch.float64)
     not_zero = torch.tensor([1.0, 1e-300, 1e-200], dtype=torch.float64)
-    assert correctness.relative_difference(one, one) == 0
-    assert correctness.relative_difference(doubled, one) == pytest.approx(1)
-    assert correctness.relative_difference(not_zero, one) == float("inf")
+    assert comparisons.relative_difference(one, one) == 0
+    assert comparisons.relative_difference(doubled, one) == pytest.approx(1)
+    assert comparisons.relative_difference(not_zero, one) == float("inf")
     for broken in (torch.tensor([1.0, float("nan"), 0.0]), torch.tensor([1.0, float("inf"), 0.0]), torch.ones(2)):
-        assert correctness.relative_difference(broken, one) == float("inf")
-        assert correctness.norm_difference(broken, one) == float("inf")
-    assert correctness.norm_difference(torch.tensor([2.0, 1.0]), torch.tensor([2.0, 0.0])) == pytest.approx(0.5)
+        assert comparisons.relative_difference(broken, one) == float("inf")
+        assert comparisons.norm_difference(broken, one) == float("inf")
+    assert comparisons.norm_difference(torch.tensor([2.0, 1.0]), torch.tensor([2.0, 0.0])) == pytest.approx(0.5)
 
 
 # Parts --------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.gpu import models
 from benchmarks.gpu.timing import release
+
+Size = TypeVar("Size")
 
 
 class DeviceLostError(RuntimeError):
@@ -35,6 +37,10 @@ class Context:
     section_ends: float = field(default=float("inf"))
     _model: Any = None
 
+    def sized(self, full: Size, toy: Size) -> Size:
+        """The value for the full sizes, or the one for a test."""
+        return toy if self.toy else full
+
     def left(self) -> float:
         """Seconds that the present section has left."""
         return self.section_ends - time.perf_counter()
@@ -50,7 +56,7 @@ class Context:
     def model(self) -> Any:
         """The large model, built on first use and kept for the sections after it; without adapters."""
         if self._model is None:
-            config = models.toy_config() if self.toy else models.qwen3_4b_config()
+            config = self.sized(models.qwen3_4b_config(), models.toy_config())
             start = time.perf_counter()
             self._model = models.random_model(config, self.device, models.LARGE_DTYPE, self.seed)
             self.say(f"built {models.described(self._model)} in {time.perf_counter() - start:.1f} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from transformers import AttentionInterface
 import flowgraph as fg
 import rl
 from benchmarks.gpu import models
+from benchmarks.gpu.comparisons import absolute_difference, norm_difference, relative_difference
 from benchmarks.gpu.context import Context
+from benchmarks.gpu.inputs import moved, random_attention, random_graph, regions
+from benchmarks.gpu.models import dtype_name
 from benchmarks.gpu.record import Record
 
 SOLVER_BOUND = 1e-12
@@ -30,6 +34,10 @@ EAGER_BOUND = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
 only the first layer, whose inputs are the same, is compared."""
 
 
+SOLVED = ("h", "g", "throughput")
+"""Vectors of a solution that are compared."""
+
+
 def run(context: Context, record: Record) -> None:
     """Compare capture, solutions and gradients with their references, part by part."""
     record.notes["bounds"] = {
@@ -40,61 +48,80 @@ def run(context: Context, record: Record) -> None:
     }
     # TF32 keeps 10 bits of float32 products; PyTorch's own default leaves it off.
     torch.set_float32_matmul_precision("highest")
+
+    # Rows are the model's own attention.
     for family in models.FAMILIES:
         for dtype in (torch.float32, torch.bfloat16):
-            name = f"capture {family} {str(dtype).removeprefix('torch.')}"
-            record.attempt(name, lambda f=family, d=dtype, n=name: _check_capture(context, record, n, f, d))
-    record.attempt("powers of two", lambda: _check_powers_of_two(context, record))
-    record.attempt("solve", lambda: _check_solve(context, record))
-    record.attempt("solve, out of range", lambda: _check_out_of_range(context, record))
-    record.attempt("solve_rows", lambda: _check_solve_rows(context, record))
-    record.attempt("solve_rows, streamed", lambda: _check_streamed(context, record))
-    record.attempt("gradients", lambda: _check_gradients(context, record))
-    record.attempt("determinism", lambda: _check_determinism(context, record))
+            name = f"capture {family} {dtype_name(dtype)}"
+            record.attempt(name, partial(_check_capture, context, record, name, family, dtype))
+
+    # Solutions on the device are those of the CPU.
+    parts: dict[str, Callable[[Context, Record], None]] = {
+        "powers of two": _check_powers_of_two,
+        "solve": _check_solve,
+        "solve, out of range": _check_out_of_range,
+        "solve_rows": _check_solve_rows,
+        "solve_rows, streamed": _check_streamed,
+        "gradients": _check_gradients,
+        "determinism": _check_determinism,
+    }
+    for name, part in parts.items():
+        record.attempt(name, partial(part, context, record))
+
+    # Everything else that uses the device runs on it at all.
+    needs = context.sized(5.0, 0.0)
     for name, function in _device_functions(context).items():
-        record.attempt(name, lambda n=name, f=function: record.require(n, f()), needs=0.0 if context.toy else 5.0)
+        record.attempt(name, partial(_require, record, name, function), needs=needs)
+
+
+def _require(record: Record, name: str, function: Callable[[], bool]) -> None:
+    record.require(name, function())
 
 
 # Capture -----------------------------------------------------------------------------------------------------
 
 
 def _check_capture(context: Context, record: Record, name: str, family: str, dtype: torch.dtype) -> None:
+    """Rows of one family, padded on either side, against two references."""
     model = models.small_model(family, context.device, dtype, context.seed)
     errors: dict[str, float] = {}
+    repeats_bits = True
     for side in ("left", "right"):
         batch = models.small_batch(side, context.seed + 1, context.device)
+        ids = batch["input_ids"]
         mask = batch["attention_mask"]
-        rows = fg.capture(model, batch["input_ids"], mask, layers="all").dense().double()
+        rows = fg.capture(model, ids, mask, layers="all").dense().double()
 
         # The softmax of the very queries and keys of the pass, in float64: what the rows should be.
         with _overheard_weights() as weights, torch.no_grad():
             plain = model(**batch, use_cache=False).logits
-        exact = torch.stack([layer.mean(1) for layer in weights]).mean(0) * mask[:, :, None]
-        errors[f"{side}, same queries and keys"] = _largest_difference(rows, exact)
+        exact = _mean_over_layers(weights) * mask[:, :, None]
+        errors[f"{side}, same queries and keys"] = absolute_difference(rows, exact)
+        record.check(f"{name}, {side}, same queries and keys", absolute_difference(rows, exact), EXACT_ROWS_BOUND)
 
         # Recording must not change a bit of what the model computes.
         with fg.AttentionRecorder(model, layers="all"), torch.no_grad():
             recorded = model(**batch, use_cache=False).logits
         record.require(f"{name}, {side}: logits are the same bits while recorded", torch.equal(plain, recorded))
 
-        errors[f"{side}, eager pass"] = _against_eager(model, batch, rows, family, dtype, context)
-    for case, error in errors.items():
-        bound = EAGER_BOUND[dtype] if case.endswith("eager pass") else EXACT_ROWS_BOUND
-        record.check(f"{name}, {case}", error, bound)
-    again = fg.capture(model, batch["input_ids"], mask, layers="all").dense().double()
+        # What the architecture itself reports, from a pass of its own.
+        eager = _eager_difference(model, batch, rows, dtype)
+        errors[f"{side}, eager pass"] = eager
+        record.check(f"{name}, {side}, eager pass", eager, EAGER_BOUND[dtype])
+
+        again = fg.capture(model, ids, mask, layers="all").dense().double()
+        repeats_bits = repeats_bits and torch.equal(again, rows)
     record.row(
         part="capture",
         family=family,
-        dtype=str(dtype),
+        dtype=dtype_name(dtype),
         implementation=model.config._attn_implementation,
         errors=errors,
-        same_bits_when_repeated=torch.equal(again, rows),
+        same_bits_when_repeated=repeats_bits,
     )
 
 
-def _against_eager(
-    model: Any, batch: dict[str, Tensor], rows: Tensor, family: str, dtype: torch.dtype, context: Context
-) -> float:
+def _eager_difference(model: Any, batch: dict[str, Tensor], rows: Tensor, dtype: torch.dtype) -> float:
     """Largest difference between captured rows and the ``output_attentions`` of an eager pass."""
     mask = batch["attention_mask"]
     before = model.config._attn_implementation
@@ -107,8 +134,14 @@ def _against_eager(
     if dtype == torch.bfloat16:
         rows = fg.capture(model, batch["input_ids"], mask, layers=[0]).dense().double()
         attentions = attentions[:1]
-    expected = torch.stack([layer.double().mean(1) for layer in attentions]).mean(0) * mask[:, :, None]
-    return _largest_difference(rows, expected)
+    expected = _mean_over_layers([layer.double() for layer in attentions]) * mask[:, :, None]
+    return absolute_difference(rows, expected)
+
+
+def _mean_over_layers(weights: list[Tensor]) -> Tensor:
+    """Mean over heads, then over layers."""
+    of_layers = [layer.mean(1) for layer in weights]
+    return torch.stack(of_layers).mean(0)
 
 
 @contextmanager
@@ -124,7 +157,8 @@ def _overheard_weights() -> Iterator[list[Tensor]]:
             module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
             mask = _additive(attention_mask, query)
-            weights.append(default(module, query.double(), key.double(), value.double(), mask, **options)[1].double())
+            _, exact = default(module, query.double(), key.double(), value.double(), mask, **options)
+            weights.append(exact.double())
             return function(module, query, key, value, attention_mask, **options)
 
         return attention
@@ -142,7 +176,8 @@ def _additive(mask: Tensor | None, query: Tensor) -> Tensor:
     if mask is None:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_fill(~mask, -1e30)
+        allowed = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+        return allowed.masked_fill(~mask, -1e30)
     return mask.double()
 
 
@@ -151,19 +186,19 @@ def _additive(mask: Tensor | None, query: Tensor) -> Tensor:
 
 def _check_powers_of_two(context: Context, record: Record) -> None:
     """Rescaling in powers of two is exact only if the device's own are."""
-    exponents = torch.arange(-1000, 1001, dtype=torch.float64)
-    on_device = torch.exp2(exponents.to(context.device)).cpu()
-    exact = torch.tensor([2.0**exponent for exponent in range(-1000, 1001)], dtype=torch.float64)
-    record.require("powers of two are exact", torch.equal(on_device, exact))
+    exponents = range(-1000, 1001)
+    exact = torch.tensor([2.0**exponent for exponent in exponents], dtype=torch.float64)
+    on_device = torch.arange(-1000, 1001, dtype=torch.float64, device=context.device)
+    record.require("powers of two are exact", torch.equal(torch.exp2(on_device).cpu(), exact))
 
 
 def _check_solve(context: Context, record: Record) -> None:
-    """One graph and a batch of graphs of different sizes, with every rule of source and absorption."""
-    sizes = (30, 64, 65, 200) if context.toy else (30, 64, 65, 200, 1000)
+    """A batch of graphs of different sizes, with every rule of source and absorption."""
+    sizes = context.sized((30, 64, 65, 200, 1000), (30, 64, 65, 200))
     graphs = [random_graph(tokens, 16, context.seed + tokens) for tokens in sizes]
-    vector = torch.rand(sum(sizes), generator=context.generator(1), dtype=torch.float64)
     batch: Any = Batch.from_data_list(graphs)
     on_device = batch.clone().to(str(context.device))
+    vector = torch.rand(sum(sizes), generator=context.generator(1), dtype=torch.float64)
     cases: dict[str, dict[str, Any]] = {
         "uniform source": {},
         "potential source": {"source": "potential"},
@@ -173,35 +208,40 @@ def _check_solve(context: Context, record: Record) -> None:
     }
     for case, options in cases.items():
         expected = fg.solve(batch, **options)
-        moved = _moved(options, context)
         for backend in ("scatter", "dense"):
-            found = fg.solve(on_device, backend=backend, **moved)
-            error = max(
-                relative_difference(getattr(found, name), getattr(expected, name))
-                for name in ("h", "g", "throughput", "source")
-            )
+            found = fg.solve(on_device, backend=backend, **moved(options, context.device))
+            error = _solution_difference(found, expected)
             record.check(f"solve, {case}, {backend}", error, SOLVER_BOUND)
             record.row(part="solve", case=case, backend=backend, error=error)
 
 
+def _solution_difference(found: Any, expected: Any) -> float:
+    """Largest relative difference of a potential, an influence or a throughput."""
+    vectors = [(getattr(found, name), getattr(expected, name)) for name in SOLVED]
+    return max(relative_difference(one, other) for one, other in vectors)
+
+
 def _check_out_of_range(context: Context, record: Record) -> None:
     """A chain whose potential leaves the range of float64 is solved in powers of two, with the same exponents."""
-    tokens = 120 if context.toy else 1500
-    edges = torch.stack([torch.arange(tokens - 1), torch.arange(1, tokens)])
+    tokens = context.sized(1500, 120)
     weak = torch.full((tokens - 1,), 1e-3, dtype=torch.float64)
     weak[::7] = 1e-9
-    graph = fg.FlowGraph.from_edges(edges, weak, num_nodes=tokens, question=[0, 1], answer=[tokens - 1])
-    expected = fg.solve(graph)
-    found = fg.solve(graph.clone().to(str(context.device)), backend="scatter")
-    record.require("out of range: the same exponents", torch.equal(found.exponent.cpu(), expected.exponent))
+    source = torch.arange(tokens - 1)
+    edges = torch.stack([source, source + 1])
+    chain = fg.FlowGraph.from_edges(edges, weak, num_nodes=tokens, question=[0, 1], answer=[tokens - 1])
+    expected = fg.solve(chain)
+    found = fg.solve(chain.clone().to(str(context.device)), backend="scatter")
     record.require("out of range: scaled at all", bool(expected.exponent.any()))
-    record.check("out of range: throughput", relative_difference(found.throughput, expected.throughput), SOLVER_BOUND)
+    record.require("out of range: the same exponents", torch.equal(found.exponent.cpu(), expected.exponent))
+    error = relative_difference(found.throughput, expected.throughput)
+    record.check("out of range: throughput", error, SOLVER_BOUND)
 
 
 def _check_solve_rows(context: Context, record: Record) -> None:
     """Matrices of capacities, and attention as matrices with both presets, in both precisions."""
-    sequences, tokens = 3, 80 if context.toy else 700
-    masks = _regions(sequences, tokens)
+    sequences = 3
+    tokens = context.sized(700, 80)
+    masks = regions(sequences, tokens)
     for dtype in (torch.float32, torch.float64):
         attention = random_attention(sequences, tokens, dtype, context.generator(2))
         for preset in (None, "default", "paper"):
@@ -209,49 +249,52 @@ def _check_solve_rows(context: Context, record: Record) -> None:
             if preset == "default" and dtype == torch.float32:
                 continue
             expected = fg.solve_rows(attention, **masks, preset=preset)
-            found = fg.solve_rows(attention.to(context.device), **_moved(masks, context), preset=preset)
-            error = max(
-                relative_difference(getattr(found, name), getattr(expected, name)) for name in ("h", "g", "throughput")
-            )
-            name = f"solve_rows, preset {preset}, {str(dtype).removeprefix('torch.')}"
-            record.check(name, error, SOLVER_BOUND)
-            record.row(part="solve_rows", preset=preset, dtype=str(dtype), error=error)
+            # The masks are moved to the device of the rows by solve_rows itself.
+            found = fg.solve_rows(attention.to(context.device), **masks, preset=preset)
+            error = _solution_difference(found, expected)
+            record.check(f"solve_rows, preset {preset}, {dtype_name(dtype)}", error, SOLVER_BOUND)
+            record.row(part="solve_rows", preset=preset, dtype=dtype_name(dtype), error=error)
 
 
 def _check_streamed(context: Context, record: Record) -> None:
     """Rows recomputed block by block from queries and keys give the flow of the same rows held as one matrix."""
-    # Above 256 MiB of capacities solve_rows streams; a toy stays below, and then compares the two ways of holding rows.
-    sequences, tokens = (2, 64) if context.toy else (5, 4096)
+    # Above 256 MiB of capacities solve_rows streams; a toy stays below it, and compares two ways of holding rows.
+    sequences = context.sized(5, 2)
+    tokens = context.sized(4096, 64)
     model = models.small_model(
         "llama", context.device, torch.float32, context.seed, max_position_embeddings=tokens, initializer_range=0.1
     )
     ids = torch.randint(3, models.SMALL_VOCABULARY, (sequences, tokens), generator=context.generator(3))
-    masks = _moved(_regions(sequences, tokens), context)
+    masks = regions(sequences, tokens)
     rows = fg.capture(model, ids.to(context.device))
     streamed = fg.solve_rows(rows, **masks)
+
     # The matrix is solved one sequence at a time, which is small enough not to stream.
-    errors = []
+    largest = 0.0
     for item in range(sequences):
-        alone = {name: mask[item : item + 1] for name, mask in masks.items()}
+        question = masks["question"][item]
+        answer = masks["answer"][item]
         matrix = rows.sequence(item).block(0, tokens)
-        whole = fg.solve_rows(matrix, **alone, backend="dense")
-        errors.append(relative_difference(streamed.throughput[item], whole.throughput[0]))
+        held = fg.solve_rows(matrix, question=question, answer=answer, backend="dense")
+        largest = max(largest, relative_difference(streamed.throughput[item], held.throughput[0]))
     # The rows themselves are float32 softmaxes of blocks of another shape, so they differ by float32 rounding.
-    record.check("solve_rows, streamed against held", max(errors), STREAMED_BOUND)
-    record.row(part="streamed", sequences=sequences, tokens=tokens, backend=streamed.backend, error=max(errors))
+    record.check("solve_rows, streamed against held", largest, STREAMED_BOUND)
+    record.row(part="streamed", sequences=sequences, tokens=tokens, backend=streamed.backend, error=largest)
 
 
 def _check_gradients(context: Context, record: Record) -> None:
     """Gradients to capacities, source and demand of a batch, and to matrices."""
     graphs = [random_graph(tokens, 8, context.seed + tokens) for tokens in (40, 90)]
-    weights = torch.rand(130, generator=context.generator(4), dtype=torch.float64)
-    vectors = torch.rand(2, 130, generator=context.generator(5), dtype=torch.float64) + 0.1
+    num_nodes = 130
+    weights = torch.rand(num_nodes, generator=context.generator(4), dtype=torch.float64)
+    vectors = torch.rand(2, num_nodes, generator=context.generator(5), dtype=torch.float64) + 0.1
 
     def of_graph(device: torch.device, backend: Any) -> list[Tensor]:
         batch: Any = Batch.from_data_list(graphs)
         batch = batch.to(str(device))
         batch.capacity = batch.capacity.double().requires_grad_()
-        source, demand = (vector.to(device).requires_grad_() for vector in vectors)
+        source = vectors[0].to(device).requires_grad_()
+        demand = vectors[1].to(device).requires_grad_()
         flow = fg.solve(batch, source=source, demand=demand, backend=backend)
         total = (flow.throughput * weights.to(device)).sum()
         return list(torch.autograd.grad(total, [batch.capacity, source, demand]))
@@ -262,14 +305,17 @@ def _check_gradients(context: Context, record: Record) -> None:
         for name, one, other in zip(("capacity", "source", "demand"), found, expected, strict=True):
             record.check(f"gradient of solve to {name}, {backend}", norm_difference(one, other), SOLVER_BOUND)
 
-    sequences, tokens = 2, 70
-    masks = _regions(sequences, tokens)
+    sequences = 2
+    tokens = 70
+    masks = regions(sequences, tokens)
     attention = random_attention(sequences, tokens, torch.float64, context.generator(6))
 
     def of_rows(device: torch.device) -> Tensor:
         matrix = attention.to(device).requires_grad_()
-        flow = fg.solve_rows(matrix, **masks, preset=None)  # masks are moved to the device of the matrix
-        return torch.autograd.grad((flow.throughput * weights[:tokens].to(device)).sum(), matrix)[0]
+        flow = fg.solve_rows(matrix, **masks, preset=None)
+        total = (flow.throughput * weights[:tokens].to(device)).sum()
+        (gradient,) = torch.autograd.grad(total, matrix)
+        return gradient
 
     error = norm_difference(of_rows(context.device), of_rows(torch.device("cpu")))
     record.check("gradient of solve_rows to the matrices", error, SOLVER_BOUND)
@@ -277,8 +323,8 @@ def _check_gradients(context: Context, record: Record) -> None:
 
 def _check_determinism(context: Context, record: Record) -> None:
     """What gives the same bits twice. docs/engine.md promises it on a CPU, and of scatter in deterministic mode."""
-    tokens = 200 if context.toy else 2000
-    batch: Any = Batch.from_data_list([random_graph(tokens, 32, context.seed + n) for n in range(4)])
+    tokens = context.sized(2000, 200)
+    batch: Any = Batch.from_data_list([random_graph(tokens, 32, context.seed + number) for number in range(4)])
     on_device = batch.to(str(context.device))
     promised = context.device.type == "cpu"
     for backend in ("scatter", "dense"):
@@ -296,57 +342,71 @@ def _check_determinism(context: Context, record: Record) -> None:
 
 
 def _same_bits(batch: Any, backend: Any) -> bool:
-    flows = [fg.solve(batch, backend=backend) for _ in range(4)]
-    return all(torch.equal(flow.throughput, flows[0].throughput) for flow in flows[1:])
+    first = fg.solve(batch, backend=backend).throughput
+    again = [fg.solve(batch, backend=backend).throughput for _ in range(3)]
+    return all(torch.equal(throughput, first) for throughput in again)
 
 
-# Everything else that touches the device ------------------------------------------------------------------------
+# Everything else that uses the device -------------------------------------------------------------------------
 
 
 def _device_functions(context: Context) -> dict[str, Callable[[], bool]]:
-    """Public functions that mix the device with the CPU, each as a statement that must hold."""
+    """Public functions that use the device and the CPU, each as a statement that must hold."""
     model = models.small_model("llama", context.device, torch.float32, context.seed)
     ids = torch.randint(3, models.SMALL_VOCABULARY, (40,), generator=context.generator(7))
-    regions = {"question": list(range(1, 12)), "answer": [38, 39]}
     graph = random_graph(60, 8, context.seed).to(str(context.device))
 
-    def traced(**options: Any) -> fg.FlowTrace:
-        return fg.trace(model, input_ids=ids.to(context.device), **regions, **options)
+    def trace(**options: Any) -> fg.FlowTrace:
+        question = list(range(1, 12))
+        return fg.trace(model, input_ids=ids.to(context.device), question=question, answer=[38, 39], **options)
 
-    def saved() -> bool:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.safetensors"
-            trace = traced()
-            trace.save(path)
-            return torch.equal(fg.load_trace(path).throughput, trace.throughput)
+    def certifies(**options: Any) -> Callable[[], bool]:
+        return lambda: trace(**options).certify().ok
 
     functions: dict[str, Callable[[], bool]] = {
-        "a trace certifies": lambda: traced().certify().ok,
-        "a trace of fewer edges certifies": lambda: traced(max_edges=120).certify().ok,
-        "a trace of chosen heads certifies": lambda: traced(heads="global", layers="all").certify().ok,
-        "a trace by value norms certifies": lambda: traced(edge_weight="value_norm").certify().ok,
-        "a trace is saved and loaded": saved,
+        "a trace certifies": certifies(),
+        "a trace of fewer edges certifies": certifies(max_edges=120),
+        "a trace of chosen heads certifies": certifies(heads="global", layers="all"),
+        "a trace by value norms certifies": certifies(edge_weight="value_norm"),
+        "a trace is saved and loaded": lambda: _saves(trace()),
+        "tokens are knocked out": lambda: _knocks_out(model, trace()),
         "a flow on the device certifies": lambda: fg.certify(fg.solve(graph)).ok,
-        "a flow on the device is pruned": lambda: 0 < fg.prune(fg.solve(graph), keep=0.9).num_edges <= graph.num_edges,
+        "a flow on the device is pruned": lambda: _prunes(graph),
         "a flow on the device has a backbone": lambda: fg.backbone(fg.solve(graph), 0.9).share >= 0.9,
         "a flow on the device has routes": lambda: bool(fg.decompose(fg.solve(graph))),
         "a flow on the device is contracted": lambda: _contracts(graph),
-        "tokens are knocked out": lambda: bool(fg.knockout(model, traced(), tokens=[5]).before.isfinite().all()),
     }
-    rules = ["flow"] if context.toy else ["flow", "max_attention", "coupled", "shuffled_flow", "gradient", "atpo"]
+    rules = context.sized(("flow", "max_attention", "coupled", "shuffled_flow", "gradient", "atpo"), ("flow",))
     for rule in rules:
-        functions[f"PPO steps with credit {rule!r}"] = lambda rule=rule: _ppo_steps(context, rule)
+        functions[f"PPO steps with credit {rule!r}"] = partial(_ppo_steps, context, rule)
     return functions
 
 
+def _saves(trace: fg.FlowTrace) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.safetensors"
+        trace.save(path)
+        return torch.equal(fg.load_trace(path).throughput, trace.throughput)
+
+
+def _knocks_out(model: Any, trace: fg.FlowTrace) -> bool:
+    result = fg.knockout(model, trace, tokens=[5])
+    return bool(result.before.isfinite().all()) and bool(result.after.isfinite().all())
+
+
+def _prunes(graph: Any) -> bool:
+    pruned = fg.prune(fg.solve(graph), keep=0.9)
+    return 0 < pruned.num_edges <= graph.num_edges
+
+
 def _contracts(graph: Any) -> bool:
-    flow = fg.solve(graph)
     steps = torch.arange(graph.num_nodes) // 10
-    return abs(float(fg.contract(flow, steps).throughput[-1]) - 1.0) < 1e-9
+    contracted = fg.contract(fg.solve(graph), steps)
+    return abs(float(contracted.throughput[-1]) - 1.0) < 1e-9
 
 
 def _ppo_steps(context: Context, rule: str) -> bool:
-    """Two steps of the shipped chain model with a critic; rewards and losses are finite."""
+    """Two steps of the shipped chain model with a critic run on the device; their rewards are finite."""
     from accelerate import Accelerator
 
     # accelerate takes a GPU wherever there is one, unless it is told not to.
@@ -358,69 +418,6 @@ def _ppo_steps(context: Context, rule: str) -> bool:
         model, tokenizer, task="chain", credit=rule, config=settings, progress=False, accelerator=accelerator
     )
     history = trainer.train()
+    rewards = torch.tensor([row["reward"] for row in history])
     on_device = trainer.policy.device.type == context.device.type
-    return on_device and len(history) == 2 and all(torch.isfinite(torch.tensor(row["reward"])) for row in history)
-
-
-# Inputs and comparisons -----------------------------------------------------------------------------------------
-
-
-def random_graph(tokens: int, degree: int, seed: int) -> Any:
-    """Every token reads its predecessor and others drawn at random; rows sum to 1."""
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.arange(1, tokens).repeat_interleave(degree)
-    source = (torch.rand(target.numel(), generator=generator) * target).long()
-    source[::degree] = target[::degree] - 1
-    # One number for each edge, in the order of a FlowGraph: by target, then by source.
-    key = torch.unique(target * tokens + source)
-    source, target = key % tokens, key // tokens
-    weights = torch.rand(key.numel(), generator=generator)
-    total = torch.zeros(tokens).scatter_add_(0, target, weights)
-    return fg.FlowGraph.from_edges(
-        torch.stack([source, target]),
-        weights / total[target],
-        num_nodes=tokens,
-        question=range(1, tokens // 4),
-        answer=[tokens - 1],
-    )
-
-
-def random_attention(sequences: int, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Causal attention ``[sequences, tokens, tokens]`` with a few strong links in each row."""
-    scores = 2 * torch.randn(sequences, tokens, tokens, generator=generator, dtype=torch.float64)
-    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(future, -torch.inf), -1).to(dtype)
-
-
-def _regions(sequences: int, tokens: int) -> dict[str, Any]:
-    position = torch.arange(tokens).expand(sequences, -1)
-    question = (position > 0) & (position < tokens // 4)
-    return {"question": question, "answer": position >= tokens - 4}
-
-
-def _moved(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
-    """The same arguments with their tensors on the device."""
-    return {name: value.to(context.device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference of an entry relative to that entry; infinite where one is not finite or only one is 0."""
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    if found.shape != expected.shape or not bool((found.isfinite() & expected.isfinite()).all()):
-        return float("inf")
-    gap = (found - expected).abs()
-    return float(torch.where(gap == 0, 0.0, gap / expected.abs()).max())
-
-
-def norm_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest entry: gradients have terms of both signs, which may cancel."""
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    if found.shape != expected.shape or not bool((found.isfinite() & expected.isfinite()).all()):
-        return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def _largest_difference(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape or not bool(found.isfinite().all()):
-        return float("inf")
-    return float((found - expected).abs().max())
+    return on_device and len(history) == 2 and bool(rewards.isfinite().all())

@@ -22,7 +22,7 @@ SHOWN = 25
 def run(context: Context, record: Record) -> None:
     """Profile the first case of section "credit", forward pass and solve apart."""
     model = context.model()
-    case = (TOY_CASES if context.toy else CASES)[0]
+    case = context.sized(CASES[0], TOY_CASES[0])
     record.notes.update(
         model=models.shape_of(model),
         case=case.name,
@@ -34,7 +34,7 @@ def run(context: Context, record: Record) -> None:
         # Once each without the profiler: the first calls load kernels.
         record.attempt("warm-up", lambda: (bench.score_recorded(), bench.solve()))
         for name, function in (("forward, recorded", bench.score_recorded), ("solve", bench.solve)):
-            needs = 0.0 if context.toy else 5.0
+            needs = context.sized(5.0, 0.0)
             record.attempt(name, partial(_profile, context, record, name, function), needs=needs)
         bench.forget()
 

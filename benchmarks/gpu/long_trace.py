@@ -36,7 +36,7 @@ def run(context: Context, record: Record) -> None:
         stages="read off the host's clock without waiting for the device, so work that was queued in one stage may be "
         "waited for in the next",
     )
-    lengths = TOY_LENGTHS if context.toy else LENGTHS
+    lengths = context.sized(LENGTHS, TOY_LENGTHS)
     model = context.model()
     reached = _ladder(context, record, model, lengths, 0.7 * context.left())
     if reached == lengths[-1]:
@@ -44,7 +44,7 @@ def run(context: Context, record: Record) -> None:
 
     # The whole model was too slow or too large for the longest text: fewer layers of the same width.
     context.drop_model()
-    config = models.toy_config(3) if context.toy else models.qwen3_4b_config(FEWER_LAYERS)
+    config = context.sized(models.qwen3_4b_config(FEWER_LAYERS), models.toy_config(3))
     small = models.random_model(config, context.device, models.LARGE_DTYPE, context.seed)
     context.say(f"trace: {lengths[-1]} tokens were not reached; going on with {config.num_hidden_layers} layers")
     _ladder(context, record, small, lengths[-2:], context.left())
@@ -54,7 +54,8 @@ def _ladder(context: Context, record: Record, model: Any, lengths: tuple[int, ..
     """Trace one length after the other; returns the largest that was reached."""
     shape = models.shape_of(model)
     ends = time.perf_counter() + seconds
-    expected, reached = 0.0, 0
+    expected = 0.0
+    reached = 0
     for tokens in lengths:
         left = ends - time.perf_counter()
         name = f"{tokens} tokens on {shape['num_hidden_layers']} layers"
@@ -143,7 +144,7 @@ def _trace(model: Any, ids: Tensor, stages: list[tuple[str, float]]) -> Any:
 def _with_large_scratch(context: Context, record: Record, model: Any, tokens: int, seconds: float) -> None:
     """The longest text once more with a larger softmax scratch, whose size in use was chosen for a CPU's caches."""
     last = record.rows[-1]
-    size = 2**20 if context.toy else _LARGE_SCRATCH
+    size = context.sized(_LARGE_SCRATCH, 2**20)
     part = f"{tokens} tokens with {size / 2**20:g} MiB of scratch"
     if 1.2 * last["trace_s"] > seconds:
         record.skip(part, f"could take {last['trace_s']:.0f} s, and {max(seconds, 0):.0f} s are left for it")

@@ -125,6 +125,11 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
     return model.eval().requires_grad_(False)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without its package."""
+    return str(dtype).removeprefix("torch.")
+
+
 def described(model: Any) -> str:
     """The shape of a model in one line."""
     shape = shape_of(model)
@@ -143,4 +148,4 @@ def shape_of(model: Any) -> dict[str, Any]:
     )  # fmt: skip
     sizes = {name: getattr(config, name, None) for name in names}
     parameters = sum(weight.numel() for weight in model.parameters())
-    return {**sizes, "parameters": parameters, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {**sizes, "parameters": parameters, "dtype": dtype_name(model.dtype)}

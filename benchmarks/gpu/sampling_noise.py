@@ -18,7 +18,8 @@ TEMPERATURE = 1.0
 
 def run(context: Context, record: Record) -> None:
     """Time one sampling step of all sequences, way by way; none of them includes the model."""
-    sequences, vocabulary = (4, 512) if context.toy else (64, 151936)
+    sequences = context.sized(64, 4)
+    vocabulary = context.sized(151936, 512)
     record.notes.update(
         sequences=sequences,
         vocabulary=vocabulary,
@@ -33,7 +34,7 @@ def run(context: Context, record: Record) -> None:
 
 def _measure_way(context: Context, record: Record, name: str, make: Callable[[], Callable[[], Tensor]]) -> None:
     sample = make()
-    timing = measure(sample, context.device, repeats=5 if context.toy else 20, limit=context.left() / 4)
+    timing = measure(sample, context.device, repeats=context.sized(20, 5), limit=context.left() / 4)
     record.row(way=name, **timing, per_sequence_us=1e6 * timing["median_s"] / len(sample()))
     context.say(f"noise: {name}: {1e3 * timing['median_s']:.2f} ms a token")
 
@@ -82,10 +83,14 @@ def _perturbed(logits: Tensor, exponential: Tensor) -> Tensor:
 def _check_distribution(context: Context, record: Record) -> None:
     """The sampler of rl draws from the softmax: frequencies of a small vocabulary within five standard errors."""
     draws = 4096
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0], device=context.device).expand(draws, 4)
-    noise = internals.sampling_noise([context.generator(500 + n) for n in range(draws)], TEMPERATURE)
+    one_position = torch.tensor([0.0, 1.0, -1.0, 2.0], device=context.device)
+    generators = [context.generator(500 + number) for number in range(draws)]
+    noise = internals.sampling_noise(generators, TEMPERATURE)
     no_ids = torch.empty(draws, 0, dtype=torch.int64, device=context.device)
-    found = torch.bincount(noise(no_ids, logits).argmax(-1), minlength=4).double() / draws
-    expected = torch.softmax(logits[0].double(), -1)
-    error = (found - expected).abs() / (expected * (1 - expected) / draws).sqrt()
+    samples = noise(no_ids, one_position.expand(draws, -1)).argmax(-1)
+
+    found = torch.bincount(samples, minlength=one_position.numel()).double() / draws
+    expected = torch.softmax(one_position.double(), -1)
+    standard_error = (expected * (1 - expected) / draws).sqrt()
+    error = (found - expected).abs() / standard_error
     record.check("samples of rl follow the softmax, in standard errors", float(error.max()), 5.0)
