@@ -11,7 +11,7 @@ TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo test lint types unit docs wheel test-scatter fuzz bench study figures clean
+.PHONY: help demo train-demo test lint types unit docs wheel test-scatter fuzz bench gpu-bench study figures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -112,6 +112,9 @@ bench: $(VENV)/.bench  ## measure capture, engine, long texts and a peer (an hou
 	$(BIN)/python -m benchmarks.speed.streaming
 	$(BIN)/python -m benchmarks.speed.peer_flashtrace
 	$(BIN)/python -m benchmarks.figures.plots
+
+gpu-bench: $(VENV)/.bench  ## measure correctness, credit, long texts and kernels on one GPU (8 minutes), write benchmarks/results/gpu/
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu
 
 ARMS := uniform,random,oracle,oracle:soft,entropy,entropy:soft,max_attention,max_attention:soft,flow,flow:rows=literal,flow:soft,flow:bottom_q,reach:soft,reach_entropy:soft,flow_entropy,flow_entropy:soft,shuffled_flow:soft,atpo:soft,correlation,correlation:soft,fai,waad,coupled:raw,gradient,gradient:soft
 ALIGN := --task chain --batches 200 --arms $(ARMS) --baselines uniform,random,max_attention

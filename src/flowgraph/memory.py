@@ -11,10 +11,14 @@ _HEADROOM = 0.9  # other processes live here too
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Memory that a request on this device may still take."""
+    """Memory that a request on this device may still take.
+
+    On a GPU the driver counts what PyTorch has reserved and does not use as taken; a new tensor can have it.
+    """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 

@@ -1,5 +1,7 @@
 """``trace`` from end to end on a tiny random model: what it holds, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from flowgraph.errors import (
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.text.regions import LastLine
 from flowgraph.tracing.generation import generate_response
+from flowgraph.tracing.trace import require_room
 from tests.fixtures.tiny import PROMPT, RESPONSE, chat, tiny, tiny_model
 from tests.fixtures.tokenizers import byte_level
 
@@ -340,6 +343,18 @@ def test_memory_is_estimated_before_the_model_runs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("flowgraph.tracing.trace.capture", lambda *a, **k: pytest.fail("the model ran"))
     with pytest.raises(MemoryLimitError, match=r"trace of \d+ tokens over 1 layers: would need about .* GiB"):
         trace(MODEL, TOKENIZER, PROMPT, RESPONSE)
+
+
+def test_memory_is_estimated_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def available(device: torch.device | str = "cpu") -> float:
+        asked.append(str(device))
+        return float("inf")
+
+    monkeypatch.setattr("flowgraph.memory.available_bytes", available)
+    require_room(copy.deepcopy(tiny_model()).to("meta"), 100, "middle", "auto")
+    assert asked == ["meta"]
 
 
 def test_outputs_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -186,7 +186,7 @@ def _without_first(question: Tensor) -> Tensor:
 
 
 def require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:
-    """Refuse a trace that would not fit, by an estimate of its queries, keys and edges.
+    """Refuse a trace that would not fit on the model's device, by an estimate of its queries, keys and edges.
 
     Raises:
         MemoryLimitError: it takes more than is free, beyond the model itself.
@@ -199,4 +199,5 @@ def require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edges
         needed,
         f"trace of {num_tokens} tokens over {chosen} layers",
         "choose fewer layers, a shorter text or a smaller max_edges=",
+        next(model.parameters()).device,
     )
