@@ -115,11 +115,10 @@ def main() -> None:
             "     f = g h: throughput", ha="center", fontsize=9,
         )  # fmt: skip
 
-        for suffix, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 130})):
-            path = IMAGES / f"flow.{suffix}"
-            figure.savefig(path, **options)
-            print(path)
+        figure.savefig(IMAGES / "flow.svg", metadata={"Date": None})
+        figure.savefig(IMAGES / "flow.png", dpi=130)
         plt.close(figure)
+    print(IMAGES / "flow.svg", IMAGES / "flow.png")
 
 
 if __name__ == "__main__":
