@@ -129,6 +129,7 @@ study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, an
 
 figures: $(VENV)/.bench  ## draw every picture of the documentation from the committed results and the demo model
 	$(BIN)/python -m benchmarks.figures.plots
+	$(BIN)/python -m benchmarks.figures.flow_picture
 	$(BIN)/python -m benchmarks.figures.gallery
 	$(BIN)/python -m benchmarks.figures.screenshots
 
