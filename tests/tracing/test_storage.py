@@ -1,4 +1,4 @@
-"""Trace files: whole or not at all, and nothing that is not a trace gets in."""
+"""Trace files are written atomically, and a file that is not a trace is refused."""
 
 import json
 import pickle
@@ -9,11 +9,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flowgraph.errors import InvalidInputError, OutputError, TraceFileError
-from flowgraph.files import atomic_write, check_writable, write_text
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.tracing.flow_trace import FlowTrace, load_trace
+from flowgraph import (
+    FlowGraph,
+    FlowTrace,
+    InvalidInputError,
+    OutputError,
+    TraceFileError,
+    atomic_write,
+    load_trace,
+    solve,
+)
+from flowgraph.files import check_writable, write_text
 
 
 def small_trace(text: str = "abcd") -> FlowTrace:
