@@ -63,6 +63,7 @@ def numbers(option: str, text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
+        # A single number is a range of one.
         if not dash:
             last = first
         if not is_short_number(first) or not is_short_number(last) or int(last) < int(first):
@@ -148,6 +149,7 @@ def load_model(model: str, dtype: str, device: str, progress: Callable[[str], No
     if model == "demo":
         return _load_demo(dtype, device, progress)
 
+    # A path must exist here, because transformers would search for it on the hub.
     looks_local = model.startswith((".", "/", "~")) or Path(model).exists()
     is_weight_file = model.endswith(".gguf")
     if looks_local and not is_weight_file and not (Path(model) / "config.json").is_file():
@@ -172,6 +174,7 @@ def _check_device(device: str) -> None:
     from flowgraph.errors import InvalidInputError
 
     try:
+        # The only portable way to learn whether a device can be used.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(
@@ -226,6 +229,7 @@ def stages() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
+    # A spinner would fill a log with control characters.
     if not console.is_terminal:
 
         def print_line(line: str) -> None:
@@ -247,6 +251,7 @@ def stages() -> Iterator[Callable[[str], None]]:
 def warnings_on_stderr() -> Iterator[None]:
     """Print warnings as plain lines, without the place in the code that they come from."""
     with warnings.catch_warnings(record=True) as caught:
+        # Python shows a repeated warning only once by default.
         warnings.simplefilter("always", UserWarning)
         yield
     for warning in caught:

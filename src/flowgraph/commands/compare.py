@@ -83,6 +83,7 @@ def _summary(comparison: Comparison) -> list[Text]:
         line.append(f" {visible(name)}", style="not bold default")
         line.append(f": {len(parts)} {kind}, mean route {hops:.2f} hops", style="dim not bold default")
         lines.append(line)
+    # How the parts of the two texts were matched.
     lines.append(Text(f"compared by {kind}: {comparison.rule}; {comparison.num_matched} have a partner"))
 
     # Agreement of edges, routes and hubs, then of the throughput.
@@ -144,6 +145,7 @@ def _changes(comparison: Comparison, title: str, *, gains: bool) -> RenderableTy
             *shares,
             f"{100 * change[pair]:+.1f}",
         )
+    # Both tables have the same columns, so the first explains them.
     if gains:
         table.caption = (
             "#: first token; Q question, R reasoning, A answer; A and B: share of the flow that passes; "
@@ -199,6 +201,7 @@ def _routes(comparison: Comparison) -> Table:
         if route.shared:
             kind = "both"
         else:
+            # A route that only one trace has among its widest may still carry flow in the other.
             wider = "A" if route.first > route.second else "B"
             is_in_both = min(route.first, route.second) > 0
             kind = f"{'more' if is_in_both else 'only'} in {wider}"

@@ -36,9 +36,10 @@ def export(
 ) -> None:
     """Write a saved trace for another tool; the suffix of OUT chooses the format."""
     suffix = out.suffix.lower()
+    # The suffix and the options are checked before heavy modules are imported.
     if suffix not in _FORMATS:
         listed = "; ".join(f"{name} ({what})" for name, what in _FORMATS.items())
-        raise typer.BadParameter(f"OUT must end in a suffix that says the format, got {out.name!r}; one of: {listed}")
+        raise typer.BadParameter(f"OUT must end in a suffix that names the format, got {out.name!r}; one of: {listed}")
     if tokens and (suffix not in _TABLES or keep is not None):
         raise typer.BadParameter("--tokens writes every token to a .csv or .parquet table; leave --keep out")
     from flowgraph.tracing.flow_trace import load_trace
@@ -72,6 +73,7 @@ def _write_edges(trace: FlowTrace, out: Path, suffix: str, keep: float | None) -
     """Write the edges in the format of the suffix; return their number."""
     from flowgraph.exchange.export import write_edges, write_gexf, write_graphml
 
+    # The files hold all edges, or those of the backbone.
     if keep is None:
         num_edges = trace.graph.num_edges
     else:

@@ -58,6 +58,7 @@ def hub_test(
         network, _ = load_model(model, dtype, device, progress)
         import flowgraph
 
+        # Warnings, such as about another model than the traced one, concern the reader.
         with warnings_on_stderr():
             result = flowgraph.hub_test(
                 network,
@@ -92,6 +93,7 @@ def _print(result: HubTest) -> None:
     terminal = console()
     terminal.print(f"{counts}: {result.region} tokens masked by {result.score}", highlight=False)
     terminal.print(_table(result))
+    # With one trace, only the random arms vary.
     if result.num_traces == 1:
         terminal.print(
             "one trace: the intervals show how much the random draw matters, and nothing about other texts",
@@ -109,6 +111,7 @@ def _table(result: HubTest) -> Table:
         table.add_column(heading, justify=justify, no_wrap=True)
     previous = None
     for row in sorted((*result.rows, *result.differences), key=lambda row: row.fraction):
+        # A rule between the shares of masked tokens.
         if previous is not None and row.fraction != previous:
             table.add_section()
         previous = row.fraction

@@ -121,6 +121,7 @@ def _print(trace: FlowTrace, result: KnockoutResult, tokenizer: Any) -> None:
         f"answer tokens {outcome}",
         highlight=False,
     )
+    # Flips are counted against what the model itself would generate.
     if not bool((result.greedy_before == trace.token_ids[result.answer]).all()):
         terminal.print(
             "note: even before, the trace's answer is not the most probable one of this model; it was sampled, given, "
@@ -138,6 +139,7 @@ def _answer_table(trace: FlowTrace, result: KnockoutResult, tokenizer: Any) -> T
     from flowgraph.text.decoding import token_name
 
     def name(token: int) -> Text:
+        # Special tokens decode to nothing and are shown by name.
         return Text(visible(tokenizer.decode([token]) or token_name(tokenizer, token)))
 
     table = Table(title="the answer, token by token", title_justify="left", show_edge=False)
@@ -178,6 +180,7 @@ def _masked(trace: FlowTrace, result: KnockoutResult) -> str:
     for edge in what.edges:
         parts.append(f"edge {named(edge, ' -> ')}")
     for route in what.routes:
+        # A route is a Route, or token indices.
         tokens: Any = getattr(route, "tokens", route)
         parts.append(f"route {named(tokens, ' -> ')}")
     return f"knocked out: {'; '.join(parts)} (layers {what.layers}, heads {what.heads})"

@@ -20,6 +20,7 @@ def show(
     from flowgraph.commands.terminal import NUM_TOKEN_ROWS, render_trace
     from flowgraph.tracing.flow_trace import load_trace
 
+    # A path that cannot be written is reported before any work is done.
     check_outputs(html)
     trace = load_trace(file)
     rows = None if all_tokens else NUM_TOKEN_ROWS
@@ -51,5 +52,6 @@ def certify(
     console().print(certificate_table(certificate))
     if json_file is not None:
         write_json(json_file, certificate.to_dict())
+    # Scripts read the result from the exit code.
     if not certificate.ok:
         raise typer.Exit(1)

@@ -114,6 +114,7 @@ def _one_line(text: str, width: int, prefix: str = "") -> Text:
         line = visible(" ".join(text.split()))
     else:
         line = visible(text)
+    # Both ends identify a step better than its start alone.
     if len(line) > width:
         half = (width - 3) // 2
         line = f"{line[:half]}...{line[-half:]}"

@@ -81,6 +81,7 @@ def render_trace(
 def heat_text(trace: FlowTrace) -> Text:
     """Render the text, each token on a background that grows brighter with the square root of its throughput."""
     text = Text(no_wrap=False)
+    # The square root spreads small shares, which most tokens have.
     strengths = trace.throughput.sqrt().tolist()
     for token, region, strength in zip(trace.tokens, token_regions(trace.graph), strengths, strict=True):
         style = _heat_style(strength)
@@ -163,6 +164,7 @@ def _strongest(trace: FlowTrace, rows: int) -> list[int]:
 
 def certificate_table(certificate: Certificate) -> RenderableType:
     """Render a certificate with one row a check: passed or failed, residual and bound, the statement in words."""
+    # The first two lines of its text are the result and the figures.
     head, numbers, *_ = str(certificate).split("\n")
     table = Table(box=None, pad_edge=False, show_header=True)
     table.add_column("", overflow="fold")
@@ -189,6 +191,7 @@ def _selection(trace: FlowTrace) -> Text:
         line.append(f" {_FOUND_AS[rule]}", style="dim")
     elif rule:
         line.append(f" by {rule}", style="dim")
+    # The last line is the last resort of the search, and often not the answer.
     if rule.startswith("auto") and "LastLine" in rule:
         line.append(
             "\nno stated answer was found, so the last line was taken; name it with --answer or answer=", "yellow"
@@ -213,6 +216,7 @@ def _routes(trace: FlowTrace, count: int) -> Table:
     for route in trace.routes(count):
         stops = []
         for token in route.tokens:
+            # Blank tokens keep their symbol, other tokens lose the space in front.
             text = visible(trace.tokens[token])
             stops.append(Text(f"{text.strip() or text!r}[{token}]"))
         table.add_row(f"{route.flow:.1%}", Text(" → ", style="dim").join(stops))

@@ -76,6 +76,7 @@ def trace(
     all_tokens: AllTokens = False,
 ) -> None:
     """Trace one answer and print its tokens, backbone and certificate."""
+    # Read and check every option before the model is loaded.
     text = _text("prompt", prompt if prompt != "-" else None, prompt_file, read_stdin=True)
     given_response = _text("response", response, response_file)
     for name, value in (("prompt", text), ("response", given_response)):
@@ -89,6 +90,7 @@ def trace(
         # The folder is created and checked before the model is loaded.
         outputs = outputs_in(out)
         network, tokenizer = load_model(model, dtype, device, progress)
+        # A chat model expects a user message, a base model the text itself.
         has_template = bool(getattr(tokenizer, "chat_template", None))
         prompt_or_chat: Any = text
         if not plain and has_template:
@@ -181,6 +183,7 @@ def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) 
     outputs = outputs_in(out)
     with stages() as progress:
         progress("finding the backbone")
+        # Everything is computed and written before anything is printed.
         view = render_trace(result, keep=keep, rows=None if all_tokens else NUM_TOKEN_ROWS)
         progress("checking the flow")
         certificate = result.certify()

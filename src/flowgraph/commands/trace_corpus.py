@@ -142,6 +142,7 @@ def _reporting() -> Iterator[Callable[[CorpusProgress], None]]:
     if not console.is_terminal:
         yield _ProgressLines(console)
         return
+    # Stages contain text of the input, which must not be read as markup.
     columns = (BarColumn(), TextColumn("{task.fields[status]}", markup=False))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, status="starting")
@@ -229,6 +230,7 @@ def _print(summary: CorpusSummary) -> None:
     terminal.print(line, highlight=False, markup=False, soft_wrap=True)
     if not summary.errors:
         return
+    # Where every line failed, the first message likely explains all of them.
     if summary.traced:
         terminal.print(f"the lines that failed: {summary.out / 'errors.jsonl'}", highlight=False, soft_wrap=True)
     else:

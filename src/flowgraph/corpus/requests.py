@@ -92,6 +92,7 @@ class Line:
         """A file name that is safe on every system and unique to this line."""
         if self.id == _default_id(self.number):
             return f"{self.number:06d}"
+        # The number makes the name unique, the id makes it readable.
         slug = re.sub(r"[^A-Za-z0-9_]+", "-", self.id).strip("-")
         return f"{self.number:06d}-{slug[:_SHORT_NAME]}".rstrip("-")
 
@@ -115,6 +116,7 @@ class Literal:
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
         """Select the tokens of the occurrence."""
+        # Word boundaries only where the text itself ends in a word character: "(a+b)" has none.
         pattern = re.escape(self.text)
         if re.match(r"\w", self.text[0]):
             pattern = r"(?<!\w)" + pattern
@@ -173,6 +175,7 @@ def read_requests(path: PathLike, lines: list[Line], names: CorpusFields) -> Ite
     """
     with _open(path) as file:
         for line in lines:
+            # The offset leads to the line, so earlier lines are not read again.
             file.seek(line.start)
             raw = file.read(line.size)
             if _digest(raw) != line.digest:
@@ -269,6 +272,7 @@ def _request(values: Mapping[str, Any], names: CorpusFields) -> TextRequest:
 def _prompt(values: Mapping[str, Any], names: CorpusFields) -> str | list[dict[str, Any]]:
     """Read the prompt under one of its two keys; only chat messages may be under the second."""
     keys = [key for key in (names.prompt, names.messages) if key]
+    # Exactly one of the two keys must hold a value.
     given = [key for key in keys if values.get(key) is not None]
     if len(given) != 1:
         wanted = " or ".join(repr(key) for key in keys)
@@ -276,6 +280,7 @@ def _prompt(values: Mapping[str, Any], names: CorpusFields) -> str | list[dict[s
         raise InvalidInputError(f"{wanted}: must be given, one of them, got {got}; name the field if it is another")
     key = given[0]
     prompt = values[key]
+    # Whether each message has a role and text is checked with the prompt, when its turn comes.
     is_chat = isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
     if is_chat:
         return prompt

@@ -132,6 +132,7 @@ class Run:
         self.folder = folder
         self.options = options
         self.total = total
+        # Counts, reported after every step.
         self.done = 0
         self.now = 0
         self.tokens = 0
@@ -156,6 +157,7 @@ class Run:
 
     def skip(self, line: Line, error: Exception | str) -> None:
         """Record and report a line that cannot be traced."""
+        # Messages may have several lines; tables and logs show one.
         message = " ".join(str(error).split())
         self.failed[line.number] = message
         self.progress(f"line {line.number} skipped: {message}")
@@ -171,6 +173,7 @@ class Run:
             MemoryLimitError: a batch does not fit.
             OutputError: a result cannot be written.
         """
+        # Finished lines are counted, and may lack a page that this run writes.
         unfinished = {line.number for line in lines if self.folder.record(line) is None}
         for line in lines:
             if line.number not in unfinished:
@@ -202,10 +205,12 @@ class Run:
         """Encode a line and find its regions; None for a line that cannot be traced, which is reported."""
         options = self.options
         try:
+            # The prompt as the model reads it, and the response, generated where the line has none.
             prompt = _as_chat(self.tokenizer, request.prompt, options)
             response = request.response
             if response is None:
                 response = self._generated(line, prompt)
+            # What a line states about itself comes before the options of the run.
             complete = TextRequest(
                 prompt,
                 response,
@@ -242,6 +247,7 @@ class Run:
     def _trace_batch(self, batch: list[Prepared], unfinished: set[int]) -> None:
         """Read the attention of a batch in one pass, and trace and write its unfinished lines."""
         began = time.perf_counter()
+        # The rows of the batch are recomputed from its queries and keys, sequence by sequence.
         attention = self._capture(batch)
         num_tokens = sum(item.encoded.num_tokens for item in batch)
         seconds_per_token = (time.perf_counter() - began) / num_tokens
@@ -251,11 +257,13 @@ class Run:
                 continue
             began = time.perf_counter()
             try:
+                # An error in one line must not end the others of its batch.
                 trace = self._assemble(attention, place, item)
                 record = figures(trace, self.options.keep)
             except _LINE_ERRORS as error:
                 self.skip(item.line, error)
                 continue
+            # The record is written after the trace: it marks the line as finished.
             self._write(trace, item.line)
 
             # A line's time is its own work and its share of the batch's pass.

@@ -84,6 +84,7 @@ class CorpusFolder:
     def record(self, line: Line) -> dict[str, Any] | None:
         """Return the figures of a finished line; None where it is not finished."""
         record = _read_json(self._record_path(line))
+        # A record of other bytes, or one without its trace, is out of date.
         if record is None or record.get("digest") != line.digest or not self.trace_path(line).is_file():
             return None
         return record
@@ -114,6 +115,7 @@ class CorpusFolder:
             write_text(self._manifest, json.dumps(manifest))
             return
 
+        # A run continues only if everything that decides a result is the same.
         remedy = "run it as before, choose another folder, or restart to remove the earlier results"
         if found.get("schema") != SCHEMA:
             raise InvalidInputError(
@@ -143,6 +145,7 @@ class CorpusFolder:
 
     def _remove_results(self) -> None:
         """Remove the files of the earlier run and no others."""
+        # Names of result files start with the number of their line; other files are not touched.
         for folder in _FOLDERS:
             for path in (self.out / folder).glob("[0-9]*"):
                 path.unlink(missing_ok=True)
@@ -161,6 +164,7 @@ class CorpusFolder:
 
     def _remove_temporary_files(self) -> None:
         """Remove the temporary files of a run that was killed while it wrote."""
+        # atomic_write adds a dot in front of a name and random characters behind it.
         for name in ("corpus.json", *_RESULTS):
             for path in self.out.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
@@ -209,6 +213,7 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[st
     Returns:
         Name, digests and package versions as plain JSON values.
     """
+    # Shapes and evenly spaced values of all weights: a digest of every value would take too long.
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -217,6 +222,7 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[st
             flat = weight.detach().flatten()
             stride = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
             digest.update(flat[::stride].float().cpu().numpy().tobytes())
+    # The chat template decides the tokens of a prompt as much as the vocabulary does.
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)])
     return {
         "model": model_name(base_model(model)),

@@ -92,6 +92,7 @@ def write_results(
 
     Cost: two reads of the records; one window of tokens in memory.
     """
+    # One row per line fits into memory.
     rows: list[dict[str, Any]] = []
     timing: list[dict[str, Any]] = []
     for window in windows:
@@ -111,6 +112,7 @@ def write_results(
                 }
             )
 
+    # The rows of all tokens may not fit into memory: they are read and written one window at a time.
     token_groups = (list(_token_rows(folder, window)) for window in windows)
     write_table(folder.out, "tokens", kind, TOKEN_COLUMNS, token_groups)
     write_table(folder.out, "traces", kind, TRACE_COLUMNS, [rows])
@@ -165,7 +167,10 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
     """
     flow = trace.flow
     graph = trace.graph
-    mean_hops = backbone_edges = backbone_share = None
+    # Figures that exist only with a flow.
+    mean_hops = None
+    backbone_edges = None
+    backbone_share = None
     if trace.feasible:
         backbone = trace.backbone(keep)
         backbone_edges = backbone.num_edges
@@ -187,6 +192,7 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "backbone_share": backbone_share,
     }
     potential, influence = flow.potentials
+    # Columns instead of rows, so that the record holds each name once.
     tokens = {
         "token_id": trace.token_ids.tolist(),
         "text": [_storable(token) for token in trace.tokens],
@@ -231,6 +237,7 @@ def table_format(kind: str) -> TableFormat:
         InvalidInputError: an unknown format.
         MissingExtraError: Parquet without pyarrow.
     """
+    # pyarrow is optional and slow to import, so it is only looked for.
     has_pyarrow = importlib.util.find_spec("pyarrow") is not None
     if kind == "csv" or (kind == "auto" and not has_pyarrow):
         return "csv"
@@ -277,6 +284,7 @@ def _write_parquet(path: Path, columns: Mapping[str, str], groups: RowGroups) ->
     import pyarrow
     from pyarrow import parquet
 
+    # Fixed types: a column without values must not change the schema.
     types = {
         _TEXT: pyarrow.string(),
         _INTEGER: pyarrow.int64(),

@@ -173,10 +173,13 @@ def trace_corpus(
         raise InvalidInputError(f"fields: must be a CorpusFields, got {fields!r:.80}; e.g. CorpusFields(prompt='q')")
     lines = scan(path, names)
 
+    # Two runs must not write one folder at once.
     with claimed(Path(out)):
+        # What decides a result: model, tokenizer, options and fields.
         settings = {**fingerprint(model, tokenizer), **options.settings(), "fields": asdict(names)}
         folder = CorpusFolder(Path(out), settings, lines, restart=restart)
         run = Run(model, tokenizer, folder, options, len(lines), progress)
+        # Windows of a fixed size bound the memory, and make the same batches after a kill.
         windows = [lines[start : start + WINDOW] for start in range(0, len(lines), WINDOW)]
         for window in windows:
             _trace_window(run, window, path, names)

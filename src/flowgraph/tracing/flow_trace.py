@@ -157,6 +157,7 @@ class FlowTrace:
         if capacity.dtype not in _CAPACITY_DTYPES:
             # float16 and bfloat16 are exact in float32.
             capacity = capacity.float()
+        # Positions fit int32, which halves the size of the edges.
         tensors = {
             "token_ids": self.token_ids,
             "spans": self.spans,
@@ -173,6 +174,7 @@ class FlowTrace:
             "source": flow.source,
             "demand": flow.demand,
         }
+        # Facts that are not tensors. The flow is stored too, so that loading need not solve it again.
         record = {
             "tokens": list(self.tokens),
             "text": self.text,
@@ -233,6 +235,7 @@ class FlowTrace:
             lines += self._flow_summary()
         else:
             lines.append("  no flow: no question token reaches the answer through this graph")
+        # Conservation holds on any pruned graph, so only this line shows what pruning lost.
         if self.graph.kept_flow.item() < 1:
             lines.append(
                 f"  pruned: {self.graph.kept_flow.item():.1%} of the flow and "
@@ -305,6 +308,7 @@ def _restored_graph(tensors: dict[str, Tensor], facts: dict[str, Any], num_token
         answer=tensors["answer"],
         rules=str(facts["rules"]),
     )
+    # from_edges cannot know what pruning lost.
     for name in _GRAPH_LOSSES:
         graph[name] = torch.tensor([float(facts[name])], dtype=torch.float64)
     return graph
@@ -312,6 +316,7 @@ def _restored_graph(tensors: dict[str, Tensor], facts: dict[str, Any], num_token
 
 def _require_token_lengths(path: PathLike, tensors: dict[str, Tensor], num_tokens: int) -> None:
     """Refuse a file in which a vector over tokens has another length than the list of tokens."""
+    # All tensors but the edges have one entry per token, spans two.
     lengths_agree = tensors["spans"].shape == (num_tokens, 2)
     for name in _TENSORS:
         if name not in ("edge_index", "spans") and tensors[name].numel() != num_tokens:

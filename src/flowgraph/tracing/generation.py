@@ -51,6 +51,7 @@ def generate_response(
 
     # The trace will encode the prompt with a response. One token stands for it here, so that both see the same ids.
     prompt_ids = encode(tokenizer, prompt, [0]).input_ids[:-1]
+    # Prompt and response must fit the context together.
     limit = context_length(model)
     if limit is not None:
         max_new_tokens = min(max_new_tokens, limit - prompt_ids.numel())
@@ -68,6 +69,7 @@ def generate_response(
             generation_config=_greedy(model, tokenizer, max_new_tokens),
             streamer=_TokenCounter(progress, ids.shape[1]),
         )
+    # generate() returns the prompt followed by the response.
     response = output[0, ids.shape[1] :]
     return [int(token) for token in response]
 
@@ -81,6 +83,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
         end = model.generation_config.eos_token_id
     if end is None:
         end = tokenizer.eos_token_id
+    # generate() warns where no padding token is set.
     padding = tokenizer.pad_token_id
     if padding is None:
         padding = tokenizer.eos_token_id

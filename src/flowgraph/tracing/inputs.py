@@ -98,6 +98,7 @@ def _check_response(model: PreTrainedModel, response: Any) -> None:
         raise InvalidInputError(
             f"response: must be text or a list of token ids, got {response!r:.80}; leave it out to have it generated"
         )
+    # Larger ids have no embedding, and some tokenizers fail on them with an overflow.
     vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     for index in ids:
         if isinstance(index, int) and index >= vocabulary_size:
@@ -137,6 +138,7 @@ def regions_of_ids(
     answer = _without_batch(answer)
     reasoning = _without_batch(reasoning)
     _check_regions(question, answer, reasoning)
+    # Without a prompt length, the prompt ends with the last question token.
     generated = None
     if prompt_length is not None:
         if not is_integer(prompt_length) or not 0 < prompt_length < num_tokens:
@@ -154,6 +156,7 @@ def regions_of_ids(
         spans.append((end, end + len(piece)))
         end += len(piece)
     num_prompt_tokens = int((~regions.generated).sum())
+    # The response starts at the character where the last prompt token ends.
     last_prompt_token = max(num_prompt_tokens - 1, 0)
     encoded = EncodedText(
         input_ids=ids.long(),
@@ -170,6 +173,7 @@ def regions_of_ids(
 def _one_sequence(input_ids: Any) -> Tensor:
     """Read ``input_ids`` as one sequence ``[T]`` of at least two ids."""
     try:
+        # Text and lists of unequal lengths fail here.
         batch = torch.as_tensor(input_ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(

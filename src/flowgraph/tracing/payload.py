@@ -132,6 +132,7 @@ def finite_or_none(value: float) -> float | None:
 
 def token_regions(graph: FlowGraph) -> list[str | None]:
     """Name the region of every token; None outside the three."""
+    # Regions are disjoint, so no name is overwritten.
     names: list[str | None] = [None] * int(graph.question_mask.numel())
     for region in REGIONS:
         for token in graph[f"{region}_mask"].nonzero().flatten().tolist():
@@ -141,6 +142,7 @@ def token_regions(graph: FlowGraph) -> list[str | None]:
 
 def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor) -> list[dict[str, Any]]:
     """Describe every token."""
+    # One column per field, each converted at once: access to single elements of tensors is slow.
     potential, influence = flow.potentials
     columns = zip(
         tokens,

@@ -40,6 +40,7 @@ def provenance_of(
         "heads": str(options.heads),
         "edge_weight": options.edge_weight,
         "preset": options.preset,
+        # The rules that apply, after the overrides of the preset.
         "rows": options.rules.rows,
         "self_attention": options.rules.self_attention,
         "first_token": options.rules.first_token,

@@ -65,6 +65,7 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if Path(path).is_dir():
         raise TraceFileError(f"path: must be a trace file, got the folder {path}; give the .safetensors file inside it")
     try:
+        # The schema is checked before the tensors are read.
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_schema(path, metadata)
@@ -102,6 +103,7 @@ def _null_to_nan(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _check_schema(path: PathLike, metadata: dict[str, str]) -> None:
     """Refuse a file of another program or of another schema version."""
+    # Other programs write safetensors files too, for example weights.
     if metadata.get("format") != FORMAT:
         raise TraceFileError(
             f"path: must be a file written by FlowTrace.save, got {path} without the format mark {FORMAT!r}; "

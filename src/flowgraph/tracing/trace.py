@@ -109,6 +109,7 @@ def trace(
     Cost: one forward pass, one or four reads of the attention rows, two sweeps over the edges.
     """
     report = progress or _ignore
+    # One record for the choices, which every stage below reads.
     options = TraceOptions(
         layers=layers,
         heads=heads,
@@ -149,6 +150,7 @@ def trace(
     num_tokens = encoded.input_ids.numel()
     require_trace_memory(inner, num_tokens, layers, max_edges)
 
+    # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
     attention = capture(model, encoded.input_ids[None], layers=layers, heads=heads, edge_weight=edge_weight)
     provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
@@ -183,6 +185,7 @@ def assemble(
     Raises:
         RegionError, GraphError: regions that do not fit the rows.
     """
+    # Capacities c(s, t) from the attention rows, by the edge rules; with a limit, the edges with most flow.
     progress("building the graph")
     graph = FlowGraph.from_rows(
         attention,
@@ -194,6 +197,7 @@ def assemble(
         max_edges=options.max_edges,
     ).to("cpu")
 
+    # Potentials h = b + N^T h, source q = src / h, influence g = q + N g, throughput f = g h.
     progress("solving the flow")
     flow = solve(
         graph,
