@@ -77,7 +77,7 @@ def _unpack(folder: Path) -> None:
 
     # The weights are dequantised now, but a model that counts as quantised cannot be saved.
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
     vars(model).update(hf_quantizer=None, is_quantized=False)
 
     # The folder appears under its name when it is complete.
