@@ -15,20 +15,6 @@ from flowgraph.tracing.trace_options import TraceOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_RECORDED = (
-    "layers",
-    "heads",
-    "edge_weight",
-    "preset",
-    "source",
-    "absorption",
-    "damping",
-    "max_edges",
-    "backend",
-    "max_new_tokens",
-)
-"""Options of a trace that decide a result, so a run is continued with the same ones; the rules are added to them."""
-
 
 @dataclass(frozen=True, eq=False)
 class CorpusOptions:
@@ -82,9 +68,24 @@ class CorpusOptions:
 
     def settings(self) -> dict[str, str]:
         """List the options that decide a result by name, as text, for the manifest of a run."""
-        settings = {}
-        for name in _RECORDED:
-            settings[name] = str(getattr(self.trace, name))
-        for name in ("question", "answer", "plain", "system", "keep"):
-            settings[name] = str(getattr(self, name))
-        return settings | asdict(self.trace.rules)
+        trace = self.trace
+        deciding = {
+            "layers": trace.layers,
+            "heads": trace.heads,
+            "edge_weight": trace.edge_weight,
+            "preset": trace.preset,
+            "question": self.question,
+            "answer": self.answer,
+            "plain": self.plain,
+            "system": self.system,
+            "source": trace.source,
+            "absorption": trace.absorption,
+            "damping": trace.damping,
+            "max_edges": trace.max_edges,
+            "backend": trace.backend,
+            "max_new_tokens": trace.max_new_tokens,
+            "keep": self.keep,
+        }
+        settings = {name: str(value) for name, value in deciding.items()}
+        # The rules that apply, after the overrides of the preset.
+        return settings | asdict(trace.rules)
