@@ -39,7 +39,8 @@ class AttentionRecorder:
 
     Args:
         model: a Hugging Face causal LM, PEFT-wrapped or not.
-        layers: ``"middle"`` (the middle third), ``"all"``, ``"10-19"`` or indices.
+        layers: ``"middle"`` (the middle third), ``"upper"`` (from one third up), ``"all"``, ``"10-19"``, ``"10-"`` or
+            indices.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices, or a
             :class:`~flowgraph.HeadSelector`.
         edge_weight: ``"attention"``, or ``"value_norm"``: each weight times the norm of the value vector it
