@@ -41,7 +41,7 @@ Three paths, chosen by what the architecture does:
 - **interface**: dispatches through transformers' attention interface (nearly all current models). Logits are
   bit-identical with and without recording.
 - **fused**: calls torch's fused attention itself (Falcon); overheard there.
-- **hands out weights**: computes attention in plain torch and returns it (BLOOM, MPT, GPT-J...); one layer's
+- **hands out weights**: computes attention in plain torch and returns it (BLOOM, MPT, GPT-Neo); one layer's
   weights at a time.
 
 What has no softmax attention over tokens (Mamba, RWKV), or attends in a way that is no single causal DAG,

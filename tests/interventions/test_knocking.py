@@ -340,8 +340,8 @@ def test_a_window_can_leave_a_position_blind():
 
 def test_models_that_cannot_be_cut_are_refused():
     trace = replace(trace_of(), provenance={"rows": "emission"})
-    with pytest.raises(CaptureError, match=r"must go through transformers' attention interface.*GPTJAttention"):
-        knockout(build("gptj"), trace, tokens=[4])
+    with pytest.raises(CaptureError, match=r"must go through transformers' attention interface.*MptAttention"):
+        knockout(build("mpt"), trace, tokens=[4])
     model = build("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(CaptureError, match=r"must be 'sdpa' or 'eager' to be cut, got 'flash_attention_2'"):

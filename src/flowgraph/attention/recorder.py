@@ -238,7 +238,7 @@ def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
         )
     if call.query.ndim != 4 or call.query.shape[2] != call.key.shape[2]:
         raise CaptureError(
-            f"past_key_values: must be empty, got queries of shape {tuple(call.query.shape)} and keys of shape "
+            f"cache (past_key_values): must be empty, got queries of shape {tuple(call.query.shape)} and keys of shape "
             f"{tuple(call.key.shape)} in {name}; trace with one full pass and use_cache=False "
             "(architectures that compress their keys cannot be captured)"
         )
