@@ -27,7 +27,7 @@ RECORD = ".constraints"
 
 NO_INDEX = re.compile(
     r"NewConnectionError|ConnectTimeout|NameResolutionError|ReadTimeout|ProxyError|SSLError|ConnectionReset|"
-    r"Connection refused|Could not fetch URL|Temporary failure in name resolution"
+    r"Connection refused|Could not fetch URL|Temporary failure in name resolution|from versions: none"
 )
 
 
@@ -183,8 +183,8 @@ def pip_failure(complaints: str, command: str, status: int) -> str:
     """What to do about a pip that failed."""
     if NO_INDEX.search(complaints):
         return (
-            "network: must reach the package index, got no connection; connect, or name an index that can be "
-            "reached in PIP_INDEX_URL, and repeat the command"
+            "network: must reach an index that has the packages, got no answer or none of them; connect, or name an "
+            "index that can be reached in PIP_INDEX_URL, and repeat the command"
         )
     if "No space left" in complaints:
         return "disk: must have room for the packages, got a full disk; free some and repeat the command"
