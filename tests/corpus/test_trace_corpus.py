@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import random
 import resource
-import time
+import signal
 from pathlib import Path
 
 import pyarrow.parquet
@@ -27,6 +27,7 @@ from flowgraph import (
 )
 from flowgraph.corpus.requests import Line, scan
 from flowgraph.corpus.run import Prepared, batches
+from tests.fixtures.kills import kill_at_change
 from tests.fixtures.tiny import PROMPT, RESPONSE, tiny, tiny_model
 
 TABLES = ("tokens.parquet", "traces.parquet")
@@ -229,16 +230,21 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(finished: CorpusSu
             assert (resumed.out / name).read_bytes() == (finished.out / name).read_bytes(), name
 
 
-def traced_in_a_process(path: Path, out: Path, file_limit: int | None = None) -> None:
-    """What a process of its own does; ``file_limit`` is the largest file that it may write, in bytes."""
+def traced_in_a_process(path: Path, out: Path, file_limit: int | None = None, kill_at: int | None = None) -> None:
+    """What a process of its own does; ``file_limit`` is the largest file that it may write, in bytes.
+
+    It is killed at the ``kill_at``-th change of a file in ``out``; a run that ends leaves the number of its changes.
+    """
     torch.set_num_threads(1)
     out.mkdir(exist_ok=True)
+    changes = kill_at_change(out, kill_at)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     try:
         trace_corpus(*tiny(), path, out, batch_tokens=300)
     except OutputError as error:
         (out / "refused").write_text(str(error))
+    out.with_suffix(".changes").write_text(str(changes[0]))
 
 
 @pytest.fixture(scope="module")
@@ -256,26 +262,24 @@ def start():
 
 
 def test_kills_at_any_moment_lose_and_double_nothing(start, tmp_path: Path):
-    """SIGKILL again and again, at random moments, until a run gets through; then compare with one never killed."""
+    """SIGKILL again and again, at random changes of a file; then a run gets through, equal to one never killed."""
     lines = [{**line, "id": f"{line.get('id')}{copy}"} for copy in range(3) for line in LINES]
     path = write(tmp_path / "in.jsonl", lines)
     whole, out = tmp_path / "whole", tmp_path / "out"
     start(path, whole).join()
-    choose, counts = random.Random(5), [0]
-    for _ in range(6):
-        worker = start(path, out)
-        wanted = counts[-1] + choose.randint(0, 5)
-        while _count(out) < wanted and worker.is_alive():
-            time.sleep(0.001)
-        time.sleep(choose.random() * 0.05)
-        worker.kill()
+    changes = int(whole.with_suffix(".changes").read_text())
+    choose = random.Random(5)
+    counts = [0]
+    for _ in range(6):  # an eighth of the changes at most, so that every kill comes before the end
+        worker = start(path, out, None, choose.randint(1, changes // 8))
         worker.join()
+        assert worker.exitcode == -signal.SIGKILL
         counts.append(_count(out))
     last = start(path, out)
     last.join()
     assert last.exitcode == 0
     assert counts == sorted(counts)
-    assert 0 < counts[3] < len(lines)  # the kills came while it worked
+    assert 0 < counts[3] < counts[6] < len(lines)  # the kills came while it worked
     assert files(out) == files(whole)  # nothing is missing and nothing half-written is left
     for name in TABLES:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
