@@ -30,28 +30,29 @@ from flowgraph.attention.capture import capture
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 INTRODUCTION = """# Models
 
-flowgraph reads the attention of any Hugging Face causal LM. It listens to the forward pass under the model's
-own attention kernel, keeps the queries and keys of the chosen layers, and recomputes rows in blocks with the
-architecture's **own** eager function: soft-caps, sliding windows, learned sinks, position biases and whatever
-comes next are the architecture's business, never a formula of ours. During every capture a few rows are
-multiplied out and compared with what the layer really computed; a mismatch raises `CaptureError`.
+flowgraph reads the attention of any Hugging Face causal LM with softmax attention over tokens. During a forward
+pass under the model's own attention kernel, it records the queries and keys of the chosen layers. It recomputes
+rows in blocks with the **eager function of the architecture**, which applies soft-caps, sliding windows,
+learned sinks and position biases. Every capture multiplies some rows by the values and compares the result with
+the output of the layer; a mismatch raises `CaptureError`.
 
-Three paths, chosen by what the architecture does:
+The architecture determines one of three paths:
 
-- **interface**: dispatches through transformers' attention interface (nearly all current models). Logits are
-  bit-identical with and without recording.
-- **fused**: calls torch's fused attention itself (Falcon); overheard there.
-- **hands out weights**: computes attention in plain torch and returns it (BLOOM, MPT, GPT-J...); one layer's
-  weights at a time.
+- **interface**: the model dispatches through the attention interface of transformers (nearly all current
+  models). Logits are bit-identical with and without recording.
+- **fused**: the model calls torch's fused attention itself (Falcon); flowgraph records the arguments of that
+  call.
+- **hands out weights**: the model computes attention in plain torch and returns the weights (BLOOM, MPT,
+  GPT-Neo); flowgraph keeps the weights of one layer at a time.
 
-What has no softmax attention over tokens (Mamba, RWKV), or attends in a way that is no single causal DAG,
+A model without softmax attention over tokens (Mamba, RWKV), or whose attention is not a single causal DAG,
 raises `CaptureError` with its name. Hybrid models are traced through their softmax layers.
 
 ## The families tested
 
-Largest absolute error of a row entry, left- and right-padded batches together, {version}. float32 against eager
-`output_attentions` on each text alone; bfloat16 against float64 weights of the same queries and keys (a
-bfloat16 eager pass rounds every score, so it is itself only good to about 1e-2).
+The table gives the largest absolute error of a row entry, over left- and right-padded batches, with {version}.
+float32 is compared with eager `output_attentions` on each text alone; bfloat16 with float64 weights of the same
+queries and keys (a bfloat16 eager pass rounds every score, so it is itself accurate only to about 1e-2).
 
 """
 

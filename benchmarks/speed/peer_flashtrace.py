@@ -27,7 +27,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import PeakMemory, interleaved, save
-from flowgraph.text.regions import Span
+from flowgraph.text.selectors import Span
 from flowgraph.tracing.trace import trace
 
 WORDS = 4000

@@ -406,5 +406,5 @@ def test_bad_files_are_refused_before_anything_is_written(run, two_layers, tmp_p
     result = run(good, good, "--json", tmp_path / "no" / "c.json", "--html", page)
     assert isinstance(result.exception, OutputError)
     assert not page.exists()
-    assert "must name two files" in run(good, good, "--json", page, "--html", page).output
+    assert "must each name a file of its own" in run(good, good, "--json", page, "--html", page).output
     assert not page.exists()

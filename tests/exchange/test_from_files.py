@@ -132,10 +132,10 @@ BOMB = '<?xml version="1.0"?>\n<!DOCTYPE lolz [<!ENTITY a0 "lol">' + "".join(
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_a_document_type_is_refused_before_anything_expands(read, head: str, encoding: str, tmp_path: Path):
     (tmp_path / "g.xml").write_bytes(head.replace('"1.0"', f'"1.0" encoding="{encoding}"').encode(encoding))
-    before = time.monotonic()
+    before = time.process_time()
     with pytest.raises(TraceFileError, match=r"path: must be XML without a document type, got a DOCTYPE in .*g.xml"):
         read(tmp_path / "g.xml")
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
 
 
 @pytest.mark.parametrize("kind", XML)

@@ -440,7 +440,7 @@ def test_the_command(saved, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to knock out"),
+        ([], "choose what to mask"),
         (["--tokens", "5,x"], "numbers and ranges like"),
         (["--tokens", "9-5"], "numbers and ranges like"),
         (["--tokens", "0-99999999999"], "numbers and ranges like"),

@@ -107,31 +107,21 @@ def test_resumed_anywhere_is_never_stopped(whole, tmp_path: Path, name: str):
 
 
 def test_killed_at_any_moment_and_resumed_is_never_stopped(tmp_path: Path):
-    """SIGKILL, at moments of the clock's choice, until the run is through."""
+    """SIGKILL at chosen changes of a file, twice; then the run goes through."""
+    # a checkpoint is about 19 changes, and the run writes 36 of them
     script = (
         "import sys, torch; from pathlib import Path; from dataclasses import replace\n"
         "from tests.rl.training.test_checkpoint import *\n"
+        "from tests.fixtures.kills import kill_at_change\n"
+        "kill_at_change(Path(sys.argv[1]), int(sys.argv[2]))\n"
         "run = trainer(Path(sys.argv[1]), replace(SETTINGS, steps=6), resume=True, task=Digits())\n"
-        "print('ready', flush=True)\n"
         "run.train()\n"
-        "(Path(sys.argv[1]) / 'done').touch()\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    kills = 0
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    for wait in (0.3, 0.5, 600):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().strip() == "ready"
-            try:
-                process.wait(wait)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        if (tmp_path / "done").exists():
-            break
-    assert (tmp_path / "done").exists()
-    assert kills >= 1, "the run was through before the first kill: no evidence"
+    for kill_at in (150, 271, 0):
+        command = [sys.executable, "-c", script, str(tmp_path), str(kill_at)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr
     resumed = trainer(tmp_path, replace(SETTINGS, steps=6), resume=True, task=Digits())
     never = trainer(None, replace(SETTINGS, steps=6), task=Digits())
     never.train()
