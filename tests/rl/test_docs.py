@@ -14,7 +14,8 @@ import yaml
 
 from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer, load_chain_model
 from rl.cli import app
-from rl.credit.registry import find_rule, registry
+from rl.credit import registry
+from rl.credit.registry import find_rule
 from rl.credit.scoring import score_rollout
 from rl.policy.actor_critic import ActorCritic
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
