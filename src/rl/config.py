@@ -40,8 +40,11 @@ class CreditConfig:
         ceiling: greatest weight of the soft shape.
         sign: ``"all"``, ``"non_negative"`` (weights only where the advantage is not negative) or ``"asymmetric"``
             (``w`` on advantages that are not negative, ``1 / w`` on the others).
-        mean_one: divide the weights of a response by their mean, so that no rule is a larger step in disguise.
-        scope: which tokens compete: ``"reasoning"`` (the answer left out) or ``"response"`` (all of them).
+        mean_one: divide the weights of the tokens that compete by their mean over the response, so that a rule does
+            not also change the size of the step.
+        scope: which tokens compete: ``"reasoning"`` (those before the answer) or ``"response"`` (these and the
+            answer). Tokens after the answer, such as the end token, never compete and keep weight 1; without an
+            answer every token of the response competes.
         potential_scale: total height of the potential for ``entry="potential"``.
         layers: layers whose attention is read.
         heads: how heads are joined.

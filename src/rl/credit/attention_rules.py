@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowgraph import AttentionRows, HeadSelector
 from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, options_of, recorded
+from rl.credit.scope import before_answer
 from rl.errors import CreditError
 
 BLOCK = 128
@@ -66,7 +67,7 @@ def correlation(batch: CreditInput) -> Float[Tensor, "batch response"]:
     """
     options_of(batch)
     device = recorded(batch, "attention").device
-    reasoning = _before_answer(batch).to(device)
+    reasoning = before_answer(batch.responses).to(device)
     answer = batch.responses.answer_in_response.to(device).double()
     read = torch.zeros(batch.scored.shape, dtype=torch.float64, device=device)
     origin = batch.responses.prompt_length
@@ -175,7 +176,8 @@ def atpo(batch: CreditInput) -> Float[Tensor, "batch response"]:
     pass, because a recorder knows the last layer only by its number.
     """
     floor = options_of(batch, floor=0.5)["floor"]
-    reasoning, rows = _before_answer(batch), recorded(batch, "layers")
+    reasoning = before_answer(batch.responses).to(batch.scored.device)
+    rows = recorded(batch, "layers")
     scores = torch.zeros(batch.scored.shape, device=batch.scored.device)
     for item in reasoning.any(1).nonzero().flatten().tolist():
         mine = reasoning[item]
@@ -191,13 +193,6 @@ def _response_blocks(batch: CreditInput, name: str) -> Iterator[tuple[int, Float
     rows, origin = recorded(batch, name), batch.responses.prompt_length
     for start in range(origin, rows.num_tokens, BLOCK):
         yield start, rows.block(start, min(start + BLOCK, rows.num_tokens))[:, :, origin:]
-
-
-def _before_answer(batch: CreditInput) -> Bool[Tensor, "batch response"]:
-    """Response tokens that some token of the answer follows, the answer itself left out."""
-    answer = batch.responses.answer_in_response
-    follows = answer.long().flip(1).cumsum(1).flip(1) > 0
-    return (batch.responses.response_mask & follows & ~answer).to(batch.scored.device)
 
 
 def _pearson(sums: Float[Tensor, "6 batch response"]) -> Float[Tensor, "batch response"]:

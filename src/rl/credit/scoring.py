@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows
 from rl.config import CreditConfig
 from rl.credit.registry import AttentionNeed, CreditInput, CreditRule, find_rule, score_tokens
+from rl.credit.scope import tokens_in_scope
 from rl.credit.weights import shape_weights
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
 from rl.records import Credit, Responses, TokenScores, join_records, to_device
@@ -35,15 +36,6 @@ class Scored:
     credit: Credit
     credit_seconds: float
     output: TokenOutput | None = None
-
-
-def tokens_in_scope(responses: Responses, scope: str) -> Bool[Tensor, "batch response"]:
-    """Tokens that compete for credit: all that the policy chose, without the answer unless the scope is "response".
-
-    The throughput of an answer token is large by construction, so it would win whatever it says.
-    """
-    mask = responses.response_mask
-    return mask if scope == "response" else mask & ~responses.answer_in_response
 
 
 def score_rollout(

@@ -17,6 +17,7 @@ from rl.algorithm.advantages import last_tokens, token_rewards
 from rl.algorithm.tensor_checks import require_alike, require_floats, require_mask, require_run
 from rl.config import CreditConfig, Sign
 from rl.errors import ConfigError, CreditError
+from rl.records import Credit
 
 
 def top_share(
@@ -143,6 +144,39 @@ def mean_one(
     return kept / torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
+def loss_weights(
+    credit: Credit,
+    advantages: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    settings: CreditConfig,
+) -> Float[Tensor, "batch response"]:
+    """Combine credit weights and advantages into the factor of each token's policy loss.
+
+    The sign rule is applied first. With ``mean_one`` the weights of the tokens that competed are then divided by their
+    mean; the other tokens keep weight 1, so the mean over the response is 1 as well.
+
+    Args:
+        credit: of the batch.
+        advantages: ``[B, R]``, whitened where the run whitens.
+        mask: ``[B, R]``, action tokens.
+        settings: ``sign`` and ``mean_one``.
+
+    Returns:
+        ``[B, R]``, on the device and in the dtype of the advantages.
+
+    Raises:
+        ConfigError: wrong shapes, or an unknown sign.
+        CreditError: a negative weight.
+    """
+    given = credit.weights.to(advantages.device, advantages.dtype)
+    weights = signed_weights(given, advantages, settings.sign)
+    if not settings.mean_one:
+        return weights
+    scored = credit.scored.to(advantages.device)
+    normalised = torch.where(scored, mean_one(weights, scored), weights)
+    return normalised.masked_fill(~mask, 0.0)
+
+
 def redistribute(
     rewards: Float[Tensor, " batch"],
     scores: Float[Tensor, "batch response"],
@@ -152,7 +186,8 @@ def redistribute(
     r"""The verdict spread over the scored tokens in proportion to their scores.
 
     :math:`r_t = R\, s_t / \sum_u s_u`, which sums to R up to rounding. A response without a positive score keeps its
-    verdict on the last action token.
+    verdict on the last action token. Tokens after the last scored one, such as the end token, receive no reward: the
+    entry points ``"advantage"`` and ``"potential"`` keep their outcome.
 
     Args:
         rewards: ``[B]``, one verdict per response.

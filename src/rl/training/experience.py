@@ -11,7 +11,7 @@ from torch import Tensor
 from rl.algorithm.advantages import gae, group_advantages, rloo_advantages, spread, token_rewards, whiten
 from rl.algorithm.losses import kl_estimate
 from rl.config import PPOConfig
-from rl.credit.weights import mean_one, potential_rewards, redistribute, signed_weights
+from rl.credit.weights import loss_weights, potential_rewards, redistribute
 from rl.records import Credit, Experience, Responses, TokenScores
 
 Whitening = Callable[[Tensor, Tensor], Tensor]
@@ -53,9 +53,7 @@ def build_experience(
         advantages, returns = _by_group(responses, config, kl, kl_weight), None
     weights = torch.ones_like(advantages)
     if config.credit.entry == "advantage":
-        weights = signed_weights(credit.weights, advantages, config.credit.sign)
-        if config.credit.mean_one:
-            weights = mean_one(weights, mask)
+        weights = loss_weights(credit, advantages, mask, config.credit)
     return Experience(
         responses=responses,
         scores=scores,
