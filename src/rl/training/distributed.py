@@ -55,8 +55,8 @@ def check_accelerator(accelerator: Any, num_prompts: int) -> None:
     kind = accelerator.distributed_type.name
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ConfigError(
-            f"accelerator: must give each process the whole base, got {kind}, which shards it; generation and scoring "
-            "need it whole, so launch with DDP (--multi_gpu), and a smaller or quantised base"
+            f"accelerator: must give each process the entire base, got {kind}, which shards it; generation and scoring "
+            "need all of it, so launch with DDP (--multi_gpu), and a smaller or quantised base"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(

@@ -51,7 +51,7 @@ _REPORTED_PROBLEMS = 8
 
 
 class PPOTrainer:
-    """Trains LoRA adapters of a causal LM on a task with verifiable rewards.
+    """The PPO training of LoRA adapters of a causal LM on a task with verifiable rewards.
 
     Args:
         model: a Hugging Face causal LM, or a PEFT model whose LoRA adapter is trained on. Its layers are wrapped.

@@ -10,8 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl import ActorCritic, AttentionNeed, CreditConfig, CreditError, CreditInput, LoraConfig, Responses, credit_rule
-from rl.credit.registry import find_rule, rule_names
+from rl import (
+    ActorCritic,
+    AttentionNeed,
+    CreditConfig,
+    CreditError,
+    CreditInput,
+    LoraConfig,
+    Responses,
+    credit_rule,
+    rule_names,
+)
+from rl.credit.registry import find_rule
 from rl.credit.scope import after_answer, tokens_in_scope
 from rl.credit.scoring import Scored, embedding_gradient, score_rollout
 from rl.policy.actor_critic import ModelInput

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowgraph import InvalidInputError, OutputError
-from rl.errors import CheckpointError
+from rl import CheckpointError
 from rl.reports.credit_report import report_file, report_payload
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
 from tests.rl.reports.test_credit_report import HOSTILE, example

@@ -248,7 +248,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_started_anew(whole, tmp_path: P
         shutil.copytree(folder / name, tmp_path / name)
         (tmp_path / name / "state.json").write_text("{")
     shutil.copy(folder / "metrics.jsonl", tmp_path)
-    with pytest.raises(CheckpointError, match=r"resume: .* must hold a complete checkpoint, got damaged ones, .*000002"):
+    with pytest.raises(
+        CheckpointError, match=r"resume: .* must hold a complete checkpoint, got damaged ones, .*000002"
+    ):
         trainer(tmp_path, resume=True)
     assert read_metrics(tmp_path / "metrics.jsonl")
     assert newest_state(tmp_path / "empty") is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rl import (
+    ActorCritic,
     CheckpointError,
     ConfigError,
     CreditConfig,
@@ -25,7 +26,7 @@ from rl import (
     credit_rule,
 )
 from rl.credit import registry
-from rl.policy.actor_critic import ActorCritic, TokenOutput
+from rl.policy.actor_critic import TokenOutput
 from rl.training.experience import build_experience
 from rl.training.update import micro_losses
 from tests.fixtures.policies import FAMILIES, Digits, UnmarkedDigits, alphabet, tiny_policy
