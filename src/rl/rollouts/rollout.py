@@ -78,6 +78,7 @@ class PromptEncoder:
                 f"prompt: sample {sample.index} must have at most {self._limit} tokens ({self._limit_origin}), got "
                 f"{len(ids)}; raise the limit, or leave the problem out"
             )
+        # An id beyond the embeddings would fail inside the model, on a GPU without a readable message.
         if max(ids) >= self._vocabulary_size:
             raise PolicyError(
                 f"tokenizer: must be that of the model, got id {max(ids)} in sample {sample.index}, and the model has "
@@ -187,6 +188,7 @@ def sample_responses(
             prompts.append(ids)
             noise.append(generator(seed, "sampling", step, sample.index, copy))
 
+    # Noise belongs to the sequence, so the size of a part changes no response.
     size = batch_size or len(prompts)
     parts = []
     for start in range(0, len(prompts), size):
@@ -213,6 +215,7 @@ def join(parts: Sequence[Generated], pad_id: int) -> Generated:
     attention_masks: list[Tensor] = []
     response_masks: list[Tensor] = []
     for part in parts:
+        # Prompts end at one column, and responses start at the next, in every part.
         left = prompt_length - part.prompt_length
         right = response_length - part.response_mask.shape[1]
         input_ids.append(pad(part.input_ids, (left, right), value=pad_id))
@@ -254,6 +257,7 @@ def judge(
     completions: list[str] = []
 
     for row, sample in enumerate(samples):
+        # Each token gets the characters that it stands for in the text of prompt and response.
         ids = generated.input_ids[row, prompt_length:][generated.response_mask[row]].tolist()
         encoded = encode(tokenizer, sample.prompt, ids)
         completion = encoded.response_text
@@ -275,6 +279,7 @@ def judge(
             spans = [_checked_span("oracle", span, sample, completion) for span in _checked_list(decisive, sample)]
             oracle[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
 
+    # Rewards come last: the check of their number and range needs all completions.
     def reward_all(chosen: list[Sample], texts: list[str]) -> list[float]:
         return [task.reward(sample, text) for sample, text in zip(chosen, texts, strict=True)]
 
@@ -299,6 +304,7 @@ def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, 
     no_answer = torch.zeros(encoded.num_tokens, dtype=torch.bool)
     if span is None or span[0] == span[1]:
         return find_question(encoded), no_answer
+    # A span without a visible character is not an answer.
     try:
         regions = find_regions(encoded, answer=span)
     except NoAnswerError:

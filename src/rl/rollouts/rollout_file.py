@@ -224,6 +224,7 @@ def save_rollout(
         "credit": experience.credit,
         "": experience,
     }
+    # The tensors of all records under flat names; a record without an optional tensor leaves its name out.
     tensors: dict[str, Tensor] = {}
     for field in _EXPERIENCE_FIELDS:
         value = getattr(parts[field.record], field.name)
@@ -247,6 +248,7 @@ def load_rollout(path: PathLike) -> Rollout:
     Raises:
         CheckpointError: missing, truncated, foreign, inconsistent, or of another version.
     """
+    # The JSON record first: it gives the number of responses that all tensors must have.
     tensors, record = _read(path)
     try:
         tokens = [[_text(token) for token in row] for row in record["tokens"]]
@@ -260,6 +262,7 @@ def load_rollout(path: PathLike) -> Rollout:
         ) from error
 
     _check_tensors(path, tensors, len(samples), prompt_length)
+    # Every response must have its text and the text of each of its columns.
     num_responses, num_columns = tensors["responses.response_mask"].shape
     right_rows = len(completions) == num_responses and len(tokens) == num_responses
     if not right_rows or {len(row) for row in tokens} != {num_columns}:
