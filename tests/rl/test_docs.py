@@ -14,7 +14,9 @@ import yaml
 
 from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer, load_chain_model
 from rl.cli import app
-from rl.credit.registry import find_rule, registry
+from rl.credit import registry
+from rl.credit.registry import find_rule
+from rl.credit.scope import tokens_in_scope
 from rl.credit.scoring import score_rollout
 from rl.policy.actor_critic import ActorCritic
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
@@ -68,6 +70,8 @@ def test_the_rules_of_the_credit_page_compute_what_they_say(rules: dict[str, Any
         return scored.credit.scores
 
     surprisal, received = scores("surprisal"), scores("received")
+    scored = tokens_in_scope(responses, "response")
+    assert scored.any(1).all()
     eager, _ = load_chain_model()
     eager.set_attn_implementation("eager")
     origin = responses.prompt_length
@@ -78,9 +82,9 @@ def test_the_rules_of_the_credit_page_compute_what_they_say(rules: dict[str, Any
         largest = [layer[0].amax(0) for layer in out.attentions[:3]]  # over heads; rows sum to 1 again
         read = torch.stack([layer / layer.sum(-1, keepdim=True) for layer in largest]).mean(0).sum(0)
         told = out.logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
-        own = responses.response_mask[row]
-        torch.testing.assert_close(received[row, own], read[first:], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(surprisal[row, own], -told[first - 1 :], atol=1e-4, rtol=1e-4)
+        own = scored[row, : int(responses.response_mask[row].sum())]
+        torch.testing.assert_close(received[row, : len(own)][own], read[first:][own], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(surprisal[row, : len(own)][own], -told[first - 1 :][own], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["surprisal", "received"])

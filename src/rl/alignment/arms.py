@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any, get_args
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from rl.config import CreditConfig, PPOConfig, Shape
 from rl.credit.registry import find_rule
-from rl.credit.scoring import credit_generators, on_cpu, policy_credit, recorder_for
+from rl.credit.scoring import score_with_settings
 from rl.credit.weights import top_share
 from rl.errors import ConfigError
-from rl.policy.actor_critic import ActorCritic, ModelInput
-from rl.records import Credit, Responses, TokenScores, join_records
+from rl.policy.actor_critic import ActorCritic
+from rl.records import Credit, Responses, TokenScores
 
 
 def parse_arm(text: str) -> CreditConfig:
@@ -125,32 +123,17 @@ def score_arms(
         config: temperature, micro-batches, KL and seed.
         step: number of the batch, as part of the seed of rules that draw.
     """
-    parts: list[tuple[TokenScores, list[Credit]]] = []
-    rules, size = [find_rule(arm.rule) for arm in arms], config.micro_batch_size
-    # Every arm draws from generators of its own, as it would if it were trained with alone.
-    streams = [credit_generators(responses, config.seed, step) for _ in arms]
-    for start in range(0, responses.num_sequences, size):
-        part = responses.select(range(start, min(start + size, responses.num_sequences)))
-        inputs = ModelInput.of(part, policy.device)
-        tokens, mask = inputs.input_ids[:, part.prompt_length :], part.response_mask.to(policy.device)
-        with torch.no_grad(), ExitStack() as stack:
-            listening = [
-                {name: stack.enter_context(recorder_for(policy, need, arm)) for name, need in rule.needs.items()}
-                for arm, rule in zip(arms, rules, strict=True)
-            ]
-            logprobs, entropy = policy.policy_pass(inputs, tokens, config.temperature)
-        with torch.no_grad():
-            wanted = config.kl_weight > 0 and config.kl_in == "reward"
-            ref = on_cpu(policy.reference_pass(inputs, tokens, config.temperature), mask) if wanted else None
-        scores = TokenScores(on_cpu(logprobs, mask), on_cpu(entropy, mask), ref)
-        credits = []
-        for arm, recorders, stream in zip(arms, listening, streams, strict=True):
-            rows = {name: heard.rows(inputs.attention_mask, inputs.input_ids) for name, heard in recorders.items()}
-            drawn = stream[start : start + size]
-            credits.append(policy_credit(policy, part, scores, rows, arm, drawn, temperature=config.temperature))
-        parts.append((scores, credits))
-    joined = [join_records([credits[index] for _, credits in parts]) for index in range(len(arms))]
-    return join_records([scores for scores, _ in parts]), joined
+    scored = score_with_settings(
+        policy,
+        responses,
+        arms,
+        temperature=config.temperature,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        step=step,
+        reference=config.kl_weight > 0 and config.kl_in == "reward",
+    )
+    return scored.scores, list(scored.credits)
 
 
 def selected_tokens(credit: Credit, arm: CreditConfig) -> Bool[Tensor, "batch response"]:

@@ -35,7 +35,7 @@ from rl.algorithm.tensor_checks import require_alike, require_run
 from rl.config import CreditConfig
 from rl.credit.registry import CreditRule, find_rule
 from rl.credit.scoring import credit_tokens
-from rl.credit.weights import mean_one, signed_weights
+from rl.credit.weights import loss_weights
 from rl.errors import ConfigError, CreditError
 from rl.policy.sampling import Generated
 from rl.records import CharSpan, Credit, Messages, Responses, Sample, TokenScores
@@ -153,7 +153,8 @@ def scale_advantages(
         advantages: ``[B]`` or ``[B, R]``.
         mask: ``[B, R]``, response tokens.
         credit: of :func:`token_credit`.
-        config: its ``sign`` says on which advantages the weights act, its ``mean_one`` whether they average 1.
+        config: its ``sign`` says on which advantages the weights act, its ``mean_one`` whether those of the
+            tokens that competed average 1.
 
     Raises:
         ConfigError: another shape.
@@ -164,13 +165,10 @@ def scale_advantages(
         >>> scale_advantages(torch.tensor([-2.0]), every, credit, CreditConfig()).tolist()
         [[-3.0, -2.0, -2.0]]
     """
-    weights = credit.weights.to(advantages.device, advantages.dtype)
-    if advantages.shape == weights.shape[:1]:
-        advantages = advantages[:, None].expand(weights.shape)
-    weights = signed_weights(weights, advantages, config.sign)
-    if config.mean_one:
-        weights = mean_one(weights, mask.to(weights.device).bool())
-    return advantages * weights
+    shape = credit.weights.shape
+    if advantages.shape == shape[:1]:
+        advantages = advantages[:, None].expand(shape)
+    return advantages * loss_weights(credit, advantages, mask.to(advantages.device).bool(), config)
 
 
 @dataclass

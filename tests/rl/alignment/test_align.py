@@ -10,19 +10,20 @@ from typer.testing import CliRunner
 
 from flowgraph import MemoryLimitError, MissingExtraError, OutputError
 from rl.alignment.align import align
-from rl.alignment.arms import arm_name, named_arms, parse_arm, split_arms
+from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, split_arms
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients
 from rl.alignment.multipliers import SCHEMA, Estimate, Products, compare, cosines, jackknife, multipliers, signal_shares
 from rl.alignment.plot import plot_alignment
 from rl.commands.align import align_command
 from rl.config import CreditConfig, LoraConfig, PPOConfig
+from rl.credit.scope import after_answer
 from rl.credit.scoring import score_rollout
 from rl.errors import ConfigError, CreditError
 from rl.evaluation.significance import holm
 from rl.policy.actor_critic import ActorCritic
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
 from rl.training.experience import build_experience
-from tests.fixtures.policies import Digits, alphabet, tiny_policy
+from tests.fixtures.policies import Digits, UnmarkedDigits, alphabet, tiny_policy
 from tests.reference import rl_align as slow
 
 ARMS = [
@@ -95,8 +96,8 @@ def test_uniform_is_exactly_one(measured):
 
 
 def test_constant_weights_have_multiplier_one():
-    constant = ["uniform", "random:strength=1", "random:share=1,strength=3,scope=response"]
-    found = align(tiny_policy(), alphabet(), Digits(), arms=constant, config=SETTINGS, num_batches=3)
+    constant = ["uniform", "random:strength=1", "random:share=1,strength=3"]
+    found = align(tiny_policy(), alphabet(), UnmarkedDigits(), arms=constant, config=SETTINGS, num_batches=3)
     for arm in found.arms:
         assert tuple(arm.multiplier) == pytest.approx((1, 1, 0, 1, 1), abs=1e-9), arm.name
     assert [pair.p_value for pair in found.differences] == [1.0, 1.0]
@@ -104,6 +105,25 @@ def test_constant_weights_have_multiplier_one():
     assert everything.token_share == 1
     assert tuple(everything.signal_share or ()) == pytest.approx((1, 1, 0, 1, 1), abs=1e-9)
     assert (everything.only_rest or everything.cosine).value == 0
+
+
+def test_tokens_after_the_answer_keep_weight_1():
+    """The alignment uses the weights of the training: a soft arm changes nothing behind the answer."""
+    policy = ActorCritic(tiny_policy(), SETTINGS.lora, critic=False)
+    task, tokenizer = Digits(), alphabet()
+    encoder = PromptEncoder(tokenizer, policy.causal_lm, 100, 12)
+    samples = [task.sample("train", k) for k in range(3)]
+    generated = sample_responses(
+        policy.causal_lm, encoder, samples, group_size=2, max_response_tokens=12, temperature=0.9, seed=3, step=0
+    )
+    responses = judge(task, tokenizer, [sample for sample in samples for _ in range(2)], generated)
+    after = after_answer(responses)
+    assert after.any()
+    arms = [parse_arm(text) for text in ("flow:soft", "entropy:soft,mean_one=true", "random:only_top,scope=response")]
+    _, credits = score_arms(policy, responses, arms, SETTINGS, step=0)
+    for credit in credits:
+        assert (credit.weights[after] == 1).all()
+        assert (credit.weights != 1).any()
 
 
 def test_recall_of_known_tokens(measured):
