@@ -153,7 +153,7 @@ def edit(change):
         (edit(lambda g: g.nodes[0].update(position=0)), r"position: must be on every node or none, got 1 of 3"),
         (
             edit(lambda g: nx.set_node_attributes(g, 1.5, "position")),
-            r"position of node 0: must be a whole number from 0, got 1.5",
+            r"position of node 0: must be a non-negative integer, got 1.5",
         ),
         (edit(lambda g: nx.set_node_attributes(g, 1, "position")), r"graph: nodes must be the tokens 0..2, got"),
     ],
