@@ -13,13 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgraph.errors import InvalidInputError, MissingExtraError, RegionError, TraceFileError
-from flowgraph.exchange.export import to_igraph, to_networkx, write_edges, write_gexf, write_graphml, write_tokens
-from flowgraph.exchange.from_files import read_edges, read_gexf, read_graphml, read_json
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph import (
+    Flow,
+    FlowGraph,
+    FlowTrace,
+    InvalidInputError,
+    MissingExtraError,
+    RegionError,
+    TraceFileError,
+    read_edges,
+    read_gexf,
+    read_graphml,
+    read_json,
+    solve,
+    to_igraph,
+    to_networkx,
+    write_edges,
+    write_gexf,
+    write_graphml,
+    write_tokens,
+)
 from tests.fixtures.convert import to_graph
 from tests.strategies import FlowGraph as Case
 from tests.strategies import flow_graphs

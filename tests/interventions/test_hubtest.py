@@ -13,14 +13,21 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import flowgraph
+from flowgraph import (
+    FlowGraph,
+    FlowgraphError,
+    FlowTrace,
+    HubTest,
+    InfeasibleFlowError,
+    InvalidInputError,
+    RegionError,
+    hub_test,
+    knockout,
+    solve,
+)
 from flowgraph.analysis.statistics import t_interval, wilson_interval
 from flowgraph.commands.hubtest import hub_test as hub_command
-from flowgraph.errors import FlowgraphError, InfeasibleFlowError, InvalidInputError, RegionError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.interventions.hubtest import HubRun, HubTest, hub_test, summarise
-from flowgraph.interventions.knockout import knockout
-from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.interventions.hubtest import HubRun, summarise
 from tests.fixtures.tiny import save_tiny, tiny, tiny_model
 
 

@@ -12,12 +12,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimitError, OutputError, RegionError
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.steps.step_flow import Step, contract, split_steps
-from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph import (
+    Flow,
+    FlowGraph,
+    FlowTrace,
+    InfeasibleFlowError,
+    InvalidInputError,
+    MemoryLimitError,
+    OutputError,
+    RegionError,
+    Step,
+    contract,
+    solve,
+    split_steps,
+)
 from flowgraph.tracing.payload import trace_payload
 from tests.fixtures.convert import close, random_attention, to_graph
 from tests.reference import flow as reference

@@ -170,6 +170,7 @@ def hub_overlap(
     """
     hubs_of_side: list[set[int]] = []
     for flow, reasoning, pair_of_side in zip(flows, is_reasoning, pair_of, strict=True):
+        # Units of other regions get the score 0, and only positive scores count.
         score = torch.where(reasoning, flow.throughput.cpu(), 0.0)
         num_hubs = min(_MAX_HUBS, int((score > 0).sum()))
         hubs = torch.argsort(score, descending=True, stable=True)[:num_hubs]
@@ -218,6 +219,7 @@ def edge_overlap(
         amounts.append(edge_flow[both_matched])
         hops.append(float(edge_flow.sum()))
 
+    # The edges that both flows have; their common flow is the smaller of the two.
     _, in_first, in_second = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
     common = float(np.minimum(amounts[0][in_first], amounts[1][in_second]).sum())
     total = hops[0] + hops[1]
@@ -251,6 +253,8 @@ def route_pairs(
 
     first_widths, second_widths = (_RouteWidths(flow) for flow in flows)
     first_unit, second_unit = pairs.T.tolist()
+
+    # The same route in each flow, by the units of its pairs.
     found = []
     for path in paths:
         in_first = first_widths.width([first_unit[pair] for pair in path])
@@ -287,4 +291,7 @@ class _RouteWidths:
         stops = np.searchsorted(self.edge_keys, wanted, side="right")
         if (edges == stops).any():
             return 0.0
-        return float(min(self.entering[units[0]], self.absorbed[units[-1]], *self.edge_flow[edges]))
+
+        entering = self.entering[ends[0]]
+        absorbed = self.absorbed[ends[-1]]
+        return float(min(entering, absorbed, *self.edge_flow[edges]))

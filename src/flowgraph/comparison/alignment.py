@@ -81,10 +81,8 @@ def align(first: FlowTrace, second: FlowTrace, by: str = "auto") -> Alignment:
     # The matcher, and the choice among equally good steps, prefer what comes first. An order that depends on the
     # traces alone makes the result independent of the order of the arguments.
     is_swapped = _sort_key(second) < _sort_key(first)
-    if is_swapped:
-        one, other = second, first
-    else:
-        one, other = first, second
+    one = second if is_swapped else first
+    other = first if is_swapped else second
 
     # The finest alignment.
     if rule == SAME_TEXT:
@@ -103,6 +101,7 @@ def align(first: FlowTrace, second: FlowTrace, by: str = "auto") -> Alignment:
         matched = _matched_steps(groups, matched, steps)
         groups = steps
 
+    # Back to the order of the arguments.
     if is_swapped:
         groups = (groups[1], groups[0])
         matched = [(j, i) for i, j in matched]
@@ -136,6 +135,8 @@ def _rule(first: FlowTrace, second: FlowTrace, by: str) -> str:
         )
     if by == "characters":
         return SAME_TEXT
+
+    # From the most to the least that two traces can have in common.
     if first.token_ids.tolist() == second.token_ids.tolist():
         return SAME_TOKENS
     if same_text and by != "tokens":
@@ -186,7 +187,7 @@ def _matched_tokens(one: FlowTrace, other: FlowTrace, rule: str) -> list[Pair]:
     if rule == SAME_TOKENS:
         return [(t, t) for t in range(one.num_tokens)]
 
-    # Traces with one prompt have one vocabulary: their ids distinguish tokens that print alike.
+    # What is matched: with one prompt the traces have one vocabulary, and ids distinguish tokens that print alike.
     one_keys: Sequence[object]
     other_keys: Sequence[object]
     if rule == SAME_PROMPT:
@@ -204,12 +205,13 @@ def _matched_tokens(one: FlowTrace, other: FlowTrace, rule: str) -> list[Pair]:
     for part, (low, high), (other_low, other_high) in zip(_PARTS, one_parts, other_parts, strict=True):
         matcher = SequenceMatcher(None, one_keys[low:high], other_keys[other_low:other_high], autojunk=False)
         for kind, i, i_end, j, j_end in matcher.get_opcodes():
-            replaces_one = i_end - i == 1 and j_end - j == 1
-            if kind == "equal" or (kind == "replace" and (part == "answer" or replaces_one)):
+            is_one_for_one = i_end - i == 1 and j_end - j == 1
+            is_partner = part == "answer" or is_one_for_one
+            if kind == "equal" or (kind == "replace" and is_partner):
                 # Of answers with different lengths, as many tokens as both have.
-                length = min(i_end - i, j_end - j)
-                for k in range(length):
-                    matched.append((low + i + k, other_low + j + k))
+                run = range(low + i, low + i_end)
+                other_run = range(other_low + j, other_low + j_end)
+                matched += zip(run, other_run, strict=False)
     return matched
 
 
@@ -250,14 +252,19 @@ def _shared_groups(one: FlowTrace, other: FlowTrace) -> tuple[Groups, Groups]:
 
 def _borders(trace: FlowTrace) -> list[tuple[int, int, int]]:
     """List (from character, to character, token after): between them all tokens before end and all after begin."""
-    spans = trace.spans.numpy()
-    start = spans[:, 0]
-    end = np.maximum(start, spans[:, 1])
-    end_before = np.maximum.accumulate(end)[:-1]
-    start_after = np.minimum.accumulate(start[::-1])[::-1][1:]
+    start, end = trace.spans.numpy().T
+    end = np.maximum(start, end)
+
+    # For each token t: where the tokens up to t end, and where those after t start.
+    last_end = np.maximum.accumulate(end)
+    first_start = np.minimum.accumulate(start[::-1])[::-1]
     borders = []
-    for t in np.flatnonzero(end_before <= start_after):
-        borders.append((int(end_before[t]), int(start_after[t]), int(t) + 1))
+    for token in range(1, trace.num_tokens):
+        low = int(last_end[token - 1])
+        high = int(first_start[token])
+        # Tokens that share a character have no border between them.
+        if low <= high:
+            borders.append((low, high, token))
     return borders
 
 
@@ -275,14 +282,16 @@ def _matched_steps(groups: tuple[Groups, Groups], matched: list[Pair], steps: tu
     best = np.zeros((num_first + 1, num_second + 1))
     for i in reversed(range(num_first)):
         for j in reversed(range(num_second)):
-            best[i, j] = max(best[i + 1, j], best[i, j + 1], weight[i, j] + best[i + 1, j + 1])
+            if_paired = weight[i, j] + best[i + 1, j + 1]
+            best[i, j] = max(best[i + 1, j], best[i, j + 1], if_paired)
 
     # Follow the choices that led to best[0, 0].
     pairs = []
     i = 0
     j = 0
     while i < num_first and j < num_second:
-        if weight[i, j] > 0 and best[i, j] == weight[i, j] + best[i + 1, j + 1]:
+        if_paired = weight[i, j] + best[i + 1, j + 1]
+        if weight[i, j] > 0 and best[i, j] == if_paired:
             pairs.append((i, j))
             i += 1
             j += 1
@@ -299,15 +308,20 @@ def _step_weights(groups: tuple[Groups, Groups], matched: list[Pair], steps: tup
     other_sizes = _sizes(steps[1])
     one_step_of_token = np.repeat(np.arange(one_sizes.size), one_sizes)
     other_step_of_token = np.repeat(np.arange(other_sizes.size), other_sizes)
+
+    # Each pair of groups counts for the steps in which its groups begin.
     num_shared = np.zeros((one_sizes.size, other_sizes.size))
     for i, j in matched:
         start, stop = groups[0][i]
         other_start, other_stop = groups[1][j]
         step = one_step_of_token[start]
         other_step = other_step_of_token[other_start]
-        num_shared[step, other_step] += (stop - start) + (other_stop - other_start)
-    num_tokens = one_sizes[:, None] + other_sizes[None, :]
-    return np.where(num_shared >= _MIN_SHARED_TOKENS * num_tokens, num_shared, 0)
+        num_shared[step, other_step] += stop - start
+        num_shared[step, other_step] += other_stop - other_start
+
+    num_tokens = np.add.outer(one_sizes, other_sizes)
+    are_partners = num_shared >= _MIN_SHARED_TOKENS * num_tokens
+    return np.where(are_partners, num_shared, 0)
 
 
 def _sizes(groups: Groups) -> np.ndarray:

@@ -289,8 +289,14 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
     # Both traces as flows between units, and the pairs of units.
     aligned = align(first, second, by)
     first_groups, second_groups = aligned.groups
-    units = (_units(first, first_groups), _units(second, second_groups))
-    flows = (flow_of_groups(first.flow, first_groups), flow_of_groups(second.flow, second_groups))
+    units = (
+        _units(first, first_groups),
+        _units(second, second_groups),
+    )
+    flows = (
+        flow_of_groups(first.flow, first_groups),
+        flow_of_groups(second.flow, second_groups),
+    )
     pairs = torch.tensor(aligned.pairs, dtype=torch.int64)
     is_matched = (pairs >= 0).all(1)
 
@@ -338,7 +344,9 @@ def _units(trace: FlowTrace, groups: Sequence[Group]) -> tuple[Unit, ...]:
             # Tokens may share a character, which joining their texts would repeat.
             first_character = min(low for low, _ in spans[start:stop])
             last_character = max(high for _, high in spans[start:stop])
-            text = trace.text[first_character:last_character] or "".join(trace.tokens[start:stop])
+            text = trace.text[first_character:last_character]
+            if not text:
+                text = "".join(trace.tokens[start:stop])
 
         counts = {name: sum(mask[start:stop]) for name, mask in masks.items()}
         # Of equal counts, max returns the first region in reading order.
@@ -357,6 +365,7 @@ def _names(first: FlowTrace, second: FlowTrace) -> tuple[str, str]:
         if first_settings.get(name) != second_settings.get(name):
             differing.append(name)
 
+    # The answers only where they differ: two models on one text have one answer.
     first_answer = _answer(first)
     second_answer = _answer(second)
     show_answer = first_answer != second_answer
@@ -412,6 +421,7 @@ def _ranges(layers: Any) -> str:
 def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str, ...]:
     """List what may explain a difference besides the flow: tokenizers, regions, versions, pruning, settings."""
     notes = []
+    # One id may stand for different texts in different vocabularies.
     if aligned.rule == SAME_TOKENS and first.tokens != second.tokens:
         token_pairs = zip(first.tokens, second.tokens, strict=True)
         at = next(t for t, (one, other) in enumerate(token_pairs) if one != other)
@@ -420,11 +430,13 @@ def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str
             f"{second.tokens[at]!r}); were they made by two tokenizers?"
         )
 
+    # The source of the flow.
     first_size = int(first.question.sum())
     second_size = int(second.question.sum())
     if question_text(first) != question_text(second) or first_size != second_size:
         notes.append(f"flow enters at other tokens: the question has {first_size} in A and {second_size} in B")
 
+    # The code, and the approximation, behind the numbers.
     first_version = _package_version(first)
     second_version = _package_version(second)
     if first_version != second_version:
@@ -451,7 +463,7 @@ def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str
 
 
 def _package_version(trace: FlowTrace) -> Any:
-    """Return the version of this package that a trace's provenance names; None where there is none."""
+    """Return the version of this package that a trace's provenance names; None where it is missing."""
     versions = trace.provenance.get("versions")
     if isinstance(versions, Mapping):
         return versions.get("flowgraph-llm")

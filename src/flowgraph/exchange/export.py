@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,9 +77,12 @@ def to_networkx(graph: Exportable, *, keep: float | None = None) -> nx.DiGraph:
     part = _exported_part(graph, keep)
     result = pyg_to_networkx(part.graph, node_attrs=_MASKS, edge_attrs=["capacity"])
     result.graph.update(_facts(part.graph))
+
+    # PyG converts what the graph holds; the flow and the texts are added by token and by edge.
+    for name, values in part.node_values().items():
+        value_of_token = dict(enumerate(values.tolist()))
+        nx.set_node_attributes(result, value_of_token, name)
     if part.edge_flow is not None:
-        for name, values in part.node_values().items():
-            nx.set_node_attributes(result, dict(enumerate(values.tolist())), name)
         source, target = part.graph.edge_index.tolist()
         edges = zip(source, target, strict=True)
         flow_of_edge = dict(zip(edges, part.edge_flow.tolist(), strict=True))
@@ -115,6 +118,8 @@ def to_pyg(graph: Exportable, *, keep: float | None = None) -> Data:
         keep: see :func:`to_networkx`.
     """
     part = _exported_part(graph, keep)
+
+    # All tensors that the graph, the flow and the trace have, then a copy of each.
     tensors: dict[str, Tensor] = {}
     for name in ("edge_index", "capacity", *_MASKS, *LOSSES):
         tensors[name] = part.graph[name]
@@ -165,15 +170,24 @@ def write_gexf(graph: Exportable, path: PathLike, *, keep: float | None = None) 
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         document = _document(_exported_part(graph, keep))
         for _, node in document.nodes(data=True):
-            red, green, blue = _COLORS[node["region"]]
-            size = _MIN_SIZE + _SIZE_RANGE * node.get("throughput", 0.0)
-            node["viz"] = {"color": {"r": red, "g": green, "b": blue}, "size": size}
+            node["viz"] = _appearance(node)
+
         writer = GEXFWriter()
         writer.add_graph(document)
         # GEXF has no attributes of the complete graph, so the facts go into its description.
         description = SubElement(next(writer.xml.iter("meta")), "description")
         description.text = json.dumps(document.graph)
         writer.write(file)
+
+
+def _appearance(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return colour and size of a node in Gephi; networkx writes what a node has under "viz"."""
+    red, green, blue = _COLORS[node["region"]]
+    throughput = node.get("throughput", 0.0)
+    return {
+        "color": {"r": red, "g": green, "b": blue},
+        "size": _MIN_SIZE + _SIZE_RANGE * throughput,
+    }
 
 
 def write_edges(graph: Exportable, path: PathLike, *, keep: float | None = None) -> None:
@@ -255,6 +269,8 @@ def _exported_part(graph: Exportable, keep: float | None) -> _ExportedPart:
             f"graph: must be one FlowGraph, Flow or FlowTrace, got {type(complete).__name__}; "
             "export the graphs of a batch one by one (batch.to_data_list())"
         )
+
+    # All edges, or those of the backbone with their flow in the complete graph.
     if keep is None:
         edge_flow = None if flow is None else flow.edge_flow
         return _ExportedPart(complete, flow, edge_flow, trace)
@@ -274,6 +290,7 @@ def _facts(graph: FlowGraph) -> dict[str, Any]:
     }
     if graph.rules:
         facts["rules"] = graph.rules
+    # Attributes of a graph cannot be null in GraphML.
     for name in LOSSES:
         loss = float(graph[name])
         if math.isfinite(loss):
@@ -283,18 +300,27 @@ def _facts(graph: FlowGraph) -> dict[str, Any]:
 
 def _token_columns(part: _ExportedPart) -> dict[str, list]:
     """Return one value per token for each column; None where a number is too large for float64."""
+    # The regions are disjoint.
     num_nodes = int(part.graph.num_nodes or 0)
     regions = [NO_REGION] * num_nodes
     for name in REGIONS:
-        for token in part.graph[f"{name}_mask"].nonzero().flatten().tolist():
+        mask = part.graph[f"{name}_mask"]
+        for token in mask.nonzero().flatten().tolist():
             regions[token] = name
 
     columns: dict[str, list] = {"position": list(range(num_nodes)), "region": regions}
     if part.trace is not None:
         columns["token"] = [_printable(token) for token in part.trace.tokens]
     for name, values in part.node_values().items():
-        columns[name] = [value if math.isfinite(value) else None for value in values.tolist()]
+        columns[name] = [_finite_or_none(value) for value in values.tolist()]
     return columns
+
+
+def _finite_or_none(value: float) -> float | None:
+    """Replace infinity, the value of a potential beyond float64, by a missing value."""
+    if math.isfinite(value):
+        return value
+    return None
 
 
 def _edge_columns(part: _ExportedPart) -> dict[str, list]:
@@ -333,8 +359,9 @@ def _document(part: _ExportedPart) -> nx.DiGraph:
         document.graph[name] = _printable(fact) if isinstance(fact, str) else fact
     for row in _rows(_token_columns(part)):
         position = row["position"]
-        label = row.get("token", str(position)).translate(_BREAKS)
-        document.add_node(position, label=label, **row)
+        # Graph tools show the label in one line.
+        label = row.get("token", str(position))
+        document.add_node(position, label=label.translate(_BREAKS), **row)
     for row in _rows(_edge_columns(part)):
         weight = row.get("flow", row["capacity"])
         document.add_edge(row["source"], row["target"], weight=weight, capacity=row["capacity"])
@@ -345,8 +372,9 @@ def _write_table(path: Path, suffix: str, columns: dict[str, list], facts: dict[
     """Write columns as Parquet, with the facts in its metadata, or as CSV, which has no place for them."""
     if suffix.lower() == ".parquet":
         arrow, parquet = arrow_modules()
-        table = arrow.table(columns).replace_schema_metadata({"flowgraph": json.dumps(facts)})
-        parquet.write_table(table, path)
+        table = arrow.table(columns)
+        metadata = {"flowgraph": json.dumps(facts)}
+        parquet.write_table(table.replace_schema_metadata(metadata), path)
         return
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -135,6 +135,7 @@ def read_edges(
             f"tokens, num_nodes: exactly one must be given, got {tokens!r} and {num_nodes!r}; "
             "edges alone do not tell how many tokens there are"
         )
+    # The token table states the regions, in any order of its rows.
     found: Found = {}
     if tokens is not None:
         with _reading(tokens):
@@ -143,6 +144,8 @@ def read_edges(
             row_of_token = _inverse_permutation(positions)
             found = regions_of({"region": [columns["region"][row] for row in row_of_token]})
             num_nodes = len(positions)
+
+    # The regions that the caller gives replace those of the table.
     given: Given = {"question": question, "reasoning": reasoning, "answer": answer}
     with _reading(path):
         columns, facts = _read_table(path, ("source", "target", "capacity"))
@@ -206,6 +209,7 @@ def _reading(path: PathLike) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (TraceFileError, RegionError):
+        # Already about this file, or about regions that the caller must give.
         raise
     except OSError as error:
         raise TraceFileError(

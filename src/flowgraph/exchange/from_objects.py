@@ -93,6 +93,8 @@ def from_networkx(
             f"graph: must be a directed networkx graph, got {type(graph).__name__}; make a nx.DiGraph whose edges run "
             "from the earlier to the later token"
         )
+
+    # Nodes in token order, with the marks that some tool may have left on them.
     token_of = _token_of_node(graph)
     nodes = sorted(token_of, key=token_of.__getitem__)
     columns = {}
@@ -169,6 +171,7 @@ def from_pyg(
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise RegionError(f"{name}: must be a bool tensor over the tokens, got {mask!r}; call .bool() on it")
 
+    # The tensors are taken as they are: only the graph's own checks remain.
     facts = _checked_facts(values)
     found: Found = {name: values.get(mask) for name, mask in _MASKS.items()}
     given: Given = {"question": question, "reasoning": reasoning, "answer": answer}
@@ -238,6 +241,7 @@ def regions_of(columns: Mapping[str, list]) -> dict[str, list[bool]]:
     Raises:
         RegionError: a mark that is neither true nor false, or an unknown region.
     """
+    # Masks come first: they are what this package writes into objects.
     found: dict[str, list[bool]] = {}
     for region, mask in _MASKS.items():
         marks = columns.get(mask, [])
@@ -250,6 +254,7 @@ def regions_of(columns: Mapping[str, list]) -> dict[str, list[bool]]:
     if found:
         return found
 
+    # Files have one region per token.
     names = columns.get("region", [])
     if all(name is None for name in names):
         return {}
@@ -303,6 +308,8 @@ def build_graph(
     """
     checked_facts = _checked_facts(facts)
     regions = _chosen_regions(found, given)
+
+    # Positions and numbers, edge by edge, so that a message can name the edge.
     sources = []
     targets = []
     capacities = []

@@ -39,10 +39,12 @@ def check_fits(model: PreTrainedModel, trace: FlowTrace) -> None:
     if lowest < 0:
         raise _misfit(model, vocabulary, f"id {lowest}")
 
+    # Not every architecture states a context.
     context = getattr(config, "max_position_embeddings", None)
     if context and context < trace.num_tokens:
         raise _misfit(model, f"have room for the trace in its context of {context}", str(trace.num_tokens))
 
+    # The layers matter only to the edges, but other layers mean another model.
     deepest = max(_traced_layers(trace), default=0)
     layers = num_layers(model, attention_modules(model))
     if deepest >= layers:
@@ -54,6 +56,7 @@ def check_fits(model: PreTrainedModel, trace: FlowTrace) -> None:
             "first token"
         )
 
+    # Another model of the same vocabulary can read the trace: this is allowed, with a warning.
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     traced_name = trace.provenance.get("model")
     if traced_name is not None and traced_name != name:

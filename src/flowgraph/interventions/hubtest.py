@@ -215,6 +215,7 @@ def _checked_options(traces: Sequence[Any], fractions: Any, arms: Any, seeds: An
             f"fractions: must lie in (0, 1), each once, got {checked_fractions or fractions!r}; e.g. [0.05, 0.1, 0.2]"
         )
 
+    # A text is iterable too, so only lists and tuples of arms are valid.
     known = get_args(Arm)
     is_list = isinstance(arms, list | tuple)
     if not is_list or not arms or not all(arm in known for arm in arms) or _has_repeats(arms):
@@ -222,6 +223,7 @@ def _checked_options(traces: Sequence[Any], fractions: Any, arms: Any, seeds: An
             f"arms: must be some of {', '.join(map(repr, known))}, each once, got {arms!r}; default: all"
         )
 
+    # Seeds matter only to the arms that draw, but an invalid seed is refused in any case.
     try:
         checked_seeds = [index(seed) for seed in seeds]
         are_integers = True
@@ -349,6 +351,8 @@ def _plan(
                 f"fractions: must mask at least one token and leave one, got {fraction:g} of {len(ranked)}; "
                 "use a longer answer or another fraction"
             )
+
+        # One run for each arm, or for each seed of an arm that draws.
         top = ranked[:num_masked]
         for arm in arms:
             if arm in _DRAWN_ARMS:
@@ -366,16 +370,21 @@ def _drawn(tokens: list[int], top: list[int], arm: str, generator: np.random.Gen
     """Draw as many tokens as there are in top, from the entire region or from the same tenths of it."""
     if arm == "random":
         return generator.choice(tokens, len(top), replace=False).tolist()
-    chosen: list[int] = []
-    for tenth in np.array_split(np.asarray(tokens), _NUM_BINS):
-        num_top = np.isin(tenth, top).sum()
+
+    # As many from each tenth of the region, in reading order, as the top arm has there.
+    drawn: list[int] = []
+    tenths = np.array_split(np.asarray(tokens), _NUM_BINS)
+    for tenth in tenths:
+        num_top = int(np.isin(tenth, top).sum())
         if num_top > 0:
-            chosen += generator.choice(tenth, num_top, replace=False).tolist()
-    return chosen
+            from_tenth = generator.choice(tenth, num_top, replace=False)
+            drawn += from_tenth.tolist()
+    return drawn
 
 
 def _run(trace: int, planned: _PlannedRun, result: KnockoutResult) -> HubRun:
     """Join one run's plan and result."""
+    num_answer_tokens = result.answer.numel()
     change = result.change
     return HubRun(
         trace=trace,
@@ -384,7 +393,7 @@ def _run(trace: int, planned: _PlannedRun, result: KnockoutResult) -> HubRun:
         seed=planned.seed,
         tokens=planned.tokens,
         change=change,
-        change_per_token=change / result.answer.numel(),
+        change_per_token=change / num_answer_tokens,
         flips=result.flips,
         kl=float(result.kl.mean()),
     )
@@ -423,6 +432,7 @@ def summarise(
             runs_of_arm = [run for run in runs if run.fraction == fraction and run.arm == arm]
             values[arm] = _values_of_units(runs_of_arm, num_traces)
 
+        # Of one trace, only the arms that draw vary.
         for arm in arms:
             is_over_seeds = num_traces == 1 and arm in _DRAWN_ARMS
             units = "seeds" if is_over_seeds else "traces"
@@ -434,13 +444,19 @@ def summarise(
 
 def _values_of_units(runs: Sequence[HubRun], num_traces: int) -> _UnitValues:
     """Average the runs of each independent unit: each trace over its seeds, or the seeds of the only trace."""
+    groups: list[list[HubRun]]
     if num_traces == 1:
         groups = [[run] for run in runs]
     else:
-        groups = [[run for run in runs if run.trace == number] for number in range(num_traces)]
-    changes = [fmean(run.change for run in group) for group in groups]
-    flip_rates = [fmean(run.flips for run in group) for group in groups]
-    return _UnitValues(changes, flip_rates)
+        groups = [[] for _ in range(num_traces)]
+        for run in runs:
+            groups[run.trace].append(run)
+
+    values = _UnitValues(changes=[], flip_rates=[])
+    for group in groups:
+        values.changes.append(fmean(run.change for run in group))
+        values.flip_rates.append(fmean(run.flips for run in group))
+    return values
 
 
 def _row_of_arm(fraction: float, arm: str, values: _UnitValues, units: str) -> HubRow:
@@ -468,6 +484,8 @@ def _row_of_difference(fraction: float, arm: str, top: _UnitValues, other: _Unit
         # One trace: the same top value against each draw.
         top_changes = top_changes * count
         top_flip_rates = top_flip_rates * count
+
+    # One difference for each unit.
     changes = [one - two for one, two in zip(top_changes, other.changes, strict=True)]
     flip_rates = [one - two for one, two in zip(top_flip_rates, other.flip_rates, strict=True)]
 
@@ -489,7 +507,7 @@ def _row_of_difference(fraction: float, arm: str, top: _UnitValues, other: _Unit
 
 
 def _brackets(interval: Interval, style: str) -> str:
-    """Format an interval; empty where there is none."""
+    """Format an interval; a missing one is empty."""
     if interval is None:
         return ""
     low, high = interval

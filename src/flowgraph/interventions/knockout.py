@@ -269,7 +269,7 @@ def attention_cell(trace: FlowTrace, source: int, target: int) -> tuple[int, int
     Raises:
         InvalidInputError: not two tokens of the trace in this order, or a graph that was not made from attention.
     """
-    source, target = _checked_tokens((source, target), "edges", trace.num_tokens)
+    source, target = _checked_edge((source, target), trace.num_tokens)
     if source >= target:
         raise InvalidInputError(
             f"edges: must run from an earlier to a later token, got {source} -> {target}; write (source, target)"
@@ -282,12 +282,15 @@ def attention_cell(trace: FlowTrace, source: int, target: int) -> tuple[int, int
 
 def _row_rule(trace: FlowTrace) -> str:
     """Read which attention rows the edges were made from, in the provenance and in the graph's own rules."""
-    in_provenance = trace.provenance.get("rows")
     match = re.search(r"rows=(\w+)", trace.graph.rules)
     in_graph = match[1] if match else None
-    rows = in_graph if in_provenance is None else in_provenance
-    contradict = in_graph is not None and in_graph != rows
-    if rows not in get_args(RowRule) or contradict:
+    rows: Any = trace.provenance.get("rows")
+    if rows is None:
+        rows = in_graph
+
+    # Both places must agree where both name a rule.
+    is_contradiction = in_graph is not None and in_graph != rows
+    if rows not in get_args(RowRule) or is_contradiction:
         raise InvalidInputError(
             f"trace: must say which attention rows its edges are, got provenance {rows!r} and rules "
             f"{trace.graph.rules!r}; make it with flowgraph.trace, or knock out tokens"
@@ -331,6 +334,7 @@ def _cuts(model: PreTrainedModel, trace: FlowTrace, interventions: Sequence[Inte
 def _masked_cells(intervention: Intervention, trace: FlowTrace) -> Bool[Tensor, "tokens tokens"]:
     """Mark the cells [position, token] that the tokens, edges and routes of an intervention stand for."""
     num_tokens = trace.num_tokens
+    # Each token is a column, below the diagonal.
     tokens = _checked_tokens(intervention.tokens, "tokens", num_tokens)
     repeated_token = _first_repeated(tokens)
     if repeated_token is not None:
@@ -341,6 +345,7 @@ def _masked_cells(intervention: Intervention, trace: FlowTrace) -> Bool[Tensor, 
                 f"tokens: must not belong to the answer, which is what is measured, got {token}; leave it out"
             )
 
+    # Each edge is one cell.
     edges = []
     for edge in _checked_list(intervention.edges, "edges", "[(3, 9)]"):
         edges.append(_checked_edge(edge, num_tokens))
@@ -406,6 +411,7 @@ def _checked_edge(edge: Any, num_tokens: int) -> tuple[int, int]:
 
 def _checked_tokens(values: Any, name: str, num_tokens: int) -> tuple[int, ...]:
     """Convert token indices to integers; refuse masks, other types and tokens outside the trace."""
+    # A mask would be read as the tokens 0 and 1, so truth values are refused.
     tokens: list[int] = []
     try:
         for value in values:

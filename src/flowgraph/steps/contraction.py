@@ -93,6 +93,7 @@ class Contraction:
         """
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
             raise InvalidInputError(f"k: must be an integer, 0 or more, got {k!r}; None lists every flow")
+        # The order is stable: flows of one size are listed by (target, source).
         strongest = torch.argsort(self.edge_flow, descending=True, stable=True)[:k]
         source, target = self.edge_index[:, strongest].tolist()
         return _rows_of({"source": source, "target": target, "flow": self.edge_flow[strongest].tolist()})
@@ -194,7 +195,8 @@ def _checked_steps(flow: Flow, step_of_token: Tensor | Sequence[int]) -> Int64[T
         raise InvalidInputError(
             f"step_of_token: must be {num_tokens} integers, got {step_of_token!r:.80}; pass the step of each token"
         ) from error
-    is_integer = not (step_of.is_floating_point() or step_of.is_complex() or step_of.dtype == torch.bool)
+    is_number_of_other_type = step_of.is_floating_point() or step_of.is_complex()
+    is_integer = step_of.dtype != torch.bool and not is_number_of_other_type
     if step_of.shape != (num_tokens,) or not is_integer:
         raise InvalidInputError(
             f"step_of_token: must be {num_tokens} integers, one per token, got {step_of.dtype} of shape "
@@ -202,6 +204,7 @@ def _checked_steps(flow: Flow, step_of_token: Tensor | Sequence[int]) -> Int64[T
         )
     step_of = step_of.long()
 
+    # Steps are contiguous and none is empty: 0 first, then the same step or the next one.
     rule = "step_of_token: must start at 0 and grow by 0 or 1 from token to token"
     remedy = "torch.unique_consecutive(steps, return_inverse=True)[1] numbers contiguous steps so"
     if int(step_of[0]) != 0:

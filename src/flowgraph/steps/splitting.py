@@ -70,21 +70,25 @@ class TokenText:
 
         # Spans that do not fit the text are replaced by those of the joined tokens.
         start, end = spans.cpu().numpy().T
-        is_inside = (start >= 0).all() and (start <= end).all() and (end <= len(text)).all()
+        is_inside = (start >= 0) & (start <= end) & (end <= len(text))
         has_characters = (start < end).any()
-        if not (text and is_inside and has_characters):
+        if not (text and is_inside.all() and has_characters):
             text = "".join(tokens)
-            end = np.cumsum([len(token) for token in tokens])
-            start = np.concatenate([[0], end[:-1]])
+            lengths = [len(token) for token in tokens]
+            end = np.cumsum(lengths)
+            start = end - lengths
+
+        # Tokenizers that split a character into bytes give its tokens overlapping spans.
         start = np.maximum.accumulate(start)
         end = np.maximum.accumulate(end)
 
+        # A token whose characters are all blank keeps -1.
         first_visible = np.full(len(tokens), -1)
-        for t, (low, high) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
-            num_characters = high - low
-            num_blanks = num_characters - len(text[low:high].lstrip())
-            if num_blanks < num_characters:
-                first_visible[t] = low + num_blanks
+        for t in range(len(tokens)):
+            characters = text[int(start[t]) : int(end[t])]
+            visible = characters.lstrip()
+            if visible:
+                first_visible[t] = start[t] + len(characters) - len(visible)
         return cls(text, start, end, first_visible)
 
     def characters(self, low: int, high: int) -> str:
@@ -239,6 +243,7 @@ def name_of(by: Any) -> str:
 
 def _compiled(by: str | re.Pattern[str]) -> re.Pattern[str]:
     """Compile a pattern; refuse a misspelt rule, which would be a pattern that matches its own letters."""
+    # Only names close to a rule are refused: any other text is a pattern.
     known = ["auto", *_RULES]
     known_names = ", ".join(map(repr, known))
     if isinstance(by, str):
@@ -265,6 +270,7 @@ def _compiled(by: str | re.Pattern[str]) -> re.Pattern[str]:
 def _checked_spans(spans: Any, length: int, what: str) -> list[tuple[int, int]]:
     """Check that spans are pairs of integers, in order, without overlap, not empty and inside the text."""
     rule = f"by: must give {what} spans (start, stop) within 0..{length}, in order and without overlap"
+    # Tensors and arrays become lists of Python integers.
     values = spans.tolist() if hasattr(spans, "tolist") else spans
     try:
         pairs = [(low, high) for low, high in values]
@@ -282,7 +288,7 @@ def _checked_spans(spans: Any, length: int, what: str) -> list[tuple[int, int]]:
 
 
 def _is_integer(value: Any) -> bool:
-    """Return whether a value is an integer of Python or numpy; a bool is none."""
+    """Return whether a value is an integer of Python or numpy; a bool does not count."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -303,7 +309,7 @@ def starts_of_token_spans(by: Any, regions: np.ndarray, runs: Sequence[tuple[int
         )
     pairs = _checked_spans(by, regions.size, "token")
 
-    # A run that starts inside a span does not start a step.
+    # Context may be part of a step of any region. A run that starts inside a span does not start a step.
     is_inside_span = np.zeros(regions.size, dtype=bool)
     for low, high in pairs:
         in_span = np.unique(regions[low:high])
@@ -387,6 +393,8 @@ def _numbered(text: str) -> list[int]:
     marks = _markers(text)
     if len(marks) < _MIN_NUMBERED:
         return marks
+
+    # Lines inside each step but the last, and lines after the last marker.
     lines = np.array(_lines(text))
     continuation_lines = []
     for low, high in pairwise(marks):
@@ -416,28 +424,37 @@ def _ends_sentence(text: str, begin: int, stop: re.Match[str], line_end: int) ->
     A single capital counts as the initial of a name only in a chain ("J. K."): "the answer is C." is far more frequent
     in reasoning.
     """
-    following = text[stop.end() : min(line_end, stop.end() + _MAX_LOOK_AHEAD)].lstrip()
-    if not following or stop[0][0] not in ".!?…":
+    # At the end of a line, and after the stops of other scripts, a sentence ends in any case.
+    limit = min(line_end, stop.end() + _MAX_LOOK_AHEAD)
+    following = text[stop.end() : limit].lstrip()
+    marks = stop[0]
+    if not following or marks[0] not in ".!?…":
         return True
-    if following[0].islower() or following[0] in _NO_SENTENCE_START or following.startswith("* "):
+
+    # What follows must be able to start a sentence.
+    next_character = following[0]
+    if next_character.islower() or next_character in _NO_SENTENCE_START:
+        return False
+    if following.startswith("* "):
         return False
 
     # "1, 2, ... 10" continues after an ellipsis, and so does a sum; "!" and "?" end a sentence.
-    leading_dots = re.match(r"[.…]*", stop[0])
-    dots = leading_dots[0] if leading_dots else ""
-    if dots != ".":
-        return not (dots and following[0].isdigit())
+    num_dots = len(marks) - len(marks.lstrip(".…"))
+    if marks[:num_dots] != ".":
+        return num_dots == 0 or not next_character.isdigit()
 
     # A single full stop may belong to an abbreviation, to an initial or to the number of a list.
     before = text[max(begin, stop.start() - _MAX_WORD) : stop.start()]
     words = before.split()
     last_word = words[-1] if words else ""
     word = last_word.lstrip("([{\"'“‘*_").casefold()  # noqa: RUF001
-    is_before_number = word in _BEFORE_NUMBER and (following[0].isdigit() or following[0] == "(")
-    starts_initials = len(word) == 1 and re.match(r"[A-Z]\.", following)
-    is_initial = _INITIALS.search(before) or starts_initials
-    is_marker = _MARKER.fullmatch(before)
-    return not (word in _NEVER_LAST or is_before_number or is_initial or is_marker)
+    if word in _NEVER_LAST or _MARKER.fullmatch(before):
+        return False
+    if word in _BEFORE_NUMBER and (next_character.isdigit() or next_character == "("):
+        return False
+    is_first_initial = len(word) == 1 and re.match(r"[A-Z]\.", following)
+    is_later_initial = _INITIALS.search(before)
+    return not (is_first_initial or is_later_initial)
 
 
 def _has_alphanumeric(text: str) -> bool:

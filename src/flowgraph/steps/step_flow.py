@@ -112,6 +112,7 @@ class StepFlow(Contraction):
         Raises:
             OutputError: the path cannot be written.
         """
+        # Escaped text (ensure_ascii) survives lone surrogates, which UTF-8 cannot hold.
         content = json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False, indent=1)
         write_text(path, content + "\n")
 
@@ -179,6 +180,7 @@ def step_flow(
     regions = region_of_tokens(token_text, graph.question_mask, graph.reasoning_mask, graph.answer_mask)
     steps, name = _split(token_text, regions, by, split_question)
 
+    # The steps cover the tokens in order.
     sizes = torch.tensor([step.stop - step.start for step in steps])
     step_of_token = torch.repeat_interleave(torch.arange(len(steps)), sizes)
     contracted = contract(flow, step_of_token)
@@ -260,7 +262,7 @@ def _split(token_text: TokenText, regions: np.ndarray, by: By, split_question: b
     borders = [*sorted(set(starts)), num_tokens]
     steps = []
     for index, (start, stop) in enumerate(pairwise(borders)):
-        # Tokens of no region (-1) may be inside a span of the user's; the others have one region.
+        # A step has one region. Tokens of no region (-1) may be inside a span of the user's.
         number = int(regions[start:stop].max())
         region = REGIONS[number] if number >= 0 else None
         steps.append(Step(index, start, stop, token_text.characters(start, stop), region))
