@@ -102,8 +102,8 @@ def align(
     Example:
         >>> import rl
         >>> model, tokenizer = rl.load_chain_model()
-        >>> config = rl.PPOConfig(advantage="group", num_prompts=2, group_size=4, max_response_tokens=24)
-        >>> result = rl.align(model, tokenizer, "chain", arms=["entropy"], config=config, num_batches=3)
+        >>> config = rl.PPOConfig(advantage="group", num_prompts=8, group_size=4, max_response_tokens=40)
+        >>> result = rl.align(model, tokenizer, "chain", arms=["entropy"], config=config, num_batches=4)
         >>> [arm.name for arm in result.arms]
         ['uniform', 'entropy']
     """

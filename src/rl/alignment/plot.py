@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +27,7 @@ class _Series(NamedTuple):
     """
 
     label: str
-    estimates: list[Estimate | None]
+    estimates: Sequence[Estimate | None]
     offset: float
     colour: str
     marker: str
