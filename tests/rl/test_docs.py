@@ -1,4 +1,4 @@
-"""The pages on training are correct: their Python runs, their commands parse, their rules compute what they describe."""
+"""The pages on training are correct: their Python runs, their commands parse, their rules are as described."""
 
 from __future__ import annotations
 

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from flowgraph import MemoryLimitError, MissingExtraError, OutputError
 from rl import ActorCritic, ConfigError, CreditConfig, CreditError, DivergedError, LoraConfig, PPOConfig, align
@@ -15,7 +13,6 @@ from rl.alignment.arms import arm_name, named_arms, parse_arm, split_arms
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients
 from rl.alignment.multipliers import SCHEMA, Estimate, Products, compare, cosines, jackknife, multipliers, signal_shares
 from rl.alignment.plot import plot_alignment
-from rl.commands.align import align_command
 from rl.credit.scoring import score_rollout
 from rl.evaluation.significance import holm
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
@@ -365,22 +362,3 @@ def test_the_picture(measured, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"needs matplotlib.*flowgraph-llm\[plot\]"):
         plot_alignment(measured, tmp_path / "b.png")
-
-
-def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.policy.loading.load_model", lambda name, dtype: (tiny_policy(), alphabet()))
-    monkeypatch.setattr("rl.tasks.registry.make_task", lambda task, **options: Digits())
-    app = typer.Typer()
-    app.command()(align_command)
-    arguments = ["--arms", "flow:share=0.2,strength=3,random", "--batches", "3", "--out", str(tmp_path / "new" / "out")]
-    arguments += ["--set", "num_prompts=3", "--set", "max_response_tokens=12", "--baselines", "uniform,random"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    assert "flow:share=0.2,strength=3" in result.output
-    assert "p (Holm)" in result.output
-    assert "gradients 3/3" in result.output
-    values = json.loads((tmp_path / "new" / "out" / "alignment.json").read_text())
-    assert {pair["baseline"] for pair in values["differences"]} == {"uniform", "random"}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="out: must be a folder that can be made"):
-        CliRunner().invoke(app, ["--out", str(tmp_path / "file" / "x")], catch_exceptions=False)
