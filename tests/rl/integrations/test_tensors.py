@@ -178,7 +178,7 @@ def padded_on_the_right(batch):
         (emptied, "response_mask: must hold a token of every response, got none of response 1"),
         (
             lambda b: {**b, "prompts": b["prompts"].masked_fill(b["prompts"] == 3, 4)},
-            "prompts: must be what the ids of",
+            "prompts: must be the text of the ids of",
         ),
     ],
 )

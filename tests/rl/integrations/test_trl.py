@@ -194,7 +194,7 @@ def test_chat_templates_with_options_are_refused_rather_than_misread(tmp_path):
     trainer = make(tmp_path, STRONG)
     original = trainer._tokenize_prompts
     trainer._tokenize_prompts = lambda prompts: original([f"{prompt}a" for prompt in prompts])
-    with pytest.raises(ConfigError, match=r"prompts: must be what the ids of sequence 0 say, got \d+ ids where"):
+    with pytest.raises(ConfigError, match=r"prompts: must be the text of the ids of sequence 0, got \d+ ids where"):
         rollout(trainer)
 
 
