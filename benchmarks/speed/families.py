@@ -1,10 +1,10 @@
-"""Every model family against its own eager attention; writes docs/models.md and results/families.json.
+"""Compare captured attention with eager attention, family by family; write docs/models.md and results/families.json.
 
     python -m benchmarks.speed.families
 
 Tiny random models (two to four layers, sharp attention), a batch of two texts padded left and right, all layers.
 float32: largest difference from the mean of eager ``output_attentions`` on each text alone. bfloat16: largest
-difference from float64 weights of the very queries and keys of the pass. The tests assert the same, family by family.
+difference from float64 weights of the same queries and keys. The tests assert the same, family by family.
 """
 
 from __future__ import annotations
@@ -58,22 +58,37 @@ queries and keys (a bfloat16 eager pass rounds every score, so it is itself accu
 
 
 def worst(name: str) -> dict[str, Any]:
-    """The row of one family."""
-    layers, texts = HYBRID_LAYERS.get(name, (0, 1, 2)), sequences()
+    """Measure the largest errors of one family."""
+    layers = HYBRID_LAYERS.get(name, (0, 1, 2))
+    texts = sequences()
+    # float32. Falcon with alibi computes another function under its other kernels, so both sides are eager.
     single = 0.0
-    implementation = "eager" if name == "falcon_alibi" else None  # its eager attention is another model
+    implementation = "eager" if name == "falcon_alibi" else None
     for side in ("left", "right"):
         rows = capture(family(name, implementation), *padded(side), layers="all")
         for item, text in enumerate(texts):
             expected = joined(attention_alone(family(name, "eager"), text, layers))
             single = max(single, (rows_of(rows, item).double() - expected).abs().max().item())
-    model, (ids, mask) = family(name, None, torch.bfloat16), padded("left")
+
+    # bfloat16, against float64 weights of the queries and keys of the same pass.
+    model = family(name, None, torch.bfloat16)
+    ids, mask = padded("left")
     positions = {} if name in ("bloom", "mpt") else {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
     with overheard(name, model) as weights, torch.no_grad():
         model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
-    half = (capture(model, ids, mask, layers="all").dense() - joined(weights) * mask[:, :, None]).abs().max().item()
-    path = "hands out weights" if name in HANDS_OUT_WEIGHTS else "fused" if name in FUSED else "interface"
-    features = [word for word, names in (("sliding window", WINDOWED), ("learned sinks", SINKS)) if name in names]
+    captured = capture(model, ids, mask, layers="all").dense()
+    half = (captured - joined(weights) * mask[:, :, None]).abs().max().item()
+
+    path = "interface"
+    if name in HANDS_OUT_WEIGHTS:
+        path = "hands out weights"
+    elif name in FUSED:
+        path = "fused"
+    features = []
+    if name in WINDOWED:
+        features.append("sliding window")
+    if name in SINKS:
+        features.append("learned sinks")
     return {
         "family": name,
         "class": type(model).__name__,

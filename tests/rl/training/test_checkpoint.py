@@ -176,7 +176,7 @@ def test_an_adapter_of_another_shape_is_refused(whole, tmp_path: Path):
 
 def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = trainer(tmp_path, replace(SETTINGS, save_every_updates=None))
-    real, calls = rl.training.checkpoint._save, []
+    real, calls = rl.training.checkpoint._save_tensors, []
 
     def full(path: Path, tensors: dict[str, Tensor]) -> None:
         calls.append(path)
@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tmp_path: Path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, tensors)
 
-    monkeypatch.setattr(rl.training.checkpoint, "_save", full)
+    monkeypatch.setattr(rl.training.checkpoint, "_save_tensors", full)
     with pytest.raises(OutputError, match=r"checkpoint-00000\d must fit into .*: No space left on device; make room"):
         run.train()
     left = find_checkpoints(tmp_path)
@@ -238,7 +238,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_started_anew(whole, tmp_path: P
         shutil.copytree(folder / name, tmp_path / name)
         (tmp_path / name / "state.json").write_text("{")
     shutil.copy(folder / "metrics.jsonl", tmp_path)
-    with pytest.raises(CheckpointError, match=r"resume: .* must hold a checkpoint that is whole, got none, .*000002"):
+    with pytest.raises(
+        CheckpointError, match=r"resume: .* must hold a complete checkpoint, got damaged ones, .*000002"
+    ):
         trainer(tmp_path, resume=True)
     assert read_metrics(tmp_path / "metrics.jsonl")
     assert newest_state(tmp_path / "empty") is None
