@@ -86,6 +86,16 @@ class RecomputedLayer:
             chosen = aggregator.choose(_all_weights(record), readable, record.num_heads)
         return cls(record, aggregator, chosen)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences and tokens."""
+        return self.record.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the rows."""
+        return self.record.device
+
     def select(self, items: slice | Tensor) -> RecomputedLayer:
         """Return the layer of some sequences of the batch."""
         chosen = None if self.chosen is None else self.chosen[items]

@@ -265,6 +265,7 @@ class _BalanceRecorder:
             first = _first_block(self._decoder)
             stack.callback(first.register_forward_pre_hook(self._start_at, with_kwargs=True).remove)
             head = self._model.get_output_embeddings()
+            assert head is not None  # base_model() refuses models without one
             stack.callback(head.register_forward_pre_hook(self._keep_y).remove)
             for module in self._model.modules():
                 bias = getattr(module, "bias", None)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from flowgraph.steps.step_flow import Step
 
 _NUM_SHOWN = 8
-_SMALLEST_SHOWN = 0.03
-"""Contributions below this share of the demand are left out of the printed chain."""
+_MAX_TEXT = 70
+"""Characters of a step that are printed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +90,38 @@ class StepRelevance:
             for step in self.steps
         ]
 
-    def __repr__(self) -> str:
-        """Show the chain of contributions from the answer down, two levels deep."""
-        lines = [f"StepRelevance of {len(self.steps)} steps, demand {self.total:.3g}, residual {self.residual:.1e}"]
+    def chain(self, *, depth: int = 4, smallest: float = 0.03) -> list[tuple[int, int, float]]:
+        """List what the answer took from which step, what that step took, and so on.
+
+        Args:
+            depth: levels below the answer.
+            smallest: contributions below this absolute share are left out.
+
+        Returns:
+            (level, step, share) in the order in which a tree is printed; level 0 is the answer. The contributions of a
+            step are listed once, where it first appears.
+        """
+        rows: list[tuple[int, int, float]] = []
+        expanded: set[int] = set()
+
+        def visit(step: int, share: float, level: int) -> None:
+            rows.append((level, step, share))
+            if level == depth or step in expanded:
+                return
+            expanded.add(step)
+            for source, contribution in self.contributions(step):
+                if abs(contribution) >= smallest:
+                    visit(source, contribution, level + 1)
+
         answer = int(self.demand.abs().argmax())
-        lines.append(f"  {_one_line(self.steps[answer].text)!r}")
-        for source, share in self.contributions(answer):
-            if abs(share) < _SMALLEST_SHOWN:
-                continue
-            lines.append(f"    {share:+5.0%} from {_one_line(self.steps[source].text)!r}")
-            for deeper, deeper_share in self.contributions(source):
-                if abs(deeper_share) >= _SMALLEST_SHOWN:
-                    lines.append(f"        {deeper_share:+5.0%} from {_one_line(self.steps[deeper].text)!r}")
+        visit(answer, float(self.demand[answer]), 0)
+        return rows
+
+    def __repr__(self) -> str:
+        """Show the chain of contributions from the answer down."""
+        lines = [f"StepRelevance of {len(self.steps)} steps, demand {self.total:.3g}, residual {self.residual:.1e}"]
+        for level, step, share in self.chain():
+            lines.append(f"{'    ' * level}  {share:+5.0%} {self.steps[step].text.strip()[:_MAX_TEXT]!r}")
         return "\n".join(lines)
 
 
@@ -155,7 +175,3 @@ def step_relevance(rows: RelevanceRows, steps: Sequence[Step], item: int = 0) ->
         total=total,
         residual=rows.residual,
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
