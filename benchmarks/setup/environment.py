@@ -221,9 +221,11 @@ def run(options: argparse.Namespace) -> None:
         check_python(options.target)
     if options.action == "check":
         return
-    limits = ["--constraint", str(constraints), "--build-constraint", str(constraints)] if constraints else []
+    limits = ["--constraint", str(constraints)] if constraints else []
     if not folder.exists():
-        make_environment(folder, limits[:2])
+        make_environment(folder, limits)
+    if constraints and "--no-build-isolation" not in options.arguments:
+        limits += ["--build-constraint", str(constraints)]
     run_pip(folder, [options.arguments[0], *limits, *options.arguments[1:]])
     if constraints:
         shutil.copyfile(str(constraints), str(folder / RECORD))
