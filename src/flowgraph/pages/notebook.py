@@ -26,8 +26,8 @@ _AROUND = 6
 _MAX_CHARACTERS = 80
 """Characters of one token that are shown."""
 _SHARES = {"answer": 0.25, "question": 0.5, "reasoning": 1.0, "context": 1.0}
-"""Part of the tokens shown that may be taken when each region has had its turn, in this order. Question tokens carry the
-source, and would take all of it if throughput alone decided."""
+"""Regions in the order in which their tokens are chosen, and the part of the tokens shown that may be taken after each.
+Question tokens carry the source, and would take everything if throughput alone decided."""
 _NUM_ROUTES = 3
 _ROUTE_ENDS = 5
 """Tokens shown at each end of a long route."""
