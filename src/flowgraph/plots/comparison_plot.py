@@ -94,10 +94,13 @@ def _draw_lines(ax: Axes, comparison: Comparison, throughput: np.ndarray) -> Non
     place = np.arange(len(throughput))
     # A has the colour of "less in B", and B that of "more in B".
     for side, name, colour, style in ((0, "A", _LESS, "-"), (1, "B", _MORE, "--")):
-        height = np.where(present[:, side], throughput[:, side], np.nan)
+        is_here = present[:, side]
+        is_there = present[:, 1 - side]
+        # NaN breaks the line where this side has no unit.
+        height = np.where(is_here, throughput[:, side], np.nan)
         label = f"{name}: {drawable(comparison.names[side], 40)}"
         ax.plot(place, height, style, marker=".", markersize=2.5, color=colour, linewidth=0.9, label=label)
 
-        only_here = place[present[:, side] & ~present[:, 1 - side]]
+        only_here = place[is_here & ~is_there]
         if len(only_here):
             mark_missing(ax, only_here, 0.02, colour, f"only in {name} ({counted(len(only_here), 'unit')})")

@@ -328,18 +328,21 @@ class _Band(NamedTuple):
 def _nested_bands(steps: StepFlow, drawn: Sequence[Step]) -> list[_Band]:
     """Stack the bands at each step, nearest neighbour lowest, so that the longest jump is outermost."""
     place = {step.index: number for number, step in enumerate(drawn)}
-    flows = []
-    for (source, target), flow in zip(steps.edge_index.T.tolist(), steps.edge_flow.tolist(), strict=True):
-        flows.append((place[source], place[target], flow))
+    pairs = []
+    for source, target in steps.edge_index.T.tolist():
+        pairs.append((place[source], place[target]))
+    flow_of = dict(zip(pairs, steps.edge_flow.tolist(), strict=True))
 
-    leaving = np.zeros(len(drawn))
-    arriving = np.zeros(len(drawn))
+    # A band starts where the shorter jumps from its source end, and likewise at its target.
+    leaving = [0.0] * len(drawn)
+    arriving = [0.0] * len(drawn)
     bands: dict[tuple[int, int], _Band] = {}
-    for source, target, flow in sorted(flows, key=lambda band: band[1] - band[0]):
-        bands[source, target] = _Band(source, target, flow, float(leaving[source]), float(arriving[target]))
+    for source, target in sorted(pairs, key=lambda pair: pair[1] - pair[0]):
+        flow = flow_of[source, target]
+        bands[source, target] = _Band(source, target, flow, leaving[source], arriving[target])
         leaving[source] += flow
         arriving[target] += flow
-    return [bands[source, target] for source, target, _ in flows]
+    return [bands[pair] for pair in pairs]
 
 
 def _draw_band(ax: Axes, band: _Band, heights: Sequence[float]) -> float:
