@@ -83,11 +83,11 @@ from .maxflow.max_flow import max_flow_through as max_flow_through
 from .maxflow.max_flow import max_flow_without as max_flow_without
 from .maxflow.verification import MaxFlow as MaxFlow
 from .pages.page import render_page as render_page
-from .plots.trace_plots import plot_comparison as plot_comparison
+from .plots.comparison_plot import plot_comparison as plot_comparison
+from .plots.drawing import save_figure as save_figure
 from .plots.trace_plots import plot_potentials as plot_potentials
 from .plots.trace_plots import plot_steps as plot_steps
 from .plots.trace_plots import plot_throughput as plot_throughput
-from .plots.trace_plots import save_figure as save_figure
 from .propagation.row_sources import RowSource as RowSource
 from .steps.contraction import Contraction as Contraction
 from .steps.contraction import contract as contract
