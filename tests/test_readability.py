@@ -1,7 +1,7 @@
 """The density of the code does not get worse: tokens a line, comments, tuple assignments, switched-off formatting.
 
-The figures are per code line (not blank, comment or docstring) of both packages. They are bounds, not aims: clear code needs
-no change to meet them, and no line is split to meet them.
+The figures are per code line (not blank, comment or docstring) of both packages. They are bounds, not aims: clear
+code needs no change to meet them, and no line is split to meet them.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def value_norm(batch: CapacityInput) -> AttentionRows:
     return recorder.rows(batch.attention_mask, batch.input_ids)
 
 
-@capacity("sharpened", defaults=_POWERS | {"normalization": "leak"}, score="potential")
+@capacity("sharpened", defaults=_POWERS, normalization="leak", score="potential")
 def sharpened(batch: CapacityInput) -> AttentionRows:
     """Attention to a power, so that lookups by one or a few heads are not averaged away."""
     power = _checked_power(batch.options["power"])

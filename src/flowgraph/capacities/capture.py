@@ -86,7 +86,7 @@ def capture(
     if isinstance(rows, Tensor):
         rows = _as_rows(capacity, rows, mask)
     if isinstance(rows, AttentionRows):
-        rows.normalization = chosen.options_normalization({**chosen.defaults, **given})
+        rows.normalization = chosen.normalization
     return rows
 
 

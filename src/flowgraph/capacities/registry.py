@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
@@ -58,8 +58,7 @@ class Capacity:
         defaults: its options with their defaults; other options are refused.
         signed: True where edges may be negative.
         gradient: True where a backward pass of the model is needed.
-        normalization: how rows become capacities, see :class:`flowgraph.EdgeRules`; an option ``normalization`` of the
-            capacity overrides it.
+        normalization: how rows become capacities, see :class:`flowgraph.EdgeRules`.
         score: the score that ranks tokens best: ``"throughput"`` or ``"potential"``.
     """
 
@@ -71,18 +70,6 @@ class Capacity:
     gradient: bool = False
     normalization: Normalization = "renormalize"
     score: str = "throughput"
-
-    def options_normalization(self, options: Mapping[str, Any]) -> Normalization:
-        """Return the normalisation of a call: its own option, or that of the capacity.
-
-        Raises:
-            InvalidInputError: an unknown one.
-        """
-        chosen = options.get("normalization", self.normalization)
-        if chosen not in get_args(Normalization):
-            allowed = ", ".join(map(repr, get_args(Normalization)))
-            raise InvalidInputError(f"normalization: must be one of {allowed}, got {chosen!r}; see EdgeRules")
-        return chosen
 
 
 _CAPACITIES: dict[str, Capacity] = {}

@@ -20,9 +20,6 @@ _DIM_BELOW = 0.05
 _REGION_LETTERS = {"question": "Q", "reasoning": "R", "answer": "A", None: ""}
 _BAR_WIDTH = 16
 
-_MAX_STEP_TEXT = 72
-"""Characters of a step that are printed."""
-
 _SMALLEST_END = 0.005
 
 _FOUND_AS = {
@@ -186,15 +183,12 @@ def certificate_table(certificate: Certificate) -> RenderableType:
 def relevance_tree(relevance: StepRelevance) -> RenderableType:
     """Render what the answer took from which step, and that step from which; negative shares argue against it."""
     title = Text("relevance of the answer, by steps", style="bold")
-    title.append(
-        f"  (shares of its {relevance.total:.3g} logits over the runner-up; law holds to {relevance.residual:.0e})",
-        style="dim",
-    )
+    title.append(f"  (of {relevance.total:.3g} logits; conserved to {relevance.residual:.0e})", style="dim")
     lines = [title]
     for level, step, share in relevance.chain():
-        line = Text("    " * level)
+        line = Text("    " * level, no_wrap=True, overflow="ellipsis")
         line.append(f"{share:+5.0%} ", style="red" if share < 0 else "bold")
-        line.append(signs.visible(" ".join(relevance.steps[step].text.split()))[:_MAX_STEP_TEXT])
+        line.append(signs.visible(" ".join(relevance.steps[step].text.split())))
         lines.append(line)
     ends = Text("ends in: ", style="dim")
     ends.append(", ".join(f"{name} {share:.0%}" for name, share in _where_it_ends(relevance)), style="dim")

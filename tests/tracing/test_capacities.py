@@ -1,0 +1,75 @@
+"""Traces with other capacities than attention, and the relevance of a trace's answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flowgraph import InvalidInputError, StepRelevance, capture, load_trace, trace
+from flowgraph.cli import app
+from tests.fixtures.tiny import PROMPT, RESPONSE, tiny
+
+FORWARD = ["sharpened", "sharp", "sharp_max", "centred", "vtrace", "vtrace_share", "value_norm"]
+
+
+@pytest.mark.parametrize("capacity", FORWARD)
+def test_a_trace_with_another_capacity_is_certified_and_says_so(capacity: str, tmp_path: Path):
+    model, tokenizer = tiny()
+    found = trace(model, tokenizer, PROMPT, RESPONSE, capacity=capacity)
+    assert found.provenance["capacity"] == capacity
+    assert found.certify().ok
+    leaks = found.provenance["normalization"] == "leak"
+    assert torch.equal(found.scores, found.potential if leaks else found.throughput)
+
+    # Rows of the graph are the captured rows after the rules: no edge leaves the first token.
+    rows = capture(model, found.token_ids, capacity=capacity).dense()[0]
+    assert found.graph.num_edges <= int((rows.tril() > 0).sum())
+    found.save(tmp_path / "t.safetensors")
+    again = load_trace(tmp_path / "t.safetensors")
+    assert torch.equal(again.scores, found.scores)
+    assert again.graph.rules == found.graph.rules
+
+
+def test_attention_stays_the_default_bit_for_bit():
+    model, tokenizer = tiny()
+    default = trace(model, tokenizer, PROMPT, RESPONSE)
+    named = trace(model, tokenizer, PROMPT, RESPONSE, capacity="attention", layers="middle", heads="mean")
+    assert torch.equal(default.throughput, named.throughput)
+    assert torch.equal(default.scores, default.throughput)
+    assert default.provenance["normalization"] == "attention"
+
+
+def test_relevance_between_the_steps_of_a_trace():
+    model, tokenizer = tiny()
+    found = trace(model, tokenizer, PROMPT, RESPONSE)
+    relevance = found.relevance(model, target="logprob", by="sentences")
+    assert isinstance(relevance, StepRelevance)
+    assert relevance.residual < 1e-4
+    leaving = relevance.flow.sum(1) + relevance.absorbed + relevance.bias
+    assert torch.allclose(relevance.throughput, leaving, atol=1e-4)
+    assert any(step.region == "answer" for step in relevance.steps)
+
+
+def test_a_signed_capacity_is_no_graph_of_a_trace():
+    model, tokenizer = tiny()
+    with pytest.raises(InvalidInputError, match="capacity: must have edges that are not negative, got 'relevance'"):
+        trace(model, tokenizer, PROMPT, RESPONSE, capacity="relevance")
+    with pytest.raises(InvalidInputError, match=r"capacity: must be one of attention, .*, got 'sharpest'"):
+        trace(model, tokenizer, PROMPT, RESPONSE, capacity="sharpest")
+    with pytest.raises(InvalidInputError, match="heads: does not apply to capacity='vtrace'"):
+        trace(model, tokenizer, PROMPT, RESPONSE, capacity="vtrace", heads="max")
+
+
+def test_the_command_line_prints_the_relevance(tmp_path: Path):
+    model, tokenizer = tiny()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = ["trace", PROMPT, "--response", RESPONSE, "--model", str(folder), "--plain"]
+    result = CliRunner().invoke(app, [*command, "--capacity", "sharp", "--relevance"])
+    assert result.exit_code == 0, result.output
+    assert "relevance of the answer, by steps" in result.output
+    assert "ends in: " in result.output
