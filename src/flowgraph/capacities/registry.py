@@ -135,8 +135,6 @@ def find_capacity(name: str) -> Capacity:
     Raises:
         InvalidInputError: no capacity of this name.
     """
-    import flowgraph.capacities.builtin  # noqa: F401  (registers those of the package)
-
     if name not in _CAPACITIES:
         raise InvalidInputError(
             f"capacity: must be one of {', '.join(sorted(_CAPACITIES))}, got {name!r}; register your own with "
@@ -147,6 +145,4 @@ def find_capacity(name: str) -> Capacity:
 
 def capacity_names() -> list[str]:
     """List the names of all registered capacities."""
-    import flowgraph.capacities.builtin  # noqa: F401  (registers those of the package)
-
     return sorted(_CAPACITIES)
