@@ -67,6 +67,8 @@ def llama_relevance(model: Any, ids: Tensor, answer: list[int]) -> Relevance:
         total = total + row[ids[token]] - others.max()
     total.backward()
     edges = torch.stack([matrix.detach() * matrix.grad for matrix in matrices]).sum(0)
+    assert y.grad is not None
+    assert x0.grad is not None
     return Relevance(edges, (y * y.grad).sum(-1).detach(), (x0 * x0.grad).sum(-1).detach())
 
 

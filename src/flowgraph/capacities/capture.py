@@ -28,7 +28,7 @@ def capture(
     answer: Bool[Tensor, "*batch tokens"] | None = None,
     generated: Bool[Tensor, "*batch tokens"] | None = None,
     **options: Any,
-) -> AttentionRows | Any:
+) -> Any:
     """Run the model once and return the capacities of its edges as rows: ``rows[b, t, s]``, t reads s.
 
     With ``capacity="attention"``, rows are the mean over the chosen layers of the joined heads' attention. They are
