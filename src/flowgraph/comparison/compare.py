@@ -38,6 +38,7 @@ _TRACE_SETTINGS = (
     "dtype",
     "tokenizer",
     "heads",
+    "capacity",
     "edge_weight",
     "preset",
     "rows",
