@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -39,6 +39,7 @@ _MARKS = {
 }
 
 
+@runtime_checkable
 class TraceLike(Protocol):
     """What the fragment needs of a :class:`flowgraph.FlowTrace`."""
 
