@@ -12,8 +12,9 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError
+from flowgraph.masks import Indices
 
-LayerRule = str | int | range | Sequence[int]
+LayerRule = str | int | range | Sequence[int] | Indices
 
 
 @dataclass(frozen=True)
