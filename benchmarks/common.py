@@ -1,4 +1,4 @@
-"""What every benchmark shares: medians, the machine, and the committed result file."""
+"""Measure time and memory, describe the machine, and write the committed result file of a benchmark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of ``run``; one call first to warm up."""
+    """Measure the median wall time of ``run``, in seconds; one call first warms up."""
     run()
     times = []
     for _ in range(repeats):
@@ -35,7 +35,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median wall time of several functions, taken in turns so that a busy machine slows all alike."""
+    """Measure the median wall time of several functions, in turns, so that a busy machine slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -48,17 +48,19 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 class PeakMemory:
-    """Peak resident size of this process above what it was on entry, sampled every two milliseconds.
+    """The peak resident size of this process above its size on entry, sampled every two milliseconds.
 
-    On Linux what the process had freed before is handed back first, so that it is counted again.
+    On Linux, memory that the process freed before is first returned to the system, so that its reuse is counted.
     """
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._process, self._done = psutil.Process(), threading.Event()
-        self._before = self._peak = self._process.memory_info().rss
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self._before = self._process.memory_info().rss
+        self._peak = self._before
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
         return self
@@ -73,12 +75,13 @@ class PeakMemory:
 
     @property
     def mib(self) -> float:
-        """The peak, in MiB."""
+        """Return the peak in MiB."""
         return (self._peak - self._before) / 2**20
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine and the versions that the figures were measured with."""
+    packages = ("torch", "transformers", "torch-geometric", "flowgraph-llm")
     return {
         "date": date.today().isoformat(),
         "processor": platform.machine(),
@@ -86,7 +89,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "torch-geometric", "flowgraph-llm")},
+        **{name: version(name) for name in packages},
     }
 
 
@@ -95,13 +98,24 @@ def save(name: str, rows: list[dict[str, Any]], notes: str, hide: Sequence[str] 
     RESULTS.mkdir(exist_ok=True)
     result = {"benchmark": name, "notes": notes, "machine": machine(), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print_table([{key: value for key, value in row.items() if key not in hide} for row in rows])
+    shown = [{key: value for key, value in row.items() if key not in hide} for row in rows]
+    print_table(shown)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print rows that share their keys."""
     names = list(rows[0])
-    cells = [[f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]
-    widths = [max(len(n), *(len(line[k]) for line in cells)) for k, n in enumerate(names)]
-    for line in [names, *cells]:
-        sys.stdout.write("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + "\n")
+    lines = [names]
+    for row in rows:
+        lines.append([_cell(row[name]) for name in names])
+    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
+        sys.stdout.write("  ".join(padded) + "\n")
+
+
+def _cell(value: Any) -> str:
+    """Format a value; three digits are enough for a float."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)

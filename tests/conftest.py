@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 import tests.type_checker  # the import hook looks it up by name
 
 if TYPE_CHECKING:
+    from _pytest.terminal import TerminalReporter
     from transformers import PreTrainedTokenizerBase
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,20 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         jaxtyping.config.update("jaxtyping_disable", disabled)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """Say last how many tests of pages were skipped for want of a browser, and how to install one."""
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", []) if "chromium" in str(report.longrepr).lower()
+    ]
+    if skipped:
+        terminalreporter.write_line(
+            f"browser: must be on the PATH for the tests of pages, got neither chromium nor google-chrome, so "
+            f"{len(skipped)} tests were skipped; install one, as in: apt-get install chromium",
+            yellow=True,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, messages, files."""
+"""The command line from end to end: exit codes, messages, files."""
 
 import json
 import re
@@ -35,12 +35,31 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     return call
 
 
-def test_help_says_what_there_is():
+def test_help_lists_the_commands():
     result = subprocess.run(
         [sys.executable, "-m", "flowgraph.cli", "--help"], capture_output=True, text=True, check=True
     )
     for word in ("trace", "certify", "show", "demo", "Exit codes"):
         assert word in result.stdout
+    assert "trace-file" not in result.stdout
+
+
+def test_the_old_name_of_trace_corpus_warns_and_works(run, checkpoint: Path, tmp_path: Path):
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"prompt": PROMPT, "response": RESPONSE}) + "\n")
+    code, printed, err = run("trace-file", file, "--model", checkpoint, "--out", tmp_path / "out")
+    assert code == 0
+    assert "1 traced in" in printed
+    assert "The command 'trace-file' is deprecated." in err
+
+
+@pytest.mark.parametrize(("layers", "read"), [("0,2", [0, 2]), ("1-", [1, 2]), ("upper", [1, 2]), ("0-1", [0, 1])])
+def test_layers_are_a_name_a_range_or_a_list(run, checkpoint: Path, tmp_path: Path, layers: str, read: list[int]):
+    options = ("--model", checkpoint, "--response", RESPONSE, "--layers", layers, "--heads", "0,2-3")
+    code, printed, _ = run("trace", PROMPT, *options, "--out", tmp_path)
+    assert code == 0, printed
+    provenance = json.loads((tmp_path / "trace.json").read_text())["provenance"]
+    assert (provenance["layers"], provenance["heads"]) == (read, "[0, 2, 3]")
 
 
 def test_trace_writes_three_files_and_show_and_certify_read_them(run, checkpoint: Path, tmp_path: Path):
@@ -106,6 +125,8 @@ def test_a_certificate_that_fails_is_exit_code_1(run, checkpoint: Path, tmp_path
         (("trace", "x", "--model", "/no/such/folder"), "--model: must be a folder with a config.json"),
         (("trace", "x", "--device", "warp"), "--device: must be usable here, got 'warp'"),
         (("trace", "x", "--dtype", "int3"), "--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got 'int3'"),
+        (("trace", "x", "--layers", "3,x"), "--layers must be numbers and ranges like 5,7-9, got '3,x'"),
+        (("trace", "x", "--heads", "0,,3"), "--heads must be numbers and ranges like 5,7-9, got '0,,3'"),
         (("trace", " "), "the prompt is empty; give some text"),
         (("trace", "x", "--response", ""), "the response is empty; give some text"),
         (("show", "."), "must be a trace file, got the folder ."),

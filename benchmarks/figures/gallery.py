@@ -24,6 +24,14 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 class Case(NamedTuple):
+    """A question to the demo model.
+
+    Attributes:
+        name: part of the file names.
+        prompt: the user's message.
+        answer: regular expression that finds the answer; None: found by default rules.
+    """
+
     name: str
     prompt: str
     answer: str | None = None
@@ -50,12 +58,13 @@ CASES = (
 
 
 def draw(case: Case, trace: fg.FlowTrace) -> None:
+    """Draw throughput, and steps where the trace has reasoning."""
     IMAGES.mkdir(exist_ok=True)
     pictures = [("", plot_throughput(trace))]
     if bool(trace.reasoning.any()):
         pictures.append(("_steps", plot_steps(trace)))
     for ending, axes in pictures:
-        # The text stays text: smaller files, and the reader's own fonts.
+        # Text stays text in the SVG: the files are smaller, and the browser chooses the font.
         with matplotlib.rc_context({"svg.fonttype": "none"}):
             path = save_figure(axes, IMAGES / f"gallery_{case.name}{ending}.svg")
         plt.close(axes.figure)  # pyright: ignore[reportArgumentType]
@@ -63,21 +72,24 @@ def draw(case: Case, trace: fg.FlowTrace) -> None:
 
 
 def describe(case: Case, trace: fg.FlowTrace) -> None:
-    """The numbers behind the page's sentences."""
-    edges, flow = trace.graph.edge_index, trace.flow.edge_flow
-    direct = float(flow[trace.question[edges[0]] & trace.answer[edges[1]]].sum())
-    bone = trace.backbone(0.9)
+    """Print the numbers that the page states."""
+    source, target = trace.graph.edge_index
+    flow = trace.flow.edge_flow
+    is_direct = trace.question[source] & trace.answer[target]
+    direct = float(flow[is_direct].sum())
+    backbone = trace.backbone(0.9)
     routes = trace.routes(1000)
     print(f"\n== {case.name}\n{trace.text[trace.text.rindex('assistant') :]}\n{trace}")
     print(f"direct from question to answer: {direct:.1%} (one hop)")
-    print(f"backbone: {bone.num_edges} of {int((flow > 0).sum())} edges with flow")
+    print(f"backbone: {backbone.num_edges} of {int((flow > 0).sum())} edges with flow")
     print(f"widest 10 routes: {sum(r.flow for r in routes[:10]):.1%}; widest 1,000: {sum(r.flow for r in routes):.1%}")
     for route in routes[:6]:
         print(f"  {route.flow:.2%} {[(token, trace.tokens[token]) for token in route.tokens]}")
-    for name in ("question", "reasoning"):
-        mask = trace.question if name == "question" else trace.reasoning
+    for name, mask in (("question", trace.question), ("reasoning", trace.reasoning)):
+        # Tokens outside the region sort last.
         value = torch.where(mask, trace.throughput, -1.0)
-        best = value.argsort(descending=True)[: min(8, int(mask.sum()))].tolist()
+        num_shown = min(8, int(mask.sum()))
+        best = value.argsort(descending=True)[:num_shown].tolist()
         print(name, [(t, trace.tokens[t], round(float(value[t]), 3)) for t in best])
     print(step_flow(trace.flow, tokens=trace.tokens, spans=trace.spans, text=trace.text))
 

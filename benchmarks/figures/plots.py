@@ -20,8 +20,11 @@ from matplotlib.ticker import StrMethodFormatter  # pyright: ignore[reportMissin
 from benchmarks.common import RESULTS
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-# Okabe and Ito's palette: told apart by colour-blind readers, and on white and grey.
-BLUE, ORANGE, GREEN, BLACK = "#0072b2", "#e69f00", "#009e73", "#444444"
+# Okabe and Ito's palette: the colours can be told apart with any common colour vision, on white and on grey.
+BLUE = "#0072b2"
+ORANGE = "#e69f00"
+GREEN = "#009e73"
+BLACK = "#444444"
 plt.rcParams |= {
     "svg.hashsalt": "flowgraph",
     "svg.fonttype": "none",
@@ -34,21 +37,25 @@ plt.rcParams |= {
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
+    """Read the rows of a committed result."""
     return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
 
 
 def powers_of_two(axis: Axes, ticks: list[int]) -> None:
+    """Give an axis a logarithmic scale of tokens, with labels such as 512 and 4k."""
+    labels = [f"{tokens // 1024}k" if tokens >= 1024 else str(tokens) for tokens in ticks]
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
+    axis.set_xticks(ticks, labels)
     axis.set_xlabel("tokens")
 
 
 def plain_numbers(axis: Axes) -> None:
+    """Label the vertical axis with plain numbers in place of powers."""
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
 def streaming() -> None:
-    """Memory and time of a trace against its length."""
+    """Draw memory and time of a trace over its length."""
     rows = rows_of("streaming")
     tokens = [row["tokens"] for row in rows]
     figure, (memory, time) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -70,7 +77,7 @@ def streaming() -> None:
 
 
 def engine() -> None:
-    """Both sweeps as multiples of one read of what they solve."""
+    """Draw the time of both sweeps as a multiple of one read of their input."""
     figure, (dense, batch) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for dtype, marker in (("float32", "o-"), ("float64", "s-")):
         rows = [row for row in rows_of("engine_dense") if row["dtype"] == dtype]
@@ -91,7 +98,7 @@ def engine() -> None:
     batch.set_xticks(range(len(rows)), labels, fontsize=8)
     batch.set_yscale("log", base=2)
     batch.set_ylim(bottom=1)
-    batch.set_ylabel("whole solve / one read of the edges")
+    batch.set_ylabel("complete solve / one read of the edges")
     batch.legend(frameon=False)
     for axis in (dense, batch):
         plain_numbers(axis)
@@ -99,7 +106,7 @@ def engine() -> None:
 
 
 def peers() -> None:
-    """A trace by flowgraph and by FlashTrace."""
+    """Draw time and memory of a trace by flowgraph and by FlashTrace."""
     rows = rows_of("flashtrace")
     tokens = [row["tokens"] for row in rows]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -115,14 +122,16 @@ def peers() -> None:
 
 
 def study() -> None:
-    """Learning curves of some arms, and every arm's difference to uniform."""
+    """Draw learning curves of some arms, and every arm's difference to uniform."""
     content = json.loads((RESULTS / "rl_study.json").read_text())
     rows = {row["arm"]: row for row in content["rows"]}
     figure, (curves, gaps) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(1.1, 1))
     shown = {"uniform": BLACK, "flow": BLUE, "oracle": GREEN, "flow x entropy, soft": ORANGE}
     for arm, colour in shown.items():
         values = rows[arm]["curve"]
-        smooth = [sum(values[max(0, k - 4) : k + 1]) / len(values[max(0, k - 4) : k + 1]) for k in range(len(values))]
+        # Mean of the last five steps.
+        windows = [values[max(0, step - 4) : step + 1] for step in range(len(values))]
+        smooth = [sum(window) / len(window) for window in windows]
         curves.plot(range(1, len(values) + 1), smooth, color=colour, label=arm)
     curves.set_xlabel("step")
     curves.set_ylabel(f"reward on new problems, {rows['uniform']['seeds']} seeds")
@@ -131,9 +140,13 @@ def study() -> None:
     tests.sort(key=lambda row: row["difference"])
     places = range(len(tests))
     gaps.errorbar(
-        [row["difference"] for row in tests], places, xerr=[row["half_width"] for row in tests], fmt="o", color=BLUE,
+        [row["difference"] for row in tests],
+        places,
+        xerr=[row["half_width"] for row in tests],
+        fmt="o",
+        color=BLUE,
         capsize=3,
-    )  # fmt: skip
+    )
     gaps.axvline(0, color=BLACK, linewidth=1)
     gaps.set_yticks(places, [row["arm"] for row in tests])
     gaps.set_xlabel("area under the curve minus uniform's, 95 %")
@@ -141,7 +154,7 @@ def study() -> None:
 
 
 def alignment() -> None:
-    """Every arm's sample multiplier before training and in its midst, best first."""
+    """Draw every arm's sample multiplier before training and in mid-training, best first."""
     found = {
         name: json.loads((RESULTS / f"alignment_{name}" / "alignment.json").read_text()) for name in ("start", "mid")
     }
@@ -150,14 +163,19 @@ def alignment() -> None:
     figure, axis = plt.subplots(figsize=(8, 7.5), layout="constrained")
     axis.axvline(1, color=BLACK, linewidth=1, linestyle="--")
     for offset, name, colour, marker, label in (
-        (0.15, "start", BLUE, "o", "at the start"), (-0.15, "mid", ORANGE, "s", "in mid-training"),
-    ):  # fmt: skip
+        (0.15, "start", BLUE, "o", "at the start"),
+        (-0.15, "mid", ORANGE, "s", "in mid-training"),
+    ):
         estimates = [arms[name][arm]["multiplier"] for arm in order]
         axis.errorbar(
-            [one["corrected"] for one in estimates], [place + offset for place in range(len(order))],
-            xerr=[1.96 * one["error"] for one in estimates], fmt=marker, color=colour, markersize=5,
+            [one["corrected"] for one in estimates],
+            [place + offset for place in range(len(order))],
+            xerr=[1.96 * one["error"] for one in estimates],
+            fmt=marker,
+            color=colour,
+            markersize=5,
             label=f"{label}: {found[name]['num_batches']} batches, reward {found[name]['reward']:.2f}",
-        )  # fmt: skip
+        )
     axis.set_yticks(range(len(order)), order)
     axis.set_xlabel("sample multiplier of the policy gradient (1 = uniform), 95 %")
     axis.legend(frameon=False, loc="lower right")
@@ -165,6 +183,7 @@ def alignment() -> None:
 
 
 def write(figure: Any, name: str) -> None:
+    """Write a figure without a date, so that the same results give the same file."""
     IMAGES.mkdir(exist_ok=True)
     figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)

@@ -1,6 +1,6 @@
-"""Take the pictures of pages that README and docs show, in a headless Chromium, into docs/images/.
+"""Take the screenshots of README and docs in a headless Chromium, into docs/images/.
 
-make train-demo                     for the token-credit page, which is left as it is without this
+make train-demo                     first, for the token-credit page; without it the old picture stays
 python -m benchmarks.figures.screenshots
 """
 
@@ -24,7 +24,7 @@ WRONG = "1. Tom has 3 apples.\n2. He buys 4 more apples.\n3. Tom now has 4 - 3 =
 
 
 def write_pages(folder: Path) -> None:
-    """The demo trace, and the same question with a wrong answer beside it."""
+    """Write the page of the demo trace, and the page that compares it with a wrong answer."""
     model, tokenizer = load_demo_model()
     prompt: list[dict[str, Any]] = [{"role": "user", "content": PROMPT}]
     right = fg.trace(model, tokenizer, prompt)
@@ -35,6 +35,7 @@ def write_pages(folder: Path) -> None:
 
 
 def main() -> None:
+    """Take a picture of every page, and of the steps of the demo trace."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("needs chromium or google-chrome on the PATH")

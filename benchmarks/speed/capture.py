@@ -1,4 +1,4 @@
-"""Capture against the plain forward pass (time) and against eager + output_attentions (memory).
+"""Measure capture against the plain forward pass (time) and against eager + output_attentions (memory).
 
     python -m benchmarks.speed.capture [--tokens 512 1024 2048 4096]
 
@@ -24,7 +24,7 @@ LAYERS = "6-9"
 
 
 def build() -> LlamaForCausalLM:
-    """16 layers, 16 heads, width 1024: 190 million random weights."""
+    """Build a random model of 16 layers, 16 heads and width 1024: 190 million weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -39,16 +39,19 @@ def build() -> LlamaForCausalLM:
 
 
 def forward(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Run the plain forward pass."""
     with torch.no_grad():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
 def captured(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Capture the rows of some layers, and read each block once."""
     for _ in capture(model, ids, layers=LAYERS).blocks():
         pass
 
 
 def eager(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Compute the same mean over layers and heads from the attention matrices of all layers."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(input_ids=ids, use_cache=False, logits_to_keep=1, output_attentions=True).attentions
@@ -59,7 +62,7 @@ WAYS = {"forward": forward, "capture": captured, "eager": eager}
 
 
 def peak_mib(way: str, tokens: int) -> float:
-    """Peak resident memory above the model of one way, in this process."""
+    """Measure the peak resident memory of one way above the model, in this process."""
     model = build()
     ids = torch.randint(0, 4096, (1, tokens))
     forward(model, ids[:, :8])
@@ -77,13 +80,15 @@ def main() -> None:
     if arguments.peak:
         print(json.dumps(peak_mib(arguments.peak[0], int(arguments.peak[1]))))
         return
-    model, rows = build(), []
+    model = build()
+    rows = []
     for tokens in arguments.tokens:
         ids = torch.randint(0, 4096, (1, tokens))
         times = interleaved(
             {"forward": lambda ids=ids: forward(model, ids), "capture": lambda ids=ids: captured(model, ids)},
             arguments.repeats,
         )
+        # Each way in a process of its own, so that no way reuses memory of another.
         memory = {}
         for way in WAYS:
             command = [sys.executable, "-m", "benchmarks.speed.capture", "--peak", way, str(tokens)]

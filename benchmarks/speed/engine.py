@@ -1,4 +1,4 @@
-"""The flow engine against one read of what it solves, and against simpler ways to get the same numbers.
+"""Compare the flow engine with one read of its input, and with simpler ways to compute the same numbers.
 
     python -m benchmarks.speed.engine [dense] [batch] [peers] [fill]
 
@@ -33,19 +33,22 @@ Rows = list[dict[str, Any]]
 
 
 def attention(tokens: int) -> Tensor:
-    """Random causal attention with a few strong links in each row."""
-    logits = 2 * torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(tokens))
-    return torch.softmax(logits.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf), -1)
+    """Draw random causal attention with a few strong links in each row."""
+    random = torch.Generator().manual_seed(tokens)
+    logits = 2 * torch.randn(tokens, tokens, generator=random)
+    future = torch.ones(tokens, tokens).triu(1).bool()
+    return torch.softmax(logits.masked_fill(future, -torch.inf), -1)
 
 
 def sparse_graph(tokens: int, degree: int, seed: int = 0) -> FlowGraph:
-    """Every token reads ``degree`` others: its predecessor, and tokens drawn at random."""
+    """Draw a graph in which every token reads ``degree`` others: its predecessor, and tokens drawn at random."""
     random = torch.Generator().manual_seed(seed)
     target = torch.arange(1, tokens).repeat_interleave(degree)
     source = (torch.rand(target.numel(), generator=random) * target).long()
     source[::degree] = target[::degree] - 1
     edges = torch.unique(torch.stack([source, target]), dim=1)
     weights = torch.rand(edges.shape[1], generator=random)
+    # Rows sum to 1, as attention does.
     total = scatter(weights, edges[1], dim_size=tokens, reduce="sum")
     return FlowGraph.from_edges(
         edges, weights / total[edges[1]], num_nodes=tokens, question=range(1, tokens // 4), answer=[tokens - 1]
@@ -53,7 +56,7 @@ def sparse_graph(tokens: int, degree: int, seed: int = 0) -> FlowGraph:
 
 
 def over(times: dict[str, float], limit: str) -> dict[str, float]:
-    """Each time in milliseconds, and as a multiple of the limit's."""
+    """Return each time in milliseconds, and as a multiple of the limit's time."""
     columns = {f"{limit}_ms": 1e3 * times[limit]}
     for name, value in times.items():
         if name != limit:
@@ -83,13 +86,14 @@ def dense(repeats: int) -> Rows:
                 },
                 repeats,
             )
-            times["read"] /= 2  # half of the matrix is above the diagonal and need not be read
+            # Half of the matrix lies above the diagonal and need not be read.
+            times["read"] /= 2
             rows.append({"tokens": tokens, "dtype": str(dtype)[6:], **over(times, "read")})
     return rows
 
 
 def sweeps_alone(matrix: Tensor, backend: Any) -> Callable[[], object]:
-    """The two sweeps without what ``solve_rows`` does around them (most of it: one read to refuse bad capacities)."""
+    """Return both sweeps without the checks of ``solve_rows`` (most of them: one read to refuse bad capacities)."""
     ones = torch.ones(1, matrix.shape[0], dtype=torch.float64)
     end = torch.zeros_like(ones)
     end[:, -1] = 1
@@ -160,7 +164,7 @@ def peers(repeats: int) -> Rows:
 
 
 def jacobi(graph: Any, tolerance: float = 1e-6) -> Tensor:
-    """Repeat both sweeps on all edges at once until nothing moves by more than the tolerance."""
+    """Repeat both sweeps on all edges at once until no value changes by more than the tolerance."""
     source, target = graph.edge_index
     weight = graph.capacity.double() * ~graph.answer_mask[source]
 
@@ -172,27 +176,40 @@ def jacobi(graph: Any, tolerance: float = 1e-6) -> Tensor:
                 return new
             x = new
 
+    # h = b + N^T h; the source enters as q = src / h; g = q + N g; throughput = g h.
     h = fixed_point(graph.answer_mask.double(), target, source)
     enters = graph.question_mask & (h > 0)
     count = scatter(enters.double(), graph.batch, reduce="sum")[graph.batch]
-    return fixed_point(torch.where(enters, 1 / (h * count).clamp_min(1e-300), 0.0), source, target) * h
+    q = torch.where(enters, 1 / (h * count).clamp_min(1e-300), 0.0)
+    g = fixed_point(q, source, target)
+    return g * h
 
 
 def in_networkx(graph: FlowGraph) -> nx.DiGraph:
-    """The graph as networkx holds it."""
+    """Convert the graph to networkx."""
     network = nx.DiGraph()
     network.add_nodes_from(range(graph.num_nodes or 0))
     network.add_weighted_edges_from(zip(*graph.edge_index.tolist(), graph.capacity.tolist(), strict=True))
-    network.graph["question"], network.graph["answer"] = graph.question_mask.tolist(), graph.answer_mask.tolist()
+    network.graph["question"] = graph.question_mask.tolist()
+    network.graph["answer"] = graph.answer_mask.tolist()
     return network
 
 
 def through_networkx(network: nx.DiGraph) -> list[float]:
-    """The two sweeps in topological order, by networkx's own adjacency."""
-    answer, question = network.graph["answer"], network.graph["question"]
-    order, h = list(nx.topological_sort(network)), {}
+    """Run both sweeps in topological order over networkx's adjacency."""
+    answer = network.graph["answer"]
+    question = network.graph["question"]
+    order = list(nx.topological_sort(network))
+
+    # Backward sweep: h = b + N^T h.
+    h: dict[int, float] = {}
     for s in reversed(order):
-        h[s] = 1.0 if answer[s] else sum(link["weight"] * h[t] for t, link in network.adj[s].items())
+        if answer[s]:
+            h[s] = 1.0
+        else:
+            h[s] = sum(link["weight"] * h[t] for t, link in network.adj[s].items())
+
+    # Forward sweep: g = q + N g.
     enters = [t for t in order if question[t] and h[t] > 0]
     g = {t: 1 / (len(enters) * h[t]) if question[t] and h[t] > 0 else 0.0 for t in order}
     for t in order:
@@ -207,7 +224,8 @@ def fill(repeats: int) -> Rows:
         for share in (1.0, 0.5, 0.3, 0.2, 0.1, 0.05):
             weights = attention(tokens).tril(-1)
             weights *= torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(1)) < share
-            weights[1:].diagonal().fill_(0.1)  # so that the answer stays reachable
+            # A link to the token before keeps the answer reachable.
+            weights[1:].diagonal().fill_(0.1)
             graph = FlowGraph.from_dense(weights, question=range(1, tokens // 4), answer=[tokens - 1])
             backends: tuple[Any, ...] = ("dense", "scatter", "numba")
             times = interleaved({b: lambda b=b, g=graph: solve(g, backend=b) for b in backends}, repeats)
@@ -224,12 +242,14 @@ def fill(repeats: int) -> Rows:
 
 def shared(repeats: int) -> Rows:
     """Scoring 16 responses of one prompt from a recorded pass: prompt rows computed once, or for each response."""
-    model, rows = build(), []
+    model = build()
+    rows = []
     for prompt, response in ((128, 128), (512, 128), (128, 512), (1024, 256)):
         tokens = prompt + response
         ids = torch.randint(0, 4096, (16, tokens), generator=torch.Generator().manual_seed(0))
         ids[:, :prompt] = ids[:1, :prompt]
-        mask, position = torch.ones_like(ids), torch.arange(tokens).expand_as(ids)
+        mask = torch.ones_like(ids)
+        position = torch.arange(tokens).expand_as(ids)
         masks: Any = {"question": (position > 0) & (position < prompt), "answer": position >= tokens - 8}
 
         def forward(ids: Tensor = ids, mask: Tensor = mask) -> None:
@@ -238,7 +258,9 @@ def shared(repeats: int) -> Rows:
 
         with AttentionRecorder(model, layers=LAYERS) as recorder:
             forward()
-        once, each = recorder.rows(mask, ids), recorder.rows(mask)
+        # With the ids the recorder sees that the prompts are equal, and computes their rows once.
+        once = recorder.rows(mask, ids)
+        each = recorder.rows(mask)
         times = interleaved(
             {
                 "forward": forward,
@@ -247,8 +269,10 @@ def shared(repeats: int) -> Rows:
             },
             repeats,
         )
-        apart = (solve_rows(once, **masks).throughput - solve_rows(each, **masks).throughput).abs().max()
-        rows.append({"prompt": prompt, "response": response, **over(times, "forward"), "difference": float(apart)})
+        throughput_once = solve_rows(once, **masks).throughput
+        throughput_each = solve_rows(each, **masks).throughput
+        difference = float((throughput_once - throughput_each).abs().max())
+        rows.append({"prompt": prompt, "response": response, **over(times, "forward"), "difference": difference})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""flowgraph against FlashTrace 0.1.1 (arXiv 2602.01914): the same model, prompt and response, one run.
+"""Compare the cost of a trace with FlashTrace 0.1.1 (arXiv 2602.01914) on the same model, prompt and response.
 
     pip install --group bench
     python -m benchmarks.speed.peer_flashtrace [--tokens 512 1024 2048 4096]
@@ -27,14 +27,14 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import PeakMemory, interleaved, save
-from flowgraph.text.regions import Span
+from flowgraph.text.selectors import Span
 from flowgraph.tracing.trace import trace
 
 WORDS = 4000
 
 
 def build() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model, and a tokenizer of one token per word."""
+    """Build the model, and a tokenizer of one token per word."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS + 2,
@@ -61,14 +61,14 @@ def build() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 
 def texts(tokens: int) -> tuple[str, str]:
-    """Prompt and response of half the tokens each, the end token the trace adds included."""
+    """Make prompt and response of half the tokens each, including the end token that the trace adds."""
     ids = torch.randint(0, WORDS, (tokens - 1,), generator=torch.Generator().manual_seed(0)).tolist()
     half = tokens // 2
     return " ".join(f"w{i}" for i in ids[:half]), " " + " ".join(f"w{i}" for i in ids[half:])
 
 
 def ways(model: LlamaForCausalLM, tokenizer: Any, tokens: int) -> dict[str, Callable[[], object]]:
-    """One call per tool."""
+    """Return one call for each tool."""
     from flashtrace import FlashTrace  # pyright: ignore[reportMissingImports]
 
     prompt, response = texts(tokens)
@@ -88,7 +88,7 @@ def ways(model: LlamaForCausalLM, tokenizer: Any, tokens: int) -> dict[str, Call
 
 
 def peak_mib(way: str, tokens: int) -> float:
-    """Peak memory above the model, in this process."""
+    """Measure the peak memory above the model, in this process."""
     model, tokenizer = build()
     ways(model, tokenizer, 64)[way]()
     run = ways(model, tokenizer, tokens)[way]
@@ -106,7 +106,8 @@ def main() -> None:
     if arguments.peak:
         print(json.dumps(peak_mib(arguments.peak[0], int(arguments.peak[1]))))
         return
-    (model, tokenizer), rows = build(), []
+    model, tokenizer = build()
+    rows = []
     for tokens in arguments.tokens:
         times = interleaved(ways(model, tokenizer, tokens), arguments.repeats)
         memory = {}

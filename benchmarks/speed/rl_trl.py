@@ -1,13 +1,12 @@
-"""A training step of this package against the same step of TRL's GRPO, and what each credit rule adds to it.
+"""Compare a training step with the same step of TRL's GRPO, and measure what each credit rule adds to it.
 
     python -m benchmarks.speed.rl_trl [--quick] [--steps N] [--threads N] [--models small chain]
 
 Both train the same LoRA adapter on the same model: the same number of prompts and responses, temperature 1, responses
 of exactly the same length (the end token can never be drawn), one update a step, KL and critic off, dropout off,
 float32, no gradient checkpointing, the same trivial reward. Where one update follows a rollout, as here, neither makes
-a forward pass for the old policy alone. What differs is left as it comes: sampling, padding, how log-probabilities are
-computed. Each way is built once and makes its steps in turns, so that a busy
-machine slows all alike.
+a forward pass for the old policy alone. Sampling, padding and the computation of log-probabilities differ, as each
+package has them. Each way is built once and makes its steps in turns, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ from rl.training.trainer import PPOTrainer
 
 Rows = list[dict[str, Any]]
 Step = Callable[[], dict[str, float]]
-RANK, LEARNING_RATE = 16, 1e-5
+RANK = 16
+LEARNING_RATE = 1e-5
 HIDDEN = ("seconds_quartiles", "credit_percent_quartiles", "tokens", "steps")
 WARM_UP = 2
 """Steps of each way that are not timed."""
@@ -44,7 +44,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Size:
-    """What both sides are given."""
+    """The sizes of model and batch, the same for both packages."""
 
     prompts: int = 8
     group: int = 4
@@ -57,7 +57,7 @@ class Size:
 
 @dataclass
 class Letters:
-    """Prompts of one length; a response is paid for what its first characters happen to be, so that rewards differ."""
+    """Prompts of one length; the first characters of a response decide its reward, so that rewards differ."""
 
     prompts: list[str]
     name: str = "letters"
@@ -73,17 +73,17 @@ class Letters:
         return (sum(map(ord, completion[:8])) % 97) / 97
 
     def find_answer(self, completion: str) -> CharSpan | None:
-        """The end of the response, a tenth of it, so that every rule that asks for an answer has one."""
+        """Return the last tenth of the response, so that every rule that needs an answer has one."""
         start = max(len(completion) - max(len(completion) // 10, 1), 0)
         return (start, len(completion)) if completion[start:].strip() else None
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:
-        """Any span: what the rule costs does not depend on where it is."""
+        """Return the first quarter: the cost of a rule does not depend on the place of the span."""
         return [(0, max(len(completion) // 4, 1))]
 
 
 def small(size: Size) -> tuple[Any, PreTrainedTokenizerFast, Letters]:
-    """A random Llama and a tokenizer whose words are numbers."""
+    """Build a random Llama and a tokenizer whose words are numbers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>"])}
@@ -96,19 +96,25 @@ def small(size: Size) -> tuple[Any, PreTrainedTokenizerFast, Letters]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=3 * size.width,
-            num_hidden_layers=size.layers, num_attention_heads=size.width // 32, num_key_value_heads=size.width // 64,
-            max_position_embeddings=2 * (size.prompt_tokens + size.response_tokens), bos_token_id=None, eos_token_id=1,
+            vocab_size=size.vocabulary,
+            hidden_size=size.width,
+            intermediate_size=3 * size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.width // 32,
+            num_key_value_heads=size.width // 64,
+            max_position_embeddings=2 * (size.prompt_tokens + size.response_tokens),
+            bos_token_id=None,
+            eos_token_id=1,
             pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     draw = torch.randint(3, size.vocabulary, (64, size.prompt_tokens), generator=torch.Generator().manual_seed(0))
     prompts = [" ".join(f"w{number}" for number in row) for row in draw.tolist()]
     return model.eval(), tokenizer, Letters(prompts)
 
 
 def chain(size: Size) -> tuple[Any, PreTrainedTokenizerFast, Letters]:
-    """The base model that comes with the package: 0.6 million parameters, one token a character."""
+    """Load the base model that comes with the package: 0.6 million parameters, one token a character."""
     model, tokenizer = load_chain_model()
     draw = torch.randint(0, 10, (64, size.prompt_tokens // 4), generator=torch.Generator().manual_seed(0))
     prompts = ["".join(f"{'abcdefghij'[number]}={number};" for number in row) for row in draw.tolist()]
@@ -119,21 +125,29 @@ MODELS = {"small": small, "chain": chain}
 
 
 def never_end(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The end token stands outside the model's vocabulary: no response ends early, and no logit is touched."""
+    """Move the end token outside the model's vocabulary: no response ends early, and the logits stay as they are."""
     tokenizer.add_special_tokens({"eos_token": "<never>"})
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
 
 
 def ours(size: Size, name: str, credit: str) -> Step:
-    """One step of this package at a time: its whole wall time, logging included."""
+    """Return a function that makes one step of this package and measures its wall time, logging included."""
     model, tokenizer, task = MODELS[name](size)
     never_end(model, tokenizer)
     config = PPOConfig(
-        steps=1, num_prompts=size.prompts, group_size=size.group, max_prompt_tokens=size.prompt_tokens,
-        max_response_tokens=size.response_tokens, advantage="group", learning_rate=LEARNING_RATE, save_every=0,
-        micro_batch_size=size.prompts * size.group, credit=CreditConfig(rule=credit),
+        steps=1,
+        num_prompts=size.prompts,
+        group_size=size.group,
+        max_prompt_tokens=size.prompt_tokens,
+        max_response_tokens=size.response_tokens,
+        advantage="group",
+        learning_rate=LEARNING_RATE,
+        save_every=0,
+        micro_batch_size=size.prompts * size.group,
+        credit=CreditConfig(rule=credit),
         lora=LoraConfig(rank=RANK, alpha=2.0 * RANK),
-    )  # fmt: skip
+    )
     trainer = PPOTrainer(model, tokenizer, task=task, config=config, progress=False)
 
     def step() -> dict[str, float]:
@@ -149,7 +163,7 @@ def ours(size: Size, name: str, credit: str) -> Step:
 
 
 def trl(size: Size, name: str, credit: str | None = None) -> Step:
-    """One step of TRL at a time, from the beginning of its step to the end: what a new call sets up is not counted."""
+    """Return a function that makes one step of TRL; the setup of each call to ``train`` is not counted."""
     import datasets
     from peft import LoraConfig as PeftLora
     from transformers import PrinterCallback, TrainerCallback
@@ -158,17 +172,27 @@ def trl(size: Size, name: str, credit: str | None = None) -> Step:
     model, tokenizer, task = MODELS[name](size)
     never_end(model, tokenizer)
     settings = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=size.prompts * size.group,
-        num_generations=size.group, max_completion_length=size.response_tokens, max_steps=1, bf16=False,
-        use_cpu=not torch.cuda.is_available(), activation_checkpointing=False, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=size.prompts * size.group,
+        num_generations=size.group,
+        max_completion_length=size.response_tokens,
+        max_steps=1,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+    )
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
         return [task.reward(task.sample("train", 0), text) for text in completions]
 
     class Watch(TrainerCallback):
-        """The step's time and metrics, which the end of a run would log and clear."""
+        """Records time and metrics of the step, before the end of the run clears them."""
 
         began = seconds = length = added = 0.0
 
@@ -183,10 +207,14 @@ def trl(size: Size, name: str, credit: str | None = None) -> Step:
 
     watch = Watch()
     arguments: dict[str, Any] = {
-        "model": model, "reward_funcs": reward, "args": settings, "processing_class": tokenizer, "callbacks": [watch],
+        "model": model,
+        "reward_funcs": reward,
+        "args": settings,
+        "processing_class": tokenizer,
+        "callbacks": [watch],
         "train_dataset": datasets.Dataset.from_dict({"prompt": task.prompts}),
         "peft_config": PeftLora(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
-    }  # fmt: skip
+    }
     if credit is None:
         trainer: Any = GRPOTrainer(**arguments)
     else:
@@ -203,7 +231,7 @@ def trl(size: Size, name: str, credit: str | None = None) -> Step:
 
 
 def turns(ways: dict[str, Step], steps: int) -> dict[str, list[dict[str, float]]]:
-    """Steps of every way in turns, the first ones of each left out."""
+    """Make steps of every way in turns; leave out the first ones of each."""
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for number in range(WARM_UP + steps):
         for name, step in ways.items():
@@ -214,12 +242,14 @@ def turns(ways: dict[str, Step], steps: int) -> dict[str, list[dict[str, float]]
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    """Return lower quartile, median and upper quartile."""
+    if len(values) == 1:
+        return 3 * values
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def table(model: str, seen: dict[str, list[dict[str, float]]], baseline: str) -> Rows:
-    """A row for each way; ``ratio`` is the median of paired ratios to the baseline, turn by turn."""
+    """Make a row for each way; ``ratio`` is the median of paired ratios to the baseline, turn by turn."""
     rows = []
     for name, steps in seen.items():
         low, median, high = quartiles([step["seconds"] for step in steps])
@@ -267,17 +297,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small size and two steps; writes no result")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    # What both libraries say of deprecated names in each other is no part of the table.
+    # Both libraries warn of deprecated names in each other, between the lines of the table.
     warnings.filterwarnings("ignore", category=FutureWarning)
     disable_progress_bar()
-    size, steps = (Size(2, 2, 16, 16), 2) if arguments.quick else (Size(), arguments.steps)
+    size = Size()
+    steps = arguments.steps
+    if arguments.quick:
+        size = Size(prompts=2, group=2, prompt_tokens=16, response_tokens=16)
+        steps = 2
+
     rows: Rows = []
     for model in arguments.models:
-        given = replace(size, response_tokens=min(size.response_tokens, 96)) if model == "chain" else size
-        sections = {compare: steps, rules: max(2, steps // 2)} if model == "chain" else {compare: steps}
-        for section, turns_of_it in sections.items():
+        model_size = size
+        sections = {compare: steps}
+        if model == "chain":
+            # The context of the shipped model is short; it alone is small enough to time every rule.
+            model_size = replace(size, response_tokens=min(size.response_tokens, 96))
+            sections[rules] = max(2, steps // 2)
+        for section, num_steps in sections.items():
             print(f"{model}, {section.__name__}: {section.__doc__}", flush=True)
-            found = [{"section": section.__name__, **row} for row in section(model, given, turns_of_it)]
+            found = [{"section": section.__name__, **row} for row in section(model, model_size, num_steps)]
             print_table([{key: value for key, value in row.items() if key not in HIDDEN} for row in found])
             rows += found
     if not arguments.quick:

@@ -1,4 +1,4 @@
-"""Trace long texts on a CPU: memory above the model and time over the plain forward pass, 4k to 32k tokens.
+"""Measure traces of 4k to 32k tokens on a CPU: memory above the model, and time over the plain forward pass.
 
     python -m benchmarks.speed.streaming [--tokens 4096 8192 16384 32768]
 
@@ -25,7 +25,7 @@ LAYERS = [1, 2]
 
 
 def build() -> LlamaForCausalLM:
-    """4 layers, 4 heads, width 256, sharp enough for flow to have a shape."""
+    """Build a random model of 4 layers, 4 heads and width 256; wide weights make its attention sharp."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -41,7 +41,7 @@ def build() -> LlamaForCausalLM:
 
 
 def measure(tokens: int) -> dict:
-    """One text: the forward pass alone, then the trace."""
+    """Measure one text: the forward pass alone, then the trace."""
     model = build()
     ids = torch.randint(0, 4096, (tokens,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -50,8 +50,12 @@ def measure(tokens: int) -> dict:
         start = time.perf_counter()
         model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
         forward = time.perf_counter() - start
-    question, answer = torch.zeros(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.bool)
-    question[1 : tokens // 8], answer[-8:] = True, True
+
+    # The first eighth is the question, the last eight tokens are the answer.
+    question = torch.zeros(tokens, dtype=torch.bool)
+    question[1 : tokens // 8] = True
+    answer = torch.zeros(tokens, dtype=torch.bool)
+    answer[-8:] = True
     stages: list[tuple[str, float]] = []
     with PeakMemory() as memory:
         start = time.perf_counter()

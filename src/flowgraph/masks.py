@@ -1,4 +1,4 @@
-"""Token masks: read any way a user writes a region as one bool mask."""
+"""Token masks: read a region given as a mask, indices or a slice as one bool mask over tokens."""
 
 from __future__ import annotations
 
@@ -22,14 +22,29 @@ MaskLike = Mask | Bool[np.ndarray, " tokens"] | Indices | Nothing | Sequence[boo
 def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device | str = "cpu") -> Mask:
     """Read a region given as mask, indices or slice as a bool mask over tokens.
 
+    Args:
+        region: bool mask ``[T]``, integer indices, or a slice of indices.
+        num_tokens: T.
+        name: name of the argument, for messages.
+        device: device of the result.
+
+    Returns:
+        ``[T]`` bool, a copy.
+
     Raises:
         RegionError: wrong length or dtype, an index outside.
+
+    Example:
+        >>> as_mask([0, 2], 4, "question").tolist()
+        [True, False, True, False]
     """
     if isinstance(region, slice):
         mask = torch.zeros(num_tokens, dtype=torch.bool, device=device)
         mask[region] = True
         return mask
     values = torch.as_tensor(region, device=device)
+
+    # A mask has one entry per token.
     if values.ndim != 1:
         raise RegionError(
             f"{name}: must be one-dimensional, got shape {tuple(values.shape)}; pass one row per sequence"
@@ -41,7 +56,9 @@ def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device |
                 "build it over the same input_ids as the rows, padding excluded"
             )
         return values.clone()
-    if values.is_floating_point() and values.numel() > 0:  # torch reads an empty list as floats
+
+    # Indices are integers in range; torch reads an empty list as floats.
+    if values.is_floating_point() and values.numel() > 0:
         raise RegionError(f"{name}: must be a bool mask or integer indices, got {values.dtype}; convert with .bool()")
     outside = (values < 0) | (values >= num_tokens)
     if bool(outside.any()):
@@ -55,16 +72,38 @@ def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device |
 
 
 def read_mask(region: MaskLike, num_tokens: int, name: str) -> Mask:
-    """As :func:`as_mask` on the CPU, but an empty tensor or list selects nothing, whatever its dtype."""
+    """Read a region as :func:`as_mask` does, on the CPU; an empty tensor of any dtype selects nothing.
+
+    Args:
+        region: bool mask ``[T]``, integer indices, or a slice of indices.
+        num_tokens: T.
+        name: name of the argument, for messages.
+
+    Raises:
+        RegionError: wrong length or dtype, an index outside.
+    """
     if isinstance(region, slice):
         return as_mask(region, num_tokens, name)
     values = torch.as_tensor(region)
-    return as_mask(values if values.numel() else values.long(), num_tokens, name)
+    if values.numel() == 0:
+        # An empty mask would have the wrong length.
+        values = values.long()
+    return as_mask(values, num_tokens, name)
 
 
 def between(question: Mask, answer: Mask) -> Mask:
-    """Tokens after the last question token and before the first answer token."""
-    position = torch.arange(question.numel(), device=question.device)
+    """Select the tokens after the last question token and before the first answer token.
+
+    Args:
+        question: ``[T]`` bool.
+        answer: ``[T]`` bool, on the same device.
+
+    Returns:
+        ``[T]`` bool; all False where one of the regions is empty.
+    """
     if not bool(question.any()) or not bool(answer.any()):
         return torch.zeros_like(question)
-    return (position > position[question].max()) & (position < position[answer].min())
+    position = torch.arange(question.numel(), device=question.device)
+    last_question = position[question].max()
+    first_answer = position[answer].min()
+    return (position > last_question) & (position < first_answer)

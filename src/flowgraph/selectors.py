@@ -1,4 +1,4 @@
-"""Selectors: how to name the tokens of the question and of the answer.
+"""Selectors name the tokens of the question and of the answer.
 
 Pass one as ``question=`` or ``answer=`` of :func:`flowgraph.trace`::
 

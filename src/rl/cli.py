@@ -1,4 +1,4 @@
-"""The command line: ``flowgraph-rl train | eval | report | rules | merge | pretrain | align``."""
+"""Entry point of ``flowgraph-rl train | eval | report | rules | merge | pretrain | align``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_given: bool) -> None:
+    """Print the version and stop, where ``--version`` is given."""
+    if is_given:
         from importlib.metadata import version
 
         typer.echo(f"flowgraph-rl {version('flowgraph-llm')}")
@@ -39,7 +40,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    """Read the options that stand before a command; the version is printed by its callback."""
 
 
 app.command()(train)
@@ -52,7 +53,8 @@ app.command("align")(align_command)
 
 
 def main() -> None:
-    """Run the command line; bad input ends with its message and exit code 2, never a stack trace."""
+    """Run the command line; bad input ends with its message and exit code 2, without a stack trace."""
+    # The libraries below read these when they are imported, which the commands do later.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,10 +64,12 @@ def main() -> None:
         typer.secho(f"flowgraph-rl: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == 130:  # how typer reports an interrupt
+        # typer reports an interrupt as exit code 130.
+        if stop.code == 130:
             typer.secho("flowgraph-rl: stopped; `train --resume` goes on from the newest checkpoint", err=True)
         raise
 
 
-if __name__ == "__main__":  # `accelerate launch -m rl.cli`
+# `accelerate launch -m rl.cli` runs this module as a script.
+if __name__ == "__main__":
     main()

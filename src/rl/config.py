@@ -129,10 +129,12 @@ class CreditConfig:
     ``"asymmetric"`` (``w`` on non-negative advantages, ``1 / w`` on negative ones)."""
 
     mean_one: bool = False
-    """Divide the weights of a response by their mean, so that no rule takes a larger step than another."""
+    """Divide the weights of the tokens that compete by their mean over the response, so that no rule takes a larger
+    step than another."""
 
     scope: Scope = "reasoning"
-    """Tokens that are scored: ``"reasoning"`` (without the answer) or ``"response"`` (all of them)."""
+    """Tokens that compete: ``"reasoning"`` (those before the answer) or ``"response"`` (these and the answer). Tokens
+    after the answer, such as the end token, never compete and keep weight 1; without an answer every token competes."""
 
     potential_scale: Annotated[float, at_least(0, "1 is the default")] = 1.0
     """Total height of the potential for ``entry="potential"``, in units of reward."""

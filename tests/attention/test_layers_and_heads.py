@@ -18,6 +18,12 @@ from flowgraph.attention.layers_and_heads import resolve_heads, resolve_layers
         ("middle", 2, [0, 1]),
         ("middle", 1, [0]),
         ("all", 3, [0, 1, 2]),
+        ("upper", 30, range(10, 30)),
+        ("upper", 28, range(9, 28)),
+        ("upper", 2, [0, 1]),
+        ("upper", 1, [0]),
+        ("20-", 30, range(20, 30)),
+        (" 29 - ", 30, [29]),
         ("2-4", 30, [2, 3, 4]),
         (" 2 - 4 ", 30, [2, 3, 4]),
         ("7", 30, [7]),
@@ -36,9 +42,16 @@ def test_layers(choice, num_layers: int, expected):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("upper", "layers: must be 'middle', 'all', 'FIRST-LAST' or indices, got 'upper'; e.g. layers='10-19'"),
-        ("1-2-3", "layers: must be 'middle', 'all'"),
-        ("-3", "layers: must be 'middle', 'all'"),
+        (
+            "lower",
+            "layers: must be 'middle', 'upper', 'all', 'FIRST-LAST', 'FIRST-' or indices, got 'lower'; "
+            "e.g. layers='10-19'",
+        ),
+        ("1-2-3", "layers: must be 'middle', 'upper', 'all'"),
+        ("-3", "layers: must be 'middle', 'upper', 'all'"),
+        ("-", "layers: must be 'middle', 'upper', 'all'"),
+        ("", "layers: must be 'middle', 'upper', 'all'"),
+        ("30-", "layers: must lie in 0..29, got 30..30; indices count from the model's first layer"),
         ("4-2", "layers: FIRST must not exceed LAST, got '4-2'; write '2-4'"),
         ("10-40", "layers: must lie in 0..29, got 10..40; indices count from the model's first layer"),
         ([30], "layers: must lie in 0..29, got 30..30"),

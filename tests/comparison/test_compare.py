@@ -15,16 +15,23 @@ from hypothesis import strategies as st
 from scipy import stats
 from typer.testing import CliRunner
 
-from flowgraph.analysis.backbone import prune
+from flowgraph import (
+    Comparison,
+    FlowGraph,
+    FlowgraphError,
+    FlowTrace,
+    InfeasibleFlowError,
+    InvalidInputError,
+    OutputError,
+    TraceFileError,
+    compare,
+    contract,
+    prune,
+    solve,
+    trace,
+)
 from flowgraph.commands.compare import compare as command
 from flowgraph.comparison.alignment import align
-from flowgraph.comparison.compare import Comparison, compare
-from flowgraph.errors import FlowgraphError, InfeasibleFlowError, InvalidInputError, OutputError, TraceFileError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.steps.contraction import contract
-from flowgraph.tracing.flow_trace import FlowTrace
-from flowgraph.tracing.trace import trace
 from tests.fixtures.convert import random_attention, to_graph
 from tests.fixtures.tiny import PROMPT, chat, tiny
 from tests.reference import comparison as reference
@@ -406,5 +413,5 @@ def test_bad_files_are_refused_before_anything_is_written(run, two_layers, tmp_p
     result = run(good, good, "--json", tmp_path / "no" / "c.json", "--html", page)
     assert isinstance(result.exception, OutputError)
     assert not page.exists()
-    assert "must name two files" in run(good, good, "--json", page, "--html", page).output
+    assert "must each name a file of its own" in run(good, good, "--json", page, "--html", page).output
     assert not page.exists()

@@ -1,25 +1,34 @@
-"""A file of prompts, traced: equal to single traces, nothing lost or doubled after a kill, bad lines reported."""
+"""Tracing a file of prompts: equal to single traces, nothing lost or doubled after a kill, bad lines reported."""
 
 import csv
 import json
 import multiprocessing
 import random
 import resource
-import time
+import signal
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import torch
 
-from flowgraph.commands.trace_corpus import trace_corpus as command
-from flowgraph.corpus.requests import CorpusFields, Line, scan
-from flowgraph.corpus.run import CorpusProgress, Prepared, batches
-from flowgraph.corpus.trace_corpus import CorpusSummary, trace_corpus
-from flowgraph.errors import InvalidInputError, MemoryLimitError, MissingExtraError, OutputError
-from flowgraph.tracing.flow_trace import load_trace
-from flowgraph.tracing.trace import trace
-from tests.fixtures.tiny import PROMPT, RESPONSE, save_tiny, tiny, tiny_model
+from flowgraph import (
+    CorpusFields,
+    CorpusProgress,
+    CorpusSummary,
+    InvalidInputError,
+    MemoryLimitError,
+    MissingExtraError,
+    OutputError,
+    load_trace,
+    trace,
+    trace_corpus,
+    trace_file,
+)
+from flowgraph.corpus.requests import Line, scan
+from flowgraph.corpus.run import Prepared, batches
+from tests.fixtures.kills import kill_at_change
+from tests.fixtures.tiny import PROMPT, RESPONSE, tiny, tiny_model
 
 TABLES = ("tokens.parquet", "traces.parquet")
 LINES = [
@@ -81,9 +90,7 @@ def test_every_batched_trace_equals_the_trace_made_alone(finished: CorpusSummary
             assert torch.equal(getattr(together, mask), getattr(alone, mask))
         torch.testing.assert_close(together.graph.capacity, alone.graph.capacity, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(together.throughput, alone.throughput, rtol=1e-4, atol=1e-6)
-        assert together.provenance == {
-            **alone.provenance, "line": number, "id": rows[number]["id"]
-        }  # fmt: skip
+        assert together.provenance == {**alone.provenance, "line": number, "id": rows[number]["id"]}
 
 
 def test_the_tables_say_what_the_traces_hold(finished: CorpusSummary):
@@ -95,7 +102,7 @@ def test_the_tables_say_what_the_traces_hold(finished: CorpusSummary):
         assert [token["index"] for token in mine] == list(range(held.num_tokens))
         assert [token["text"] for token in mine] == list(held.tokens)
         assert [token["throughput"] for token in mine] == held.throughput.tolist()
-        assert [token["h"] for token in mine] == held.h.tolist()
+        assert [token["h"] for token in mine] == held.potential.tolist()
         assert [token["region"] for token in mine].count("answer") == row["answer"] == int(held.answer.sum())
         assert row["mean_hops"] == float(held.throughput.sum()) - 1
         bone = held.backbone(0.9)
@@ -141,7 +148,7 @@ def test_pages_can_be_asked_for_later(finished: CorpusSummary, tmp_path: Path):
 
 
 BAD = [
-    ('{"prompt": "cut', "line: must be one JSON object, got text that is none"),
+    ('{"prompt": "cut', "line: must be one JSON object, got invalid JSON"),
     ("[1, 2]", "line: must be a JSON object, got [1, 2]"),
     ('{"prompt": "x", "response": "\\ud800"}', "line: must be text that UTF-8 can hold"),
     ("[" * 100_000, "too deeply nested"),
@@ -157,12 +164,12 @@ BAD = [
     ({"messages": [{"role": "assistant"}]}, "prompt: must hold text in the 'content' of a message"),
     ({"prompt": "x", "response": ""}, "response: must hold visible text, got ''"),
     ({"prompt": " ", "response": "x"}, "prompt: must hold text, got only blanks"),
-    ({"id": True, "prompt": "x"}, "id: must be a text or a whole number, got True"),
+    ({"id": True, "prompt": "x"}, "id: must be a text or an integer, got True"),
     ({"id": "good", "prompt": "x", "response": "y"}, "id: must be unique, got 'good' as on line 1"),
     ({"prompt": "x", "response": "y", "answer": "zz"}, "answer: Literal(text='zz') must select"),
     ({"prompt": "x", "response": "y", "answer": []}, "answer: must be text or a number"),
     ({"prompt": "x", "response": "word " * 600}, "input_ids: must fit the model's context of 512 tokens"),
-    ({"prompt": "word " * 600}, "prompt: must leave room in the context of 512 tokens"),
+    ({"prompt": "word " * 600}, "prompt: must leave space in the context of 512 tokens"),
 ]
 
 
@@ -223,16 +230,21 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(finished: CorpusSu
             assert (resumed.out / name).read_bytes() == (finished.out / name).read_bytes(), name
 
 
-def traced_in_a_process(path: Path, out: Path, file_limit: int | None = None) -> None:
-    """What a process of its own does; ``file_limit`` is the largest file that it may write, in bytes."""
+def traced_in_a_process(path: Path, out: Path, file_limit: int | None = None, kill_at: int | None = None) -> None:
+    """What a process of its own does; ``file_limit`` is the largest file that it may write, in bytes.
+
+    It is killed at the ``kill_at``-th change of a file in ``out``; a run that ends leaves the number of its changes.
+    """
     torch.set_num_threads(1)
     out.mkdir(exist_ok=True)
+    changes = kill_at_change(out, kill_at)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     try:
         trace_corpus(*tiny(), path, out, batch_tokens=300)
     except OutputError as error:
         (out / "refused").write_text(str(error))
+    out.with_suffix(".changes").write_text(str(changes[0]))
 
 
 @pytest.fixture(scope="module")
@@ -250,26 +262,24 @@ def start():
 
 
 def test_kills_at_any_moment_lose_and_double_nothing(start, tmp_path: Path):
-    """SIGKILL again and again, at random moments, until a run gets through; then compare with one never killed."""
+    """SIGKILL again and again, at random changes of a file; then a run gets through, equal to one never killed."""
     lines = [{**line, "id": f"{line.get('id')}{copy}"} for copy in range(3) for line in LINES]
     path = write(tmp_path / "in.jsonl", lines)
     whole, out = tmp_path / "whole", tmp_path / "out"
     start(path, whole).join()
-    choose, counts = random.Random(5), [0]
-    for _ in range(6):
-        worker = start(path, out)
-        wanted = counts[-1] + choose.randint(0, 5)
-        while _count(out) < wanted and worker.is_alive():
-            time.sleep(0.001)
-        time.sleep(choose.random() * 0.05)
-        worker.kill()
+    changes = int(whole.with_suffix(".changes").read_text())
+    choose = random.Random(5)
+    counts = [0]
+    for _ in range(6):  # an eighth of the changes at most, so that every kill comes before the end
+        worker = start(path, out, None, choose.randint(1, changes // 8))
         worker.join()
+        assert worker.exitcode == -signal.SIGKILL
         counts.append(_count(out))
     last = start(path, out)
     last.join()
     assert last.exitcode == 0
     assert counts == sorted(counts)
-    assert 0 < counts[3] < len(lines)  # the kills came while it worked
+    assert 0 < counts[3] < counts[6] < len(lines)  # the kills came while it worked
     assert files(out) == files(whole)  # nothing is missing and nothing half-written is left
     for name in TABLES:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -412,8 +422,8 @@ def test_options_are_checked_before_anything_is_written(tmp_path: Path):
         ({"batch_tokens": 0}, "batch_tokens: must be a positive number, got 0"),
         ({"format": "xlsx"}, "format: must be 'auto', 'parquet' or 'csv', got 'xlsx'"),
         ({"answer": "("}, "pattern: must be a regular expression, got '\\('"),
-        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, a whole number, got 0"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens: must be at least 1, a whole number, got 2.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, an integer, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: must be at least 1, an integer, got 2.5"),
         ({"fields": {}}, r"fields: must be a CorpusFields, got \{\}"),
         ({"keep": "most"}, r"keep: must lie in \(0, 1\], got 'most'"),
         ({"keep": 0}, r"keep: must lie in \(0, 1\], got 0"),
@@ -437,84 +447,23 @@ def test_options_are_checked_before_anything_is_written(tmp_path: Path):
 def test_a_batch_that_does_not_fit_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import flowgraph.corpus.run as module
 
-    room = module.require_room
+    require = module.require_trace_memory
 
     def crowded(model, num_tokens, layers, max_edges):
         if num_tokens > 400:
             raise MemoryLimitError("trace: would need about 9 GiB, got 1; choose fewer")
-        room(model, num_tokens, layers, max_edges)
+        require(model, num_tokens, layers, max_edges)
 
-    monkeypatch.setattr(module, "require_room", crowded)
+    monkeypatch.setattr(module, "require_trace_memory", crowded)
     with pytest.raises(MemoryLimitError, match=r"batch_tokens: a batch must fit the memory, got \d+ tokens"):
         run(tmp_path)
     assert run(tmp_path, batch_tokens=300).traced == len(LINES)
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """The command as the application will register it; returns (exit code, stdout, stderr)."""
-    import typer
-    from typer.testing import CliRunner
-
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(command)
-    checkpoint = save_tiny(tmp_path / "checkpoint")
-
-    def run_it(*arguments: object) -> tuple[int, str, str]:
-        given = [*map(str, arguments), "--model", str(checkpoint), "--out", str(tmp_path / "out")]
-        result = CliRunner().invoke(app, given)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
-
-    return run_it
-
-
-def test_the_command(call, tmp_path: Path):
-    renamed = [{"q": line["prompt"], "a": line["response"], "answer": "nowhere"} for line in (LINES[0], LINES[3])]
-    path = write(tmp_path / "in.jsonl", [*renamed, "not json"])
-    options = (path, "--prompt-field", "q", "--response-field", "a", "--answer-field", "")
-    code, out, err = call(*options)
-    assert code == 1
-    assert "2 traced in 0:" in out
-    assert "1 failed; open" in out
-    assert "line 3 skipped: line: must be one JSON object" in err
-    assert "2/3 traced, 1 failed," in err
-    assert "traces/s" in err
-    assert "tokens/s, 0:00 left" in err
-    code, out, _ = call(*options)
-    assert (code, "0 traced in 0:" in out, "2 by earlier runs" in out) == (1, True, True)
-    with pytest.raises(InvalidInputError, match=r"got damping '0\.5' and not '1\.0'"):
-        call(*options, "--damping", "0.5")
-    write(path, renamed)
-    code, out, _ = call(*options, "--restart", "--format", "csv", "--html")
-    assert (code, "failed" in out) == (0, False)
-    assert len(list((tmp_path / "out" / "traces").iterdir())) == 4
-
-
-def test_the_command_when_every_line_is_bad(call, tmp_path: Path):
-    code, _, err = call(write(tmp_path / "in.jsonl", ["{}", "x"]))
-    assert code == 1
-    assert "flowgraph: no line could be traced; line 1: 'prompt' or 'messages': must be given" in err
-    assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 2
-
-
-def test_control_c_says_how_to_go_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = write(tmp_path / "in.jsonl", LINES)
-    from flowgraph.corpus.run import Run
-
-    real = Run._write
-
-    def interrupted(self: Run, *arguments) -> None:
-        if self.now == 2:
-            raise KeyboardInterrupt
-        real(self, *arguments)
-
-    monkeypatch.setattr(Run, "_write", interrupted)
-    code, _, err = call(path)
-    assert code == 130
-    assert "stopped; everything finished is in" in err
-    assert "run the same command again to go on from there" in err.replace("command to go", "command again to go")
-    monkeypatch.undo()
-    code, out, _ = call(path)
-    assert (code, "2 by earlier runs" in out) == (0, True)
+def test_the_old_name_of_the_function_warns_and_works(tmp_path: Path):
+    path = write(tmp_path / "in.jsonl", LINES[:1])
+    with pytest.warns(
+        DeprecationWarning, match=r"^trace_file: is deprecated, got a call by the old name; call trace_c"
+    ):
+        summary = trace_file(*tiny(), path, tmp_path / "out")
+    assert (summary.now, summary.errors) == (1, ())

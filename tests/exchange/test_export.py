@@ -13,11 +13,17 @@ import typer
 from torch_geometric.data import Batch, Data
 from typer.testing import CliRunner
 
-from flowgraph.analysis.backbone import backbone
-from flowgraph.commands.export import export
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MissingExtraError, OutputError
-from flowgraph.exchange.export import (
-    GRAPH_SCHEMA,
+from flowgraph import (
+    FlowGraph,
+    FlowTrace,
+    InfeasibleFlowError,
+    InvalidInputError,
+    MissingExtraError,
+    OutputError,
+    backbone,
+    from_networkx,
+    read_json,
+    solve,
     to_igraph,
     to_networkx,
     to_pyg,
@@ -26,11 +32,8 @@ from flowgraph.exchange.export import (
     write_graphml,
     write_tokens,
 )
-from flowgraph.exchange.from_files import read_json
-from flowgraph.exchange.from_objects import from_networkx
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.commands.export import export
+from flowgraph.exchange.export import GRAPH_SCHEMA
 
 WEIGHTS = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
 GRAPH = FlowGraph.from_dense(WEIGHTS, question=[0], answer=[3])

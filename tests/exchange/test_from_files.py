@@ -13,13 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgraph.errors import InvalidInputError, MissingExtraError, RegionError, TraceFileError
-from flowgraph.exchange.export import to_igraph, to_networkx, write_edges, write_gexf, write_graphml, write_tokens
-from flowgraph.exchange.from_files import read_edges, read_gexf, read_graphml, read_json
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph import (
+    Flow,
+    FlowGraph,
+    FlowTrace,
+    InvalidInputError,
+    MissingExtraError,
+    RegionError,
+    TraceFileError,
+    read_edges,
+    read_gexf,
+    read_graphml,
+    read_json,
+    solve,
+    to_igraph,
+    to_networkx,
+    write_edges,
+    write_gexf,
+    write_graphml,
+    write_tokens,
+)
 from tests.fixtures.convert import to_graph
 from tests.strategies import FlowGraph as Case
 from tests.strategies import flow_graphs
@@ -132,10 +145,10 @@ BOMB = '<?xml version="1.0"?>\n<!DOCTYPE lolz [<!ENTITY a0 "lol">' + "".join(
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_a_document_type_is_refused_before_anything_expands(read, head: str, encoding: str, tmp_path: Path):
     (tmp_path / "g.xml").write_bytes(head.replace('"1.0"', f'"1.0" encoding="{encoding}"').encode(encoding))
-    before = time.monotonic()
+    before = time.process_time()
     with pytest.raises(TraceFileError, match=r"path: must be XML without a document type, got a DOCTYPE in .*g.xml"):
         read(tmp_path / "g.xml")
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
 
 
 @pytest.mark.parametrize("kind", XML)
@@ -272,11 +285,11 @@ def test_a_table_of_ones_own(tmp_path: Path):
         ("source,target,capacity\n0,1,1_0\n", r"must be a number, got '1_0'"),
         ("source,target,capacity\n0,1,nan\n", r"capacity: must be finite"),
         ("source,target,capacity\n0,1,inf\n", r"capacity: must be finite"),
-        ("source,target,capacity\n0.5,1,1\n", r"source: must be a whole number from 0, got 0.5"),
-        ("source,target,capacity\n-1,1,1\n", r"source: must be a whole number from 0, got -1"),
-        ("source,target,capacity\n0,nan,1\n", r"target: must be a whole number from 0, got nan"),
+        ("source,target,capacity\n0.5,1,1\n", r"source: must be a non-negative integer, got 0.5"),
+        ("source,target,capacity\n-1,1,1\n", r"source: must be a non-negative integer, got -1"),
+        ("source,target,capacity\n0,nan,1\n", r"target: must be a non-negative integer, got nan"),
         ("source,target,capacity\n0,9,1\n", r"edges: must join tokens 0..2, got 0 -> 9; add the missing token"),
-        ("source,target,capacity\n0,99999999999999999999,1\n", r"target: must be a whole number from 0, got 1e\+20"),
+        ("source,target,capacity\n0,99999999999999999999,1\n", r"target: must be a non-negative integer, got 1e\+20"),
         ("source,target,capacity\n1,0,1\n", r"an edge must run from an earlier to a later token, got 1 -> 0"),
         ("source,target,capacity\n0,1,1\n0,1,1\n", r"an edge may appear once, got 0 -> 1 twice"),
         ('source,target,capacity\n0,1,"1\n', r"unexpected end of data"),

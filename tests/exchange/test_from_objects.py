@@ -11,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 
-from flowgraph.errors import GraphError, InvalidInputError, RegionError
-from flowgraph.exchange.export import to_igraph, to_networkx, to_pyg
-from flowgraph.exchange.from_objects import from_igraph, from_networkx, from_pyg
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph import (
+    FlowGraph,
+    GraphError,
+    InvalidInputError,
+    RegionError,
+    from_igraph,
+    from_networkx,
+    from_pyg,
+    solve,
+    to_igraph,
+    to_networkx,
+    to_pyg,
+)
 from tests.fixtures.convert import to_graph
 from tests.strategies import FlowGraph as Case
 from tests.strategies import flow_graphs
@@ -153,7 +161,7 @@ def edit(change):
         (edit(lambda g: g.nodes[0].update(position=0)), r"position: must be on every node or none, got 1 of 3"),
         (
             edit(lambda g: nx.set_node_attributes(g, 1.5, "position")),
-            r"position of node 0: must be a whole number from 0, got 1.5",
+            r"position of node 0: must be a non-negative integer, got 1.5",
         ),
         (edit(lambda g: nx.set_node_attributes(g, 1, "position")), r"graph: nodes must be the tokens 0..2, got"),
     ],

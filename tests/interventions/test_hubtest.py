@@ -13,14 +13,21 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import flowgraph
+from flowgraph import (
+    FlowGraph,
+    FlowgraphError,
+    FlowTrace,
+    HubTest,
+    InfeasibleFlowError,
+    InvalidInputError,
+    RegionError,
+    hub_test,
+    knockout,
+    solve,
+)
 from flowgraph.analysis.statistics import t_interval, wilson_interval
 from flowgraph.commands.hubtest import hub_test as hub_command
-from flowgraph.errors import FlowgraphError, InfeasibleFlowError, InvalidInputError, RegionError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.interventions.hubtest import HubRun, HubTest, _summary, hub_test
-from flowgraph.interventions.knockout import knockout
-from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.interventions.hubtest import HubRun, summarise
 from tests.fixtures.tiny import save_tiny, tiny, tiny_model
 
 
@@ -180,10 +187,10 @@ def unreachable() -> FlowTrace:
         ({"fractions": [0.1, 0.1]}, InvalidInputError, "each once"),
         ({"arms": ["middle"]}, InvalidInputError, "arms: must be some of 'top'"),
         ({"arms": "top"}, InvalidInputError, "arms: must be some of 'top'"),
-        ({"seeds": []}, InvalidInputError, "seeds: must be non-negative whole numbers"),
-        ({"seeds": [1, 1]}, InvalidInputError, "seeds: must be non-negative whole numbers, each once"),
-        ({"seeds": [1.5]}, InvalidInputError, r"seeds: must be non-negative whole numbers, each once, got \[1.5\]"),
-        ({"seeds": 5}, InvalidInputError, "whole numbers, each once, got 5"),
+        ({"seeds": []}, InvalidInputError, "seeds: must be non-negative integers"),
+        ({"seeds": [1, 1]}, InvalidInputError, "seeds: must be non-negative integers, each once"),
+        ({"seeds": [1.5]}, InvalidInputError, r"seeds: must be non-negative integers, each once, got \[1.5\]"),
+        ({"seeds": 5}, InvalidInputError, "integers, each once, got 5"),
         ({"fractions": 0.2}, InvalidInputError, r"fractions: must lie in \(0, 1\), each once, got 0.2"),
         ({"fractions": ["a"]}, InvalidInputError, r"got \['a'\]"),
         ({"arms": [["top"]]}, InvalidInputError, "arms: must be some of 'top'"),
@@ -256,7 +263,7 @@ def test_a_difference_of_shares_stays_between_minus_one_and_one():
         for arm, found in flips.items()
         for number, flip in enumerate(found)
     ]
-    (gap,) = _summary(runs, [0.2], list(flips), 3)[1]
+    (gap,) = summarise(runs, [0.2], list(flips), 3)[1]
     low, high = t_interval([1.0, 1.0, 0.0]) or (0.0, 0.0)
     assert high > 1
     assert gap.flip_interval == (low, 1.0)

@@ -11,12 +11,22 @@ import torch
 from typer.testing import CliRunner
 
 import flowgraph
-from flowgraph.analysis.routes import Route
-from flowgraph.attention.capture import capture
+from flowgraph import (
+    CaptureError,
+    FlowgraphError,
+    FlowTrace,
+    Intervention,
+    InvalidInputError,
+    MemoryLimitError,
+    NumericalRangeError,
+    Route,
+    attention_cell,
+    attention_cut,
+    capture,
+    knockout,
+    knockouts,
+)
 from flowgraph.commands.knockout import knockout as knockout_command
-from flowgraph.errors import CaptureError, FlowgraphError, InvalidInputError, MemoryLimitError, NumericalRangeError
-from flowgraph.interventions.knockout import Intervention, attention_cell, attention_cut, knockout, knockouts
-from flowgraph.tracing.flow_trace import FlowTrace
 from tests.fixtures.models import build, sequences
 from tests.fixtures.tiny import save_tiny, tiny
 from tests.reference import interventions as reference
@@ -440,7 +450,7 @@ def test_the_command(saved, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to knock out"),
+        ([], "choose what to mask"),
         (["--tokens", "5,x"], "numbers and ranges like"),
         (["--tokens", "9-5"], "numbers and ranges like"),
         (["--tokens", "0-99999999999"], "numbers and ranges like"),

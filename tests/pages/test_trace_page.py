@@ -279,7 +279,10 @@ def test_curves_follow_their_tokens(visit, payload: dict):
     }"""
     assert page.evaluate(start_of_first_curve, source) < 1
     page.set_viewport_size({"width": 420, "height": 800})
-    page.wait_for_timeout(200)
+    for _ in range(100):  # the curves are drawn again after the change of size, when the browser gets to it
+        if page.evaluate(start_of_first_curve, source) < 1:
+            break
+        page.wait_for_timeout(50)
     assert page.evaluate(start_of_first_curve, source) < 1
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
 

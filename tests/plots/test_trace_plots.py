@@ -296,6 +296,7 @@ def test_the_same_figure_is_the_same_file(tmp_path: Path):
         assert b"<dc:date>" not in (tmp_path / "one.svg").read_bytes()
 
 
+@pytest.mark.unchecked
 def test_bad_requests(tmp_path: Path):
     with pytest.raises(InvalidInputError, match="trace: must be a FlowTrace, got Flow; trace"):
         plot_throughput(plain().flow)

@@ -1,8 +1,7 @@
-"""The command line as a user meets it: exit codes, messages, files that plain libraries read."""
+"""The entry point as a user meets it: help, exit codes, messages."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,43 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import typer.main
-import yaml
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from rl.cli import app
-from rl.credit.registry import rule_names
-from rl.training.tracking import read_metrics
+from rl.cli import app, main
 from tests.fixtures.policies import alphabet, tiny_policy
+from tests.fixtures.rl_commands import SHORT, SMALL, invoke
 
 ROOT = Path(__file__).parents[2]
-# A random model earns nothing on this task: the bonus for entropy is what moves the weights.
-SETTINGS = ("num_prompts=2", "group_size=2", "max_response_tokens=6", "lora.rank=2", "learning_rate=1e-2",
-            "advantage=rloo", "report_every=1", "entropy_coefficient=1")  # fmt: skip
-SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
-SHORT = ["--task", "chain", "--task-option", "hops=[1,1]", "--task-option", "num_variables=2"]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-Main = Callable[..., tuple[int, str, str]]
-
-
-def invoke(*arguments: object, code: int = 0):
-    """Run the command in this process; its own complaints stay exceptions."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
+RunMain = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
-    """The whole command in this process; (exit code, stdout, stderr with its lines joined)."""
+def run_main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunMain:
+    """The complete command in this process; (exit code, stdout, stderr with its lines joined)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        from rl.cli import main
-
         monkeypatch.setattr(sys, "argv", ["flowgraph-rl", *map(str, arguments)])
         monkeypatch.chdir(tmp_path)
         code = 0
@@ -63,40 +41,11 @@ def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
     return call
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_policy(context=512).save_pretrained(folder)
-    alphabet().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    invoke(
-        "train",
-        "--model",
-        model,
-        *SHORT,
-        "--credit",
-        "flow",
-        "--steps",
-        2,
-        "--output",
-        folder,
-        "--device",
-        "cpu",
-        *SMALL,
-    )
-    return folder
-
-
 def test_help_says_what_there_is():
     shown = invoke("--help").output
     for name in (*COMMANDS, "Exit codes"):
         assert name in shown
-    assert invoke(code=2).output.count("Usage") == 1, "no command: help, and no success"
+    assert invoke(code=2).output.count("Usage") == 1, "without a command: help, and exit code 2"
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -105,94 +54,6 @@ def test_help_names_every_option(name: str):
     for parameter in COMMANDS[name].params:
         for option in parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]:
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", shown, re.IGNORECASE), option
-
-
-def test_rules_lists_all_of_them():
-    shown = invoke("rules").output
-    for name in rule_names():
-        assert re.search(rf"^\s*{name}\s", shown, re.MULTILINE), name
-    assert "a backward pass" in shown
-    assert "ground truth" in shown
-
-
-def test_train_writes_metrics_checkpoints_rollouts_and_its_settings(run: Path):
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
-    assert (run / "checkpoint-000002" / "policy" / "adapter_config.json").is_file()
-    assert len(list((run / "rollouts").iterdir())) == 2
-    settings = yaml.safe_load((run / "run.yaml").read_text())
-    assert (settings["task"], settings["task_options"]["hops"], settings["lora"]["rank"]) == ("chain", [1, 1], 2)
-    assert settings["learning_rate"] == 0.01
-
-
-def test_a_longer_run_resumes_and_equals_one_that_never_stopped(run: Path, model: Path, tmp_path: Path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    common = ["--model", model, *SHORT, "--credit", "flow", *SMALL]
-    invoke("train", *common, "--steps", 3, "--output", whole)
-    invoke("train", *common, "--steps", 2, "--output", cut)
-    result = invoke("train", *common, "--steps", 3, "--output", cut, "--resume")
-    assert "resumed after step 2" in result.stderr
-    assert [row["step"] for row in read_metrics(cut / "metrics.jsonl")] == [1, 2, 3]
-    ends = [load_file(folder / "checkpoint-000003" / "policy" / "adapter_model.safetensors") for folder in (whole, cut)]
-    for name, weight in ends[0].items():
-        assert torch.equal(weight, ends[1][name]), name
-    before = load_file(run / "checkpoint-000002" / "policy" / "adapter_model.safetensors")
-    assert any(not torch.equal(weight, ends[0][name]) for name, weight in before.items())
-    again = invoke("train", whole / "run.yaml", "--output", cut, "--resume")
-    assert "resumed after step 3" in again.stderr
-
-
-def test_a_finished_run_without_its_metrics_still_ends_well(run: Path, model: Path, tmp_path: Path):
-    folder = tmp_path / "run"
-    invoke("train", "--model", model, *SHORT, *SMALL, "--steps", 1, "--output", folder)
-    (folder / "metrics.jsonl").unlink()
-    assert "metrics and checkpoints in" in invoke("train", folder / "run.yaml", "--resume").output
-
-
-def test_a_step_in_which_nothing_was_learned_is_summed_up(model: Path, tmp_path: Path):
-    settings = ["--set", "truncated=mask", "--set", "max_response_tokens=1", "--output", tmp_path / "run", "--steps", 1]
-    assert "reward" in invoke("train", "--model", model, *SHORT, *SMALL, *settings).output
-
-
-def test_show_settings_prints_them_and_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    shown = invoke("train", "--show-settings", "--set", "credit.share=0.5", "--credit", "entropy").output
-    assert yaml.safe_load(shown)["credit"]["share"] == 0.5
-    assert yaml.safe_load(shown)["credit"]["rule"] == "entropy"
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "run.yaml").write_text(shown)
-    assert invoke("train", "run.yaml", "--show-settings").output == shown
-
-
-def test_eval_prints_json_and_writes_every_response(run: Path, model: Path, tmp_path: Path):
-    common = ["eval", "--model", model, *SHORT, "-n", 3, "--max-response-tokens", 6]
-    plain = json.loads(invoke(*common, "--json").stdout)
-    assert plain["num_problems"] == 3
-    assert set(plain) == {"reward", "low", "high", "best_of", "num_problems", "samples", "answer_share",
-                          "truncated_share", "response_tokens"}  # fmt: skip
-    out = tmp_path / "responses.jsonl"
-    tuned = invoke(*common, "--adapter", run, "--temperature", 1, "-k", 2, "--out", out)
-    assert "best of 2" in tuned.output
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["index"] for row in rows] == [0, 0, 1, 1, 2, 2]
-    alone = json.loads(
-        invoke(*common[:-4], "-n", 1, "-k", 2, "--temperature", 1, "--max-response-tokens", 6, "--json").stdout,
-        parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
-    )
-    assert alone["high"] > 0.7, "one problem says next to nothing"
-
-
-def test_merge_and_adapter_are_what_plain_libraries_read(run: Path, model: Path, tmp_path: Path):
-    out = tmp_path / "deep" / "merged"
-    assert f"wrote {out}" in "".join(invoke("merge", run, "--model", model, "--out", out).output.split("\n"))
-    assert [path.name for path in out.parent.iterdir()] == ["merged"]
-    ids = torch.tensor([alphabet()("a=1;b=a+2;b?")["input_ids"]])
-    with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits
-        base = AutoModelForCausalLM.from_pretrained(model)
-        untouched = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, str(run / "checkpoint-000002" / "policy"))(ids).logits
-    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
-    assert (adapted - untouched).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -236,7 +97,7 @@ def test_merge_and_adapter_are_what_plain_libraries_read(run: Path, model: Path,
     ],
 )  # fmt: skip
 def test_bad_input_ends_with_its_message(
-    main: Main, run: Path, model: Path, tmp_path: Path, arguments: list[str], message: str
+    run_main: RunMain, trained_run: Path, saved_model: Path, tmp_path: Path, arguments: list[str], message: str
 ):
     other, broken = tmp_path / "other", tmp_path / "broken"
     if "OTHER" in arguments:
@@ -246,14 +107,14 @@ def test_bad_input_ends_with_its_message(
         broken.mkdir()
         (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
         (broken / "adapter_model.safetensors").write_bytes(b"short")
-    places = {"MODEL": model, "RUN": run, "OTHER": other, "BROKEN": broken}
+    places = {"MODEL": saved_model, "RUN": trained_run, "OTHER": other, "BROKEN": broken}
 
     def named(text: str) -> str:
         for name, place in places.items():
             text = text.replace(name, str(place))
         return text
 
-    code, printed, complaint = main(*map(named, arguments))
+    code, printed, complaint = run_main(*map(named, arguments))
     assert code == 2, complaint
     assert complaint.count("flowgraph-rl: ") == 1
     assert named(message) in complaint
@@ -278,8 +139,8 @@ def environment() -> dict[str, str]:
         (["eval", "--model", "MODEL", "-n", "0"], "flowgraph-rl: num_problems: must be at least 1, got 0"),
     ],
 )
-def test_a_process_ends_with_code_2_and_one_message(model: Path, arguments: list[str], message: str):
-    named = [str(model) if argument == "MODEL" else argument for argument in arguments]
+def test_a_process_ends_with_code_2_and_one_message(saved_model: Path, arguments: list[str], message: str):
+    named = [str(saved_model) if argument == "MODEL" else argument for argument in arguments]
     done = subprocess.run(command(*named), capture_output=True, text=True, timeout=120, env=environment(), check=False)
     complaint = " ".join(done.stderr.split())
     assert done.returncode == 2
@@ -289,9 +150,9 @@ def test_a_process_ends_with_code_2_and_one_message(model: Path, arguments: list
     assert done.stdout == ""
 
 
-def test_an_interrupt_says_how_to_go_on(model: Path, tmp_path: Path):
-    arguments = command("train", "--model", model, *SHORT, *SMALL, "--steps", 100000, "--output", tmp_path / "run",
-                        "--set", "save_every=1")  # fmt: skip
+def test_an_interrupt_says_how_to_go_on(saved_model: Path, tmp_path: Path):
+    settings = [*SMALL, "--set", "save_every=1", "--steps", 100000, "--output", tmp_path / "run"]
+    arguments = command("train", "--model", saved_model, *SHORT, *settings)
     # A shell that runs the suite in the background has interrupts ignored, and children inherit that.
     place = arguments.index("-c") + 1
     arguments[place] = f"import signal; signal.signal(2, signal.default_int_handler); {arguments[place]}"
@@ -307,9 +168,3 @@ def test_an_interrupt_says_how_to_go_on(model: Path, tmp_path: Path):
     assert process.returncode == 130, complaint
     assert "flowgraph-rl: stopped; `train --resume` goes on from the newest checkpoint" in complaint
     assert "Traceback" not in complaint
-
-
-def test_the_shipped_model_is_evaluated_with_no_option_at_all():
-    figures = json.loads(invoke("eval", "-n", 2, "--json").stdout)
-    assert figures["num_problems"] == 2
-    assert figures["truncated_share"] == 0.0

@@ -1,4 +1,4 @@
-"""The pages on training say what works: their Python runs, their commands parse, their rules compute what they say."""
+"""The pages on training are correct: their Python runs, their commands parse, their rules are as described."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 import typer
 import yaml
 
-from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer, load_chain_model
+from rl import ActorCritic, CreditConfig, LoraConfig, PPOConfig, PPOTrainer, load_chain_model, make_task
 from rl.cli import app
-from rl.credit.registry import find_rule, registry
+from rl.credit import registry
+from rl.credit.registry import find_rule
+from rl.credit.scope import tokens_in_scope
 from rl.credit.scoring import score_rollout
-from rl.policy.actor_critic import ActorCritic
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
-from rl.tasks.registry import make_task
 from tests.fixtures.policies import alphabet, tiny_policy
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -29,7 +29,7 @@ def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of one language on a page, in order."""
     text = (DOCS / page).read_text(encoding="utf-8")
     found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert found, f"{page} has no {language} left; it is tested for nothing"
+    assert found, f"{page} has no {language} block left to test"
     return found
 
 
@@ -40,7 +40,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the credit page leaves behind; the registry forgets it afterwards."""
+    """The names that the Python of the credit page defines; its rules leave the registry afterwards."""
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     names: dict[str, Any] = {"__name__": "docs"}
     for block in blocks("credit.md", "python"):
@@ -48,7 +48,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-def test_the_rules_of_the_credit_page_compute_what_they_say(rules: dict[str, Any]):
+def test_the_rules_of_the_credit_page_compute_what_they_describe(rules: dict[str, Any]):
     model, tokenizer = load_chain_model()
     task, config = make_task("chain"), LoraConfig(rank=2)
     policy = ActorCritic(model, config, critic=False, seed=0)
@@ -68,6 +68,8 @@ def test_the_rules_of_the_credit_page_compute_what_they_say(rules: dict[str, Any
         return scored.credit.scores
 
     surprisal, received = scores("surprisal"), scores("received")
+    scored = tokens_in_scope(responses, "response")
+    assert scored.any(1).all()
     eager, _ = load_chain_model()
     eager.set_attn_implementation("eager")
     origin = responses.prompt_length
@@ -78,9 +80,9 @@ def test_the_rules_of_the_credit_page_compute_what_they_say(rules: dict[str, Any
         largest = [layer[0].amax(0) for layer in out.attentions[:3]]  # over heads; rows sum to 1 again
         read = torch.stack([layer / layer.sum(-1, keepdim=True) for layer in largest]).mean(0).sum(0)
         told = out.logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
-        own = responses.response_mask[row]
-        torch.testing.assert_close(received[row, own], read[first:], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(surprisal[row, own], -told[first - 1 :], atol=1e-4, rtol=1e-4)
+        own = scored[row, : int(responses.response_mask[row].sum())]
+        torch.testing.assert_close(received[row, : len(own)][own], read[first:][own], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(surprisal[row, : len(own)][own], -told[first - 1 :][own], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["surprisal", "received"])
@@ -96,7 +98,7 @@ def test_the_rules_of_the_credit_page_train(rules: dict[str, Any], rule: str):
 
 
 def test_the_python_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As it stands there, with fewer and shorter responses; the model lies where the page says that it does."""
+    """The code of the page with fewer and shorter responses; the model lies in the folder that the page names."""
     pytest.importorskip("reasoning_gym")
     monkeypatch.chdir(tmp_path)
     tiny_policy(context=512).save_pretrained("path/or/name")
@@ -104,9 +106,9 @@ def test_the_python_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytes
     Path("problems.jsonl").write_text('{"prompt": "3+4?", "answer": "7"}\n{"prompt": "2+2?", "answer": "4"}\n')
     names: dict[str, Any] = {"__name__": "docs"}
     training, reward = blocks("train.md", "python")
-    for said, short in (("steps=200", "steps=1, max_response_tokens=8"), ("num_prompts=16", "num_prompts=2")):
-        assert said in training
-        training = training.replace(said, short)
+    for written, short in (("steps=200", "steps=1, max_response_tokens=8"), ("num_prompts=16", "num_prompts=2")):
+        assert written in training
+        training = training.replace(written, short)
     exec(training, names)
     assert [row["step"] for row in names["history"]] == [1]
     assert list(Path("runs/countdown").glob("checkpoint-*/policy/adapter_config.json"))

@@ -12,12 +12,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch
 
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimitError, OutputError, RegionError
-from flowgraph.flow.flow import Flow
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.steps.step_flow import Step, contract, split_steps
-from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph import (
+    Flow,
+    FlowGraph,
+    FlowTrace,
+    InfeasibleFlowError,
+    InvalidInputError,
+    MemoryLimitError,
+    OutputError,
+    RegionError,
+    Step,
+    contract,
+    solve,
+    split_steps,
+)
 from flowgraph.tracing.payload import trace_payload
 from tests.fixtures.convert import close, random_attention, to_graph
 from tests.reference import flow as reference
@@ -124,10 +132,10 @@ def diamond() -> FlowGraph:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ([0, 1, 1], r"step_of_token: must be 4 whole numbers, one per token, got torch.int64 of shape \(3,\)"),
-        ([0.0, 1, 1, 2], r"step_of_token: must be 4 whole numbers, one per token, got torch.float32"),
-        ([False, True, True, True], r"step_of_token: must be 4 whole numbers, one per token, got torch.bool"),
-        (["a", "b"], r"step_of_token: must be 4 whole numbers, got \['a', 'b'\]; pass the step of each token"),
+        ([0, 1, 1], r"step_of_token: must be 4 integers, one per token, got torch.int64 of shape \(3,\)"),
+        ([0.0, 1, 1, 2], r"step_of_token: must be 4 integers, one per token, got torch.float32"),
+        ([False, True, True, True], r"step_of_token: must be 4 integers, one per token, got torch.bool"),
+        (["a", "b"], r"step_of_token: must be 4 integers, got \['a', 'b'\]; pass the step of each token"),
         ([1, 1, 1, 2], r"step_of_token: must start at 0 and grow by 0 or 1 .*, got 1 at token 0; torch.unique"),
         ([0, 1, 0, 1], r"step_of_token: must start at 0 and grow by 0 or 1 .*, got 0 at token 2 after 1;"),
         ([0, 0, 2, 2], r"step_of_token: must start at 0 and grow by 0 or 1 .*, got 2 at token 2 after 0;"),
@@ -459,7 +467,7 @@ def test_every_form_holds_the_same_numbers(tmp_path: Path):
     with pytest.raises(OutputError, match=r"path: its folder must exist"):
         steps.to_csv(tmp_path / "no" / "s.csv")
     for k in (-1, 1.5, True):
-        with pytest.raises(InvalidInputError, match=r"k: must be a whole number, 0 or more, got"):
+        with pytest.raises(InvalidInputError, match=r"k: must be an integer, 0 or more, got"):
             steps.flow_table(k)  # type: ignore[arg-type]
 
 

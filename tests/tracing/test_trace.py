@@ -1,19 +1,26 @@
 """``trace`` from end to end on a tiny random model: what it holds, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 
-from flowgraph import FlowTrace, capture, load_trace, trace
-from flowgraph.errors import (
+from flowgraph import (
+    FlowGraph,
+    FlowTrace,
     InvalidInputError,
     MemoryLimitError,
     NoAnswerError,
     OutputError,
     RegionError,
+    capture,
+    load_trace,
+    solve,
+    trace,
 )
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.text.regions import LastLine
+from flowgraph.selectors import LastLine
 from flowgraph.tracing.generation import generate_response
+from flowgraph.tracing.trace import require_trace_memory
 from tests.fixtures.tiny import PROMPT, RESPONSE, chat, tiny, tiny_model
 from tests.fixtures.tokenizers import byte_level
 
@@ -128,7 +135,20 @@ def test_saving_and_loading_changes_nothing(example: FlowTrace, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
-def test_repr_says_what_a_person_asks_first(example: FlowTrace):
+def test_the_old_name_of_the_potential_warns(example: FlowTrace):
+    with pytest.warns(DeprecationWarning, match=r"^h: is deprecated, got FlowTrace\.h; use FlowTrace\.potential$"):
+        old = example.h
+    assert torch.equal(old, example.potential)
+    assert torch.equal(old, example.flow.potentials[0])
+
+
+def test_the_upper_layers_are_those_from_one_third_up():
+    upper = trace(*tiny(), chat(), RESPONSE, layers="upper")
+    assert upper.provenance["layers"] == [1, 2]
+    assert torch.equal(upper.throughput, trace(*tiny(), chat(), RESPONSE, layers="1-").throughput)
+
+
+def test_repr_shows_sizes_and_hubs(example: FlowTrace):
     text = repr(example)
     assert text.startswith(f"FlowTrace of LlamaForCausalLM: {example.num_tokens} tokens (question ")
     assert "unit flow, mean route" in text
@@ -138,8 +158,6 @@ def test_repr_says_what_a_person_asks_first(example: FlowTrace):
 def test_an_unreachable_answer_is_said_plainly():
     identity = torch.eye(6)
     graph = FlowGraph.from_rows(identity, question=[1], answer=[5], preset="paper")
-    from flowgraph.flow.solve import solve
-
     made = FlowTrace(
         tuple("abcdef"),
         torch.arange(6),
@@ -195,12 +213,12 @@ MODEL, TOKENIZER = tiny()
             (PROMPT,),
             {"max_new_tokens": 0},
             InvalidInputError,
-            r"max_new_tokens: must be at least 1, a whole number, got 0",
+            r"max_new_tokens: must be at least 1, an integer, got 0",
         ),
-        ((PROMPT,), {"max_new_tokens": 2.5}, InvalidInputError, r"max_new_tokens: must be .* a whole number, got 2.5"),
-        ((PROMPT,), {"max_new_tokens": "3"}, InvalidInputError, r"max_new_tokens: must be .* a whole number, got '3'"),
+        ((PROMPT,), {"max_new_tokens": 2.5}, InvalidInputError, r"max_new_tokens: must be .* an integer, got 2.5"),
+        ((PROMPT,), {"max_new_tokens": "3"}, InvalidInputError, r"max_new_tokens: must be .* an integer, got '3'"),
         ((PROMPT * 30, RESPONSE), {}, InvalidInputError, r"input_ids: must fit the model's context of 512 tokens, got"),
-        ((PROMPT * 30,), {}, InvalidInputError, r"prompt: must leave room in the context of 512 tokens, got"),
+        ((PROMPT * 30,), {}, InvalidInputError, r"prompt: must leave space in the context of 512 tokens, got"),
     ],
 )
 def test_bad_input_with_text(arguments: tuple, options: dict, error: type[Exception], message: str):
@@ -254,7 +272,7 @@ def test_what_is_no_response(response, message: str):
         (
             {"input_ids": torch.ones(5).bool(), "question": [0], "answer": [4]},
             InvalidInputError,
-            r"input_ids: must be one sequence .* got torch.bool",
+            r"input_ids: must be integers of shape .* got torch.bool",
         ),
         (
             {"input_ids": torch.arange(5), "question": [0], "answer": [4], "prompt_length": 2.5},
@@ -279,7 +297,7 @@ def test_what_is_no_response(response, message: str):
         (
             {"input_ids": torch.ones(3), "question": [0], "answer": [2]},
             InvalidInputError,
-            r"input_ids: must be one sequence .* got torch.float32",
+            r"input_ids: must be integers of shape .* got torch.float32",
         ),
         (
             {"input_ids": torch.ones(2, 3).long(), "question": [0], "answer": [2]},
@@ -340,6 +358,18 @@ def test_memory_is_estimated_before_the_model_runs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("flowgraph.tracing.trace.capture", lambda *a, **k: pytest.fail("the model ran"))
     with pytest.raises(MemoryLimitError, match=r"trace of \d+ tokens over 1 layers: would need about .* GiB"):
         trace(MODEL, TOKENIZER, PROMPT, RESPONSE)
+
+
+def test_memory_is_estimated_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def available(device: torch.device | str = "cpu") -> float:
+        asked.append(str(device))
+        return float("inf")
+
+    monkeypatch.setattr("flowgraph.memory.available_bytes", available)
+    require_trace_memory(copy.deepcopy(tiny_model()).to("meta"), 100, "middle", "auto")
+    assert asked == ["meta"]
 
 
 def test_outputs_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
-from flowgraph.attention.modules import base_model, text_config
+from flowgraph.attention.modules import base_model, context_length, text_config
 from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.errors import CaptureError, InvalidInputError
 
@@ -44,7 +44,7 @@ def capture(
         model: a Hugging Face causal LM.
         input_ids: ``[batch, tokens]`` (or ``[tokens]``), prompt and response together.
         attention_mask: 1 on tokens, 0 on padding, left or right; positions are counted from it.
-        layers: ``"middle"`` (default), ``"all"``, ``"10-19"`` or indices.
+        layers: ``"middle"`` (default), ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a ``HeadSelector``.
         edge_weight: ``"attention"`` or ``"value_norm"``, as for :class:`~flowgraph.AttentionRecorder`.
 
@@ -59,7 +59,7 @@ def capture(
     """
     inner = base_model(model)
     recorder = AttentionRecorder(model, layers=layers, heads=heads, edge_weight=edge_weight)
-    input_ids = _checked_ids(input_ids)
+    input_ids = checked_ids(input_ids)
     attention_mask = _checked_mask(input_ids, attention_mask)
     check_fits(inner, input_ids, attention_mask)
 
@@ -101,8 +101,15 @@ def _forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[s
     return arguments
 
 
-def _checked_ids(input_ids: Tensor) -> Int[Tensor, "batch tokens"]:
-    """Check the dtype and shape of ids, and add the dimension of the batch where it is missing."""
+def checked_ids(input_ids: Tensor) -> Int[Tensor, "batch tokens"]:
+    """Check the dtype and shape of ids, and add the dimension of the batch where it is missing.
+
+    Args:
+        input_ids: ``[batch, tokens]`` or ``[tokens]``, of any integer dtype.
+
+    Raises:
+        InvalidInputError: not a tensor of integers, another number of dimensions, or no id.
+    """
     if not isinstance(input_ids, Tensor):
         raise InvalidInputError(
             f"input_ids: must be a tensor, got {type(input_ids).__name__}; tokenize with return_tensors='pt'"
@@ -172,14 +179,14 @@ def check_fits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
             f"input_ids: must lie in 0..{last}, got {low}..{high}; use the tokenizer that belongs to this model"
         )
 
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    limit = context_length(model)
     # With left padding, positions are counted from the mask. Otherwise they include the padding on the right.
     is_left_padded = not bool(attention_mask[:, 0].all())
     if is_left_padded:
         longest = int(attention_mask.sum(-1).max())
     else:
         longest = input_ids.shape[1]
-    if limit is not None and 0 < limit < longest:
+    if limit is not None and limit < longest:
         raise InvalidInputError(
             f"input_ids: must fit the model's context of {limit} tokens, got {longest}; "
             "shorten the prompt or the response"

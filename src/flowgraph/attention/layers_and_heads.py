@@ -111,7 +111,8 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
     """Convert a choice of layers to indices.
 
     Args:
-        layers: ``"middle"`` (the middle third), ``"all"``, ``"FIRST-LAST"`` (both included), or indices.
+        layers: ``"middle"`` (the middle third), ``"upper"`` (from one third of the layers up to the last), ``"all"``,
+            ``"FIRST-LAST"`` (both included), ``"FIRST-"`` (up to the last layer), or indices.
         num_layers: layers of the model.
 
     Returns:
@@ -123,26 +124,38 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
     Example:
         >>> resolve_layers("middle", 30)[:3], resolve_layers("2-4", 30)
         ([10, 11, 12], [2, 3, 4])
+        >>> resolve_layers("upper", 6), resolve_layers("4-", 6)
+        ([2, 3, 4, 5], [4, 5])
     """
     if not isinstance(layers, str):
         return _indices(layers, num_layers, "layers")
     if layers == "all":
         return list(range(num_layers))
+    third = num_layers // 3
     if layers == "middle":
-        first = num_layers // 3
-        return list(range(first, max(first + 1, num_layers - first)))
+        return list(range(third, max(third + 1, num_layers - third)))
+    if layers == "upper":
+        return list(range(third, num_layers))
+    return _layer_range(layers, num_layers)
 
-    # "10-19", or one number.
-    parts = layers.replace(" ", "").split("-")
-    if all(part.isdecimal() for part in parts) and len(parts) <= 2:
-        first = int(parts[0])
-        last = int(parts[-1])
-        if first > last:
-            raise InvalidInputError(f"layers: FIRST must not exceed LAST, got {layers!r}; write '{last}-{first}'")
-        return _indices(range(first, last + 1), num_layers, "layers")
-    raise InvalidInputError(
-        f"layers: must be 'middle', 'all', 'FIRST-LAST' or indices, got {layers!r}; e.g. layers='10-19'"
-    )
+
+def _layer_range(text: str, num_layers: int) -> list[int]:
+    """Read "10-19", "10-" (up to the last layer) or one number as layer indices."""
+    first_text, dash, last_text = text.replace(" ", "").partition("-")
+    has_open_end = dash == "-" and last_text == ""
+    if not first_text.isdecimal() or not (last_text.isdecimal() or last_text == ""):
+        raise InvalidInputError(
+            f"layers: must be 'middle', 'upper', 'all', 'FIRST-LAST', 'FIRST-' or indices, got {text!r}; "
+            "e.g. layers='10-19'"
+        )
+    first = int(first_text)
+    if has_open_end:
+        # A first layer outside the model is reported as such, not as an empty range.
+        return _indices(range(first, max(first + 1, num_layers)), num_layers, "layers")
+    last = first if last_text == "" else int(last_text)
+    if first > last:
+        raise InvalidInputError(f"layers: FIRST must not exceed LAST, got {text!r}; write '{last}-{first}'")
+    return _indices(range(first, last + 1), num_layers, "layers")
 
 
 def _indices(values: int | Iterable[int], count: int | None, name: str) -> list[int]:

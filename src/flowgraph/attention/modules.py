@@ -185,6 +185,15 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that the model can read at once, or None where its configuration states no limit."""
+    config = text_config(model)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if limit is None or limit <= 0:
+        return None
+    return limit
+
+
 def num_layers(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> int:
     """Count the layers of the text decoder, those without softmax attention included.
 

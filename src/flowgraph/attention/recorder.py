@@ -39,7 +39,8 @@ class AttentionRecorder:
 
     Args:
         model: a Hugging Face causal LM, PEFT-wrapped or not.
-        layers: ``"middle"`` (the middle third), ``"all"``, ``"10-19"`` or indices.
+        layers: ``"middle"`` (the middle third), ``"upper"`` (from one third up), ``"all"``, ``"10-19"``, ``"10-"`` or
+            indices.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices, or a
             :class:`~flowgraph.HeadSelector`.
         edge_weight: ``"attention"``, or ``"value_norm"``: each weight times the norm of the value vector it
@@ -47,7 +48,8 @@ class AttentionRecorder:
 
     Attributes:
         layers: indices of the layers recorded.
-        seconds: time spent recording during the last pass (on a GPU: until its work was queued).
+        seconds: time spent recording during the last pass; on a GPU, the model's own queued work is waited for
+            before the clock starts.
 
     Raises:
         CaptureError: the architecture cannot be captured.
@@ -158,6 +160,8 @@ class AttentionRecorder:
         Raises:
             CaptureError: cached keys, dropout, or an output that the eager function does not reproduce.
         """
+        if call.query.is_cuda:  # the check below waits for the GPU, and the layers before are not its doing
+            torch.cuda.synchronize(call.query.device)
         began = time.perf_counter()
         self._refuse_second_call(module)
         _refuse_unreadable(module, call)

@@ -1,7 +1,8 @@
-"""What the commands share: options, the terminal, and the model that a user names."""
+"""What the commands share: options, output files, the terminal, and the model that a user names."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,21 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
-import warnings
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_RESULT_SUFFIXES = ("html", "json", "safetensors")
+_MAX_DIGITS = 7
+"""Most digits of a number in a list, so that a typing error cannot make an endless range."""
 
 
-def _keep(share: float) -> float:
+def _check_keep(share: float) -> float:
+    """Refuse a share outside (0, 1]."""
     if not 0 < share <= 1:
         raise typer.BadParameter(f"must lie in (0, 1], got {share:g}; 0.9 keeps the routes of 90 % of the flow")
     return share
 
 
-Keep = Annotated[float, typer.Option(help="Share of the flow whose routes make the backbone.", callback=_keep)]
+# Options that several commands have, with one text of help each.
+TraceFile = Annotated[Path, typer.Argument(help="A trace written by `flowgraph trace` or FlowTrace.save.")]
+Keep = Annotated[float, typer.Option(help="Share of the flow whose routes make the backbone.", callback=_check_keep)]
 AllTokens = Annotated[bool, typer.Option("--all", help="List every token, not only the strongest.")]
 Model = Annotated[
     str,
@@ -32,8 +37,10 @@ Model = Annotated[
         "--model", "-m", help="A model name, a folder, a .gguf file, or 'demo' for the shipped SmolLM2-135M-Instruct."
     ),
 ]
-Layers = Annotated[str, typer.Option(help="'middle', 'all', 'FIRST-LAST'.")]
-Heads = Annotated[str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or indices like 0,3,5.")]
+Layers = Annotated[str, typer.Option(help="'middle', 'upper', 'all', 'FIRST-LAST', 'FIRST-' or a list like 3,5,7-9.")]
+Heads = Annotated[
+    str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or a list of indices like 0,3,5.")
+]
 Preset = Annotated[str, typer.Option(help="'default' or 'paper' (arXiv 2606.10646).")]
 Rows = Annotated[str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")]
 Source = Annotated[str, typer.Option(help="'uniform' or 'potential'.")]
@@ -43,61 +50,74 @@ Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'floa
 Device = Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps'.")]
 
 
-def head_choice(text: str) -> str | list[int]:
-    """Names stay names; "0,3,5" are indices."""
-    return [int(index) for index in text.split(",")] if text.replace(",", "").isdigit() else text
+def numbers(option: str, text: str) -> list[int]:
+    """Read a list of numbers and ranges: "5,7-9" is 5, 7, 8, 9.
 
-
-def load_model(model: str, dtype: str, device: str, progress: Callable[[str], None]) -> tuple[Any, Any]:
-    """The model and the tokenizer that ``--model``, ``--dtype`` and ``--device`` name, ready for a pass.
+    Args:
+        option: name of the option, without dashes, for the message.
+        text: the list.
 
     Raises:
-        InvalidInputError: no such device or precision, or nothing that transformers can load.
+        BadParameter: anything else.
     """
-    from flowgraph.errors import InvalidInputError
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        # A single number is a range of one.
+        if not dash:
+            last = first
+        if not is_short_number(first) or not is_short_number(last) or int(last) < int(first):
+            raise typer.BadParameter(
+                f"--{option} must be numbers and ranges like 5,7-9, got {text[:80]!r}; separate them by commas"
+            )
+        found += range(int(first), int(last) + 1)
+    return found
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InvalidInputError(f"--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
-    import torch
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InvalidInputError(f"--device: must be usable here, got {device!r} ({reason}); 'cpu' always is") from error
-    if model == "demo":
-        from flowgraph.demo import load_demo_model
+def is_short_number(text: str) -> bool:
+    """Return whether a text is a number of tokens, layers, heads or routes."""
+    return text.isdecimal() and len(text) <= _MAX_DIGITS
 
-        network, tokenizer = load_demo_model(progress)
-        kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        return network.to(device=torch.device(device), dtype=kind), tokenizer  # type: ignore[call-overload]
-    looks_local = model.startswith((".", "/", "~")) or Path(model).exists()
-    if looks_local and not model.endswith(".gguf") and not (Path(model) / "config.json").is_file():
-        raise InvalidInputError(
-            f"--model: must be a folder with a config.json, got {model!r} without one; "
-            "check the path, or pass a hub name"
-        )
-    progress(f"loading {model}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # ours is already running
-    path = Path(model)
-    name, extra = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (model, {})
-    try:
-        network: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-        return network.to(device).eval(), tokenizer
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InvalidInputError(
-            f"--model: must be a causal language model that transformers can load, got {model!r} ({reason}); "
-            "pass a folder with config.json and safetensors weights, a hub name, or 'demo'"
-        ) from error
+def layer_choice(text: str) -> str | list[int]:
+    """Read "3,5,7" as indices; the library reads names and single ranges itself."""
+    if "," in text:
+        return numbers("layers", text)
+    return text
+
+
+def head_choice(text: str) -> str | list[int]:
+    """Read "0,3,5" as indices; the library reads names itself."""
+    if text[:1].isdecimal():
+        return numbers("heads", text)
+    return text
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Check before a long run that the files can be written later; None names no file.
+
+    Raises:
+        OutputError: one of them cannot be written.
+        BadParameter: two of them are the same file.
+    """
+    from flowgraph.files import check_writable
+
+    named: list[Path] = []
+    for path in paths:
+        if path is None:
+            continue
+        check_writable(path)
+        if path in named:
+            raise typer.BadParameter(f"output options must each name a file of its own, got {path} twice; rename one")
+        named.append(path)
 
 
 def outputs_in(out: Path | None) -> list[Path]:
-    """The three files of one run; the folder is made, and checked, before anything heavy runs."""
+    """Name the three files of one trace; the folder is created, and checked, before the model runs.
+
+    Raises:
+        OutputError: the folder cannot be created, or a file in it cannot be written.
+    """
     from flowgraph.errors import OutputError
     from flowgraph.files import check_writable
 
@@ -109,11 +129,95 @@ def outputs_in(out: Path | None) -> list[Path]:
         raise OutputError(
             f"--out: must be a folder that can be made, got {out} ({error.strerror}); choose another place"
         ) from error
-    return [check_writable(out / f"trace.{suffix}") for suffix in ("html", "json", "safetensors")]
+    return [check_writable(out / f"trace.{suffix}") for suffix in _RESULT_SUFFIXES]
+
+
+def load_model(model: str, dtype: str, device: str, progress: Callable[[str], None]) -> tuple[Any, Any]:
+    """Load the model and the tokenizer that ``--model``, ``--dtype`` and ``--device`` name, in evaluation mode.
+
+    Raises:
+        InvalidInputError: no such device or precision, or nothing that transformers can load.
+        MissingExtraError: the demo model is not installed.
+    """
+    from flowgraph.errors import InvalidInputError
+
+    if dtype not in DTYPES:
+        raise InvalidInputError(
+            f"--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}; 'auto' is the default"
+        )
+    _check_device(device)
+    if model == "demo":
+        return _load_demo(dtype, device, progress)
+
+    # A path must exist here, because transformers would search for it on the hub.
+    looks_local = model.startswith((".", "/", "~")) or Path(model).exists()
+    is_weight_file = model.endswith(".gguf")
+    if looks_local and not is_weight_file and not (Path(model) / "config.json").is_file():
+        raise InvalidInputError(
+            f"--model: must be a folder with a config.json, got {model!r} without one; "
+            "check the path, or pass a hub name"
+        )
+    progress(f"loading {model}")
+    try:
+        return _load_pretrained(model, dtype, device)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"--model: must be a causal language model that transformers can load, got {model!r} "
+            f"({_first_line(error)}); pass a folder with config.json and safetensors weights, a hub name, or 'demo'"
+        ) from error
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device on which no tensor can be made."""
+    import torch
+
+    from flowgraph.errors import InvalidInputError
+
+    try:
+        # The only portable way to learn whether a device can be used.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(
+            f"--device: must be usable here, got {device!r} ({_first_line(error)}); 'cpu' always is"
+        ) from error
+
+
+def _load_demo(dtype: str, device: str, progress: Callable[[str], None]) -> tuple[Any, Any]:
+    """Load the demo model, which is stored in float32."""
+    import torch
+
+    from flowgraph.demo import load_demo_model
+
+    precision: torch.dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    network, tokenizer = load_demo_model(progress)
+    return network.to(device=torch.device(device), dtype=precision), tokenizer  # type: ignore[call-overload]
+
+
+def _load_pretrained(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """Load a model by name, folder or .gguf file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    # The command shows its own progress.
+    disable_progress_bar()
+    name = model
+    options = {}
+    if model.endswith(".gguf"):
+        # transformers wants the folder, and the file inside it.
+        name = str(Path(model).parent)
+        options["gguf_file"] = Path(model).name
+    network: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    return network.to(device).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().split("\n")[0]
 
 
 def console() -> Console:
-    """Standard output."""
+    """Return a console on standard output."""
     from rich.console import Console
 
     return Console()
@@ -121,23 +225,33 @@ def console() -> Console:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """A spinner with the current stage on standard error; plain lines where that is not a terminal."""
+    """Show the current stage beside a spinner on standard error; as plain lines where that is not a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
+    # A spinner would fill a log with control characters.
     if not console.is_terminal:
-        yield (
-            lambda line: None if line.startswith("generating: ") else console.print(line, highlight=False, markup=False)
-        )
+
+        def print_line(line: str) -> None:
+            # A line per generated token would fill a log.
+            if not line.startswith("generating: "):
+                console.print(line, highlight=False, markup=False)
+
+        yield print_line
         return
     with console.status("starting") as status:
-        yield lambda line: status.update(line)
+
+        def update(line: str) -> None:
+            status.update(line)
+
+        yield update
 
 
 @contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Show a warning as one plain line, without the place in the code that it came from."""
+    """Print warnings as plain lines, without the place in the code that they come from."""
     with warnings.catch_warnings(record=True) as caught:
+        # Python shows a repeated warning only once by default.
         warnings.simplefilter("always", UserWarning)
         yield
     for warning in caught:

@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph.commands.common import console, stages
+from flowgraph.commands.common import check_outputs, console, stages
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
     from rich.text import Text
 
     from flowgraph.comparison.compare import Comparison
 
-_ROWS = 6
+_NUM_CHANGES = 6
 _NUM_ROUTES = 6
-_CONTEXT = 12
-_STEP = 60
-_LETTER = {"question": "Q", "reasoning": "R", "answer": "A", None: ""}
+_CONTEXT_TOKENS = 12
+_MAX_STEP_CHARACTERS = 60
+_MAX_ROUTE_CHARACTERS = 24
+_SIDE_STYLES = {"A": "magenta", "B": "yellow"}
+_REGION_LETTERS = {"question": "Q", "reasoning": "R", "answer": "A", None: ""}
 
 
 def compare(
@@ -33,14 +36,9 @@ def compare(
 ) -> None:
     """Compare two traces: of one text (two models, two layer ranges), or of two answers to one question."""
     from flowgraph.comparison.compare import compare
-    from flowgraph.files import check_writable
     from flowgraph.tracing.flow_trace import load_trace
 
-    for path in (html, json_file):
-        if path is not None:
-            check_writable(path)
-    if html is not None and html == json_file:
-        raise typer.BadParameter(f"--html and --json must name two files, got {html} for both")
+    check_outputs(html, json_file)
     with stages() as progress:
         progress("comparing")
         comparison = compare(load_trace(first), load_trace(second), by=by)
@@ -52,67 +50,102 @@ def compare(
 
 
 def _render(comparison: Comparison) -> RenderableType:
-    """Summary, largest gains and losses in their context, and routes."""
+    """Join the summary, the largest gains and losses in their context, and the routes."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [*_summary(comparison)]
-    for title, gains in (("more flow in B", True), ("less flow in B", False)):
-        parts += [Text(), _changes(comparison, title, gains)]
-    parts += [Text(), _routes(comparison)]
-    return Group(*parts)
+    return Group(
+        *_summary(comparison),
+        Text(),
+        _changes(comparison, "more flow in B", gains=True),
+        Text(),
+        _changes(comparison, "less flow in B", gains=False),
+        Text(),
+        _routes(comparison),
+    )
 
 
 def _summary(comparison: Comparison) -> list[Text]:
+    """Describe both traces, how they were matched, and how far their flows agree."""
     from rich.text import Text
 
     from flowgraph.commands.terminal import visible
 
-    units = "groups of tokens" if comparison.by == "characters" else comparison.by
-    counts = [f"{len(side)} {units}" for side in comparison.units]
+    kind = comparison.by
+    if kind == "characters":
+        kind = "groups of tokens"
+
+    # One line per trace.
     lines = []
-    for letter, style, name, count, hops in zip(
-        "AB", ("magenta", "yellow"), comparison.names, counts, comparison.mean_hops, strict=True
-    ):
-        line = Text(letter, style=f"bold {style}").append(f" {visible(name)}", style="not bold default")
-        lines.append(line.append(f": {count}, mean route {hops:.2f} hops", style="dim not bold default"))
-    lines.append(Text(f"compared by {units}: {comparison.rule}; {comparison.num_matched} have a partner"))
-    facts = [
+    sides = zip(_SIDE_STYLES.items(), comparison.names, comparison.units, comparison.mean_hops, strict=True)
+    for (letter, style), name, parts, hops in sides:
+        line = Text(letter, style=f"bold {style}")
+        line.append(f" {visible(name)}", style="not bold default")
+        line.append(f": {len(parts)} {kind}, mean route {hops:.2f} hops", style="dim not bold default")
+        lines.append(line)
+    # How the parts of the two texts were matched.
+    lines.append(Text(f"compared by {kind}: {comparison.rule}; {comparison.num_matched} have a partner"))
+
+    # Agreement of edges, routes and hubs, then of the throughput.
+    num_shared_routes = sum(route.shared for route in comparison.routes)
+    shared = [
         f"{comparison.edge_overlap:.0%} of all hops",
-        f"{sum(r.shared for r in comparison.routes)} of the {len(comparison.routes)} widest routes",
+        f"{num_shared_routes} of the {len(comparison.routes)} widest routes",
     ]
     if comparison.hub_overlap is not None:
-        facts.append(f"{comparison.hub_overlap:.0%} of the {comparison.num_hubs} strongest hubs")
-    lines.append(Text(f"shared: {', '.join(facts)}", style="bold"))
-    ranks = comparison.rank_correlation
+        shared.append(f"{comparison.hub_overlap:.0%} of the {comparison.num_hubs} strongest hubs")
+    lines.append(Text(f"shared: {', '.join(shared)}", style="bold"))
+    correlation = "not defined"
+    if comparison.rank_correlation is not None:
+        correlation = f"{comparison.rank_correlation:.3f}"
     lines.append(
         Text(
             f"throughput: total variation {comparison.total_variation:.3f} (0 alike, 1 nothing in common), "
-            f"rank correlation {'not defined' if ranks is None else f'{ranks:.3f}'}"
+            f"rank correlation {correlation}"
         )
     )
-    return [*lines, *(Text(f"note: {visible(note)}", style="yellow") for note in comparison.notes)]
+    for note in comparison.notes:
+        lines.append(Text(f"note: {visible(note)}", style="yellow"))
+    return lines
 
 
-def _changes(comparison: Comparison, title: str, gains: bool) -> RenderableType:
+def _changes(comparison: Comparison, title: str, *, gains: bool) -> RenderableType:
+    """Tabulate the largest gains or losses of flow in B."""
     from rich.table import Table
     from rich.text import Text
 
-    chosen = comparison.largest(_ROWS, gains=gains)
-    if not chosen:
+    pairs = comparison.largest(_NUM_CHANGES, gains=gains)
+    if not pairs:
         return Text(f"{title}: nothing")
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, caption_justify="left")
     for name in ("A #", "B #", "", "in context", "A", "B", "B - A"):
-        table.add_column(name, justify="left" if name in ("", "in context") else "right", overflow="fold")
-    values, change = comparison.throughput.tolist(), comparison.difference.tolist()
-    for pair in chosen:
-        i, j = comparison.pairs[pair].tolist()
-        unit = comparison.units[0][i] if i >= 0 else comparison.units[1][j]
-        shares = [f"{values[pair][side]:.1%}" if index >= 0 else "none" for side, index in enumerate((i, j))]
-        places = [str(comparison.units[side][index].start) if index >= 0 else "-" for side, index in enumerate((i, j))]
+        justify = "left" if name in ("", "in context") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
+    throughput = comparison.throughput.tolist()
+    change = comparison.difference.tolist()
+    for pair in pairs:
+        # An index below 0 marks a side without a partner.
+        places = []
+        shares = []
+        region = None
+        for side, index in enumerate(comparison.pairs[pair].tolist()):
+            if index < 0:
+                places.append("-")
+                shares.append("none")
+                continue
+            part = comparison.units[side][index]
+            places.append(str(part.start))
+            shares.append(f"{throughput[pair][side]:.1%}")
+            if side == 0 or places[0] == "-":
+                region = part.region
         table.add_row(
-            *places, _LETTER[unit.region], _in_context(comparison, pair), *shares, f"{100 * change[pair]:+.1f}"
+            *places,
+            _REGION_LETTERS[region],
+            _in_context(comparison, pair),
+            *shares,
+            f"{100 * change[pair]:+.1f}",
         )
+    # Both tables have the same columns, so the first explains them.
     if gains:
         table.caption = (
             "#: first token; Q question, R reasoning, A answer; A and B: share of the flow that passes; "
@@ -122,54 +155,81 @@ def _changes(comparison: Comparison, title: str, gains: bool) -> RenderableType:
 
 
 def _in_context(comparison: Comparison, pair: int) -> Text:
+    """Show the text of a pair in brackets, with the text around it, or with B's text where that differs."""
     from rich.text import Text
 
     from flowgraph.commands.terminal import visible
 
-    before, text, after = comparison.context(pair, _CONTEXT)
+    before, text, after = comparison.context(pair, _CONTEXT_TOKENS)
+    # A step is long enough to be recognised alone.
+    shows_context = comparison.by != "steps"
     line = Text()
-    if comparison.by != "steps":
-        line.append(visible(before).lstrip("␣") if before.strip(" ") else "", style="dim")
-    line.append(f"[{visible(text[:_STEP])}]", style="bold")
+    if shows_context and before.strip(" "):
+        line.append(visible(before).lstrip("␣"), style="dim")
+    line.append(f"[{visible(text[:_MAX_STEP_CHARACTERS])}]", style="bold")
     other = _other_text(comparison, pair)
     if other is not None:
-        line.append(" | ", style="dim").append(f"[{visible(other[:_STEP])}]", style="bold")
-    elif comparison.by != "steps":
-        line.append(visible(after) if after.strip(" ") else "", style="dim")
+        line.append(" | ", style="dim")
+        line.append(f"[{visible(other[:_MAX_STEP_CHARACTERS])}]", style="bold")
+    elif shows_context and after.strip(" "):
+        line.append(visible(after), style="dim")
     return line
 
 
 def _other_text(comparison: Comparison, pair: int) -> str | None:
-    """What B says, where it has the unit and says something else."""
+    """Return the text of B, where both sides have the pair and their texts differ."""
     i, j = comparison.pairs[pair].tolist()
-    if i < 0 or j < 0 or comparison.units[0][i].text == comparison.units[1][j].text:
+    if i < 0 or j < 0:
         return None
-    return comparison.units[1][j].text
+    first = comparison.units[0][i].text
+    second = comparison.units[1][j].text
+    if first == second:
+        return None
+    return second
 
 
-def _routes(comparison: Comparison) -> RenderableType:
+def _routes(comparison: Comparison) -> Table:
+    """Tabulate the widest routes of both traces."""
     from rich.table import Table
     from rich.text import Text
 
-    from flowgraph.commands.terminal import visible
-
     table = Table(title="widest routes", title_justify="left", box=None, pad_edge=False, caption_justify="left")
     for name in ("A", "B", "", "route"):
-        table.add_column(name, justify="right" if name in "AB" and name else "left", overflow="fold")
+        justify = "right" if name in ("A", "B") else "left"
+        table.add_column(name, justify=justify, overflow="fold")
     for route in comparison.routes[:_NUM_ROUTES]:
-        wider = "A" if route.first > route.second else "B"
-        kind = "both" if route.shared else f"{'more' if min(route.first, route.second) > 0 else 'only'} in {wider}"
-        names = []
-        for pair in route.pairs:
-            text, other = comparison.text(pair), _other_text(comparison, pair)
-            said = visible(text[:24]).strip() or visible(text)
-            names.append(Text(said if other is None else f"{said}|{visible(other[:24]).strip()}"))
-            names[-1].append(f"[{_place(comparison, pair)}]", style="dim")
-        table.add_row(f"{route.first:.1%}", f"{route.second:.1%}", kind, Text(" → ", style="dim").join(names))
+        if route.shared:
+            kind = "both"
+        else:
+            # A route that only one trace has among its widest may still carry flow in the other.
+            wider = "A" if route.first > route.second else "B"
+            is_in_both = min(route.first, route.second) > 0
+            kind = f"{'more' if is_in_both else 'only'} in {wider}"
+        parts = [_route_part(comparison, pair) for pair in route.pairs]
+        table.add_row(f"{route.first:.1%}", f"{route.second:.1%}", kind, Text(" → ", style="dim").join(parts))
     table.caption = "width: how much flow the route could carry in each; routes overlap, so widths do not add up"
     return table
 
 
+def _route_part(comparison: Comparison, pair: int) -> Text:
+    """Show the text of one stop of a route, and B's text where it differs, with the place in the text."""
+    from rich.text import Text
+
+    from flowgraph.commands.terminal import visible
+
+    text = comparison.text(pair)
+    shown = visible(text[:_MAX_ROUTE_CHARACTERS]).strip() or visible(text)
+    other = _other_text(comparison, pair)
+    if other is not None:
+        shown = f"{shown}|{visible(other[:_MAX_ROUTE_CHARACTERS]).strip()}"
+    part = Text(shown)
+    part.append(f"[{_place(comparison, pair)}]", style="dim")
+    return part
+
+
 def _place(comparison: Comparison, pair: int) -> int:
+    """Return the first token of a pair, in A where A has it."""
     i, j = comparison.pairs[pair].tolist()
-    return comparison.units[0][i].start if i >= 0 else comparison.units[1][j].start
+    if i >= 0:
+        return comparison.units[0][i].start
+    return comparison.units[1][j].start

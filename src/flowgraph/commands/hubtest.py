@@ -1,4 +1,4 @@
-"""``flowgraph hub-test``: does the answer depend more on the tokens with most flow than on others?"""
+"""``flowgraph hub-test``: measure whether the answer depends more on the tokens with most flow than on others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph.commands.common import Device, Dtype, Model, console, load_model, stages, warnings_on_stderr
+from flowgraph.commands.common import (
+    Device,
+    Dtype,
+    Layers,
+    Model,
+    check_outputs,
+    console,
+    layer_choice,
+    load_model,
+    stages,
+    warnings_on_stderr,
+)
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from flowgraph.analysis.statistics import Interval
     from flowgraph.interventions.hubtest import HubTest
+
+# The headings and widths fit 80 columns.
+_HEADINGS = ("masked", "arm", "change of log p, 95 %", "flips, 95 %", "over")
+_LEFT_ALIGNED = ("arm", "over")
 
 
 def hub_test(
@@ -24,65 +41,94 @@ def hub_test(
     score: Annotated[
         str, typer.Option(help="What ranks the tokens: 'throughput', 'potential', 'attention' or 'position'.")
     ] = "throughput",
-    layers: Annotated[str, typer.Option(help="'all', 'middle', 'FIRST-LAST'.")] = "all",
+    layers: Layers = "all",
     batch_size: Annotated[int, typer.Option(help="Interventions in one forward pass.", min=1)] = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write every measurement here.")] = None,
 ) -> None:
     """Mask the top, random and bottom tokens by throughput, and compare what that does to the answer."""
-    from flowgraph.files import check_writable, write_json
+    from flowgraph.files import write_json
     from flowgraph.tracing.flow_trace import load_trace
 
-    try:
-        shares = [float(share) for share in fractions.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--fractions must be numbers like 0.05,0.1,0.2, got {fractions!r}") from None
-    if json_file is not None:
-        check_writable(json_file)
+    shares = _shares(fractions)
+    check_outputs(json_file)
     traces = [load_trace(file) for file in files]
     with stages() as progress:
         network, _ = load_model(model, dtype, device, progress)
-        import flowgraph.interventions.hubtest as hubtest
+        import flowgraph
 
+        # Warnings, such as about another model than the traced one, concern the reader.
         with warnings_on_stderr():
-            result = hubtest.hub_test(
-                network, traces, fractions=shares, arms=[arm.strip() for arm in arms.split(",")], seeds=range(seeds),
-                region=region, scores=score, layers=layers, batch_size=batch_size, progress=progress,
-            )  # fmt: skip
+            result = flowgraph.hub_test(
+                network,
+                traces,
+                fractions=shares,
+                arms=[arm.strip() for arm in arms.split(",")],
+                seeds=range(seeds),
+                region=region,
+                scores=score,
+                layers=layer_choice(layers),
+                batch_size=batch_size,
+                progress=progress,
+            )
     if json_file is not None:
         write_json(json_file, {**result.to_dict(), "files": [str(file) for file in files], "model": model})
-    _report(result)
+    _print(result)
 
 
-def _report(result: HubTest) -> None:
-    from rich.table import Table
+def _shares(text: str) -> list[float]:
+    """Read the shares of tokens to mask."""
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--fractions must be numbers like 0.05,0.1,0.2, got {text!r}; separate them by commas"
+        ) from None
 
-    table = Table(show_edge=False)
-    for heading in ("masked", "arm", "change of log p, 95 %", "flips, 95 %", "over"):  # fits 80 columns
-        table.add_column(heading, justify="left" if heading in ("arm", "over") else "right", no_wrap=True)
-    previous = None
-    for row in sorted((*result.rows, *result.differences), key=lambda row: row.fraction):
-        if previous not in (None, row.fraction):
-            table.add_section()
-        previous = row.fraction
-        units = row.units if row.count > 1 else row.units.removesuffix("s")
-        table.add_row(
-            f"{row.fraction:.3g}", row.arm, f"{row.change:+.2f}{_interval(row.change_interval, '+.2f')}",
-            f"{row.flip_rate:.0%}{_interval(row.flip_interval, '.0%')}", f"{row.count} {units}",
-        )  # fmt: skip
+
+def _print(result: HubTest) -> None:
+    """Print the table of a hub test with a heading."""
+    counts = f"{len(result.runs)} runs on {result.num_traces} trace(s)"
     terminal = console()
-    terminal.print(
-        f"{len(result.runs)} runs on {result.num_traces} trace(s): {result.region} tokens masked by {result.score}",
-        highlight=False,
-    )
-    terminal.print(table)
+    terminal.print(f"{counts}: {result.region} tokens masked by {result.score}", highlight=False)
+    terminal.print(_table(result))
+    # With one trace, only the random arms vary.
     if result.num_traces == 1:
         terminal.print(
-            "one trace: the intervals say how much the random draw matters, and nothing about other texts",
+            "one trace: the intervals show how much the random draw matters, and nothing about other texts",
             highlight=False,
         )
 
 
+def _table(result: HubTest) -> Table:
+    """Tabulate the arms and their differences, with a section for each share of masked tokens."""
+    from rich.table import Table
+
+    table = Table(show_edge=False)
+    for heading in _HEADINGS:
+        justify = "left" if heading in _LEFT_ALIGNED else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    previous = None
+    for row in sorted((*result.rows, *result.differences), key=lambda row: row.fraction):
+        # A rule between the shares of masked tokens.
+        if previous is not None and row.fraction != previous:
+            table.add_section()
+        previous = row.fraction
+        what = row.units if row.count > 1 else row.units.removesuffix("s")
+        table.add_row(
+            f"{row.fraction:.3g}",
+            row.arm,
+            f"{row.change:+.2f}{_interval(row.change_interval, '+.2f')}",
+            f"{row.flip_rate:.0%}{_interval(row.flip_interval, '.0%')}",
+            f"{row.count} {what}",
+        )
+    return table
+
+
 def _interval(interval: Interval, style: str) -> str:
-    return "" if interval is None else f" [{interval[0]:{style}}, {interval[1]:{style}}]"
+    """Format an interval; empty where there is none."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return f" [{low:{style}}, {high:{style}}]"

@@ -1,4 +1,4 @@
-"""``flowgraph show | certify``: look at a saved trace again."""
+"""``flowgraph show | certify``: print or check a saved trace."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Annotated
 
 import typer
 
-from flowgraph.commands.common import AllTokens, Keep, console, stages
+from flowgraph.commands.common import AllTokens, Keep, TraceFile, check_outputs, console, stages
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="A trace written by `flowgraph trace` or FlowTrace.save.")],
+    file: TraceFile,
     keep: Keep = 0.9,
     all_tokens: AllTokens = False,
     html: Annotated[Path | None, typer.Option(help="Also write the web page here.")] = None,
 ) -> None:
     """Print a saved trace."""
-    from flowgraph.commands.terminal import render_trace
-    from flowgraph.files import check_writable
+    from flowgraph.commands.terminal import NUM_TOKEN_ROWS, render_trace
     from flowgraph.tracing.flow_trace import load_trace
 
+    # A path that cannot be written is reported before any work is done.
+    check_outputs(html)
+    trace = load_trace(file)
+    rows = None if all_tokens else NUM_TOKEN_ROWS
+    console().print(render_trace(trace, keep=keep, rows=rows))
     if html is not None:
-        check_writable(html)
-    result = load_trace(file)
-    console().print(render_trace(result, keep=keep, rows=None if all_tokens else 24))
-    if html is not None:
-        result.to_html(html, keep=keep)
+        trace.to_html(html, keep=keep)
 
 
 def certify(
-    file: Annotated[Path, typer.Argument(help="A saved trace.")],
+    file: TraceFile,
     level: Annotated[
         str,
         typer.Option(
@@ -42,15 +42,16 @@ def certify(
 ) -> None:
     """Check everything that is provable about a saved trace; exit code 1 when a check fails."""
     from flowgraph.commands.terminal import certificate_table
-    from flowgraph.files import check_writable, write_json
+    from flowgraph.files import write_json
     from flowgraph.tracing.flow_trace import load_trace
 
-    if json_file is not None:
-        check_writable(json_file)
+    check_outputs(json_file)
     with stages() as progress:
         progress("checking the flow")
         certificate = load_trace(file).certify(level=level)
     console().print(certificate_table(certificate))
     if json_file is not None:
         write_json(json_file, certificate.to_dict())
-    raise typer.Exit(0 if certificate.ok else 1)
+    # Scripts read the result from the exit code.
+    if not certificate.ok:
+        raise typer.Exit(1)

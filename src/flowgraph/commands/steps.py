@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph.commands.common import console
+from flowgraph.commands.common import TraceFile, check_outputs, console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
     from flowgraph.steps.step_flow import StepFlow
 
-_BAR = 12
-_WIDTH = 72
+_BAR_WIDTH = 12
+_STEP_WIDTH = 72
+_END_WIDTH = 30
 
 
 def steps(
-    file: Annotated[Path, typer.Argument(help="A trace written by `flowgraph trace` or FlowTrace.save.")],
+    file: TraceFile,
     by: Annotated[
         str,
         typer.Option(
@@ -34,14 +35,9 @@ def steps(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write steps and flows here.")] = None,
 ) -> None:
     """Print how the flow of a saved trace runs from step to step."""
-    from flowgraph.files import check_writable
     from flowgraph.tracing.flow_trace import load_trace
 
-    outputs = [path for path in (csv_file, flows_csv, json_file) if path is not None]
-    for path in outputs:
-        check_writable(path)
-    if len(set(outputs)) < len(outputs):
-        raise typer.BadParameter("--csv, --flows-csv and --json must each name a file of its own, got one twice")
+    check_outputs(csv_file, flows_csv, json_file)
     result = load_trace(file).steps(by, split_question=split_question)
     screen = console()
     screen.print(f"{result.num_steps} steps by {result.by}", markup=False, highlight=False)
@@ -57,11 +53,16 @@ def steps(
 
 
 def _step_table(result: StepFlow) -> Table:
+    """Tabulate the steps in the order of the text."""
     from rich.table import Table
 
+    from flowgraph.commands.terminal import bar
+
     table = Table(box=None, pad_edge=False, caption_justify="left")
-    for name, justify in (("#", "right"), ("region", "left"), ("tokens", "right"), ("throughput", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("#", justify="right")
+    table.add_column("region")
+    table.add_column("tokens", justify="right")
+    table.add_column("throughput", justify="right")
     table.add_column("")
     table.add_column("step", overflow="fold")
     throughput = result.throughput.tolist()
@@ -72,14 +73,15 @@ def _step_table(result: StepFlow) -> Table:
             step.region or "context",
             f"{step.start}-{step.stop - 1}",
             f"{value:.3f}",
-            "█" * round(_BAR * value) or "▏" * (value > 0),
-            _line(step.text),
+            bar(value, _BAR_WIDTH),
+            _one_line(step.text, _STEP_WIDTH),
         )
     table.caption = "throughput: share of the flow from question to answer that visits the step"
     return table
 
 
 def _flow_table(result: StepFlow, count: int) -> Table:
+    """Tabulate the strongest flows between steps."""
     from rich.table import Table
 
     rows = result.flow_table(count)
@@ -89,17 +91,31 @@ def _flow_table(result: StepFlow, count: int) -> Table:
     table.add_column("from", overflow="fold")
     table.add_column("to", overflow="fold")
     for row in rows:
-        ends = [_line(result.steps[row[end]].text, 30, f"{row[end]} ") for end in ("source", "target")]
-        table.add_row(f"{row['flow']:.1%}", *ends)
+        table.add_row(
+            f"{row['flow']:.1%}",
+            _end(result, row["source"]),
+            _end(result, row["target"]),
+        )
     return table
 
 
-def _line(text: str, width: int = _WIDTH, before: str = "") -> Text:
-    """A step on one line, both ends of a long one; nothing in it can steer the terminal."""
+def _end(result: StepFlow, index: int) -> Text:
+    """Show a step with its number."""
+    return _one_line(result.steps[index].text, _END_WIDTH, prefix=f"{index} ")
+
+
+def _one_line(text: str, width: int, prefix: str = "") -> Text:
+    """Show a step on one line, a long one by both ends, without control characters that could steer the terminal."""
     from rich.text import Text
 
     from flowgraph.commands.terminal import visible
 
-    line = visible(" ".join(text.split())) if text.strip() else visible(text)
-    half = (width - 3) // 2
-    return Text(before + (line if len(line) <= width else f"{line[:half]}...{line[-half:]}"))
+    if text.strip():
+        line = visible(" ".join(text.split()))
+    else:
+        line = visible(text)
+    # Both ends identify a step better than its start alone.
+    if len(line) > width:
+        half = (width - 3) // 2
+        line = f"{line[:half]}...{line[-half:]}"
+    return Text(prefix + line)

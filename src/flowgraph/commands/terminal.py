@@ -1,8 +1,8 @@
-"""A trace in the terminal: the text as a heat map, a token table, the routes."""
+"""A trace and a certificate as terminal output: the text as a heat map, a token table, the routes, the checks."""
 
 from __future__ import annotations
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -10,18 +10,51 @@ from flowgraph.certificate.certify import Certificate
 from flowgraph.pages import signs
 from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
 from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.tracing.payload import token_regions
 
-_REGION_LETTER = {"question": "Q", "reasoning": "R", "answer": "A"}
-_BAR = 16
+NUM_TOKEN_ROWS = 24
+"""Rows of the token table, unless all tokens are listed."""
+
+_DIM_BELOW = 0.05
+_REGION_LETTERS = {"question": "Q", "reasoning": "R", "answer": "A", None: ""}
+_BAR_WIDTH = 16
+
+_FOUND_AS = {
+    "auto: Boxed()": "in the last box",
+    "auto: NUMBER_SIGN": "after ####",
+    "auto: TAG": "in the answer tag",
+    "auto: PHRASE": "as a stated answer",
+    "auto: LastLine()": "as the last line",
+}
+"""The rules by which the automatic search finds an answer, in words."""
 
 
 def visible(token: str) -> str:
-    """Token text with signs for invisible characters and for blank tokens, so that no text can control a terminal."""
-    return signs.visible(token) if token.strip(" ") else "␣" * len(token)
+    """Show signs for invisible characters and for blank tokens, so that no text can control a terminal."""
+    if not token.strip(" "):
+        return "␣" * len(token)
+    return signs.visible(token)
 
 
-def render_trace(trace: FlowTrace, *, keep: float = 0.9, rows: int | None = 24, num_routes: int = 6) -> RenderableType:
-    """Everything a reader wants first: text, strongest tokens in text order, backbone and routes."""
+def bar(share: float, width: int) -> str:
+    """Draw a bar of ``share * width`` blocks; a share too small for one block is a thin line."""
+    blocks = round(width * share)
+    if blocks:
+        return "█" * blocks
+    return "▏" if share > 0 else ""
+
+
+def render_trace(
+    trace: FlowTrace, *, keep: float = 0.9, rows: int | None = NUM_TOKEN_ROWS, num_routes: int = 6
+) -> RenderableType:
+    """Render a trace: its text, the strongest tokens in text order, backbone and routes.
+
+    Args:
+        trace: the trace.
+        keep: share of the flow whose routes make the backbone.
+        rows: rows of the token table; None lists every token.
+        num_routes: number of routes.
+    """
     parts: list[RenderableType] = [
         Text(repr(trace).split("\n")[0]),
         _selection(trace),
@@ -29,40 +62,57 @@ def render_trace(trace: FlowTrace, *, keep: float = 0.9, rows: int | None = 24, 
         heat_text(trace),
         Text(),
         token_table(trace, rows),
+        Text(),
     ]
     if trace.feasible:
-        parts += [Text(), _backbone(trace, keep), _routes(trace, num_routes)]
+        parts.append(_backbone(trace, keep))
+        parts.append(_routes(trace, num_routes))
     else:
-        parts += [
-            Text(),
-            Text("No flow: no question token reaches the answer through this graph.", style="bold yellow"),
-        ]
+        message = "No flow: no question token reaches the answer through this graph."
+        parts.append(Text(message, style="bold yellow"))
     return Group(*parts)
 
 
 def heat_text(trace: FlowTrace) -> Text:
-    """The text, each token on a background that grows brighter with the square root of its throughput."""
+    """Render the text, each token on a background that grows brighter with the square root of its throughput."""
     text = Text(no_wrap=False)
-    masks = ((trace.question, "underline"), (trace.answer, "bold reverse"))
-    for index, token in enumerate(trace.tokens):
-        strength = float(trace.throughput[index]) ** 0.5
-        step = min(int(strength * len(FLOW_RAMP_ON_DARK)), len(FLOW_RAMP_ON_DARK) - 1)
-        ink = "black" if step >= FIRST_STEP_WITH_BLACK_INK else "white"
-        style = f"{ink} on {FLOW_RAMP_ON_DARK[step]}"
-        if strength < 0.05:
-            style = "dim"
-        extra = " ".join(name for mask, name in masks if bool(mask[index]))
-        text.append(
-            (token if token.isspace() and "\n" not in token else visible(token)).replace("⏎", "⏎\n"),
-            style=f"{extra} {style}".strip(),
-        )
+    # The square root spreads small shares, which most tokens have.
+    strengths = trace.throughput.sqrt().tolist()
+    for token, region, strength in zip(trace.tokens, token_regions(trace.graph), strengths, strict=True):
+        style = _heat_style(strength)
+        if region == "question":
+            style = f"underline {style}"
+        elif region == "answer":
+            style = f"bold reverse {style}"
+        is_plain_blank = token.isspace() and "\n" not in token
+        shown = token if is_plain_blank else visible(token)
+        # A line break of the text is shown, and also breaks the line.
+        text.append(shown.replace("⏎", "⏎\n"), style=style)
     return text
 
 
-def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
-    """The strongest tokens in text order, a third of the rows for the question (all tokens with ``rows=None``)."""
-    chosen = list(range(trace.num_tokens)) if rows is None else sorted(_strongest(trace, rows))
-    title = "all tokens" if rows is None else f"{len(chosen)} of {trace.num_tokens} tokens, those with most throughput"
+def _heat_style(strength: float) -> str:
+    """Choose the colours of a token by its strength in [0, 1]."""
+    if strength < _DIM_BELOW:
+        return "dim"
+    step = min(int(strength * len(FLOW_RAMP_ON_DARK)), len(FLOW_RAMP_ON_DARK) - 1)
+    ink = "black" if step >= FIRST_STEP_WITH_BLACK_INK else "white"
+    return f"{ink} on {FLOW_RAMP_ON_DARK[step]}"
+
+
+def token_table(trace: FlowTrace, rows: int | None = NUM_TOKEN_ROWS) -> Table:
+    """Tabulate the strongest tokens in text order, a third of the rows for the question.
+
+    Args:
+        trace: the trace.
+        rows: most rows; None lists every token.
+    """
+    if rows is None:
+        tokens = list(range(trace.num_tokens))
+        title = "all tokens"
+    else:
+        tokens = sorted(_strongest(trace, rows))
+        title = f"{len(tokens)} of {trace.num_tokens} tokens, those with most throughput"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, caption_justify="left")
     table.add_column("#", justify="right", style="dim")
     table.add_column("")
@@ -70,18 +120,23 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
     table.add_column("throughput", justify="right")
     table.add_column("")
     table.add_column("h", justify="right", style="dim")
-    passing = trace.throughput[~trace.answer]
-    scale = max(float(passing.max()) if passing.numel() else 0.0, 1e-12)  # the answer would dwarf everything else
-    for index in chosen:
-        value = float(trace.throughput[index])
-        bar = "" if bool(trace.answer[index]) else "█" * round(_BAR * value / scale) or "▏" * (value > 0)
+
+    # Bars are relative to the strongest token outside the answer, whose own tokens would dwarf all others.
+    throughput = trace.throughput
+    passing = throughput[~trace.answer]
+    largest = float(passing.max()) if passing.numel() else 0.0
+    scale = max(largest, 1e-12)
+    regions = token_regions(trace.graph)
+    for token in tokens:
+        value = float(throughput[token])
+        region = regions[token]
         table.add_row(
-            str(index),
-            _letter(trace, index),
-            Text(visible(trace.tokens[index])),
+            str(token),
+            _REGION_LETTERS[region],
+            Text(visible(trace.tokens[token])),
             f"{value:.3f}",
-            bar,
-            f"{float(trace.potential[index]):.3g}",
+            "" if region == "answer" else bar(value / scale, _BAR_WIDTH),
+            f"{float(trace.potential[token]):.3g}",
         )
     table.caption = (
         "Q question, R reasoning, A answer; throughput: share of the flow that passes through the token; "
@@ -91,46 +146,48 @@ def token_table(trace: FlowTrace, rows: int | None = 24) -> Table:
 
 
 def _strongest(trace: FlowTrace, rows: int) -> list[int]:
-    """Every question token carries its own share of the source, so on merit alone they would fill the table."""
+    """Choose the tokens of the table.
+
+    Every question token carries its own share of the source, so without a limit the question would fill the table.
+    """
     order: list[int] = trace.throughput.argsort(descending=True, stable=True).tolist()
-    asked = [token for token in order if bool(trace.question[token])][: rows // 3]
-    return asked + [token for token in order if not bool(trace.question[token])][: rows - len(asked)]
+    is_question = trace.question.tolist()
+    question = [token for token in order if is_question[token]][: rows // 3]
+    others = [token for token in order if not is_question[token]][: rows - len(question)]
+    return question + others
 
 
 def certificate_table(certificate: Certificate) -> RenderableType:
-    """The certificate with one row a check: verdict, residual against its bound, the statement in words."""
+    """Render a certificate with one row a check: passed or failed, residual and bound, the statement in words."""
+    # The first two lines of its text are the result and the figures.
     head, numbers, *_ = str(certificate).split("\n")
     table = Table(box=None, pad_edge=False, show_header=True)
-    for name, justify in (("", "left"), ("check", "left"), ("residual", "right"), ("bound", "right"), ("says", "left")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("", overflow="fold")
+    table.add_column("check", overflow="fold")
+    table.add_column("residual", justify="right", overflow="fold")
+    table.add_column("bound", justify="right", overflow="fold")
+    table.add_column("statement", overflow="fold")
     for check in certificate.checks:
         mark = Text("✓", style="green") if check.ok else Text("✗", style="bold red")
-        said = Text(check.statement).append(f" ({check.detail})" if check.detail else "", style="dim")
-        table.add_row(mark, check.name, f"{check.residual:.1g}", f"{check.bound:.1g}", said)
-    return Group(Text(head, style="bold"), Text(numbers), table, *(Text(f"note: {note}") for note in certificate.notes))
-
-
-_FOUND_AS = {
-    "auto: Boxed()": "in the last box",
-    "auto: NUMBER_SIGN": "after ####",
-    "auto: TAG": "in the answer tag",
-    "auto: PHRASE": "as a stated answer",
-    "auto: LastLine()": "as the last line",
-}
-"""The rules that look for an answer when nobody says where it is, in words."""
-
-
-def _letter(trace: FlowTrace, index: int) -> str:
-    return next((letter for name, letter in _REGION_LETTER.items() if bool(trace.graph[f"{name}_mask"][index])), "")
+        statement = Text(check.statement)
+        if check.detail:
+            statement.append(f" ({check.detail})", style="dim")
+        table.add_row(mark, check.name, f"{check.residual:.1g}", f"{check.bound:.1g}", statement)
+    notes = [Text(f"note: {note}") for note in certificate.notes]
+    return Group(Text(head, style="bold"), Text(numbers), table, *notes)
 
 
 def _selection(trace: FlowTrace) -> Text:
-    """What was taken for the answer, and by which rule: the first thing to check when a trace looks odd."""
-    found = "".join(trace.tokens[t] for t in trace.answer.nonzero().flatten().tolist())
+    """Show the answer and the rule that found it, the first thing to check when a trace looks wrong."""
+    answer = "".join(trace.tokens[token] for token in trace.answer.nonzero().flatten().tolist())
     rule = trace.provenance.get("answer_selector", "")
-    how = _FOUND_AS.get(rule, f"by {rule}" if rule else "")
-    line = Text(f"answer: {found.strip()!r}").append(f" {how}" if how else "", style="dim")
-    if "LastLine" in rule and rule.startswith("auto"):
+    line = Text(f"answer: {answer.strip()!r}")
+    if rule in _FOUND_AS:
+        line.append(f" {_FOUND_AS[rule]}", style="dim")
+    elif rule:
+        line.append(f" by {rule}", style="dim")
+    # The last line is the last resort of the search, and often not the answer.
+    if rule.startswith("auto") and "LastLine" in rule:
         line.append(
             "\nno stated answer was found, so the last line was taken; name it with --answer or answer=", "yellow"
         )
@@ -138,24 +195,24 @@ def _selection(trace: FlowTrace) -> Text:
 
 
 def _backbone(trace: FlowTrace, keep: float) -> Text:
-    bone = trace.backbone(keep)
+    """Describe the backbone in one line."""
+    backbone = trace.backbone(keep)
     return Text(
-        f"backbone: {bone.num_edges} of {trace.graph.num_edges} edges carry {bone.share:.1%} of the flow end to end"
+        f"backbone: {backbone.num_edges} of {trace.graph.num_edges} edges carry {backbone.share:.1%} of the flow "
+        "end to end"
     )
 
 
-def _routes(trace: FlowTrace, k: int) -> Table:
+def _routes(trace: FlowTrace, count: int) -> Table:
+    """Tabulate the widest routes."""
     table = Table(title="widest routes", title_justify="left", box=None, pad_edge=False)
     table.add_column("flow", justify="right")
     table.add_column("route", overflow="fold")
-    for route in trace.routes(k):
-        line = Text(" → ", style="dim").join(
-            Text(f"{visible(trace.tokens[t]).strip() or visible(trace.tokens[t])!r}[{t}]") for t in route.tokens
-        )
-        table.add_row(f"{route.flow:.1%}", line)
+    for route in trace.routes(count):
+        stops = []
+        for token in route.tokens:
+            # Blank tokens keep their symbol, other tokens lose the space in front.
+            text = visible(trace.tokens[token])
+            stops.append(Text(f"{text.strip() or text!r}[{token}]"))
+        table.add_row(f"{route.flow:.1%}", Text(" → ", style="dim").join(stops))
     return table
-
-
-def print_trace(trace: FlowTrace, console: Console | None = None, **options: object) -> None:
-    """Print :func:`render_trace`."""
-    (console or Console()).print(render_trace(trace, **options))  # type: ignore[arg-type]

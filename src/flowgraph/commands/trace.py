@@ -1,4 +1,4 @@
-"""``flowgraph trace | demo``."""
+"""``flowgraph trace | demo``: trace one answer, print it, and write it to files."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from flowgraph.commands.common import (
     Source,
     console,
     head_choice,
+    layer_choice,
     load_model,
     outputs_in,
     stages,
 )
 
 if TYPE_CHECKING:
+    from flowgraph.text.selectors import Selector
     from flowgraph.tracing.flow_trace import FlowTrace
 
 
@@ -74,37 +76,48 @@ def trace(
     all_tokens: AllTokens = False,
 ) -> None:
     """Trace one answer and print its tokens, backbone and certificate."""
-    from flowgraph.text.regions import LastLine, Span
-
+    # Read and check every option before the model is loaded.
     text = _text("prompt", prompt if prompt != "-" else None, prompt_file, read_stdin=True)
-    reply = _text("response", response, response_file)
-    for name, value in (("prompt", text), ("response", reply)):
+    given_response = _text("response", response, response_file)
+    for name, value in (("prompt", text), ("response", given_response)):
         if value is not None and not value.strip():
             raise typer.BadParameter(f"the {name} is empty; give some text")
-    chosen: Any = answer
-    if sum(option is not None and option is not False for option in (answer, answer_span, last_line)) > 1:
-        raise typer.BadParameter("give one of --answer, --answer-span and --last-line")
-    asked = question
-    if answer_span is not None:
-        chosen = Span(*_span("answer-span", answer_span))
-    elif last_line:
-        chosen = LastLine()
+    chosen_answer = _answer_choice(answer, answer_span, last_line)
+    chosen_layers = layer_choice(layers)
+    chosen_heads = head_choice(heads)
+
     with stages() as progress:
-        outputs_in(out)
+        # The folder is created and checked before the model is loaded.
+        outputs = outputs_in(out)
         network, tokenizer = load_model(model, dtype, device, progress)
+        # A chat model expects a user message, a base model the text itself.
+        has_template = bool(getattr(tokenizer, "chat_template", None))
         prompt_or_chat: Any = text
-        if not plain and getattr(tokenizer, "chat_template", None):
-            prompt_or_chat = [{"role": "system", "content": system}] if system else []
-            prompt_or_chat.append({"role": "user", "content": text})
+        if not plain and has_template:
+            prompt_or_chat = [{"role": "user", "content": text}]
+            if system:
+                prompt_or_chat.insert(0, {"role": "system", "content": system})
         elif system:
             raise typer.BadParameter("--system needs a chat template; write it into the prompt")
         import flowgraph
 
         result = flowgraph.trace(
-            network, tokenizer, prompt_or_chat, reply, question=asked, answer=chosen, layers=layers,
-            heads=head_choice(heads), preset=preset, rows=rows, source=source,  # type: ignore[arg-type]
-            damping=damping, max_new_tokens=max_new_tokens, outputs=outputs_in(out), progress=progress,
-        )  # fmt: skip
+            network,
+            tokenizer,
+            prompt_or_chat,
+            given_response,
+            question=question,
+            answer=chosen_answer,
+            layers=chosen_layers,
+            heads=chosen_heads,
+            preset=preset,
+            rows=rows,
+            source=source,  # type: ignore[arg-type]
+            damping=damping,
+            max_new_tokens=max_new_tokens,
+            outputs=outputs,
+            progress=progress,
+        )
     _report(result, out, keep, all_tokens)
 
 
@@ -117,17 +130,17 @@ def demo(
     from flowgraph.demo import PROMPT, load_demo_model
 
     with stages() as progress:
-        outputs_in(out)
+        outputs = outputs_in(out)
         network, tokenizer = load_demo_model(progress)
         import flowgraph
 
-        result = flowgraph.trace(
-            network, tokenizer, [{"role": "user", "content": PROMPT}], outputs=outputs_in(out), progress=progress
-        )
+        messages = [{"role": "user", "content": PROMPT}]
+        result = flowgraph.trace(network, tokenizer, messages, outputs=outputs, progress=progress)
     _report(result, out, keep, all_tokens)
 
 
 def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool = False) -> str | None:
+    """Read a text from its argument, from a file, or from standard input."""
     if given is not None and file is not None:
         raise typer.BadParameter(f"give the {name} as text or as --{name}-file, not both")
     if file is not None:
@@ -138,38 +151,61 @@ def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool =
                 f"--{name}-file must be a readable UTF-8 file, got {file} ({error}); check the path"
             ) from error
     if given is None and read_stdin:
+        # A terminal would wait for input without a word.
         if sys.stdin is None or sys.stdin.isatty():
             raise typer.BadParameter(f"give the {name} as an argument, by --{name}-file, or on standard input")
         return sys.stdin.read()
     return given
 
 
-def _span(name: str, text: str) -> tuple[int, int]:
-    start, _, end = text.partition(":")
+def _answer_choice(pattern: str | None, span: str | None, last_line: bool) -> str | Selector | None:
+    """Read the three options that choose the answer; None: it is found."""
+    from flowgraph.text.selectors import LastLine, Span
+
+    num_given = (pattern is not None) + (span is not None) + last_line
+    if num_given > 1:
+        raise typer.BadParameter("give one of --answer, --answer-span and --last-line")
+    if last_line:
+        return LastLine()
+    if span is None:
+        return pattern
+    start, _, end = span.partition(":")
     try:
-        return int(start), int(end)
+        return Span(int(start), int(end))
     except ValueError:
-        raise typer.BadParameter(f"--{name} must be START:END, got {text!r}; e.g. 120:124") from None
+        raise typer.BadParameter(f"--answer-span must be START:END, got {span!r}; e.g. 120:124") from None
 
 
 def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) -> None:
-    from flowgraph.commands.terminal import certificate_table, render_trace
+    """Print a trace with its certificate, and write its files; exit code 1 when a check fails."""
+    from flowgraph.commands.terminal import NUM_TOKEN_ROWS, certificate_table, render_trace
 
-    terminal = console()
+    outputs = outputs_in(out)
     with stages() as progress:
         progress("finding the backbone")
-        view = render_trace(result, keep=keep, rows=None if all_tokens else 24)
+        # Everything is computed and written before anything is printed.
+        view = render_trace(result, keep=keep, rows=None if all_tokens else NUM_TOKEN_ROWS)
         progress("checking the flow")
         certificate = result.certify()
-        for path in outputs_in(out):
+        for path in outputs:
             progress(f"writing {path}")
-            {".html": result.to_html, ".json": result.to_json, ".safetensors": result.save}[path.suffix](path)
+            _write(result, path)
+    terminal = console()
     terminal.print(view)
     terminal.print()
     terminal.print(certificate_table(certificate))
-    if out is not None:
-        terminal.print(
-            f"\nwrote {', '.join(str(path) for path in outputs_in(out))}; open the first in a browser", highlight=False
-        )
+    if outputs:
+        names = ", ".join(str(path) for path in outputs)
+        terminal.print(f"\nwrote {names}; open the first in a browser", highlight=False)
     if not certificate.ok:
         raise typer.Exit(1)
+
+
+def _write(result: FlowTrace, path: Path) -> None:
+    """Write a trace in the format of the suffix."""
+    if path.suffix == ".html":
+        result.to_html(path)
+    elif path.suffix == ".json":
+        result.to_json(path)
+    else:
+        result.save(path)

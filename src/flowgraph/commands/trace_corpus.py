@@ -1,4 +1,4 @@
-"""``flowgraph trace-corpus``: a file of prompts and responses."""
+"""``flowgraph trace-corpus``: trace a file of prompts and responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,21 +25,24 @@ from flowgraph.commands.common import (
     Source,
     console,
     head_choice,
+    layer_choice,
     load_model,
     stages,
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flowgraph.corpus.run import CorpusProgress
     from flowgraph.corpus.trace_corpus import CorpusSummary
 
-_EVERY = 5.0
-"""Seconds between the lines of progress where there is no terminal."""
+_SECONDS_BETWEEN_LINES = 5.0
+"""Time between the lines of progress where there is no terminal."""
 
 
 def trace_corpus(
     file: Annotated[Path, typer.Argument(help="JSON Lines: an object a line, with a prompt or messages.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; run again to go on in it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; run again to continue.")],
     model: Model = "demo",
     prompt_field: Annotated[str, typer.Option(help="Key of the prompt: text or chat messages.")] = "prompt",
     messages_field: Annotated[str, typer.Option(help="Key of chat messages.")] = "messages",
@@ -70,110 +73,167 @@ def trace_corpus(
     tables: Annotated[
         str, typer.Option("--format", help="Of the tables: 'parquet' (needs pyarrow), 'csv', or 'auto'.")
     ] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Throw earlier results in the folder away.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove earlier results from the folder.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
     """Trace every line of a JSONL file; exit code 1 when a line could not be traced."""
-    from flowgraph.corpus.requests import CorpusFields, scan
+    import flowgraph
+    from flowgraph.corpus.requests import scan
     from flowgraph.corpus.tables import table_format
-    from flowgraph.corpus.trace_corpus import trace_corpus as run
 
+    # A wrong format, field or file name is reported before the model is loaded.
     table_format(tables)
-    names = CorpusFields(prompt_field, messages_field, response_field, id_field, question_field, answer_field)
-    scan(file, names)  # a wrong file name should not have to wait for a model
+    fields = flowgraph.CorpusFields(
+        prompt=prompt_field,
+        messages=messages_field,
+        response=response_field,
+        id=id_field,
+        question=question_field,
+        answer=answer_field,
+    )
+    scan(file, fields)
+    chosen_layers = layer_choice(layers)
+    chosen_heads = head_choice(heads)
     with stages() as progress:
         network, tokenizer = load_model(model, dtype, device, progress)
+
     try:
         with _reporting() as report:
-            summary = run(
-                network, tokenizer, file, out, fields=names, question=question, answer=answer, plain=plain,
-                system=system, layers=layers, heads=head_choice(heads), preset=preset, rows=rows,
-                source=source, damping=damping, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
-                keep=keep, batch_tokens=batch_tokens, html=html, format=tables,
-                restart=restart, progress=report,
-            )  # fmt: skip
+            summary = flowgraph.trace_corpus(
+                network,
+                tokenizer,
+                file,
+                out,
+                fields=fields,
+                question=question,
+                answer=answer,
+                plain=plain,
+                system=system,
+                layers=chosen_layers,
+                heads=chosen_heads,
+                preset=preset,
+                rows=rows,
+                source=source,  # type: ignore[arg-type]
+                damping=damping,
+                max_new_tokens=max_new_tokens,
+                keep=keep,
+                batch_tokens=batch_tokens,
+                html=html,
+                format=tables,
+                restart=restart,
+                progress=report,
+            )
     except KeyboardInterrupt:
-        again = "the same command" + (" without --restart" if restart else "")
-        typer.secho(f"flowgraph: stopped; everything finished is in {out}: run {again} to go on from there", err=True)
+        # With --restart again, the finished lines would be removed.
+        again = "the same command without --restart" if restart else "the same command"
+        typer.secho(f"flowgraph: stopped; everything finished is in {out}: run {again} to continue", err=True)
         raise typer.Exit(128 + signal.SIGINT) from None
     _print(summary)
 
 
 @contextmanager
 def _reporting() -> Iterator[Callable[[CorpusProgress], None]]:
-    """A bar with rates and time left on standard error; lines of text where that is not a terminal."""
+    """Show a bar with rates and time left on standard error; lines of text where that is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(console)
+        yield _ProgressLines(console)
         return
+    # Stages contain text of the input, which must not be read as markup.
     columns = (BarColumn(), TextColumn("{task.fields[status]}", markup=False))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, status="starting")
 
-        def report(at: CorpusProgress) -> None:
-            if _is_news(at.stage):
-                bar.console.print(at.stage, highlight=False, markup=False)
-            bar.update(task, total=at.total, completed=at.done + at.failed, status=f"{_figures(at)}  {_short(at)}")
+        def report(state: CorpusProgress) -> None:
+            stage = state.stage
+            # A skipped line stays on the screen above the bar.
+            if _is_skipped_line(stage):
+                bar.console.print(stage, highlight=False, markup=False)
+                stage = ""
+            finished = state.done + state.failed
+            bar.update(task, total=state.total, completed=finished, status=f"{_figures(state)}  {stage}")
 
         yield report
 
 
-class _Lines:
-    """Progress as plain lines: news at once, figures every few seconds."""
+class _ProgressLines:
+    """Progress as plain lines: skipped lines at once, figures every few seconds and at the end.
 
-    def __init__(self, console: Any) -> None:
-        self.console, self.last, self.ended = console, -_EVERY, False
+    Attributes:
+        console: where the lines are printed.
+        last: clock reading at the latest figures.
+        ended: whether the final figures were printed.
+    """
 
-    def __call__(self, at: CorpusProgress) -> None:
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last = -_SECONDS_BETWEEN_LINES
+        self.ended = False
+
+    def __call__(self, state: CorpusProgress) -> None:
+        """Print the state if a line is due."""
+        if _is_skipped_line(state.stage):
+            self._print(state.stage)
+            return
         now = time.monotonic()
-        if _is_news(at.stage):
-            self.console.print(at.stage, highlight=False, markup=False, soft_wrap=True)
-        elif now - self.last >= _EVERY or (at.done + at.failed == at.total and not self.ended):
-            self.last, self.ended = now, at.done + at.failed == at.total
-            self.console.print(_figures(at), highlight=False, markup=False, soft_wrap=True)
+        is_finished = state.done + state.failed == state.total
+        is_due = now - self.last >= _SECONDS_BETWEEN_LINES
+        if is_due or (is_finished and not self.ended):
+            self.last = now
+            self.ended = is_finished
+            self._print(_figures(state))
+
+    def _print(self, line: str) -> None:
+        """Print a line as it is."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _is_news(stage: str) -> bool:
+def _is_skipped_line(stage: str) -> bool:
+    """Return whether a stage reports a line that was skipped."""
     return " skipped: " in stage
 
 
-def _short(at: CorpusProgress) -> str:
-    return "" if _is_news(at.stage) else at.stage
-
-
-def _figures(at: CorpusProgress) -> str:
-    """``12/40 traced, 1 failed, 0.52 traces/s, 81 tokens/s, 0:54 left``."""
-    parts = [f"{at.done}/{at.total} traced"]
-    if at.failed:
-        parts.append(f"{at.failed} failed")
-    if at.seconds_left is not None:
-        parts += [f"{at.traces_per_second:.2f} traces/s", f"{at.tokens_per_second:.0f} tokens/s"]
-        parts.append(f"{_clock(at.seconds_left)} left")
+def _figures(state: CorpusProgress) -> str:
+    """Format counts, rates and time left: ``12/40 traced, 1 failed, 0.52 traces/s, 81 tokens/s, 0:54 left``."""
+    parts = [f"{state.done}/{state.total} traced"]
+    if state.failed:
+        parts.append(f"{state.failed} failed")
+    if state.seconds_left is not None:
+        parts.append(f"{state.traces_per_second:.2f} traces/s")
+        parts.append(f"{state.tokens_per_second:.0f} tokens/s")
+        parts.append(f"{_clock(state.seconds_left)} left")
     return ", ".join(parts)
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration as ``M:SS`` or ``H:MM:SS``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"
 
 
 def _print(summary: CorpusSummary) -> None:
+    """Print the outcome of a run; exit code 1 when a line failed."""
+    parts = [f"{summary.now} traced in {_clock(summary.seconds)}"]
+    num_earlier = summary.traced - summary.now
+    if num_earlier:
+        parts.append(f"{num_earlier} by earlier runs")
+    if summary.errors:
+        parts.append(f"{len(summary.errors)} failed")
     terminal = console()
-    earlier = summary.traced - summary.now
-    line = f"{summary.now} traced in {_clock(summary.seconds)}"
-    line += f", {earlier} by earlier runs" if earlier else ""
-    line += f", {len(summary.errors)} failed" if summary.errors else ""
-    terminal.print(f"{line}; open {summary.index} in a browser", highlight=False, markup=False, soft_wrap=True)
+    line = f"{', '.join(parts)}; open {summary.index} in a browser"
+    terminal.print(line, highlight=False, markup=False, soft_wrap=True)
     if not summary.errors:
         return
-    if not summary.traced:
+    # Where every line failed, the first message likely explains all of them.
+    if summary.traced:
+        terminal.print(f"the lines that failed: {summary.out / 'errors.jsonl'}", highlight=False, soft_wrap=True)
+    else:
         number, message = summary.errors[0]
         typer.secho(f"flowgraph: no line could be traced; line {number}: {message}", err=True, fg=typer.colors.RED)
-    else:
-        terminal.print(f"the lines that failed: {summary.out / 'errors.jsonl'}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)

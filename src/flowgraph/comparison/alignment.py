@@ -1,4 +1,4 @@
-"""Which part of one trace stands for which part of another: by tokens, by characters, or by steps."""
+"""Align two traces by tokens, characters or steps: which part of one corresponds to which part of the other."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from flowgraph.tracing.flow_trace import FlowTrace
 Group = tuple[int, int]
 """Tokens [start, stop) that are compared as one."""
 Pair = tuple[int, int]
-"""A group of the first trace and one of the second; -1 where there is none."""
+"""A group of the first trace and one of the second; -1 where there is no partner."""
+Groups = tuple[Group, ...]
+"""All tokens of a trace, in order, as groups."""
 
 BY = ("auto", "tokens", "characters", "steps")
 SAME_TOKENS = "the token ids are the same"
 SAME_TEXT = "the text is the same, cut into other tokens"
 SAME_PROMPT = "the prompt is the same; the rest by matching runs of tokens"
 SAME_QUESTION = "the question is the same; the rest by matching runs of tokens"
-_MATCH = 0.5
+_MIN_SHARED_TOKENS = 0.5
 """Two steps are partners when at least this share of their tokens are."""
-_ANSWER = 3
-"""The part that holds the answer, of: before the question, question, between, answer, rest."""
-_SHOWN = 24
+_PARTS = ("before the question", "question", "between", "answer", "rest")
+_QUOTE_LENGTH = 24
 """Characters of each text in a message."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Two traces cut into groups of tokens, and which group stands for which.
+    """Two traces cut into groups of tokens, and the pairs of corresponding groups.
 
     Attributes:
         by: "tokens" (every group is one token), "characters" (the finest groups that both share) or "steps".
@@ -43,7 +44,7 @@ class Alignment:
 
     by: str
     rule: str
-    groups: tuple[tuple[Group, ...], tuple[Group, ...]]
+    groups: tuple[Groups, Groups]
     pairs: tuple[Pair, ...]
 
     @property
@@ -53,14 +54,14 @@ class Alignment:
 
 
 def align(first: FlowTrace, second: FlowTrace, by: str = "auto") -> Alignment:
-    """Line two traces up.
+    """Align two traces.
 
     Equal token ids are aligned by position; equal texts cut differently by the token borders they share. Two
     answers of one question share their prompt, token by token; what follows is aligned by the longest matching runs
-    (:class:`difflib.SequenceMatcher`), the reasoning and the answer each for itself. The tokens of the answers are
-    partners whatever they say, and so is a single token replaced by another. Steps are partners when half of their
-    tokens are, chosen so that most tokens are covered. Exchanging the traces exchanges the sides and changes nothing
-    else.
+    (:class:`difflib.SequenceMatcher`), separately in the reasoning and in the answer. The tokens of the answers are
+    partners even where their texts differ, and so is a single token replaced by another. Steps are partners when half
+    of their tokens are, chosen so that most tokens are covered. Exchanging the traces exchanges the sides and changes
+    nothing else.
 
     Args:
         first: one trace.
@@ -71,42 +72,60 @@ def align(first: FlowTrace, second: FlowTrace, by: str = "auto") -> Alignment:
     Raises:
         InvalidInputError: the traces have neither a text nor a question in common, or not what ``by`` needs.
 
-    Cost: linear for equal ids or texts; quadratic in the tokens at worst otherwise.
+    Cost: linear in the tokens for equal ids or texts; quadratic at worst otherwise.
     """
     if by not in BY:
         raise InvalidInputError(f"by: must be one of {', '.join(map(repr, BY))}, got {by!r}; 'auto' chooses")
     rule = _rule(first, second, by)
-    # The matcher and the choice among equally good steps prefer what comes first, so the order must not be the caller's
-    swapped = _order(second) < _order(first)
-    one, other = (second, first) if swapped else (first, second)
+
+    # The matcher, and the choice among equally good steps, prefer what comes first. An order that depends on the
+    # traces alone makes the result independent of the order of the arguments.
+    is_swapped = _sort_key(second) < _sort_key(first)
+    one = second if is_swapped else first
+    other = first if is_swapped else second
+
+    # The finest alignment.
     if rule == SAME_TEXT:
-        groups = _shared_borders(one, other)
+        level = "characters"
+        groups = _shared_groups(one, other)
         matched = [(k, k) for k in range(len(groups[0]))]
     else:
-        groups = (_single(one), _single(other))
+        level = "tokens"
+        groups = (_single_tokens(one), _single_tokens(other))
         matched = _matched_tokens(one, other, rule)
-    level = "characters" if rule == SAME_TEXT else "tokens"
+
+    # Steps are matched by the tokens that they share.
     if by == "steps":
+        level = "steps"
         steps = (_steps(one), _steps(other))
-        groups, matched, level = steps, _matched_steps(groups, matched, steps), "steps"
-    if swapped:
-        groups, matched = (groups[1], groups[0]), [(i, j) for j, i in matched]
-    return Alignment(level, rule, groups, _in_reading_order(matched, len(groups[0]), len(groups[1])))
+        matched = _matched_steps(groups, matched, steps)
+        groups = steps
+
+    # Back to the order of the arguments.
+    if is_swapped:
+        groups = (groups[1], groups[0])
+        matched = [(j, i) for i, j in matched]
+    pairs = _in_reading_order(matched, len(groups[0]), len(groups[1]))
+    return Alignment(level, rule, groups, pairs)
 
 
 def question_text(trace: FlowTrace) -> str:
-    """The characters from the first to the last question token."""
+    """Return the characters from the first to the last question token."""
     spans = trace.spans[trace.question]
-    return trace.text[int(spans[:, 0].min()) : int(spans[:, 1].max())].strip()
+    start = int(spans[:, 0].min())
+    stop = int(spans[:, 1].max())
+    return trace.text[start:stop].strip()
 
 
 def prompt_ids(trace: FlowTrace) -> list[int]:
-    """Ids of the tokens before the first generated one."""
-    made = trace.generated.nonzero()
-    return trace.token_ids[: int(made[0]) if made.numel() else trace.num_tokens].tolist()
+    """Return the ids of the tokens before the first generated one."""
+    generated = trace.generated.nonzero()
+    stop = int(generated[0]) if generated.numel() else trace.num_tokens
+    return trace.token_ids[:stop].tolist()
 
 
 def _rule(first: FlowTrace, second: FlowTrace, by: str) -> str:
+    """Choose what the alignment is based on: token ids, the text, the prompt or the question, in this order."""
     same_text = first.text == second.text and bool(first.text)
     if by == "characters" and not same_text:
         raise InvalidInputError(
@@ -116,118 +135,166 @@ def _rule(first: FlowTrace, second: FlowTrace, by: str) -> str:
         )
     if by == "characters":
         return SAME_TEXT
+
+    # From the most to the least that two traces can have in common.
     if first.token_ids.tolist() == second.token_ids.tolist():
         return SAME_TOKENS
     if same_text and by != "tokens":
         return SAME_TEXT
-    if prompt_ids(first) == prompt_ids(second) and prompt_ids(first):
+    first_prompt = prompt_ids(first)
+    if first_prompt and first_prompt == prompt_ids(second):
         return SAME_PROMPT
-    questions = question_text(first), question_text(second)
-    if questions[0] == questions[1] and questions[0]:
+    first_question = question_text(first)
+    second_question = question_text(second)
+    if first_question and first_question == second_question:
         return SAME_QUESTION
     raise InvalidInputError(
         "first, second: must trace one text or answer one question, got questions that differ "
-        f"{_difference(*questions)}, in traces of {first.num_tokens} and {second.num_tokens} tokens; "
-        "trace the same question twice"
+        f"{_difference(first_question, second_question)}, in traces of {first.num_tokens} and {second.num_tokens} "
+        "tokens; trace the same question twice"
     )
 
 
 def _difference(first: str, second: str) -> str:
-    """Where two texts part, and how long they are."""
-    at = next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
-    shown = [repr(text[at : at + _SHOWN]) if text[at:] else "its end" for text in (first, second)]
-    return f"from character {at} on ({shown[0]} and {shown[1]}; {len(first)} and {len(second)} characters)"
+    """Quote two texts from the first character in which they differ, with their lengths."""
+    at = min(len(first), len(second))
+    for k, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            at = k
+            break
+    quotes = []
+    for text in (first, second):
+        rest = text[at : at + _QUOTE_LENGTH]
+        quotes.append(repr(rest) if rest else "its end")
+    return f"from character {at} on ({quotes[0]} and {quotes[1]}; {len(first)} and {len(second)} characters)"
 
 
-def _order(trace: FlowTrace) -> tuple[list[int], tuple[str, ...], list[list[int]]]:
-    regions = [mask.nonzero().flatten().tolist() for mask in (trace.question, trace.reasoning, trace.answer)]
+def _sort_key(trace: FlowTrace) -> tuple[list[int], tuple[str, ...], list[list[int]]]:
+    """Order traces by all that the alignment reads."""
+    regions = []
+    for mask in (trace.question, trace.reasoning, trace.answer):
+        regions.append(mask.nonzero().flatten().tolist())
     return trace.token_ids.tolist(), trace.tokens, regions
 
 
-def _single(trace: FlowTrace) -> tuple[Group, ...]:
+def _single_tokens(trace: FlowTrace) -> Groups:
+    """Return every token as a group of its own."""
     return tuple((t, t + 1) for t in range(trace.num_tokens))
 
 
 def _matched_tokens(one: FlowTrace, other: FlowTrace, rule: str) -> list[Pair]:
-    """Matching runs, looked for part by part, so that answers meet answers; single replaced tokens are partners."""
+    """Match runs of tokens part by part, so that answers meet answers; single replaced tokens are partners."""
     if rule == SAME_TOKENS:
         return [(t, t) for t in range(one.num_tokens)]
-    if rule == SAME_PROMPT:  # one vocabulary: ids tell apart what prints alike
+
+    # What is matched: with one prompt the traces have one vocabulary, and ids distinguish tokens that print alike.
+    one_keys: Sequence[object]
+    other_keys: Sequence[object]
+    if rule == SAME_PROMPT:
         start = len(prompt_ids(one))
-        keys: tuple[Sequence[object], Sequence[object]] = (one.token_ids.tolist(), other.token_ids.tolist())
+        one_keys = one.token_ids.tolist()
+        other_keys = other.token_ids.tolist()
     else:
-        start, keys = 0, (one.tokens, other.tokens)
+        start = 0
+        one_keys = one.tokens
+        other_keys = other.tokens
+
     matched = [(t, t) for t in range(start)]
-    parts = zip(*(pairwise(_borders_of_parts(trace, start)) for trace in (one, other)), strict=True)
-    for number, ((low, high), (other_low, other_high)) in enumerate(parts):
-        matcher = SequenceMatcher(None, keys[0][low:high], keys[1][other_low:other_high], autojunk=False)
+    one_parts = pairwise(_part_borders(one, start))
+    other_parts = pairwise(_part_borders(other, start))
+    for part, (low, high), (other_low, other_high) in zip(_PARTS, one_parts, other_parts, strict=True):
+        matcher = SequenceMatcher(None, one_keys[low:high], other_keys[other_low:other_high], autojunk=False)
         for kind, i, i_end, j, j_end in matcher.get_opcodes():
-            if kind == "equal" or (kind == "replace" and (number == _ANSWER or i_end - i == j_end - j == 1)):
-                run = zip(range(low + i, low + i_end), range(other_low + j, other_low + j_end), strict=False)
-                matched += run  # of unequal answers, as many tokens as both have
+            is_one_for_one = i_end - i == 1 and j_end - j == 1
+            is_partner = part == "answer" or is_one_for_one
+            if kind == "equal" or (kind == "replace" and is_partner):
+                # Of answers with different lengths, as many tokens as both have.
+                run = range(low + i, low + i_end)
+                other_run = range(other_low + j, other_low + j_end)
+                matched += zip(run, other_run, strict=False)
     return matched
 
 
-def _borders_of_parts(trace: FlowTrace, start: int) -> list[int]:
-    """Where the question, the text after it, the answer and the rest begin, from ``start`` on."""
-    asked, answered = (mask.nonzero().flatten().tolist() for mask in (trace.question, trace.answer))
-    borders = [start, asked[0], asked[-1] + 1, answered[0], answered[-1] + 1]
+def _part_borders(trace: FlowTrace, start: int) -> list[int]:
+    """List the tokens between which the five parts lie, from token ``start`` on."""
+    question = trace.question.nonzero().flatten().tolist()
+    answer = trace.answer.nonzero().flatten().tolist()
+    borders = [start, question[0], question[-1] + 1, answer[0], answer[-1] + 1]
+    # Parts before start, or out of order, are empty.
     return [*np.maximum.accumulate(borders).tolist(), trace.num_tokens]
 
 
-def _shared_borders(one: FlowTrace, other: FlowTrace) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
-    """Both traces cut at every place where both have a border between tokens: as many groups on either side."""
-    borders, k, j = (_borders(one), _borders(other)), 0, 0
-    cuts: tuple[list[int], list[int]] = ([0], [0])
-    while k < len(borders[0]) and j < len(borders[1]):
-        (low, high, token), (other_low, other_high, other_token) = borders[0][k], borders[1][j]
+def _shared_groups(one: FlowTrace, other: FlowTrace) -> tuple[Groups, Groups]:
+    """Cut both traces at every place where both have a border between tokens: as many groups on either side."""
+    one_borders = _borders(one)
+    other_borders = _borders(other)
+    one_cuts = [0]
+    other_cuts = [0]
+    i = 0
+    j = 0
+    # Both lists are in reading order: advance the border that ends first, and cut where two borders meet.
+    while i < len(one_borders) and j < len(other_borders):
+        low, high, token = one_borders[i]
+        other_low, other_high, other_token = other_borders[j]
         if high >= other_low and other_high >= low:
-            cuts[0].append(token)
-            cuts[1].append(other_token)
-            k, j = k + 1, j + 1
+            one_cuts.append(token)
+            other_cuts.append(other_token)
+            i += 1
+            j += 1
         elif high < other_low:
-            k += 1
+            i += 1
         else:
             j += 1
-    cuts[0].append(one.num_tokens)
-    cuts[1].append(other.num_tokens)
-    return tuple(pairwise(cuts[0])), tuple(pairwise(cuts[1]))
+    one_cuts.append(one.num_tokens)
+    other_cuts.append(other.num_tokens)
+    return tuple(pairwise(one_cuts)), tuple(pairwise(other_cuts))
 
 
 def _borders(trace: FlowTrace) -> list[tuple[int, int, int]]:
-    """(from character, to character, token after): between them, all tokens before end and all after begin."""
-    spans = trace.spans.numpy()
-    ends = np.maximum.accumulate(spans[:, 0].clip(spans[:, 1]))[:-1]
-    starts = np.minimum.accumulate(spans[::-1, 0])[::-1][1:]
-    return [(int(ends[t]), int(starts[t]), int(t) + 1) for t in np.flatnonzero(ends <= starts)]
+    """List (from character, to character, token after): between them all tokens before end and all after begin."""
+    start, end = trace.spans.numpy().T
+    end = np.maximum(start, end)
+
+    # For each token t: where the tokens up to t end, and where those after t start.
+    last_end = np.maximum.accumulate(end)
+    first_start = np.minimum.accumulate(start[::-1])[::-1]
+    borders = []
+    for token in range(1, trace.num_tokens):
+        low = int(last_end[token - 1])
+        high = int(first_start[token])
+        # Tokens that share a character have no border between them.
+        if low <= high:
+            borders.append((low, high, token))
+    return borders
 
 
-def _steps(trace: FlowTrace) -> tuple[Group, ...]:
+def _steps(trace: FlowTrace) -> Groups:
+    """Return the token ranges of a trace's steps."""
     return tuple((step.start, step.stop) for step in trace.steps().steps)
 
 
-def _matched_steps(
-    groups: tuple[tuple[Group, ...], tuple[Group, ...]],
-    matched: list[Pair],
-    steps: tuple[tuple[Group, ...], tuple[Group, ...]],
-) -> list[Pair]:
-    """Pairs of steps that do not cross and share most tokens: a longest common subsequence weighted by them."""
-    step_of = [np.repeat(np.arange(len(side)), [stop - start for start, stop in side]) for side in steps]
-    sizes = [np.array([stop - start for start, stop in side]) for side in steps]
-    shared = np.zeros((len(steps[0]), len(steps[1])))
-    for i, j in matched:
-        (start, stop), (other_start, other_stop) = groups[0][i], groups[1][j]
-        shared[step_of[0][start], step_of[1][other_start]] += stop - start + other_stop - other_start
-    worth = np.where(shared >= _MATCH * (sizes[0][:, None] + sizes[1][None, :]), shared, 0)
-    best = np.zeros((len(steps[0]) + 1, len(steps[1]) + 1))  # of the steps from i and from j on
-    for i in reversed(range(len(steps[0]))):
-        for j in reversed(range(len(steps[1]))):
-            best[i, j] = max(best[i + 1, j], best[i, j + 1], worth[i, j] + best[i + 1, j + 1])
-    pairs, i, j = [], 0, 0
-    while i < len(steps[0]) and j < len(steps[1]):
-        if worth[i, j] and best[i, j] == worth[i, j] + best[i + 1, j + 1]:
+def _matched_steps(groups: tuple[Groups, Groups], matched: list[Pair], steps: tuple[Groups, Groups]) -> list[Pair]:
+    """Find the pairs of steps that do not cross and share most tokens: a weighted longest common subsequence."""
+    weight = _step_weights(groups, matched, steps)
+    num_first, num_second = weight.shape
+
+    # best[i, j]: the largest total weight of pairs among the steps from i and from j on.
+    best = np.zeros((num_first + 1, num_second + 1))
+    for i in reversed(range(num_first)):
+        for j in reversed(range(num_second)):
+            if_paired = weight[i, j] + best[i + 1, j + 1]
+            best[i, j] = max(best[i + 1, j], best[i, j + 1], if_paired)
+
+    # Follow the choices that led to best[0, 0].
+    pairs = []
+    i = 0
+    j = 0
+    while i < num_first and j < num_second:
+        if_paired = weight[i, j] + best[i + 1, j + 1]
+        if weight[i, j] > 0 and best[i, j] == if_paired:
             pairs.append((i, j))
-            i, j = i + 1, j + 1
+            i += 1
+            j += 1
         elif best[i, j] == best[i + 1, j]:
             i += 1
         else:
@@ -235,11 +302,43 @@ def _matched_steps(
     return pairs
 
 
+def _step_weights(groups: tuple[Groups, Groups], matched: list[Pair], steps: tuple[Groups, Groups]) -> np.ndarray:
+    """Count the matched tokens of each pair of steps, of both sides together; 0 where too few tokens match."""
+    one_sizes = _sizes(steps[0])
+    other_sizes = _sizes(steps[1])
+    one_step_of_token = np.repeat(np.arange(one_sizes.size), one_sizes)
+    other_step_of_token = np.repeat(np.arange(other_sizes.size), other_sizes)
+
+    # Each pair of groups counts for the steps in which its groups begin.
+    num_shared = np.zeros((one_sizes.size, other_sizes.size))
+    for i, j in matched:
+        start, stop = groups[0][i]
+        other_start, other_stop = groups[1][j]
+        step = one_step_of_token[start]
+        other_step = other_step_of_token[other_start]
+        num_shared[step, other_step] += stop - start
+        num_shared[step, other_step] += other_stop - other_start
+
+    num_tokens = np.add.outer(one_sizes, other_sizes)
+    are_partners = num_shared >= _MIN_SHARED_TOKENS * num_tokens
+    return np.where(are_partners, num_shared, 0)
+
+
+def _sizes(groups: Groups) -> np.ndarray:
+    """Return the number of tokens of each group."""
+    return np.array([stop - start for start, stop in groups])
+
+
 def _in_reading_order(matched: list[Pair], num_first: int, num_second: int) -> tuple[Pair, ...]:
-    """All groups of both: what has no partner stands before the next pair, the first trace's ahead."""
-    pairs, i, j = [], 0, 0
-    for end, other_end in [*matched, (num_first, num_second)]:
-        pairs += [(k, -1) for k in range(i, end)] + [(-1, k) for k in range(j, other_end)]
-        pairs.append((end, other_end))
-        i, j = end + 1, other_end + 1
+    """List all groups of both: those without a partner stand before the next pair, the first trace's before."""
+    pairs: list[Pair] = []
+    i = 0
+    j = 0
+    for next_i, next_j in [*matched, (num_first, num_second)]:
+        pairs += [(k, -1) for k in range(i, next_i)]
+        pairs += [(-1, k) for k in range(j, next_j)]
+        pairs.append((next_i, next_j))
+        i = next_i + 1
+        j = next_j + 1
+    # The last pair is the ends of both lists.
     return tuple(pairs[:-1])

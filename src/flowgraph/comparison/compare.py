@@ -1,4 +1,4 @@
-"""Two traces side by side: where the flow differs, on which edges and routes it agrees."""
+"""compare and Comparison: where the flow of two traces differs, and on which edges and routes it agrees."""
 
 from __future__ import annotations
 
@@ -30,19 +30,32 @@ from flowgraph.pages.comparison_page import write_comparison_html
 from flowgraph.tracing.flow_trace import FlowTrace
 
 SCHEMA = "flowgraph-comparison/1"
-_NAMED_FIRST = ("model", "layers")
-_SETTINGS = ("model", "dtype", "tokenizer", "layers", "heads", "edge_weight", "preset", "rows", "self_attention",
-             "first_token", "question_selector", "answer_selector")  # fmt: skip
+_MAX_ANSWER = 24
+"""Characters of an answer in a name."""
+
+_SELECTORS = ("question_selector", "answer_selector")
+_TRACE_SETTINGS = (
+    "dtype",
+    "tokenizer",
+    "heads",
+    "edge_weight",
+    "preset",
+    "rows",
+    "self_attention",
+    "first_token",
+)
+_FLOW_SETTINGS = ("damping", "source")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is compared as one: a token, the tokens that spell the same characters, or a step.
+    """A token, the tokens that spell the same characters, or a step: what is compared as one.
 
     Attributes:
         index: position among the units of its trace.
-        start, stop: its tokens, ``[start, stop)``.
-        text: what they say.
+        start: its first token.
+        stop: the token after its last.
+        text: its characters.
         region: "question", "reasoning", "answer" or None; the one with most of its tokens.
     """
 
@@ -58,27 +71,28 @@ class Comparison:
     r"""Two traces of one text, or of two answers to one question.
 
     Units are tokens, groups of tokens or steps; pairs put them side by side, P of them.
+    Make one with :func:`flowgraph.compare`.
 
     Attributes:
-        first, second: the traces.
-        names: what to call them; they say where the two differ.
+        first: the first trace, A.
+        second: the second trace, B.
+        names: a name for each, with the settings in which the two differ.
         by: "tokens", "characters" or "steps".
         rule: what made them comparable, in words.
         units: of the first and of the second trace.
-        pairs: ``[P, 2]`` int64 in reading order: unit of the first, unit of the second, -1 where there is none.
-        throughput: ``[P, 2]`` float64, share of each flow that passes through; 0 where there is no unit.
-        total_variation: :math:`\frac12 \sum |p_1 - p_2|` with :math:`p = f / \sum f`, in [0, 1]: how much of what a
-            random stop on a random route of one would have to move to look like the other.
-        rank_correlation: Spearman's, over the matched pairs; None for fewer than two, or when all are equal.
-        hub_overlap: shared part of the ``num_hubs`` reasoning units with most throughput, in [0, 1]; None without any.
+        pairs: ``[P, 2]`` int64 in reading order: unit of the first, unit of the second, -1 where one is missing.
+        throughput: ``[P, 2]`` float64, share of each flow that passes through; 0 where the unit is missing.
+        total_variation: :math:`\frac12 \sum |p_1 - p_2|` with :math:`p = f / \sum f`, in [0, 1]: the share of the
+            stops on a random route of one that would have to move to be distributed as in the other.
+        rank_correlation: Spearman's, over the matched pairs, in [-1, 1]; None for fewer than three, or where all are
+            equal.
+        hub_overlap: common part of the ``num_hubs`` reasoning units with most throughput, in [0, 1]; None without any.
         num_hubs: the larger number of hubs that were compared, at most 10.
         edge_overlap: :math:`2 \sum \min(F_1, F_2) / (\sum F_1 + \sum F_2)` over edges whose ends are matched, in
             [0, 1]: the share of all hops that both flows make. 1 exactly when every edge carries the same.
         mean_hops: of a route between units, in each flow.
         routes: the widest routes of either, widest first.
-        notes: what to know before reading a meaning into a difference.
-
-    Make one with :func:`flowgraph.compare`.
+        notes: what to know before interpreting a difference.
     """
 
     first: FlowTrace
@@ -109,39 +123,52 @@ class Comparison:
         return int((self.pairs >= 0).all(1).sum())
 
     def largest(self, k: int = 10, *, gains: bool = True) -> list[int]:
-        """The pairs that gain (or lose) most throughput from first to second, strongest first."""
+        """List the pairs whose throughput changes most from first to second, strongest first.
+
+        Args:
+            k: list at most this many; differences below 1e-12 are ignored.
+            gains: the pairs that gain throughput; False for those that lose it.
+
+        Raises:
+            InvalidInputError: ``k`` is not a positive integer.
+        """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InvalidInputError(f"k: must be at least 1, got {k!r}; ask for the number of pairs you want to see")
+            raise InvalidInputError(f"k: must be at least 1, got {k!r}; pass the number of pairs to list")
         change = self.difference if gains else -self.difference
-        order = torch.argsort(change, descending=True, stable=True)[: min(k, int((change > NEGLIGIBLE_FLOW).sum()))]
-        return order.tolist()
+        num_changed = int((change > NEGLIGIBLE_FLOW).sum())
+        order = torch.argsort(change, descending=True, stable=True)
+        return order[: min(k, num_changed)].tolist()
 
     def text(self, pair: int) -> str:
-        """What the pair says, in the first trace where it is there."""
-        i, j = self.pairs[pair].tolist()
-        return self.units[0][i].text if i >= 0 else self.units[1][j].text
+        """Return the characters of a pair: those of its unit in the first trace where there is one."""
+        _, unit = self._trace_and_unit(pair)
+        return unit.text
 
     def context(self, pair: int, width: int = 16) -> tuple[str, str, str]:
-        """The characters before the pair's text, the text, and the characters after it."""
-        i, j = self.pairs[pair].tolist()
-        trace, unit = (self.first, self.units[0][i]) if i >= 0 else (self.second, self.units[1][j])
-        before, after = "".join(trace.tokens[: unit.start][-width:]), "".join(trace.tokens[unit.stop :][:width])
+        """Return up to ``width`` characters before the pair's text, the text, and as many characters after it."""
+        trace, unit = self._trace_and_unit(pair)
+        # As many tokens as characters are enough.
+        before = "".join(trace.tokens[: unit.start][-width:])
+        after = "".join(trace.tokens[unit.stop :][:width])
         return before[-width:], unit.text, after[:width]
 
+    def _trace_and_unit(self, pair: int) -> tuple[FlowTrace, Unit]:
+        """Choose the side that a pair is quoted from: the first trace where it has a unit there."""
+        i, j = self.pairs[pair].tolist()
+        if i >= 0:
+            return self.first, self.units[0][i]
+        return self.second, self.units[1][j]
+
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as plain JSON values, schema ``flowgraph-comparison/1``; see ``docs/compare.md``."""
-        values = self.throughput.T.tolist()
-        sides = self.pairs.T.tolist()
-        units = []
-        for side, trace in enumerate((self.first, self.second)):
-            pair_of = {unit: pair for pair, unit in enumerate(sides[side]) if unit >= 0}
-            generated = trace.generated.tolist()
-            units.append([
-                {**asdict(unit), "generated": generated[unit.start], "pair": pair_of[unit.index],
-                 "throughput": values[side][pair_of[unit.index]]}
-                for unit in self.units[side]
-            ])  # fmt: skip
-        numbers = ("total_variation", "rank_correlation", "hub_overlap", "num_hubs", "edge_overlap", "mean_hops")
+        """Return the comparison as plain JSON values, schema ``flowgraph-comparison/1``; see ``docs/compare.md``."""
+        units = [self._unit_rows(0), self._unit_rows(1)]
+        pairs = []
+        for (i, j), difference in zip(self.pairs.tolist(), self.difference.tolist(), strict=True):
+            pairs.append([i, j, difference])
+        routes = []
+        for route in self.routes:
+            row = {"pairs": list(route.pairs), "first": route.first, "second": route.second, "shared": route.shared}
+            routes.append(row)
         return {
             "schema": SCHEMA,
             "names": list(self.names),
@@ -149,48 +176,83 @@ class Comparison:
             "rule": self.rule,
             "notes": list(self.notes),
             "summary": {
-                "num_units": [len(side) for side in units],
+                "num_units": [len(units[0]), len(units[1])],
                 "matched": self.num_matched,
-                **{name: getattr(self, name) for name in numbers[:-1]},
+                "total_variation": self.total_variation,
+                "rank_correlation": self.rank_correlation,
+                "hub_overlap": self.hub_overlap,
+                "num_hubs": self.num_hubs,
+                "edge_overlap": self.edge_overlap,
                 "mean_hops": list(self.mean_hops),
             },
             "units": units,
-            "pairs": [[i, j, d] for (i, j), d in zip(self.pairs.tolist(), self.difference.tolist(), strict=True)],
-            "routes": [
-                {"pairs": list(r.pairs), "first": r.first, "second": r.second, "shared": r.shared} for r in self.routes
-            ],
+            "pairs": pairs,
+            "routes": routes,
             "provenance": [dict(self.first.provenance), dict(self.second.provenance)],
         }
 
-    def _named(self, pair: int) -> str:
-        before, text, _ = self.context(pair, 8)
-        return f"{before.lstrip()!r} then {text!r}" if len(text.strip()) < 2 else repr(text[:40])
+    def _unit_rows(self, side: int) -> list[dict[str, Any]]:
+        """Return the units of one trace as JSON values, with the pair and the throughput of each."""
+        trace = (self.first, self.second)[side]
+        generated = trace.generated.tolist()
+        throughput = self.throughput[:, side].tolist()
+        pair_of = pair_of_unit(self.pairs[:, side], len(self.units[side])).tolist()
+        rows = []
+        for unit in self.units[side]:
+            pair = pair_of[unit.index]
+            row = asdict(unit)
+            row["generated"] = generated[unit.start]
+            row["pair"] = pair
+            row["throughput"] = throughput[pair]
+            rows.append(row)
+        return rows
 
     def to_json(self, path: PathLike) -> None:
-        """Write :meth:`to_dict` as a JSON file, atomically."""
+        """Write :meth:`to_dict` as a JSON file, atomically.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
         write_json(path, self.to_dict())
 
     def to_html(self, path: PathLike) -> None:
-        """Write one self-contained page (no network): both texts side by side, coloured by the difference."""
+        """Write one self-contained page (no network): both texts side by side, coloured by the difference.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
         write_comparison_html(path, self.to_dict())
 
     def __repr__(self) -> str:
-        first, second = (f"{len(side)} {'groups' if self.by == 'characters' else self.by}" for side in self.units)
-        lines = [
-            f"Comparison by {self.by}: {self.rule}",
-            f"  A {self.names[0]}: {first}, mean route {self.mean_hops[0]:.2f} hops",
-            f"  B {self.names[1]}: {second}, mean route {self.mean_hops[1]:.2f} hops",
+        kind = "groups" if self.by == "characters" else self.by
+        num_shared_routes = sum(route.shared for route in self.routes)
+        lines = [f"Comparison by {self.by}: {self.rule}"]
+        for letter, name, units, hops in zip("AB", self.names, self.units, self.mean_hops, strict=True):
+            lines.append(f"  {letter} {name}: {len(units)} {kind}, mean route {hops:.2f} hops")
+        lines += [
             f"  {self.num_matched} matched; total variation {self.total_variation:.3f}, "
-            f"rank correlation {_or_none(self.rank_correlation)}",
-            f"  {self.edge_overlap:.1%} of all hops are shared, {_or_none(self.hub_overlap, '.0%')} of the hubs, and "
-            f"{sum(route.shared for route in self.routes)} of the {len(self.routes)} widest routes",
+            f"rank correlation {_or_undefined(self.rank_correlation, '.3f')}",
+            f"  {self.edge_overlap:.1%} of all hops are shared, {_or_undefined(self.hub_overlap, '.0%')} of the hubs, "
+            f"and {num_shared_routes} of the {len(self.routes)} widest routes",
+            f"  more in B: {self._listed(gains=True)}",
+            f"  less in B: {self._listed(gains=False)}",
         ]
-        for title, gains in (("more in B", True), ("less in B", False)):
-            named = [
-                f"{self._named(pair)} {float(self.difference[pair]):+.3f}" for pair in self.largest(4, gains=gains)
-            ]
-            lines.append(f"  {title}: {', '.join(named) or 'nothing'}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _listed(self, gains: bool) -> str:
+        """Return the four pairs that change most, each with its difference, in one line."""
+        changes = []
+        for pair in self.largest(4, gains=gains):
+            changes.append(f"{self._quoted(pair)} {float(self.difference[pair]):+.3f}")
+        return ", ".join(changes) or "nothing"
+
+    def _quoted(self, pair: int) -> str:
+        """Quote a pair's text; text shorter than two characters with what stands before it."""
+        before, text, _ = self.context(pair, 8)
+        if len(text.strip()) < 2:
+            return f"{before.lstrip()!r} then {text!r}"
+        return repr(text[:40])
 
 
 def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Comparison:
@@ -207,7 +269,7 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
         (:func:`flowgraph.contract`).
 
     Raises:
-        InvalidInputError: the two cannot be aligned; the message says what differs.
+        InvalidInputError: the two cannot be aligned; the message names the difference.
         InfeasibleFlowError: in one of them no question token reaches the answer.
 
     Cost: ten widest routes of each, and the alignment; see :func:`flowgraph.comparison.alignment.align`.
@@ -222,15 +284,33 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
                 f"{name}: must have a flow, got a trace in which no question token reaches the answer; "
                 "check its regions and its pruning"
             )
+
+    # Both traces as flows between units, and the pairs of units.
     aligned = align(first, second, by)
-    flows = flow_of_groups(first.flow, aligned.groups[0]), flow_of_groups(second.flow, aligned.groups[1])
+    first_groups, second_groups = aligned.groups
+    units = (
+        _units(first, first_groups),
+        _units(second, second_groups),
+    )
+    flows = (
+        flow_of_groups(first.flow, first_groups),
+        flow_of_groups(second.flow, second_groups),
+    )
     pairs = torch.tensor(aligned.pairs, dtype=torch.int64)
-    units = _units(first, aligned.groups[0]), _units(second, aligned.groups[1])
-    throughput = torch.stack([on_pairs(flow.throughput, pairs[:, side]) for side, flow in enumerate(flows)], 1)
-    pair_of = [pair_of_unit(pairs[:, side], len(units[side])) for side in (0, 1)]
-    thinking = [torch.tensor([unit.region == "reasoning" for unit in side]) for side in units]
-    overlap, hops = edge_overlap(flows, pair_of, pairs)
-    hub_share, num_hubs = hub_overlap(flows, thinking, pair_of)
+    is_matched = (pairs >= 0).all(1)
+
+    # What each measure reads: throughput per pair, the pair of each unit, the units that may be hubs.
+    throughput_of_side = []
+    pair_of = []
+    is_reasoning = []
+    for side in (0, 1):
+        throughput_of_side.append(on_pairs(flows[side].throughput, pairs[:, side]))
+        pair_of.append(pair_of_unit(pairs[:, side], len(units[side])))
+        is_reasoning.append(torch.tensor([unit.region == "reasoning" for unit in units[side]]))
+    throughput = torch.stack(throughput_of_side, dim=1)
+
+    shared_hops, mean_hops = edge_overlap(flows, pair_of, pairs)
+    shared_hubs, num_hubs = hub_overlap(flows, is_reasoning, pair_of)
     return Comparison(
         first=first,
         second=second,
@@ -241,56 +321,89 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
         pairs=pairs,
         throughput=throughput,
         total_variation=total_variation(throughput),
-        rank_correlation=rank_correlation(throughput[(pairs >= 0).all(1)]),
-        hub_overlap=hub_share,
+        rank_correlation=rank_correlation(throughput[is_matched]),
+        hub_overlap=shared_hubs,
         num_hubs=num_hubs,
-        edge_overlap=overlap,
-        mean_hops=hops,
+        edge_overlap=shared_hops,
+        mean_hops=mean_hops,
         routes=route_pairs(flows, pair_of, pairs),
         notes=_notes(first, second, aligned),
     )
 
 
 def _units(trace: FlowTrace, groups: Sequence[Group]) -> tuple[Unit, ...]:
-    masks = [trace.graph[f"{name}_mask"].tolist() for name in REGIONS]
-    spans, units = trace.spans.tolist(), []
+    """Describe each group of tokens: its characters, and the region with most of its tokens."""
+    masks = {name: trace.graph[f"{name}_mask"].tolist() for name in REGIONS}
+    spans = trace.spans.tolist()
+    units = []
     for index, (start, stop) in enumerate(groups):
-        text = trace.tokens[start]
-        if stop - start > 1:  # the characters, as tokens that share one would repeat it
-            inside = trace.text[min(s for s, _ in spans[start:stop]) : max(e for _, e in spans[start:stop])]
-            text = inside or "".join(trace.tokens[start:stop])
-        counts = [sum(mask[start:stop]) for mask in masks]
-        region = REGIONS[counts.index(max(counts))] if max(counts) else None
+        if stop - start == 1:
+            text = trace.tokens[start]
+        else:
+            # Tokens may share a character, which joining their texts would repeat.
+            first_character = min(low for low, _ in spans[start:stop])
+            last_character = max(high for _, high in spans[start:stop])
+            text = trace.text[first_character:last_character]
+            if not text:
+                text = "".join(trace.tokens[start:stop])
+
+        counts = {name: sum(mask[start:stop]) for name, mask in masks.items()}
+        # Of equal counts, max returns the first region in reading order.
+        largest = max(REGIONS, key=counts.__getitem__)
+        region = largest if counts[largest] > 0 else None
         units.append(Unit(index, start, stop, text, region))
     return tuple(units)
 
 
 def _names(first: FlowTrace, second: FlowTrace) -> tuple[str, str]:
-    """Model and layers, then whatever else tells the two apart: a setting, or the answer."""
-    facts = [dict(trace.provenance) | {"damping": trace.flow.damping, "source": trace.flow.source_rule}
-             for trace in (first, second)]  # fmt: skip
-    rest = [name for name in (*_SETTINGS, "damping", "source") if name not in (*_NAMED_FIRST, "answer_selector",
-            "question_selector") and facts[0].get(name) != facts[1].get(name)]  # fmt: skip
-    answers = [_answer(trace) for trace in (first, second)]
-    names = []
-    for fact, answer in zip(facts, answers, strict=True):
-        parts = [str(fact.get("model") or "a model")]
-        if fact.get("layers"):
-            parts.append(f"layers {_ranges(fact['layers'])}")
-        parts += [f"{name} {fact.get(name)}" for name in rest]
-        if answers[0] != answers[1]:
-            parts.append(f"answer {answer!r}")
-        names.append(", ".join(parts))
-    return names[0], names[1]
+    """Name each trace by its model and layers, then by the settings and the answer in which the two differ."""
+    first_settings = _settings(first)
+    second_settings = _settings(second)
+    differing = []
+    for name in (*_TRACE_SETTINGS, *_FLOW_SETTINGS):
+        if first_settings.get(name) != second_settings.get(name):
+            differing.append(name)
+
+    # The answers only where they differ: two models on one text have one answer.
+    first_answer = _answer(first)
+    second_answer = _answer(second)
+    show_answer = first_answer != second_answer
+    first_name = _name(first_settings, differing, first_answer if show_answer else None)
+    second_name = _name(second_settings, differing, second_answer if show_answer else None)
+    return first_name, second_name
+
+
+def _settings(trace: FlowTrace) -> dict[str, Any]:
+    """Return a trace's provenance with the options of its flow."""
+    settings = dict(trace.provenance)
+    settings["damping"] = trace.flow.damping
+    settings["source"] = trace.flow.source_rule
+    return settings
+
+
+def _name(settings: Mapping[str, Any], differing: Sequence[str], answer: str | None) -> str:
+    """Join model, layers, the differing settings and the answer (None: the same in both) to a name."""
+    parts = [str(settings.get("model") or "a model")]
+    if settings.get("layers"):
+        parts.append(f"layers {_ranges(settings['layers'])}")
+    for name in differing:
+        parts.append(f"{name} {settings.get(name)}")
+    if answer is not None:
+        parts.append(f"answer {answer!r}")
+    return ", ".join(parts)
 
 
 def _answer(trace: FlowTrace) -> str:
-    text = "".join(trace.tokens[t] for t in trace.answer.nonzero().flatten().tolist()).strip()
-    return text if len(text) <= 24 else f"{text[:23]}…"
+    """Return the text of the answer, shortened to fit a name."""
+    answer_tokens = trace.answer.nonzero().flatten().tolist()
+    text = "".join(trace.tokens[t] for t in answer_tokens).strip()
+    if len(text) <= _MAX_ANSWER:
+        return text
+    return text[: _MAX_ANSWER - 1] + "…"
 
 
 def _ranges(layers: Any) -> str:
-    """[3, 4, 5, 9] as 3-5, 9."""
+    """Write [3, 4, 5, 9] as "3-5, 9"; a provenance of another tool as it is."""
     try:
         numbers = sorted(int(layer) for layer in layers)
     except (TypeError, ValueError):
@@ -305,35 +418,59 @@ def _ranges(layers: Any) -> str:
 
 
 def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str, ...]:
+    """List what may explain a difference besides the flow: tokenizers, regions, versions, pruning, settings."""
     notes = []
+    # One id may stand for different texts in different vocabularies.
     if aligned.rule == SAME_TOKENS and first.tokens != second.tokens:
-        at = next(t for t, (a, b) in enumerate(zip(first.tokens, second.tokens, strict=True)) if a != b)
+        token_pairs = zip(first.tokens, second.tokens, strict=True)
+        at = next(t for t, (one, other) in enumerate(token_pairs) if one != other)
         notes.append(
             f"the token ids are equal but read differently (token {at}: {first.tokens[at]!r} and "
             f"{second.tokens[at]!r}); were they made by two tokenizers?"
         )
-    if question_text(first) != question_text(second) or int(first.question.sum()) != int(second.question.sum()):
-        counts = int(first.question.sum()), int(second.question.sum())
-        notes.append(f"flow enters at other tokens: the question has {counts[0]} in A and {counts[1]} in B")
-    versions = [trace.provenance.get("versions") for trace in (first, second)]
-    made = [found.get("flowgraph-llm") if isinstance(found, Mapping) else None for found in versions]
-    if made[0] != made[1]:
+
+    # The source of the flow.
+    first_size = int(first.question.sum())
+    second_size = int(second.question.sum())
+    if question_text(first) != question_text(second) or first_size != second_size:
+        notes.append(f"flow enters at other tokens: the question has {first_size} in A and {second_size} in B")
+
+    # The code, and the approximation, behind the numbers.
+    first_version = _package_version(first)
+    second_version = _package_version(second)
+    if first_version != second_version:
         notes.append(
-            f"made by two versions of flowgraph-llm, {made[0]} and {made[1]}: part of a difference may be theirs"
+            f"made by two versions of flowgraph-llm, {first_version} and {second_version}: part of a difference may "
+            "be theirs"
         )
+
     for name, trace in (("A", first), ("B", second)):
-        if float(trace.graph.kept_flow) < 1:
+        kept_flow = float(trace.graph.kept_flow)
+        if kept_flow < 1:
             notes.append(
-                f"{name} was pruned to {float(trace.graph.kept_flow):.1%} of its flow; no throughput in it is off by "
+                f"{name} was pruned to {kept_flow:.1%} of its flow; no throughput in it is off by "
                 f"more than {float(trace.graph.throughput_error):.1g}"
             )
-    settings = [name for name in _SETTINGS if name not in _NAMED_FIRST and
-                first.provenance.get(name) != second.provenance.get(name)]  # fmt: skip
-    notes += [
-        f"{name} differs: {first.provenance.get(name)} in A, {second.provenance.get(name)} in B" for name in settings
-    ]
+
+    # Model and layers are in the names of both; the flow's own options are not part of the provenance.
+    for name in (*_TRACE_SETTINGS, *_SELECTORS):
+        in_first = first.provenance.get(name)
+        in_second = second.provenance.get(name)
+        if in_first != in_second:
+            notes.append(f"{name} differs: {in_first} in A, {in_second} in B")
     return tuple(notes)
 
 
-def _or_none(value: float | None, form: str = ".3f") -> str:
-    return "not defined" if value is None else format(value, form)
+def _package_version(trace: FlowTrace) -> Any:
+    """Return the version of this package that a trace's provenance names; None where it is missing."""
+    versions = trace.provenance.get("versions")
+    if isinstance(versions, Mapping):
+        return versions.get("flowgraph-llm")
+    return None
+
+
+def _or_undefined(value: float | None, form: str) -> str:
+    """Format a number that may be missing."""
+    if value is None:
+        return "not defined"
+    return format(value, form)

@@ -1,7 +1,7 @@
-"""The lines of a corpus: one JSON object each, read one at a time, and what each asks to be traced.
+"""The lines of a corpus: one JSON object each, read one at a time, with the text that each requests to be traced.
 
-The file is scanned once, so that every line that is no request is known before a model runs; texts are read again
-when their turn comes, so memory holds a few hundred bytes per line and no text.
+The file is scanned once, so that every invalid line is known before a model runs. Texts are read again when their
+window is traced: memory holds a few hundred bytes per line, and the texts of one window.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flowgraph.errors import InvalidInputError
 from flowgraph.files import PathLike
 from flowgraph.masks import Mask
 from flowgraph.text.encoding import EncodedText
 from flowgraph.text.selectors import Part, Regex, Selector
+from flowgraph.tracing.inputs import TextRequest
 
 _SHORT_NAME = 40
 """Characters of an id that its file name keeps; the line number makes the name unique."""
+
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,12 @@ class CorpusFields:
         prompt: text, or chat messages.
         messages: chat messages, another name for the prompt; a final assistant message is the response.
         response: the model's response, as text or generated ids.
-        id: a text or whole number, unique in the file.
+        id: a text or integer, unique in the file.
         question: literal text of the prompt, where flow enters.
         answer: literal text of the response, where flow leaves; its last occurrence counts.
+
+    Raises:
+        InvalidInputError: no key for the prompt, or one key for two fields.
     """
 
     prompt: str = "prompt"
@@ -45,28 +52,32 @@ class CorpusFields:
     answer: str = "answer"
 
     def __post_init__(self) -> None:
-        """Two fields of one name would read one value as two things."""
+        """Refuse a missing prompt, and two fields with one key, which would read one value as two things."""
         if not self.prompt and not self.messages:
             raise InvalidInputError("fields: prompt or messages must have a name, got two empty ones; name one")
-        names = [name for name in (getattr(self, each.name) for each in fields(self)) if name]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise InvalidInputError(
-                f"fields: each must have a name of its own, got {twice[0]!r} more than once; "
-                "turn the one you do not use off with ''"
-            )
+        seen: set[str] = set()
+        for field in fields(self):
+            key = getattr(self, field.name)
+            if key in seen:
+                raise InvalidInputError(
+                    f"fields: each must have a name of its own, got {key!r} more than once; "
+                    "turn the one you do not use off with ''"
+                )
+            if key:
+                seen.add(key)
 
 
 @dataclass(frozen=True)
 class Line:
-    """Where one line of the file lies, and what is known of it without a model.
+    """The place of one line in the file, and what is known of it without a model.
 
     Attributes:
-        number: counted from 1, blank lines too.
-        start, size: its bytes in the file.
+        number: counted from 1, blank lines included.
+        start: offset of its first byte.
+        size: its length in bytes.
         digest: fingerprint of its bytes.
-        id: the id it states, else ``line-NUMBER``.
-        error: why it is no request; None where it is one.
+        id: the id that it states, else ``line-NUMBER``.
+        error: why it is not a valid request; None where it is valid.
     """
 
     number: int
@@ -78,39 +89,48 @@ class Line:
 
     @property
     def name(self) -> str:
-        """A file name: safe on every system, and of this line alone."""
-        slug = "" if self.id == f"line-{self.number}" else re.sub(r"[^A-Za-z0-9_]+", "-", self.id).strip("-")
+        """A file name that is safe on every system and unique to this line."""
+        if self.id == _default_id(self.number):
+            return f"{self.number:06d}"
+        # The number makes the name unique, the id makes it readable.
+        slug = re.sub(r"[^A-Za-z0-9_]+", "-", self.id).strip("-")
         return f"{self.number:06d}-{slug[:_SHORT_NAME]}".rstrip("-")
+
+
+def _default_id(number: int) -> str:
+    """Return the id of a line that states none."""
+    return f"line-{number}"
 
 
 @dataclass(frozen=True)
 class Literal:
-    """The last occurrence of a text, itself and never an expression: data must not be read as a pattern.
+    """A selector of the last occurrence of a text, which is never read as a regular expression.
 
-    A text that begins or ends with a letter or digit is found as a whole word: the answer 7 is not in 17.
+    A text that begins or ends with a letter or digit must be a complete word: the answer 7 is not found in 17.
+
+    Attributes:
+        text: the text.
     """
 
     text: str
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Tokens of the occurrence."""
-        before = r"(?<!\w)" if re.match(r"\w", self.text[0]) else ""
-        after = r"(?!\w)" if re.match(r"\w", self.text[-1]) else ""
-        return Regex(before + re.escape(self.text) + after).select(encoded, part)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one line asks to be traced."""
-
-    prompt: str | list[dict[str, Any]]
-    response: str | list[int] | None
-    question: Selector | None
-    answer: Selector | None
+        """Select the tokens of the occurrence."""
+        # Word boundaries only where the text itself ends in a word character: "(a+b)" has none.
+        pattern = re.escape(self.text)
+        if re.match(r"\w", self.text[0]):
+            pattern = r"(?<!\w)" + pattern
+        if re.match(r"\w", self.text[-1]):
+            pattern = pattern + r"(?!\w)"
+        return Regex(pattern).select(encoded, part)
 
 
 def scan(path: PathLike, names: CorpusFields) -> list[Line]:
-    """Every line that is not blank, in order; those that are no request say why.
+    """List every line that is not blank, in order; an invalid line holds its error.
+
+    Args:
+        path: the file.
+        names: the keys of a line.
 
     Raises:
         InvalidInputError: the file cannot be read, or holds no line.
@@ -118,49 +138,64 @@ def scan(path: PathLike, names: CorpusFields) -> list[Line]:
     Cost: one read of the file.
     """
     lines: list[Line] = []
-    first: dict[str, int] = {}
+    number_of_id: dict[str, int] = {}
     for number, start, raw in _raw_lines(path):
-        digest = hashlib.sha256(raw).hexdigest()[:16]
-        given = f"line-{number}"
+        # A line that fails before its id is read gets the default one.
+        line_id = _default_id(number)
+        error = None
         try:
             values = _parse(raw)
-            given = _identity(values, names, given)
+            line_id = _identity(values, names, default=line_id)
             _request(values, names)
-            if given in first:
+            if line_id in number_of_id:
                 raise InvalidInputError(
-                    f"{names.id}: must be unique, got {given[:80]!r} as on line {first[given]}; give each line its own"
+                    f"{names.id}: must be unique, got {line_id[:80]!r} as on line {number_of_id[line_id]}; "
+                    "give each line its own"
                 )
-        except InvalidInputError as error:
-            lines.append(Line(number, start, len(raw), digest, given, str(error)))
+        except InvalidInputError as invalid:
+            error = str(invalid)
         else:
-            first[given] = number
-            lines.append(Line(number, start, len(raw), digest, given))
+            number_of_id[line_id] = number
+        lines.append(Line(number, start, len(raw), _digest(raw), line_id, error))
     if not lines:
         raise InvalidInputError(f"path: must hold at least one line, got none in {path}; write one JSON object a line")
     return lines
 
 
-def read_requests(path: PathLike, lines: list[Line], names: CorpusFields) -> Iterator[tuple[Line, Request]]:
-    """The requests of some lines, in the order given.
+def read_requests(path: PathLike, lines: list[Line], names: CorpusFields) -> Iterator[tuple[Line, TextRequest]]:
+    """Read the requests of some valid lines, in the order given.
+
+    Args:
+        path: the file that was scanned.
+        lines: some of its valid lines.
+        names: the keys of a line.
 
     Raises:
-        InvalidInputError: a line is no longer what it was when the file was scanned.
+        InvalidInputError: a line has changed since the file was scanned.
     """
     with _open(path) as file:
         for line in lines:
+            # The offset leads to the line, so earlier lines are not read again.
             file.seek(line.start)
             raw = file.read(line.size)
-            if hashlib.sha256(raw).hexdigest()[:16] != line.digest:
+            if _digest(raw) != line.digest:
                 raise InvalidInputError(
                     f"path: must stay as it is during a run, got another line {line.number} in {path}; start again"
                 )
             yield line, _request(_parse(raw), names)
 
 
-def _open(path: PathLike) -> Any:
+def _digest(raw: bytes) -> str:
+    """Return a short fingerprint of a line."""
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _open(path: PathLike) -> BinaryIO:
+    """Open the file for reading."""
     try:
         return Path(path).open("rb")
-    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+    except (OSError, ValueError) as error:
+        # A NUL in the name is a ValueError.
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidInputError(
             f"path: must be a file that can be read, got {str(path)!r} ({reason}); check the name"
@@ -168,16 +203,17 @@ def _open(path: PathLike) -> Any:
 
 
 def _raw_lines(path: PathLike) -> Iterator[tuple[int, int, bytes]]:
+    """Read number, offset and bytes of every line that is not blank."""
     start = 0
     with _open(path) as file:
         for number, raw in enumerate(file, 1):
-            if raw.removeprefix(b"\xef\xbb\xbf").strip():
+            if raw.removeprefix(_BYTE_ORDER_MARK).strip():
                 yield number, start, raw
             start += len(raw)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """One JSON object out of the bytes of a line."""
+    """Read the bytes of a line as one JSON object."""
     try:
         values = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -187,68 +223,94 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error).split("\n")[0]
         raise InvalidInputError(
-            f"line: must be one JSON object, got text that is none ({reason}); write one object a line"
+            f"line: must be one JSON object, got invalid JSON ({reason}); write one object a line"
         ) from None
     if not isinstance(values, dict):
         raise InvalidInputError(
             f'line: must be a JSON object, got {json.dumps(values):.80}; write it as {{"prompt": ...}}'
         )
+    # JSON can escape half of a surrogate pair, which neither a tokenizer nor a table can hold.
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidInputError(
             "line: must be text that UTF-8 can hold, got half of a surrogate pair (\\ud800 to \\udfff alone); "
-            "write the whole character"
+            "write the complete character"
         ) from None
     return values
 
 
 def _identity(values: Mapping[str, Any], names: CorpusFields, default: str) -> str:
+    """Read the id of a line, or the default where it states none."""
     given = _optional(values, names.id)
     if given is None:
         return default
     if isinstance(given, bool) or not isinstance(given, str | int) or not str(given).strip():
         raise InvalidInputError(
-            f"{names.id}: must be a text or a whole number, got {given!r:.80}; leave it out to get the line's number"
+            f"{names.id}: must be a text or an integer, got {given!r:.80}; leave it out to get the line's number"
         )
     return str(given)
 
 
-def _request(values: Mapping[str, Any], names: CorpusFields) -> Request:
-    prompts = {name: values[name] for name in (names.prompt, names.messages) if _optional(values, name) is not None}
-    if len(prompts) != 1:
-        wanted = " or ".join(repr(name) for name in (names.prompt, names.messages) if name)
-        got = "both" if prompts else f"the keys {sorted(values)!s:.80}"
-        raise InvalidInputError(f"{wanted}: must be given, one of them, got {got}; name the field if it is another")
-    [(name, prompt)] = prompts.items()
-    is_chat = isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
-    if not is_chat and (name == names.messages or not isinstance(prompt, str)):
-        wanted = "chat messages" if name == names.messages else "text or chat messages"
-        raise InvalidInputError(
-            f"{name}: must be {wanted}, got {prompt!r:.80}; write {'' if name == names.messages else 'a string, or '}"
-            "a list of objects with role and content"
-        )
+def _request(values: Mapping[str, Any], names: CorpusFields) -> TextRequest:
+    """Read what a line requests to be traced."""
+    prompt = _prompt(values, names)
     response = _optional(values, names.response)
     if response is not None and not isinstance(response, str | list):
         raise InvalidInputError(
             f"{names.response}: must be text or a list of token ids, got {response!r:.80}; "
             "leave it out to have it generated"
         )
-    question, answer = (_literal(values, field) for field in (names.question, names.answer))
-    return Request(prompt, response, question, answer)
+    return TextRequest(
+        prompt,
+        response,
+        question=_literal(values, names.question),
+        answer=_literal(values, names.answer),
+    )
 
 
-def _optional(values: Mapping[str, Any], name: str) -> Any:
-    return values.get(name) if name else None
+def _prompt(values: Mapping[str, Any], names: CorpusFields) -> str | list[dict[str, Any]]:
+    """Read the prompt under one of its two keys; only chat messages may be under the second."""
+    keys = [key for key in (names.prompt, names.messages) if key]
+    # Exactly one of the two keys must hold a value.
+    given = [key for key in keys if values.get(key) is not None]
+    if len(given) != 1:
+        wanted = " or ".join(repr(key) for key in keys)
+        got = "both" if given else f"the keys {sorted(values)!s:.80}"
+        raise InvalidInputError(f"{wanted}: must be given, one of them, got {got}; name the field if it is another")
+    key = given[0]
+    prompt = values[key]
+    # Whether each message has a role and text is checked with the prompt, when its turn comes.
+    is_chat = isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
+    if is_chat:
+        return prompt
+    if key == names.messages:
+        raise InvalidInputError(
+            f"{key}: must be chat messages, got {prompt!r:.80}; write a list of objects with role and content"
+        )
+    if not isinstance(prompt, str):
+        raise InvalidInputError(
+            f"{key}: must be text or chat messages, got {prompt!r:.80}; write a string, or a list of objects with "
+            "role and content"
+        )
+    return prompt
 
 
-def _literal(values: Mapping[str, Any], name: str) -> Selector | None:
-    text = _optional(values, name)
+def _optional(values: Mapping[str, Any], key: str) -> Any:
+    """Read the value under a key; None where the key is missing or turned off."""
+    if not key:
+        return None
+    return values.get(key)
+
+
+def _literal(values: Mapping[str, Any], key: str) -> Selector | None:
+    """Read the literal text of a question or an answer as a selector."""
+    text = _optional(values, key)
     if text is None:
         return None
     if isinstance(text, bool) or not isinstance(text, str | int | float) or not str(text).strip():
         raise InvalidInputError(
-            f"{name}: must be text or a number that stands in the line's text, got {text!r:.80}; "
+            f"{key}: must be text or a number that is part of the line's text, got {text!r:.80}; "
             "leave it out to have it found"
         )
     return Literal(str(text).strip())

@@ -1,11 +1,10 @@
-"""One run over the lines of a corpus: encode a window of them, batch it by length, trace what is left of it."""
+"""One run over the lines of a corpus: encode a window of lines, batch it by length, trace what is not yet traced."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,43 +12,43 @@ from torch import nn
 
 from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.capture import capture, check_fits
-from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
 from flowgraph.attention.modules import base_model
-from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.corpus.requests import Line, Request
+from flowgraph.corpus.corpus_options import CorpusOptions
+from flowgraph.corpus.requests import Line
 from flowgraph.corpus.run_folder import CorpusFolder
 from flowgraph.corpus.tables import figures
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimitError, NumericalRangeError
-from flowgraph.flow.solve import Absorption, SourceRule, check_options
 from flowgraph.graph.edge_collection import edges_kept
-from flowgraph.graph.edge_rules import EdgeRules
-from flowgraph.propagation.interface import Backend
 from flowgraph.text.chat import check_prompt, ends_with_response
 from flowgraph.text.encoding import EncodedText
-from flowgraph.text.regions import Regex, Regions
-from flowgraph.text.selectors import Selector
+from flowgraph.text.regions import Regions
 from flowgraph.tracing.flow_trace import FlowTrace, load_trace
-from flowgraph.tracing.generation import check_max_new_tokens, generate_response
-from flowgraph.tracing.inputs import regions_of_text
+from flowgraph.tracing.generation import generate_response
+from flowgraph.tracing.inputs import TextRequest, regions_of_text
 from flowgraph.tracing.provenance import provenance_of
-from flowgraph.tracing.trace import assemble, require_room
+from flowgraph.tracing.trace import assemble, require_trace_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OF_ONE_LINE = (InvalidInputError, InfeasibleFlowError, MemoryLimitError, NumericalRangeError)
-"""What ends a line and not the run."""
+Prompt = str | list[dict[str, Any]]
+Requests = Callable[[], Iterator[tuple[Line, TextRequest]]]
+
+_LINE_ERRORS = (InvalidInputError, InfeasibleFlowError, MemoryLimitError, NumericalRangeError)
+"""Errors that concern one line: it is reported and skipped, and the run continues."""
 
 
 @dataclass(frozen=True)
 class CorpusProgress:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         stage: what is being done.
-        done, failed, total: lines traced (earlier runs included), lines given up, all lines.
+        done: lines traced, earlier runs included.
+        failed: lines that could not be traced.
+        total: all lines.
         now: lines traced by this run.
-        tokens: their tokens.
+        tokens: tokens of this run's traces.
         seconds: since this run began to trace.
     """
 
@@ -63,64 +62,36 @@ class CorpusProgress:
 
     @property
     def traces_per_second(self) -> float:
-        return self.now / self.seconds if self.seconds > 0 else 0.0
+        """Traces of this run per second; 0 before any time has passed."""
+        if self.seconds <= 0:
+            return 0.0
+        return self.now / self.seconds
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+        """Tokens of this run's traces per second; 0 before any time has passed."""
+        if self.seconds <= 0:
+            return 0.0
+        return self.tokens / self.seconds
 
     @property
     def seconds_left(self) -> float | None:
-        """None before the first trace."""
+        """Estimate of the remaining time; None before the first trace."""
+        if not self.now:
+            return None
         left = self.total - self.done - self.failed
-        return left / self.traces_per_second if self.now else None
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The options of a run that decide a result, checked once before anything runs."""
-
-    layers: LayerRule
-    heads: str | Sequence[int] | HeadSelector
-    edge_weight: str
-    preset: str
-    rules: EdgeRules
-    question: str | Selector | None
-    answer: str | Selector | None
-    plain: bool
-    system: str | None
-    source: SourceRule
-    absorption: Absorption | None
-    damping: float
-    max_edges: int | str
-    backend: Backend
-    max_new_tokens: int
-    keep: float
-
-    def check(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse, before anything runs, what would fail on every line."""
-        check_options(self.backend, self.source, self.absorption, self.damping)
-        edges_kept(self.max_edges, 2)
-        AttentionRecorder(model, layers=self.layers, heads=self.heads, edge_weight=self.edge_weight)
-        for pattern in (self.question, self.answer):
-            if isinstance(pattern, str):
-                Regex(pattern)
-        check_max_new_tokens(self.max_new_tokens)
-        if not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
-            raise InvalidInputError(f"keep: must lie in (0, 1], got {self.keep!r}; 0.9 keeps the routes of 90 %")
-        if self.system and (self.plain or not getattr(tokenizer, "chat_template", None)):
-            raise InvalidInputError(
-                f"system: needs a chat template, got {self.system!r:.80} without; write it into the prompts"
-            )
-
-    def settings(self) -> dict[str, str]:
-        """The options by name, in words."""
-        return {name: str(value) for name, value in vars(self).items() if name != "rules"} | asdict(self.rules)
+        return left / self.traces_per_second
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One line, ready for a forward pass."""
+    """One line, ready for a forward pass.
+
+    Attributes:
+        line: the line.
+        encoded: its prompt and response as tokens.
+        regions: its question, reasoning and answer.
+    """
 
     line: Line
     encoded: EncodedText
@@ -128,151 +99,239 @@ class Prepared:
 
 
 class Run:
-    """One run over the file: counts, and the work on one window of lines."""
+    """One run over the file: the counts, and the work on one window of lines at a time.
+
+    Args:
+        model: a Hugging Face causal LM.
+        tokenizer: its tokenizer.
+        folder: where results are written, and earlier ones found.
+        options: the choices of the run.
+        total: number of lines of the file.
+        progress: called after every step.
+
+    Attributes:
+        done: lines traced, earlier runs included.
+        now: lines traced by this run.
+        tokens: tokens of this run's traces.
+        failed: message of every line that could not be traced, by its number.
+        began: clock reading at the start.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         folder: CorpusFolder,
-        choices: Choices,
-        batch_tokens: int,
-        html: bool,
+        options: CorpusOptions,
         total: int,
         progress: Callable[[CorpusProgress], None] | None,
     ) -> None:
-        self.model, self.tokenizer, self.folder, self.choices = model, tokenizer, folder, choices
-        self.inner, self.batch_tokens, self.html, self.total = base_model(model), batch_tokens, html, total
-        self.done = self.now = self.tokens = 0
+        self.model = model
+        self.inner = base_model(model)
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.options = options
+        self.total = total
+        # Counts, reported after every step.
+        self.done = 0
+        self.now = 0
+        self.tokens = 0
         self.failed: dict[int, str] = {}
         self.began = time.perf_counter()
         self._progress = progress
 
     def progress(self, stage: str) -> None:
-        if self._progress is not None:
-            seconds = time.perf_counter() - self.began
-            failed = len(self.failed)
-            self._progress(CorpusProgress(stage, self.done, failed, self.total, self.now, self.tokens, seconds))
-
-    def trace_window(self, lines: list[Line], requests: Callable[[], Iterator[tuple[Line, Request]]]) -> None:
-        """Trace what is left of some lines, batched by length."""
-        left = {line.number for line in lines if self.folder.record(line) is None}
-        for line in lines:
-            if line.number not in left:
-                self.done += 1
-                if self.html and not self.folder.page_path(line).is_file():
-                    load_trace(self.folder.trace_path(line)).to_html(
-                        self.folder.page_path(line), keep=self.choices.keep
-                    )
-        if not left:
+        """Report the state of the run."""
+        if self._progress is None:
             return
-        self.progress("reading the lines")
-        # Finished lines too: they belong to the batches, and a batch in other company rounds differently.
-        prepared = [item for line, request in requests() if (item := self._prepare(line, request)) is not None]
-        for batch in batches(prepared, self.batch_tokens):
-            if any(item.line.number in left for item in batch):
-                self._trace_batch(batch, left)
+        state = CorpusProgress(
+            stage,
+            done=self.done,
+            failed=len(self.failed),
+            total=self.total,
+            now=self.now,
+            tokens=self.tokens,
+            seconds=time.perf_counter() - self.began,
+        )
+        self._progress(state)
 
-    def _prepare(self, line: Line, request: Request) -> Prepared | None:
-        """Encode a line and find its regions; a line that cannot be traced is noted."""
-        choices = self.choices
+    def skip(self, line: Line, error: Exception | str) -> None:
+        """Record and report a line that cannot be traced."""
+        # Messages may have several lines; tables and logs show one.
+        message = " ".join(str(error).split())
+        self.failed[line.number] = message
+        self.progress(f"line {line.number} skipped: {message}")
+
+    def trace_window(self, lines: list[Line], requests: Requests) -> None:
+        """Trace the unfinished lines of a window, batched by length.
+
+        Args:
+            lines: the valid lines of the window, finished ones included.
+            requests: reads their texts.
+
+        Raises:
+            MemoryLimitError: a batch does not fit.
+            OutputError: a result cannot be written.
+        """
+        # Finished lines are counted, and may lack a page that this run writes.
+        unfinished = {line.number for line in lines if self.folder.record(line) is None}
+        for line in lines:
+            if line.number not in unfinished:
+                self.done += 1
+                self._write_missing_page(line)
+        if not unfinished:
+            return
+
+        # Finished lines are prepared too. They belong to the batches: with other sequences beside it, a line is
+        # rounded differently, and a resumed run must give the same numbers as one that was never interrupted.
+        self.progress("reading the lines")
+        prepared = []
+        for line, request in requests():
+            item = self._prepare(line, request)
+            if item is not None:
+                prepared.append(item)
+        for batch in batches(prepared, self.options.batch_tokens):
+            if any(item.line.number in unfinished for item in batch):
+                self._trace_batch(batch, unfinished)
+
+    def _write_missing_page(self, line: Line) -> None:
+        """Write the page of a finished line where an earlier run wrote none."""
+        page = self.folder.page_path(line)
+        if self.options.html and not page.is_file():
+            trace = load_trace(self.folder.trace_path(line))
+            trace.to_html(page, keep=self.options.keep)
+
+    def _prepare(self, line: Line, request: TextRequest) -> Prepared | None:
+        """Encode a line and find its regions; None for a line that cannot be traced, which is reported."""
+        options = self.options
         try:
-            prompt = _as_chat(self.tokenizer, request.prompt, choices)
-            response = request.response if request.response is not None else self._generated(line, prompt)
-            encoded, regions = regions_of_text(
-                self.model, self.tokenizer, prompt, response, request.question or choices.question,
-                request.answer or choices.answer, None, choices.max_new_tokens, self.progress,
-            )  # fmt: skip
+            # The prompt as the model reads it, and the response, generated where the line has none.
+            prompt = _as_chat(self.tokenizer, request.prompt, options)
+            response = request.response
+            if response is None:
+                response = self._generated(line, prompt)
+            # What a line states about itself comes before the options of the run.
+            complete = TextRequest(
+                prompt,
+                response,
+                question=request.question or options.question,
+                answer=request.answer or options.answer,
+            )
+            max_new_tokens = options.trace.max_new_tokens
+            encoded, regions = regions_of_text(self.inner, self.tokenizer, complete, max_new_tokens, self.progress)
+
+            # A line that fits neither context nor memory must not end a batch of others.
             ids = encoded.input_ids[None]
             check_fits(self.inner, ids, torch.ones_like(ids))
-            require_room(self.inner, ids.numel(), choices.layers, choices.max_edges)
-        except _OF_ONE_LINE as error:
-            self.give_up(line, error)
+            require_trace_memory(self.inner, ids.numel(), options.trace.layers, options.trace.max_edges)
+        except _LINE_ERRORS as error:
+            self.skip(line, error)
             return None
         return Prepared(line, encoded, regions)
 
-    def _generated(self, line: Line, prompt: str | list[dict[str, Any]]) -> list[int] | None:
-        """The response of a line that has none, generated once and kept."""
+    def _generated(self, line: Line, prompt: Prompt) -> list[int] | None:
+        """Return the response of a line that states none, generated once and kept; None where the chat ends with it."""
         if ends_with_response(prompt):
             return None
-        ids = self.folder.response(line)
-        if ids is None:
-            report = partial(_on_line, self.progress, line)
-            ids = generate_response(self.model, self.tokenizer, prompt, self.choices.max_new_tokens, report)
-            self.folder.keep_response(line, ids)
+        kept = self.folder.response(line)
+        if kept is not None:
+            return kept
+
+        def report(stage: str) -> None:
+            self.progress(f"line {line.number}: {stage}")
+
+        ids = generate_response(self.inner, self.tokenizer, prompt, self.options.trace.max_new_tokens, report)
+        self.folder.keep_response(line, ids)
         return ids
 
-    def _trace_batch(self, batch: list[Prepared], left: set[int]) -> None:
+    def _trace_batch(self, batch: list[Prepared], unfinished: set[int]) -> None:
+        """Read the attention of a batch in one pass, and trace and write its unfinished lines."""
         began = time.perf_counter()
+        # The rows of the batch are recomputed from its queries and keys, sequence by sequence.
         attention = self._capture(batch)
-        tokens = sum(item.encoded.num_tokens for item in batch)
-        per_token = (time.perf_counter() - began) / tokens
+        num_tokens = sum(item.encoded.num_tokens for item in batch)
+        seconds_per_token = (time.perf_counter() - began) / num_tokens
+
         for place, item in enumerate(batch):
-            if item.line.number not in left:
+            if item.line.number not in unfinished:
                 continue
             began = time.perf_counter()
             try:
+                # An error in one line must not end the others of its batch.
                 trace = self._assemble(attention, place, item)
-                record = figures(trace, self.choices.keep)
-            except _OF_ONE_LINE as error:
-                self.give_up(item.line, error)
+                record = figures(trace, self.options.keep)
+            except _LINE_ERRORS as error:
+                self.skip(item.line, error)
                 continue
+            # The record is written after the trace: it marks the line as finished.
             self._write(trace, item.line)
-            seconds = per_token * trace.num_tokens + time.perf_counter() - began
+
+            # A line's time is its own work and its share of the batch's pass.
+            seconds = seconds_per_token * trace.num_tokens + time.perf_counter() - began
             self.folder.finish(item.line, {**record, "seconds": round(seconds, 6), "batch": len(batch)})
-            self.done, self.now, self.tokens = self.done + 1, self.now + 1, self.tokens + trace.num_tokens
+            self.done += 1
+            self.now += 1
+            self.tokens += trace.num_tokens
             self.progress("tracing")
 
     def _capture(self, batch: list[Prepared]) -> AttentionRows:
-        """One forward pass of some lines, padded on the right, which every model takes."""
+        """Run one forward pass over some lines, padded on the right, which every model supports."""
         longest = max(item.encoded.num_tokens for item in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)  # what padding holds is masked
+        # The mask hides the padding, so any id may fill it.
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, item in enumerate(batch):
             ids[row, : item.encoded.num_tokens] = item.encoded.input_ids
             mask[row, : item.encoded.num_tokens] = 1
-        choices = self.choices
+
+        options = self.options.trace
         try:
-            edges = edges_kept(choices.max_edges, longest)
-            require_room(self.inner, ids.numel(), choices.layers, max(edges, 1))
+            # Queries and keys of the batch are held at once, but the edges of one sequence at a time.
+            edges = edges_kept(options.max_edges, longest)
+            require_trace_memory(self.inner, ids.numel(), options.layers, max(edges, 1))
             return capture(
-                self.model, ids, mask, layers=choices.layers, heads=choices.heads, edge_weight=choices.edge_weight
+                self.model,
+                ids,
+                mask,
+                layers=options.layers,
+                heads=options.heads,
+                edge_weight=options.edge_weight,
             )
         except (MemoryLimitError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0]
             raise MemoryLimitError(
-                f"batch_tokens: a batch must fit the memory, got {ids.numel()} tokens that do not "
-                f"({str(error).splitlines()[0]}); run again with a smaller batch_tokens, and it goes on from here"
+                f"batch_tokens: a batch must fit the memory, got {ids.numel()} tokens that do not ({reason}); "
+                "run again with a smaller batch_tokens, and it continues from here"
             ) from error
 
     def _assemble(self, attention: AttentionRows, place: int, item: Prepared) -> FlowTrace:
-        """The trace of one sequence of a batch."""
-        choices = self.choices
-        provenance = provenance_of(
-            self.inner, self.tokenizer, item.regions, attention.layers, choices.heads, choices.edge_weight,
-            choices.preset, choices.rules,
-        )  # fmt: skip
-        return assemble(
-            attention.sequence(place), item.encoded, item.regions, rules=choices.rules, max_edges=choices.max_edges,
-            backend=choices.backend, source=choices.source, absorption=choices.absorption, damping=choices.damping,
-            provenance={**provenance, "line": item.line.number, "id": item.line.id},
-        )  # fmt: skip
+        """Trace one sequence of a batch."""
+        options = self.options.trace
+        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options)
+        provenance["line"] = item.line.number
+        provenance["id"] = item.line.id
+        return assemble(attention.sequence(place), item.encoded, item.regions, options, provenance)
 
     def _write(self, trace: FlowTrace, line: Line) -> None:
+        """Write a trace, and its page where pages are wanted."""
         trace.save(self.folder.trace_path(line))
-        if self.html:
-            trace.to_html(self.folder.page_path(line), keep=self.choices.keep)
-
-    def give_up(self, line: Line, error: Exception | str) -> None:
-        """Note and report a line that cannot be traced."""
-        self.failed[line.number] = " ".join(str(error).split())
-        self.progress(f"line {line.number} skipped: {self.failed[line.number]}")
+        if self.options.html:
+            trace.to_html(self.folder.page_path(line), keep=self.options.keep)
 
 
 def batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[list[Prepared]]:
-    """Lines of similar length together, as many as the budget holds with their padding; shortest first."""
+    """Group lines of similar length, shortest first.
+
+    Args:
+        prepared: the lines of a window, in any order.
+        batch_tokens: most tokens of a batch, padding included; a longer line makes a batch of its own.
+    """
+    by_length = sorted(prepared, key=lambda item: (item.encoded.num_tokens, item.line.number))
     batch: list[Prepared] = []
-    for item in sorted(prepared, key=lambda item: (item.encoded.num_tokens, item.line.number)):
-        if batch and item.encoded.num_tokens * (len(batch) + 1) > batch_tokens:
+    for item in by_length:
+        # The item is the longest so far, so every other line would be padded to its length.
+        padded_tokens = item.encoded.num_tokens * (len(batch) + 1)
+        if batch and padded_tokens > batch_tokens:
             yield batch
             batch = []
         batch.append(item)
@@ -280,16 +339,13 @@ def batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[list[Pr
         yield batch
 
 
-def _on_line(progress: Callable[[str], None], line: Line, stage: str) -> None:
-    progress(f"line {line.number}: {stage}")
-
-
-def _as_chat(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], choices: Choices
-) -> str | list[dict[str, Any]]:
-    """A text prompt as a user's message, where the tokenizer has a chat template and nobody said plain."""
+def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: CorpusOptions) -> Prompt:
+    """Make a text prompt into a user's message, where the tokenizer has a chat template and ``plain`` is not set."""
     check_prompt(prompt)
-    if not isinstance(prompt, str) or choices.plain or not getattr(tokenizer, "chat_template", None):
+    if not isinstance(prompt, str) or options.plain or not getattr(tokenizer, "chat_template", None):
         return prompt
-    before = [{"role": "system", "content": choices.system}] if choices.system else []
-    return [*before, {"role": "user", "content": prompt}]
+    messages = []
+    if options.system:
+        messages.append({"role": "system", "content": options.system})
+    messages.append({"role": "user", "content": prompt})
+    return messages

@@ -1,11 +1,11 @@
-"""The folder of a corpus run: what is done is what lies there, each file written whole or not at all.
+"""The folder of a corpus run. Its files are the state of the run; each is written atomically.
 
 ::
 
     corpus.json     what the run is: options, model, and a fingerprint of every line
-    traces/         one trace a line (and its page, where asked for)
+    traces/         one trace per line (and its page, where pages are wanted)
     responses/      generated responses, so that none is generated twice
-    records/        the figures of a finished line; written last, so a record says that its line is done
+    records/        the figures of a finished line; written last, so a line with a record is finished
     tokens, traces, timing .parquet or .csv, errors.jsonl, index.html: written when the run ends
 """
 
@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from flowgraph.attention.modules import base_model
 from flowgraph.corpus.requests import Line
 from flowgraph.errors import InvalidInputError, OutputError
 from flowgraph.files import write_text
+from flowgraph.tracing.provenance import model_name, package_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,76 +32,91 @@ if TYPE_CHECKING:
 SCHEMA = "flowgraph-corpus/1"
 TABLES = ("tokens", "traces", "timing")
 _FOLDERS = ("traces", "records", "responses")
-_RESULTS = (*(f"{table}.{kind}" for table in TABLES for kind in ("parquet", "csv")), "errors.jsonl", "index.html")
+_TABLE_FILES = tuple(f"{table}.{suffix}" for table in TABLES for suffix in ("parquet", "csv"))
+_RESULTS = (*_TABLE_FILES, "errors.jsonl", "index.html")
+_SAMPLES_PER_WEIGHT = 64
+_COMPACT = (",", ":")
 
 
 class CorpusFolder:
-    """One run's folder; see the module's text for what lies in it.
+    """The folder of one run; the module's docstring lists its files.
 
     Args:
-        out: made if it is not there.
+        out: created if it is missing.
         settings: everything that decides a result; plain JSON values.
         lines: the lines of the input.
-        restart: throw away what an earlier run left here.
+        restart: remove what an earlier run wrote here.
 
     Raises:
-        OutputError: the folder cannot be made or written, or another run is at work in it.
+        OutputError: the folder cannot be created or written.
         InvalidInputError: it belongs to another input or other options, or holds files of no run.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], lines: Sequence[Line], *, restart: bool = False) -> None:
         self.out = out
+        # As the manifest will hold them: after a round trip, tuples are lists.
         self._settings = json.loads(json.dumps(settings))
         self._lines = [[line.number, line.digest] for line in lines]
         self._manifest = out / "corpus.json"
         if restart and self._manifest.is_file():
-            self._clear()
-        self._sweep()
-        self._adopt()
+            self._remove_results()
+        self._remove_temporary_files()
+        self._begin_or_continue()
         for folder in _FOLDERS:
             _make(out / folder)
 
     def trace_path(self, line: Line) -> Path:
+        """Return the path of a line's trace."""
         return self.out / "traces" / f"{line.name}.safetensors"
 
     def page_path(self, line: Line) -> Path:
+        """Return the path of a line's page."""
         return self.out / "traces" / f"{line.name}.html"
 
+    def _record_path(self, line: Line) -> Path:
+        """Return the path of a line's record."""
+        return self.out / "records" / f"{line.name}.json"
+
+    def _response_path(self, line: Line) -> Path:
+        """Return the path of a line's generated response."""
+        return self.out / "responses" / f"{line.name}.json"
+
     def record(self, line: Line) -> dict[str, Any] | None:
-        """The figures of a finished line, None where it has yet to be traced."""
-        record = _read_json(self.out / "records" / f"{line.name}.json")
-        done = record is not None and record.get("digest") == line.digest and self.trace_path(line).is_file()
-        return record if done else None
+        """Return the figures of a finished line; None where it is not finished."""
+        record = _read_json(self._record_path(line))
+        # A record of other bytes, or one without its trace, is out of date.
+        if record is None or record.get("digest") != line.digest or not self.trace_path(line).is_file():
+            return None
+        return record
 
     def finish(self, line: Line, record: Mapping[str, Any]) -> None:
-        """Write a line's record, after everything else of it is on disk."""
-        text = json.dumps({"digest": line.digest, **record}, allow_nan=False, separators=(",", ":"))
-        write_text(self.out / "records" / f"{line.name}.json", text)
+        """Write a line's record, after every other file of the line."""
+        text = json.dumps({"digest": line.digest, **record}, allow_nan=False, separators=_COMPACT)
+        write_text(self._record_path(line), text)
 
     def response(self, line: Line) -> list[int] | None:
-        """A response generated earlier."""
-        saved = _read_json(self.out / "responses" / f"{line.name}.json")
-        return saved["ids"] if saved is not None and saved.get("digest") == line.digest else None
+        """Return a response that was generated earlier."""
+        saved = _read_json(self._response_path(line))
+        if saved is None or saved.get("digest") != line.digest:
+            return None
+        return saved["ids"]
 
     def keep_response(self, line: Line, ids: list[int]) -> None:
-        """Keep a generated response, the costly part of a line that has none."""
-        path = self.out / "responses" / f"{line.name}.json"
-        write_text(path, json.dumps({"digest": line.digest, "ids": ids}, separators=(",", ":")))
+        """Keep a generated response, because generation is the costly part of a line."""
+        text = json.dumps({"digest": line.digest, "ids": ids}, separators=_COMPACT)
+        write_text(self._response_path(line), text)
 
-    def _adopt(self) -> None:
-        """Take up the run that this folder holds, or begin one."""
+    def _begin_or_continue(self) -> None:
+        """Write the manifest of a new run, or check that the run found here is the same one."""
         found = _read_json(self._manifest)
         if found is None:
-            strange = [name for name in (*_FOLDERS, *_RESULTS) if (self.out / name).exists()]
-            if strange:
-                raise InvalidInputError(
-                    f"out: must be a new folder or that of an earlier run, got {self.out} with {strange[0]!r} in "
-                    "it and no readable corpus.json; choose another folder"
-                )
+            self._refuse_other_files()
             manifest = {"schema": SCHEMA, "settings": self._settings, "lines": self._lines}
             write_text(self._manifest, json.dumps(manifest))
             return
-        remedy = "run it as before, choose another folder, or restart to throw the earlier results away"
+
+        # A run continues only if everything that decides a result is the same.
+        remedy = "run it as before, choose another folder, or restart to remove the earlier results"
         if found.get("schema") != SCHEMA:
             raise InvalidInputError(
                 f"out: must hold schema {SCHEMA}, got {found.get('schema')!r} in {self.out}; {remedy}"
@@ -114,13 +129,23 @@ class CorpusFolder:
                 f"in {self.out}; {remedy}"
             )
         if found.get("lines") != self._lines:
+            difference = _first_difference(found.get("lines", []), self._lines)
             raise InvalidInputError(
-                f"path: must be the file that the run in {self.out} began with, got one where "
-                f"{_difference(found.get('lines', []), self._lines)}; {remedy}"
+                f"path: must be the file that the run in {self.out} began with, got one where {difference}; {remedy}"
             )
 
-    def _clear(self) -> None:
-        """Remove what a run wrote, and nothing else; its manifest last, so that a kill leaves a run behind."""
+    def _refuse_other_files(self) -> None:
+        """Refuse a folder without a manifest that holds files with the names of results."""
+        for name in (*_FOLDERS, *_RESULTS):
+            if (self.out / name).exists():
+                raise InvalidInputError(
+                    f"out: must be a new folder or that of an earlier run, got {self.out} with {name!r} in "
+                    "it and no readable corpus.json; choose another folder"
+                )
+
+    def _remove_results(self) -> None:
+        """Remove the files of the earlier run and no others."""
+        # Names of result files start with the number of their line; other files are not touched.
         for folder in _FOLDERS:
             for path in (self.out / folder).glob("[0-9]*"):
                 path.unlink(missing_ok=True)
@@ -129,15 +154,17 @@ class CorpusFolder:
         for folder in _FOLDERS:
             if (self.out / folder).is_dir() and not any((self.out / folder).iterdir()):
                 (self.out / folder).rmdir()
+        # The manifest goes last: a run killed before this line is still recognised as a run.
         self._manifest.unlink()
-        strange = [folder for folder in _FOLDERS if (self.out / folder).exists()]
-        if strange:
-            raise InvalidInputError(
-                f"out: must hold the files of a run alone, got others in {self.out / strange[0]}; move them away"
-            )
+        for folder in _FOLDERS:
+            if (self.out / folder).exists():
+                raise InvalidInputError(
+                    f"out: must hold the files of a run alone, got others in {self.out / folder}; move them away"
+                )
 
-    def _sweep(self) -> None:
-        """Remove the half-written files of a killed run."""
+    def _remove_temporary_files(self) -> None:
+        """Remove the temporary files of a run that was killed while it wrote."""
+        # atomic_write adds a dot in front of a name and random characters behind it.
         for name in ("corpus.json", *_RESULTS):
             for path in self.out.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
@@ -148,11 +175,16 @@ class CorpusFolder:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it; the system lets go of the lock when a process dies."""
+    """Create the folder and lock it against other runs; the system releases the lock when the process ends.
+
+    Raises:
+        OutputError: the folder cannot be created, or another run works in it.
+    """
     _make(out)
     try:
         import fcntl
-    except ImportError:  # Windows: two runs at once would only do the same work twice
+    except ImportError:
+        # Windows has no such lock. Two runs at once would only do the same work twice.
         yield
         return
     try:
@@ -172,27 +204,40 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What names a model and its tokenizer: a few values of every weight tell two checkpoints apart."""
+    """Describe a model and its tokenizer so that two checkpoints can be told apart.
+
+    Args:
+        model: a Hugging Face causal LM; a few values of every weight are read.
+        tokenizer: its vocabulary and chat template are read.
+
+    Returns:
+        Name, digests and package versions as plain JSON values.
+    """
+    # Shapes and evenly spaced values of all weights: a digest of every value would take too long.
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        # Offloaded weights have no values here.
         if weight.device.type != "meta" and weight.numel():
             flat = weight.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+            stride = max(1, flat.numel() // _SAMPLES_PER_WEIGHT)
+            digest.update(flat[::stride].float().cpu().numpy().tobytes())
+    # The chat template decides the tokens of a prompt as much as the vocabulary does.
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)])
-    inner = base_model(model)
     return {
-        "model": str(getattr(inner.config, "_name_or_path", "") or type(inner).__name__),
+        "model": model_name(base_model(model)),
         "weights": digest.hexdigest()[:16],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
-        "versions": {name: version(name) for name in ("flowgraph-llm", "torch", "transformers", "torch-geometric")},
+        "versions": package_versions(),
     }
 
 
 def _make(folder: Path) -> None:
+    """Create a folder and its parents."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+    except (OSError, ValueError) as error:
+        # A NUL in the name is a ValueError.
         reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(
             f"out: must be a folder that can be made, got {str(folder)!r} ({reason}); choose another place"
@@ -200,7 +245,7 @@ def _make(folder: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None where there is none that can be read."""
+    """Read a JSON object; None where the file is missing or holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -209,17 +254,19 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first setting that differs."""
-    for name in dict.fromkeys([*now, *before]):
+    """Return the name and both values of the first setting that differs."""
+    for name in (*now, *before):
         if before.get(name) != now.get(name):
             return name, before.get(name), now.get(name)
     return None
 
 
-def _difference(before: Sequence[Any], now: Sequence[Any]) -> str:
-    """The first line that differs, in words."""
+def _first_difference(before: Sequence[Any], now: Sequence[Any]) -> str:
+    """Describe the first line that differs between two lists of ``[number, digest]``."""
     for old, new in zip(before, now, strict=False):
         if old != new:
             return f"line {min(old[0], new[0])} has changed"
     more = len(now) - len(before)
-    return f"there are {abs(more)} lines {'more' if more > 0 else 'fewer'}"
+    if more > 0:
+        return f"there are {more} lines more"
+    return f"there are {-more} lines fewer"

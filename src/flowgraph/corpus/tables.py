@@ -1,6 +1,6 @@
-"""The tables of a corpus run: one row a token, one row a line, and how long each took.
+"""The tables of a corpus run: one row per token, one row per line, and the time of each line.
 
-Nothing in the first two depends on the clock, so the same run gives the same bytes.
+The first two hold nothing that depends on the clock, so the same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,35 +20,41 @@ from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import atomic_write, write_text
 from flowgraph.pages.corpus_page import write_index
 from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.tracing.payload import finite_or_none, token_regions
 
 TableFormat = Literal["parquet", "csv"]
-Rows = Iterable[Sequence[Mapping[str, Any]]]
+Row = Mapping[str, Any]
+RowGroups = Iterable[Sequence[Row]]
 
-_TEXT, _WHOLE, _NUMBER, _FLAG = "string", "int64", "float64", "bool"
+_TEXT = "string"
+_INTEGER = "int64"
+_NUMBER = "float64"
+_FLAG = "bool"
+
 TRACE_COLUMNS = {
     "id": _TEXT,
-    "line": _WHOLE,
+    "line": _INTEGER,
     "file": _TEXT,
-    "tokens": _WHOLE,
-    "prompt_tokens": _WHOLE,
-    "question": _WHOLE,
-    "reasoning": _WHOLE,
-    "answer": _WHOLE,
+    "tokens": _INTEGER,
+    "prompt_tokens": _INTEGER,
+    "question": _INTEGER,
+    "reasoning": _INTEGER,
+    "answer": _INTEGER,
     "answer_text": _TEXT,
     "feasible": _FLAG,
     "mean_hops": _NUMBER,
     "alpha": _NUMBER,
-    "edges": _WHOLE,
+    "edges": _INTEGER,
     "kept_flow": _NUMBER,
-    "backbone_edges": _WHOLE,
+    "backbone_edges": _INTEGER,
     "backbone_share": _NUMBER,
     "error": _TEXT,
 }
 TOKEN_COLUMNS = {
     "id": _TEXT,
-    "line": _WHOLE,
-    "index": _WHOLE,
-    "token_id": _WHOLE,
+    "line": _INTEGER,
+    "index": _INTEGER,
+    "token_id": _INTEGER,
     "text": _TEXT,
     "region": _TEXT,
     "generated": _FLAG,
@@ -56,7 +62,13 @@ TOKEN_COLUMNS = {
     "h": _NUMBER,
     "g": _NUMBER,
 }
-TIMING_COLUMNS = {"id": _TEXT, "line": _WHOLE, "tokens": _WHOLE, "batch": _WHOLE, "seconds": _NUMBER}
+TIMING_COLUMNS = {
+    "id": _TEXT,
+    "line": _INTEGER,
+    "tokens": _INTEGER,
+    "batch": _INTEGER,
+    "seconds": _NUMBER,
+}
 
 
 def write_results(
@@ -66,146 +78,219 @@ def write_results(
     kind: TableFormat,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the tables, ``errors.jsonl`` and the index page from the records of the finished lines.
+    """Write the tables, the list of errors and the index page from the records of all finished lines.
 
     Args:
-        folder: where they lie.
+        folder: the folder of the run.
         windows: all lines, in the groups in which they are written.
-        failed: message of every line without a record.
+        failed: message of every line without a record, by its number.
         kind: format of the tables.
-        facts: name and value of what the page says about the run.
+        facts: name and value of each fact that the page states about the run.
 
     Raises:
         OutputError: a path cannot be written.
 
     Cost: two reads of the records; one window of tokens in memory.
     """
+    # One row per line fits into memory.
     rows: list[dict[str, Any]] = []
     timing: list[dict[str, Any]] = []
-    for line in (line for window in windows for line in window):
-        named = {"id": line.id, "line": line.number}
-        record = folder.record(line)
-        if record is None:
-            rows.append({**named, "error": failed.get(line.number)})
-        else:
-            rows.append({**named, "file": f"traces/{folder.trace_path(line).name}", **record["trace"]})
-            seconds = {name: record[name] for name in ("batch", "seconds")}
-            timing.append({**named, "tokens": record["trace"]["tokens"], **seconds})
-    write_table(folder.out, "tokens", kind, TOKEN_COLUMNS, (list(_tokens(folder, window)) for window in windows))
+    for window in windows:
+        for line in window:
+            row = {"id": line.id, "line": line.number}
+            record = folder.record(line)
+            if record is None:
+                rows.append({**row, "error": failed.get(line.number)})
+                continue
+            rows.append({**row, "file": f"traces/{folder.trace_path(line).name}", **record["trace"]})
+            timing.append(
+                {
+                    **row,
+                    "tokens": record["trace"]["tokens"],
+                    "batch": record["batch"],
+                    "seconds": record["seconds"],
+                }
+            )
+
+    # The rows of all tokens may not fit into memory: they are read and written one window at a time.
+    token_groups = (list(_token_rows(folder, window)) for window in windows)
+    write_table(folder.out, "tokens", kind, TOKEN_COLUMNS, token_groups)
     write_table(folder.out, "traces", kind, TRACE_COLUMNS, [rows])
     write_table(folder.out, "timing", kind, TIMING_COLUMNS, [timing])
-    errors = [{"line": row["line"], "id": row["id"], "error": row["error"]} for row in rows if row.get("error")]
-    write_text(folder.out / "errors.jsonl", "".join(json.dumps(error) + "\n" for error in errors))
-    pages = {line.number: f"traces/{folder.page_path(line).name}" for window in windows for line in window}
-    pages = {number: page for number, page in pages.items() if (folder.out / page).is_file()}
-    write_index(folder.out / "index.html", rows, pages, facts)
+    _write_errors(folder.out, rows)
+    write_index(folder.out / "index.html", rows, _existing_pages(folder, windows), facts)
 
 
-def _tokens(folder: CorpusFolder, lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
+def _token_rows(folder: CorpusFolder, lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
+    """Read the rows of the table of tokens of some lines."""
     for line in lines:
         record = folder.record(line)
-        if record is not None:
-            columns = record["tokens"]
-            for index, values in enumerate(zip(*columns.values(), strict=True)):
-                yield {"id": line.id, "line": line.number, "index": index, **dict(zip(columns, values, strict=True))}
+        if record is None:
+            continue
+        columns = record["tokens"]
+        for index, values in enumerate(zip(*columns.values(), strict=True)):
+            named = dict(zip(columns, values, strict=True))
+            yield {"id": line.id, "line": line.number, "index": index, **named}
+
+
+def _write_errors(out: Path, rows: Iterable[Row]) -> None:
+    """Write one JSON object per line that could not be traced."""
+    text = ""
+    for row in rows:
+        if row.get("error"):
+            text += json.dumps({"line": row["line"], "id": row["id"], "error": row["error"]}) + "\n"
+    write_text(out / "errors.jsonl", text)
+
+
+def _existing_pages(folder: CorpusFolder, windows: Sequence[Sequence[Line]]) -> dict[int, str]:
+    """Map the number of each line that has a page to the page's address on the index."""
+    pages = {}
+    for window in windows:
+        for line in window:
+            page = folder.page_path(line)
+            if page.is_file():
+                pages[line.number] = f"traces/{page.name}"
+    return pages
 
 
 def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
-    """The figures of one trace, for both tables, as plain JSON values.
+    """Compute the figures of one trace for both tables, as plain JSON values.
 
     Args:
         trace: a trace of generated text.
         keep: share of the flow whose routes make the backbone.
 
+    Returns:
+        ``trace``: its row; ``tokens``: the columns of its tokens.
+
     Cost: one backbone search.
     """
-    flow, graph = trace.flow, trace.graph
-    bone = trace.backbone(keep) if trace.feasible else None
-    h, g = flow.potentials
-    regions = {name: getattr(trace, name) for name in ("question", "reasoning", "answer")}
+    flow = trace.flow
+    graph = trace.graph
+    # Figures that exist only with a flow.
+    mean_hops = None
+    backbone_edges = None
+    backbone_share = None
+    if trace.feasible:
+        backbone = trace.backbone(keep)
+        backbone_edges = backbone.num_edges
+        backbone_share = backbone.share
+        mean_hops = float(flow.throughput.sum()) - 1
     row = {
         "tokens": trace.num_tokens,
         "prompt_tokens": int((~trace.generated).sum()),
-        **{name: int(mask.sum()) for name, mask in regions.items()},
+        "question": int(trace.question.sum()),
+        "reasoning": int(trace.reasoning.sum()),
+        "answer": int(trace.answer.sum()),
         "answer_text": _storable(_text_of(trace, trace.answer)),
         "feasible": trace.feasible,
-        "mean_hops": float(flow.throughput.sum()) - 1 if trace.feasible else None,
-        "alpha": _finite(flow.alpha.view(1))[0],
+        "mean_hops": mean_hops,
+        "alpha": finite_or_none(float(flow.alpha)),
         "edges": graph.num_edges,
         "kept_flow": float(graph.kept_flow),
-        "backbone_edges": bone.num_edges if bone else None,
-        "backbone_share": bone.share if bone else None,
+        "backbone_edges": backbone_edges,
+        "backbone_share": backbone_share,
     }
-    names = [next((name for name, mask in regions.items() if mask[token]), None) for token in range(trace.num_tokens)]
+    potential, influence = flow.potentials
+    # Columns instead of rows, so that the record holds each name once.
     tokens = {
         "token_id": trace.token_ids.tolist(),
         "text": [_storable(token) for token in trace.tokens],
-        "region": names,
+        "region": token_regions(graph),
         "generated": trace.generated.tolist(),
         "throughput": flow.throughput.tolist(),
-        "h": _finite(h),
-        "g": _finite(g),
+        "h": [finite_or_none(value) for value in potential.tolist()],
+        "g": [finite_or_none(value) for value in influence.tolist()],
     }
     return {"trace": row, "tokens": tokens}
 
 
 def _text_of(trace: FlowTrace, mask: Tensor) -> str:
-    """The characters of some tokens, which may share them, with the blanks between; a gap shows as an ellipsis."""
-    pieces, reached = [], None
+    """Join the text of some tokens: blanks between them are kept, other characters left out show as an ellipsis."""
+    text = ""
+    end_so_far = None
     for start, end in sorted(trace.spans[mask].tolist()):
-        between = trace.text[reached:start] if reached is not None and start > reached else ""
-        pieces += [between if not between.strip() else " … ", trace.text[max(start, reached or 0) : end]]
-        reached = max(end, reached or 0)
-    return "".join(pieces).strip()
+        if end_so_far is None:
+            text += trace.text[start:end]
+            end_so_far = end
+            continue
+        between = trace.text[end_so_far:start]
+        text += " … " if between.strip() else between
+        # Tokens may share characters, which are shown once.
+        text += trace.text[max(start, end_so_far) : end]
+        end_so_far = max(end, end_so_far)
+    return text.strip()
 
 
 def _storable(text: str) -> str:
+    """Replace lone surrogates, which no table can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _finite(vector: Tensor) -> list[float | None]:
-    return [value if abs(value) < float("inf") else None for value in vector.double().tolist()]
-
-
 def table_format(kind: str) -> TableFormat:
-    """The format that is meant, refused before anything runs where it cannot be written.
+    """Resolve and check the format of the tables, before anything runs.
+
+    Args:
+        kind: ``"parquet"``, ``"csv"``, or ``"auto"``: Parquet where pyarrow is installed.
 
     Raises:
-        InvalidInputError: no such format.
+        InvalidInputError: an unknown format.
         MissingExtraError: Parquet without pyarrow.
     """
+    # pyarrow is optional and slow to import, so it is only looked for.
     has_pyarrow = importlib.util.find_spec("pyarrow") is not None
-    if kind == "auto":
-        return "parquet" if has_pyarrow else "csv"
-    if kind not in ("parquet", "csv"):
+    if kind == "csv" or (kind == "auto" and not has_pyarrow):
+        return "csv"
+    if kind not in ("auto", "parquet"):
         raise InvalidInputError(f"format: must be 'auto', 'parquet' or 'csv', got {kind!r}; 'auto' is the default")
-    if kind == "parquet" and not has_pyarrow:
+    if not has_pyarrow:
         raise MissingExtraError(
             "format: 'parquet' needs pyarrow, got an environment without it; "
             "run pip install 'flowgraph-llm[parquet]', or choose the format 'csv'"
         )
-    return kind  # type: ignore[return-value]
+    return "parquet"
 
 
-def write_table(out: Path, name: str, kind: TableFormat, columns: Mapping[str, str], groups: Rows) -> Path:
+def write_table(out: Path, name: str, kind: TableFormat, columns: Mapping[str, str], groups: RowGroups) -> Path:
     """Write rows, a group at a time, atomically; the same rows in the same groups give the same bytes.
+
+    Args:
+        out: folder of the table.
+        name: file name without its suffix.
+        kind: format.
+        columns: type of each column.
+        groups: the rows; a missing value is None or absent.
+
+    Returns:
+        The path of the table.
 
     Raises:
         OutputError: the path cannot be written.
     """
-    writer: Callable[[Path, Mapping[str, str], Rows], None] = _write_parquet if kind == "parquet" else _write_csv
-    with atomic_write(out / f"{name}.{kind}") as temporary:
-        writer(temporary, columns, groups)
+    path = out / f"{name}.{kind}"
+    with atomic_write(path) as temporary:
+        if kind == "parquet":
+            _write_parquet(temporary, columns, groups)
+        else:
+            _write_csv(temporary, columns, groups)
+    # A table that an earlier run wrote in the other format is out of date now.
     other = "csv" if kind == "parquet" else "parquet"
-    (out / f"{name}.{other}").unlink(missing_ok=True)  # of an earlier run, and by now out of date
-    return out / f"{name}.{kind}"
+    (out / f"{name}.{other}").unlink(missing_ok=True)
+    return path
 
 
-def _write_parquet(path: Path, columns: Mapping[str, str], groups: Rows) -> None:
+def _write_parquet(path: Path, columns: Mapping[str, str], groups: RowGroups) -> None:
+    """Write rows as Parquet, one row group per group."""
     import pyarrow
     from pyarrow import parquet
 
-    types = {_TEXT: pyarrow.string(), _WHOLE: pyarrow.int64(), _NUMBER: pyarrow.float64(), _FLAG: pyarrow.bool_()}
+    # Fixed types: a column without values must not change the schema.
+    types = {
+        _TEXT: pyarrow.string(),
+        _INTEGER: pyarrow.int64(),
+        _NUMBER: pyarrow.float64(),
+        _FLAG: pyarrow.bool_(),
+    }
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     with parquet.ParquetWriter(path, schema) as writer:
         for rows in groups:
@@ -214,13 +299,18 @@ def _write_parquet(path: Path, columns: Mapping[str, str], groups: Rows) -> None
                 writer.write_table(pyarrow.table(values, schema=schema))
 
 
-def _write_csv(path: Path, columns: Mapping[str, str], groups: Rows) -> None:
+def _write_csv(path: Path, columns: Mapping[str, str], groups: RowGroups) -> None:
+    """Write rows as CSV with a header."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for rows in groups:
-            writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+            for row in rows:
+                writer.writerow([_cell(row.get(name)) for name in columns])
 
 
 def _cell(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool) else value
+    """Write booleans in lower case, as other programs read them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value

@@ -1,7 +1,7 @@
-"""``trace_corpus``: many prompts and responses from one file, in batches, into one folder that can be resumed.
+"""``trace_corpus``: trace many prompts and responses from one file, in batches, into one folder that can be resumed.
 
-What decides a batch is the input alone, never what is already done: a run that was killed makes the same batches
-again and so the same numbers, to the last bit on the same machine.
+Batches depend on the input alone, not on what is already finished. A run that was killed makes the same batches
+again, so its numbers are bit-identical on the same machine.
 """
 
 from __future__ import annotations
@@ -10,39 +10,39 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
-from flowgraph.corpus.requests import CorpusFields, read_requests, scan
-from flowgraph.corpus.run import Choices, CorpusProgress, Run
+from flowgraph.corpus.corpus_options import CorpusOptions
+from flowgraph.corpus.requests import CorpusFields, Line, read_requests, scan
+from flowgraph.corpus.run import CorpusProgress, Run
 from flowgraph.corpus.run_folder import CorpusFolder, claimed, fingerprint
 from flowgraph.corpus.tables import table_format, write_results
 from flowgraph.errors import InvalidInputError
 from flowgraph.files import PathLike
 from flowgraph.flow.solve import Absorption, SourceRule
-from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.propagation.interface import Backend
 from flowgraph.text.selectors import Selector
+from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 256
-"""Lines that are encoded and sorted by length together."""
+"""Number of lines that are encoded and sorted by length together."""
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What a run left behind.
+    """The outcome of a run.
 
     Attributes:
         out: its folder.
         traced: lines traced, earlier runs included.
-        now: those of this run.
+        now: lines traced by this run.
         tokens: tokens of this run's traces.
         seconds: duration of this run.
         errors: line number and message of every line that could not be traced.
@@ -57,7 +57,7 @@ class CorpusSummary:
 
     @property
     def index(self) -> Path:
-        """The page to open."""
+        """The page that lists all traces."""
         return self.out / "index.html"
 
 
@@ -94,8 +94,8 @@ def trace_corpus(
 ) -> CorpusSummary:
     """Trace every line of a JSONL file: a trace each, a table of tokens, a table of traces, an index page.
 
-    Run it again after a kill and it goes on where it was: what is done is what lies in ``out``, each file written
-    whole or not at all. A line that cannot be traced is reported and skipped, and tried again by the next run.
+    After a kill, the same call continues the run: the files in ``out``, each written atomically, are its state. A
+    line that cannot be traced is reported and skipped, and tried again by the next run.
 
     Args:
         model: a Hugging Face causal LM.
@@ -108,13 +108,14 @@ def trace_corpus(
         answer: for lines that name none: a regular expression or a selector. Default: found.
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
-        layers: this and all that follow down to ``max_new_tokens`` are those of :func:`flowgraph.trace`.
-        heads: how the heads are joined.
+        layers: this argument and those down to ``max_new_tokens`` are those of :func:`flowgraph.trace`, and are
+            explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
+        heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
         edge_weight: ``"attention"`` or ``"value_norm"``.
         preset: ``"default"`` or ``"paper"``.
-        rows: overrides the preset, as do the next two.
-        self_attention: ``"drop"`` or ``"renormalize"``.
-        first_token: ``"exclude"`` or ``"keep"``.
+        rows: ``"emission"``, ``"emission_all"`` or ``"literal"``; overrides the preset.
+        self_attention: ``"drop"`` or ``"renormalize"``; overrides the preset.
+        first_token: ``"exclude"`` or ``"keep"``; overrides the preset.
         source: ``"uniform"`` or ``"potential"``.
         absorption: ``"absorb"`` or ``"pass_through"``.
         damping: factor per hop.
@@ -125,7 +126,7 @@ def trace_corpus(
         batch_tokens: most tokens, padding included, of one forward pass; a longer line runs alone.
         html: also write a page for each trace.
         format: of the tables: ``"parquet"`` (needs pyarrow), ``"csv"``, or ``"auto"``: Parquet where pyarrow is.
-        restart: throw away what an earlier run left in ``out``.
+        restart: remove what an earlier run left in ``out``.
         progress: called after every step.
 
     Returns:
@@ -140,34 +141,69 @@ def trace_corpus(
 
     Cost: as many times :func:`flowgraph.trace`, less what batching saves.
     """
+    # Check every option before anything is read or written.
     tables = table_format(format)
-    if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
-        raise InvalidInputError(f"batch_tokens: must be a positive number, got {batch_tokens!r}; 512 is the default")
-    rules = EdgeRules.preset(preset, rows=rows, self_attention=self_attention, first_token=first_token)
-    choices = Choices(
-        layers, heads, edge_weight, preset, rules, question, answer, plain, system, source, absorption, damping,
-        max_edges, backend, max_new_tokens, keep,
-    )  # fmt: skip
-    choices.check(model, tokenizer)
+    options = CorpusOptions(
+        trace=TraceOptions(
+            layers=layers,
+            heads=heads,
+            edge_weight=edge_weight,
+            preset=preset,
+            rows=rows,
+            self_attention=self_attention,
+            first_token=first_token,
+            source=source,
+            absorption=absorption,
+            damping=damping,
+            max_edges=max_edges,
+            backend=backend,
+            max_new_tokens=max_new_tokens,
+        ),
+        question=question,
+        answer=answer,
+        plain=plain,
+        system=system,
+        keep=keep,
+        batch_tokens=batch_tokens,
+        html=html,
+    )
+    options.check(model, tokenizer)
     names = CorpusFields() if fields is None else fields
     if not isinstance(names, CorpusFields):
         raise InvalidInputError(f"fields: must be a CorpusFields, got {fields!r:.80}; e.g. CorpusFields(prompt='q')")
     lines = scan(path, names)
+
+    # Two runs must not write one folder at once.
     with claimed(Path(out)):
-        settings = {**fingerprint(model, tokenizer), **choices.settings(), "fields": asdict(names)}
+        # What decides a result: model, tokenizer, options and fields.
+        settings = {**fingerprint(model, tokenizer), **options.settings(), "fields": asdict(names)}
         folder = CorpusFolder(Path(out), settings, lines, restart=restart)
-        run = Run(model, tokenizer, folder, choices, batch_tokens, html, len(lines), progress)
+        run = Run(model, tokenizer, folder, options, len(lines), progress)
+        # Windows of a fixed size bound the memory, and make the same batches after a kill.
         windows = [lines[start : start + WINDOW] for start in range(0, len(lines), WINDOW)]
         for window in windows:
-            good = [line for line in window if line.error is None]
-            for line in window:
-                if line.error is not None:
-                    run.give_up(line, line.error)
-            run.trace_window(good, partial(read_requests, path, good, names))
+            _trace_window(run, window, path, names)
         run.progress("writing the tables")
         write_results(folder, windows, run.failed, tables, {"input": Path(path).name, **settings})
-    errors = tuple(sorted(run.failed.items()))
-    return CorpusSummary(Path(out), run.done, run.now, run.tokens, time.perf_counter() - run.began, errors)
+    return CorpusSummary(
+        out=Path(out),
+        traced=run.done,
+        now=run.now,
+        tokens=run.tokens,
+        seconds=time.perf_counter() - run.began,
+        errors=tuple(sorted(run.failed.items())),
+    )
+
+
+def _trace_window(run: Run, window: list[Line], path: PathLike, names: CorpusFields) -> None:
+    """Report the invalid lines of a window and trace the valid ones."""
+    valid = []
+    for line in window:
+        if line.error is None:
+            valid.append(line)
+        else:
+            run.skip(line, line.error)
+    run.trace_window(valid, lambda: read_requests(path, valid, names))
 
 
 def trace_file(*args: Any, **options: Any) -> CorpusSummary:

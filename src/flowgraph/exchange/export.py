@@ -1,7 +1,7 @@
-"""Take the graph to the tools people already use: networkx, igraph, PyG, Gephi, Cytoscape, tables.
+"""Export graphs, flows and traces: to networkx, igraph, PyG, GraphML, GEXF and tables.
 
-What :mod:`flowgraph.exchange.from_objects` reads back is one graph with its regions and ``facts`` about it: a schema, the
-type of its capacities, the rules it was made by, and what pruning lost.
+Every format holds the graph, its regions and ``facts`` about it, which :mod:`flowgraph.exchange.from_objects` reads
+back: a schema, the type of the capacities, the rules by which the graph was made, and what pruning lost.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,75 +38,112 @@ NO_REGION = "other"
 """The region of a token that is in none of the three: empty text is lost by some readers."""
 
 _MASKS = [f"{name}_mask" for name in REGIONS]
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0 forbids, or rewrites (\r)
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]")
+"""Characters that XML 1.0 forbids, or rewrites (carriage return)."""
+_FIRST_CONTROL_PICTURE = 0x2400
 _BREAKS = str.maketrans("\t\n", "␉␊")
 _COLORS = {"question": (31, 119, 180), "reasoning": (255, 127, 14), "answer": (44, 160, 44), NO_REGION: (127, 127, 127)}
+_MIN_SIZE = 10
+_SIZE_RANGE = 40
+"""Sizes of GEXF nodes: the smallest, and how much throughput 1 adds."""
 
 Exportable = FlowGraph | Flow | FlowTrace
 
 
 def to_networkx(graph: Exportable, *, keep: float | None = None) -> nx.DiGraph:
-    """A ``networkx.DiGraph``: nodes carry the three region masks, edges their ``capacity``.
+    """Convert to a ``networkx.DiGraph``: nodes hold the three region masks, edges their ``capacity``.
 
-    Given a :class:`Flow`, nodes carry ``throughput``, ``h`` and ``g`` too, and edges their ``flow``; given a
-    :class:`FlowTrace`, nodes carry the ``token`` text as well. :func:`flowgraph.from_networkx` reads it back.
+    Given a :class:`Flow`, nodes also hold ``throughput``, ``h`` and ``g``, and edges their ``flow``; given a
+    :class:`FlowTrace`, nodes also hold the ``token`` text. :func:`flowgraph.from_networkx` reads it back.
 
     Args:
         graph: a graph, a solved flow or a trace.
-        keep: export the backbone only: the fewest edges whose routes carry this share of the flow. Tokens all stay,
-            and throughput and flow stay those of the whole. Default: every edge.
+        keep: export the backbone only: the fewest edges whose routes carry this share of the flow. All tokens stay,
+            and throughput and flow stay those of the complete graph. Default: every edge.
 
     Raises:
         InvalidInputError: a batch; export its graphs one by one. Or ``keep`` without a flow, or outside (0, 1].
         InfeasibleFlowError: ``keep`` where there is no flow.
+
+    Cost: linear in tokens and edges; with ``keep`` also a backbone.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.25, 0.75, 0.0]])
+        >>> graph = FlowGraph.from_dense(weights, question=[0], answer=[2])
+        >>> to_networkx(graph).edges[1, 2]
+        {'capacity': 0.75}
     """
-    part = _part(graph, keep)
+    part = _exported_part(graph, keep)
     result = pyg_to_networkx(part.graph, node_attrs=_MASKS, edge_attrs=["capacity"])
     result.graph.update(_facts(part.graph))
-    if part.flow and part.edge_flow is not None:
-        h, g = part.flow.potentials
-        for name, values in (("throughput", part.flow.throughput), ("h", h), ("g", g)):
-            nx.set_node_attributes(result, dict(enumerate(values.tolist())), name)
-        pairs = zip(*part.graph.edge_index.tolist(), strict=True)
-        nx.set_edge_attributes(result, dict(zip(pairs, part.edge_flow.tolist(), strict=True)), "flow")
-    if part.trace:
+
+    # PyG converts what the graph holds; the flow and the texts are added by token and by edge.
+    for name, values in part.node_values().items():
+        value_of_token = dict(enumerate(values.tolist()))
+        nx.set_node_attributes(result, value_of_token, name)
+    if part.edge_flow is not None:
+        source, target = part.graph.edge_index.tolist()
+        edges = zip(source, target, strict=True)
+        flow_of_edge = dict(zip(edges, part.edge_flow.tolist(), strict=True))
+        nx.set_edge_attributes(result, flow_of_edge, "flow")
+    if part.trace is not None:
         nx.set_node_attributes(result, dict(enumerate(part.trace.tokens)), "token")
     return result
 
 
 def to_igraph(graph: Exportable, *, keep: float | None = None) -> igraph.Graph:
-    """The same as :func:`to_networkx` as a directed ``igraph.Graph``."""
+    """Convert to a directed ``igraph.Graph`` whose vertex ids are the token indices; else as :func:`to_networkx`.
+
+    Args:
+        graph: see :func:`to_networkx`.
+        keep: see :func:`to_networkx`.
+    """
     import igraph
 
     result = igraph.Graph.from_networkx(to_networkx(graph, keep=keep))
-    del result.vs["_nx_name"]  # igraph's own bookkeeping; vertex ids are token indices already
+    # igraph's copy of the node names, which are the vertex ids.
+    del result.vs["_nx_name"]
     return result
 
 
 def to_pyg(graph: Exportable, *, keep: float | None = None) -> Data:
-    """A plain ``torch_geometric.data.Data``: ``edge_index``, ``capacity``, the three masks, and no ``x``.
+    """Convert to a plain ``torch_geometric.data.Data``: ``edge_index``, ``capacity``, the three masks, and no ``x``.
 
-    Given a :class:`Flow`, also ``flow`` per edge and ``throughput``, ``h`` and ``g`` per token; given a
-    :class:`FlowTrace`, also ``token_id``. All tensors are copies. Arguments and errors as :func:`to_networkx`.
+    Given a :class:`Flow`, it also holds ``flow`` per edge and ``throughput``, ``h`` and ``g`` per token; given a
+    :class:`FlowTrace`, also ``token_id``. All tensors are copies.
+
+    Args:
+        graph: see :func:`to_networkx`.
+        keep: see :func:`to_networkx`.
     """
-    part = _part(graph, keep)
-    values: dict[str, Tensor] = {name: part.graph[name] for name in ("edge_index", "capacity", *_MASKS, *LOSSES)}
-    if part.flow and part.edge_flow is not None:
-        h, g = part.flow.potentials
-        values |= {"flow": part.edge_flow, "throughput": part.flow.throughput, "h": h, "g": g}
-    if part.trace:
-        values["token_id"] = part.trace.token_ids
-    copies = {name: value.clone() for name, value in values.items()}
+    part = _exported_part(graph, keep)
+
+    # All tensors that the graph, the flow and the trace have, then a copy of each.
+    tensors: dict[str, Tensor] = {}
+    for name in ("edge_index", "capacity", *_MASKS, *LOSSES):
+        tensors[name] = part.graph[name]
+    if part.edge_flow is not None:
+        tensors["flow"] = part.edge_flow
+        tensors |= part.node_values()
+    if part.trace is not None:
+        tensors["token_id"] = part.trace.token_ids
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
     return Data(num_nodes=part.graph.num_nodes, rules=part.graph.rules, schema=GRAPH_SCHEMA, **copies)
 
 
 def write_graphml(graph: Exportable, path: PathLike, *, keep: float | None = None) -> None:
     """Write GraphML, atomically; :func:`flowgraph.read_graphml` reads it back.
 
-    Nodes carry ``label``, ``position`` (the token's index), ``region`` (``other`` for none), ``token``,
+    Nodes hold ``label``, ``position`` (the token's index), ``region`` (``other`` for none), ``token``,
     ``throughput``, ``h`` and ``g``; edges ``weight`` (the flow; the capacity of a graph without one) and ``capacity``.
     What XML cannot hold is replaced visibly: control characters by their pictures (␀ to ␟), lone surrogates by
-    U+FFFD. A number too large for float64 is left out. Arguments and errors as :func:`to_networkx`.
+    U+FFFD. A number too large for float64 is left out.
+
+    Args:
+        graph: see :func:`to_networkx`, also for errors.
+        path: where to write.
+        keep: see :func:`to_networkx`.
 
     Raises:
         OutputError: the path cannot be written.
@@ -114,130 +151,217 @@ def write_graphml(graph: Exportable, path: PathLike, *, keep: float | None = Non
     Cost: the document is built in memory, about 3 kB per edge; ``keep=0.9`` writes a small share of the edges.
     """
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        nx.write_graphml_xml(_document(_part(graph, keep)), file)
+        nx.write_graphml_xml(_document(_exported_part(graph, keep)), file)
 
 
 def write_gexf(graph: Exportable, path: PathLike, *, keep: float | None = None) -> None:
     """Write GEXF 1.2 for Gephi, atomically: as :func:`write_graphml`, tokens coloured by region, sized by throughput.
 
-    The file's description holds what :func:`flowgraph.read_gexf` needs beside nodes and edges.
+    The file's description holds the facts that :func:`flowgraph.read_gexf` needs besides nodes and edges.
+
+    Args:
+        graph: see :func:`to_networkx`, also for errors.
+        path: where to write.
+        keep: see :func:`to_networkx`.
+
+    Raises:
+        OutputError: the path cannot be written.
     """
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        part = _part(graph, keep)
-        document = _document(part)
+        document = _document(_exported_part(graph, keep))
         for _, node in document.nodes(data=True):
-            red, green, blue = _COLORS[node["region"]]
-            node["viz"] = {"color": {"r": red, "g": green, "b": blue}, "size": 10 + 40 * node.get("throughput", 0.0)}
+            node["viz"] = _appearance(node)
+
         writer = GEXFWriter()
         writer.add_graph(document)
-        # GEXF has no attributes of the whole graph; networkx writes none of them either.
-        SubElement(next(writer.xml.iter("meta")), "description").text = json.dumps(document.graph)
+        # GEXF has no attributes of the complete graph, so the facts go into its description.
+        description = SubElement(next(writer.xml.iter("meta")), "description")
+        description.text = json.dumps(document.graph)
         writer.write(file)
+
+
+def _appearance(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return colour and size of a node in Gephi; networkx writes what a node has under "viz"."""
+    red, green, blue = _COLORS[node["region"]]
+    throughput = node.get("throughput", 0.0)
+    return {
+        "color": {"r": red, "g": green, "b": blue},
+        "size": _MIN_SIZE + _SIZE_RANGE * throughput,
+    }
 
 
 def write_edges(graph: Exportable, path: PathLike, *, keep: float | None = None) -> None:
     """Write the edges as a table, atomically: ``source``, ``target``, ``capacity`` and, given a flow, ``flow``.
 
-    CSV, or Parquet where the name ends in ``.parquet``. Arguments as :func:`to_networkx`; :func:`flowgraph.read_edges`
-    reads it back together with the table of :func:`write_tokens`.
+    :func:`flowgraph.read_edges` reads it back together with the table of :func:`write_tokens`.
+
+    Args:
+        graph: see :func:`to_networkx`, also for errors.
+        path: where to write: CSV, or Parquet where the name ends in ``.parquet``.
+        keep: see :func:`to_networkx`.
 
     Raises:
         OutputError: the path cannot be written.
         MissingExtraError: Parquet without pyarrow.
     """
     with atomic_write(path) as temporary:
-        part = _part(graph, keep)
+        part = _exported_part(graph, keep)
         _write_table(temporary, Path(path).suffix, _edge_columns(part), _facts(part.graph))
 
 
 def write_tokens(graph: Exportable, path: PathLike) -> None:
     """Write the tokens as a table, atomically.
 
-    Columns ``position``, ``region`` and what is known of ``token``, ``throughput``, ``h`` and ``g``. Formats and errors
-    as :func:`write_edges`; token text is cleaned as in :func:`write_graphml`.
+    The columns are ``position`` and ``region``; of a trace also ``token``, with the replacements of
+    :func:`write_graphml`; of a flow or trace also ``throughput``, ``h`` and ``g``.
+
+    Args:
+        graph: see :func:`to_networkx`, also for errors.
+        path: where to write: CSV, or Parquet where the name ends in ``.parquet``.
+
+    Raises:
+        OutputError: the path cannot be written.
+        MissingExtraError: Parquet without pyarrow.
     """
     with atomic_write(path) as temporary:
-        part = _part(graph, None)
+        part = _exported_part(graph, None)
         _write_table(temporary, Path(path).suffix, _token_columns(part), _facts(part.graph))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What is exported: a graph or a part of its edges, with the flow of the whole and the trace where there is one."""
+class _ExportedPart:
+    """The exported edges, with the flow of the complete graph and the trace, where there is one.
+
+    Attributes:
+        graph: all tokens, and all edges or those of the backbone.
+        flow: the flow on the complete graph, or None.
+        edge_flow: ``[E]`` flow on the edges of ``graph``, or None.
+        trace: the trace, or None.
+    """
 
     graph: FlowGraph
     flow: Flow | None
     edge_flow: Tensor | None
     trace: FlowTrace | None
 
+    def node_values(self) -> dict[str, Tensor]:
+        """Return throughput, h and g of each token by name; nothing without a flow."""
+        if self.flow is None:
+            return {}
+        h, g = self.flow.potentials
+        return {"throughput": self.flow.throughput, "h": h, "g": g}
 
-def _part(graph: Exportable, keep: float | None) -> _Part:
-    trace = graph if isinstance(graph, FlowTrace) else None
-    flow = trace.flow if trace else graph if isinstance(graph, Flow) else None
-    whole = flow.graph if flow else graph
-    if not isinstance(whole, FlowGraph) or isinstance(whole, Batch):
+
+def _exported_part(graph: Exportable, keep: float | None) -> _ExportedPart:
+    """Check what is given, and select its backbone where ``keep`` is given."""
+    trace = None
+    flow = None
+    complete: object = graph
+    if isinstance(graph, FlowTrace):
+        trace = graph
+        flow = graph.flow
+        complete = graph.graph
+    elif isinstance(graph, Flow):
+        flow = graph
+        complete = graph.graph
+    if not isinstance(complete, FlowGraph) or isinstance(complete, Batch):
         raise InvalidInputError(
-            f"graph: must be one FlowGraph, Flow or FlowTrace, got {type(whole).__name__}; "
+            f"graph: must be one FlowGraph, Flow or FlowTrace, got {type(complete).__name__}; "
             "export the graphs of a batch one by one (batch.to_data_list())"
         )
+
+    # All edges, or those of the backbone with their flow in the complete graph.
     if keep is None:
-        return _Part(whole, flow, flow.edge_flow if flow else None, trace)
+        edge_flow = None if flow is None else flow.edge_flow
+        return _ExportedPart(complete, flow, edge_flow, trace)
     if flow is None:
         raise InvalidInputError(
             f"keep: needs a flow to choose edges by, got {keep!r} with a graph alone; pass solve(graph) or the trace"
         )
-    bone = backbone(flow, keep)
-    return _Part(bone.subgraph(), flow, flow.edge_flow[bone.edge_mask], trace)
+    strongest = backbone(flow, keep)
+    return _ExportedPart(strongest.subgraph(), flow, flow.edge_flow[strongest.edge_mask], trace)
 
 
 def _facts(graph: FlowGraph) -> dict[str, Any]:
-    """What is true of the whole graph; a loss that is not known (NaN) is left out."""
-    facts: dict[str, Any] = {"schema": GRAPH_SCHEMA, "capacity_dtype": str(graph.capacity.dtype).removeprefix("torch.")}
-    facts |= {"rules": graph.rules} if graph.rules else {}
-    losses = {name: float(graph[name]) for name in LOSSES}
-    return facts | {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    """Return the facts about a graph as plain values; an unknown loss (NaN) is left out."""
+    facts: dict[str, Any] = {
+        "schema": GRAPH_SCHEMA,
+        "capacity_dtype": str(graph.capacity.dtype).removeprefix("torch."),
+    }
+    if graph.rules:
+        facts["rules"] = graph.rules
+    # Attributes of a graph cannot be null in GraphML.
+    for name in LOSSES:
+        loss = float(graph[name])
+        if math.isfinite(loss):
+            facts[name] = loss
+    return facts
 
 
-def _token_columns(part: _Part) -> dict[str, list]:
-    """One value per token; None where a number is too large for float64."""
-    graph = part.graph
-    masks = [(name, mask.tolist()) for name, mask in zip(REGIONS, (graph[mask] for mask in _MASKS), strict=True)]
-    region = [next((name for name, mask in masks if mask[k]), NO_REGION) for k in range(int(graph.num_nodes or 0))]
-    columns: dict[str, list] = {"position": list(range(len(region))), "region": region}
-    if part.trace:
-        columns["token"] = [_visible(token) for token in part.trace.tokens]
-    if part.flow:
-        h, g = part.flow.potentials
-        for name, values in (("throughput", part.flow.throughput), ("h", h), ("g", g)):
-            columns[name] = [value if math.isfinite(value) else None for value in values.tolist()]
+def _token_columns(part: _ExportedPart) -> dict[str, list]:
+    """Return one value per token for each column; None where a number is too large for float64."""
+    # The regions are disjoint.
+    num_nodes = int(part.graph.num_nodes or 0)
+    regions = [NO_REGION] * num_nodes
+    for name in REGIONS:
+        mask = part.graph[f"{name}_mask"]
+        for token in mask.nonzero().flatten().tolist():
+            regions[token] = name
+
+    columns: dict[str, list] = {"position": list(range(num_nodes)), "region": regions}
+    if part.trace is not None:
+        columns["token"] = [_printable(token) for token in part.trace.tokens]
+    for name, values in part.node_values().items():
+        columns[name] = [_finite_or_none(value) for value in values.tolist()]
     return columns
 
 
-def _edge_columns(part: _Part) -> dict[str, list]:
+def _finite_or_none(value: float) -> float | None:
+    """Replace infinity, the value of a potential beyond float64, by a missing value."""
+    if math.isfinite(value):
+        return value
+    return None
+
+
+def _edge_columns(part: _ExportedPart) -> dict[str, list]:
+    """Return one value per edge for each column."""
     source, target = part.graph.edge_index.tolist()
     columns = {"source": source, "target": target, "capacity": part.graph.capacity.tolist()}
-    return columns if part.edge_flow is None else columns | {"flow": part.edge_flow.tolist()}
+    if part.edge_flow is not None:
+        columns["flow"] = part.edge_flow.tolist()
+    return columns
 
 
-def _visible(text: str) -> str:
-    """Text as XML and UTF-8 can hold it, with a mark wherever something was replaced."""
-    return _UNPRINTABLE.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else "\ufffd", text)
+def _printable(text: str) -> str:
+    """Replace the characters that XML or UTF-8 cannot hold by visible ones."""
+    return _UNPRINTABLE.sub(_picture, text)
+
+
+def _picture(match: re.Match[str]) -> str:
+    """Return the picture of a control character, or the replacement character."""
+    character = match[0]
+    if character < " ":
+        return chr(_FIRST_CONTROL_PICTURE + ord(character))
+    return "\ufffd"
 
 
 def _rows(columns: dict[str, list]) -> Iterator[dict[str, Any]]:
-    """Row by row, without what is missing (an empty text reads back as the word None)."""
+    """Yield row by row, without missing values and empty texts, which would read back as the word None."""
     for values in zip(*columns.values(), strict=True):
-        yield {name: value for name, value in zip(columns, values, strict=True) if value is not None and value != ""}
+        row = dict(zip(columns, values, strict=True))
+        yield {name: value for name, value in row.items() if value is not None and value != ""}
 
 
-def _document(part: _Part) -> nx.DiGraph:
-    """The graph with the attribute names and values that graph tools understand."""
+def _document(part: _ExportedPart) -> nx.DiGraph:
+    """Build the graph with the attribute names and values that graph tools understand."""
     document = nx.DiGraph()
-    facts = _facts(part.graph)
-    document.graph.update({name: _visible(fact) if isinstance(fact, str) else fact for name, fact in facts.items()})
+    for name, fact in _facts(part.graph).items():
+        document.graph[name] = _printable(fact) if isinstance(fact, str) else fact
     for row in _rows(_token_columns(part)):
-        label = row.get("token", str(row["position"])).translate(_BREAKS)
-        document.add_node(row["position"], label=label, **row)
+        position = row["position"]
+        # Graph tools show the label in one line.
+        label = row.get("token", str(position))
+        document.add_node(position, label=label.translate(_BREAKS), **row)
     for row in _rows(_edge_columns(part)):
         weight = row.get("flow", row["capacity"])
         document.add_edge(row["source"], row["target"], weight=weight, capacity=row["capacity"])
@@ -245,10 +369,12 @@ def _document(part: _Part) -> nx.DiGraph:
 
 
 def _write_table(path: Path, suffix: str, columns: dict[str, list], facts: dict[str, Any]) -> None:
+    """Write columns as Parquet, with the facts in its metadata, or as CSV, which has no place for them."""
     if suffix.lower() == ".parquet":
         arrow, parquet = arrow_modules()
-        table = arrow.table(columns).replace_schema_metadata({"flowgraph": json.dumps(facts)})
-        parquet.write_table(table, path)
+        table = arrow.table(columns)
+        metadata = {"flowgraph": json.dumps(facts)}
+        parquet.write_table(table.replace_schema_metadata(metadata), path)
         return
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -257,10 +383,10 @@ def _write_table(path: Path, suffix: str, columns: dict[str, list], facts: dict[
 
 
 def arrow_modules() -> tuple[Any, Any]:
-    """``pyarrow`` and ``pyarrow.parquet``.
+    """Import ``pyarrow`` and ``pyarrow.parquet``.
 
     Raises:
-        MissingExtraError: not installed.
+        MissingExtraError: pyarrow is not installed.
     """
     try:
         import pyarrow

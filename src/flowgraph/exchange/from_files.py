@@ -1,4 +1,7 @@
-"""Graphs from files: GraphML, GEXF, tables and JSON. XML with a document type is refused, so no entity is expanded."""
+"""Import graphs from GraphML, GEXF, table and JSON files.
+
+XML with a document type is refused, so that no entity is expanded.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,32 @@ import networkx as nx
 
 from flowgraph.errors import InvalidInputError, RegionError, TraceFileError
 from flowgraph.exchange.export import GRAPH_SCHEMA, LOSSES, NO_REGION, arrow_modules
-from flowgraph.exchange.from_objects import Found, Given, assembled, from_networkx, regions_of, whole
+from flowgraph.exchange.from_objects import (
+    Found,
+    Given,
+    build_graph,
+    from_networkx,
+    non_negative_integer,
+    regions_of,
+)
 from flowgraph.files import PathLike
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.masks import MaskLike
 from flowgraph.tracing.payload import SCHEMA as TRACE_SCHEMA
 
-_FOREIGN = (nx.NetworkXException, ValueError, TypeError, LookupError, AttributeError, ElementTree.ParseError)
-"""What networkx raises on a file that is no graph."""
+_PARSER_ERRORS = (
+    nx.NetworkXException,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ElementTree.ParseError,
+    RecursionError,
+    csv.Error,
+)
+"""What networkx and the parsers raise on a file that holds no graph."""
+_MAX_DIGITS = 18
+"""Integers of so many digits fit int64."""
 
 
 def read_graphml(
@@ -35,14 +56,22 @@ def read_graphml(
     reasoning: MaskLike | None = None,
     answer: MaskLike | None = None,
 ) -> FlowGraph:
-    """Read GraphML: of :func:`flowgraph.write_graphml`, or of another tool. Arguments as :func:`from_networkx`.
+    """Read a GraphML file, from :func:`flowgraph.write_graphml` or another tool.
+
+    Args:
+        path: the file.
+        capacity: see :func:`flowgraph.from_networkx`.
+        question: see :func:`flowgraph.from_networkx`.
+        reasoning: see :func:`flowgraph.from_networkx`.
+        answer: see :func:`flowgraph.from_networkx`.
 
     Raises:
-        TraceFileError: missing, truncated, no GraphML, with a document type, or no flow graph (the reason is named).
+        TraceFileError: missing, truncated, not GraphML, with a document type, or no flow graph; the message names the
+            reason.
         RegionError: no regions given or found, empty or overlapping ones.
     """
     with _reading(path):
-        graph = nx.read_graphml(io.BytesIO(_plain_xml(path)))
+        graph = nx.read_graphml(io.BytesIO(_checked_xml(path)))
         return from_networkx(graph, capacity=capacity, question=question, reasoning=reasoning, answer=answer)
 
 
@@ -54,11 +83,23 @@ def read_gexf(
     reasoning: MaskLike | None = None,
     answer: MaskLike | None = None,
 ) -> FlowGraph:
-    """Read GEXF 1.1, 1.2 or 1.3: as :func:`read_graphml`."""
+    """Read a GEXF file of version 1.1, 1.2 or 1.3; else as :func:`read_graphml`.
+
+    Args:
+        path: the file.
+        capacity: see :func:`flowgraph.from_networkx`.
+        question: see :func:`flowgraph.from_networkx`.
+        reasoning: see :func:`flowgraph.from_networkx`.
+        answer: see :func:`flowgraph.from_networkx`.
+
+    Raises:
+        TraceFileError: see :func:`read_graphml`.
+        RegionError: see :func:`read_graphml`.
+    """
     with _reading(path):
-        content = _plain_xml(path)
+        content = _checked_xml(path)
         graph = nx.read_gexf(io.BytesIO(content))
-        graph.graph.update(_described(content))
+        graph.graph.update(_facts_in_description(content))
         return from_networkx(graph, capacity=capacity, question=question, reasoning=reasoning, answer=answer)
 
 
@@ -81,10 +122,10 @@ def read_edges(
         reasoning: the same, and
         answer: the same.
 
-    CSV keeps no record of pruning and no type: capacities are float64, ``kept_flow`` is 1.
+    CSV holds neither what pruning lost nor a type: capacities are float64, ``kept_flow`` is 1.
 
     Raises:
-        TraceFileError: missing, truncated, a missing column, or no flow graph (the reason is named).
+        TraceFileError: missing, truncated, a missing column, or no flow graph; the message names the reason.
         RegionError: no regions given or found, empty or overlapping ones.
         InvalidInputError: neither or both of ``tokens`` and ``num_nodes``.
         MissingExtraError: Parquet without pyarrow.
@@ -94,63 +135,81 @@ def read_edges(
             f"tokens, num_nodes: exactly one must be given, got {tokens!r} and {num_nodes!r}; "
             "edges alone do not tell how many tokens there are"
         )
+    # The token table states the regions, in any order of its rows.
     found: Found = {}
-    given: Given = {"question": question, "reasoning": reasoning, "answer": answer}
     if tokens is not None:
         with _reading(tokens):
-            columns, _ = _table(tokens, ("position", "region"))
-            place = _permutation([whole(value, "position") for value in columns["position"]])
-            found = regions_of({"region": [columns["region"][k] for k in place]})
-            num_nodes = len(place)
+            columns, _ = _read_table(tokens, ("position", "region"))
+            positions = [non_negative_integer(value, "position") for value in columns["position"]]
+            row_of_token = _inverse_permutation(positions)
+            found = regions_of({"region": [columns["region"][row] for row in row_of_token]})
+            num_nodes = len(positions)
+
+    # The regions that the caller gives replace those of the table.
+    given: Given = {"question": question, "reasoning": reasoning, "answer": answer}
     with _reading(path):
-        columns, facts = _table(path, ("source", "target", "capacity"))
+        columns, facts = _read_table(path, ("source", "target", "capacity"))
         edges = list(zip(columns["source"], columns["target"], columns["capacity"], strict=True))
-        return assembled(int(num_nodes or 0), edges, found, given, facts, "capacity")
+        return build_graph(int(num_nodes or 0), edges, found, given, facts, "capacity")
 
 
 def read_json(path: PathLike) -> FlowGraph:
     """Read the graph of a JSON trace (:meth:`FlowTrace.to_json`): its regions and every edge that carries flow.
 
-    Solved with the options of the trace it gives the same throughput and edge flow. Edges without flow are not in the
-    file: h is the file's only where flow arrives, and ``kept_attention`` is NaN, not known, where any are missing.
+    Solved with the options of the trace, the graph has the same throughput and edge flow. Edges without flow are not in
+    the file: h equals the file's only where flow arrives, and ``kept_attention`` is NaN (unknown) where any are
+    missing.
+
+    Args:
+        path: the file.
 
     Raises:
         TraceFileError: missing, truncated, another schema or version; or edges with flow were left out, or there was no
             flow: only :meth:`FlowTrace.save` keeps such a trace.
+        RegionError: empty or overlapping regions.
     """
     with _reading(path):
         trace = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
         schema = trace.get("schema") if isinstance(trace, dict) else None
         if schema != TRACE_SCHEMA:
             raise InvalidInputError(f"schema: must be {TRACE_SCHEMA!r}, got {schema!r}; trace.to_json writes it")
-        summary, edges, tokens = trace["summary"], trace["edges"], trace["tokens"]
-        left_out = whole(trace["edges_left_out"], "edges_left_out")
-        complete = len(edges) == whole(summary["num_edges"], "num_edges")
-        if left_out or not (complete or trace["feasible"] is True):
+        summary = trace["summary"]
+        edges = trace["edges"]
+        tokens = trace["tokens"]
+
+        # Without edges that carry flow, or without any flow, the file does not determine the solution.
+        num_left_out = non_negative_integer(trace["edges_left_out"], "edges_left_out")
+        is_complete = len(edges) == non_negative_integer(summary["num_edges"], "num_edges")
+        is_feasible = trace["feasible"] is True
+        if num_left_out > 0 or not (is_complete or is_feasible):
             raise InvalidInputError(
-                f"edges: must all be there, got {len(edges)} of {summary['num_edges']}, {left_out} with flow left out; "
-                "write it with max_edges=trace.graph.num_edges, or keep the trace with trace.save"
+                f"edges: must all be there, got {len(edges)} of {summary['num_edges']}, {num_left_out} with flow left "
+                "out; write it with max_edges=trace.graph.num_edges, or keep the trace with trace.save"
             )
         if [token["index"] for token in tokens] != list(range(len(tokens))):
             raise InvalidInputError("tokens: must be in order, got other indices; write it again")
+
         found = regions_of({"region": [token["region"] or NO_REGION for token in tokens]})
-        losses = {
-            name: summary[name]
-            for name in LOSSES
-            if summary[name] is not None and (complete or name != "kept_attention")
-        }
-        facts = {"schema": GRAPH_SCHEMA, "rules": "", **losses}
-        return assembled(len(tokens), [(s, t, c) for s, t, c, _ in edges], found, {}, facts, "capacity")
+        facts = {"schema": GRAPH_SCHEMA, "rules": ""}
+        for name in LOSSES:
+            # The kept share of attention is of all edges, and is unknown where some are missing.
+            is_known = is_complete or name != "kept_attention"
+            if is_known and summary[name] is not None:
+                facts[name] = summary[name]
+        graph_edges = [(source, target, capacity) for source, target, capacity, _ in edges]
+        return build_graph(len(tokens), graph_edges, found, {}, facts, "capacity")
 
 
 @contextmanager
 def _reading(path: PathLike) -> Iterator[None]:
-    """Every failure of a reader, ours or of a library below, as one that names the file."""
+    """Convert every failure of a reader, or of a library that it uses, to an error that names the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of networkx about keys without a type: such values are checked below
+            # networkx warns about keys without a type; such values are checked later.
+            warnings.simplefilter("ignore")
             yield
     except (TraceFileError, RegionError):
+        # Already about this file, or about regions that the caller must give.
         raise
     except OSError as error:
         raise TraceFileError(
@@ -158,69 +217,80 @@ def _reading(path: PathLike) -> Iterator[None]:
         ) from error
     except expat.ExpatError as error:
         raise TraceFileError(f"path: must be complete XML, got {path} ({error}); it is truncated, or no XML") from error
-    except (*_FOREIGN, RecursionError, csv.Error) as error:
-        reason = str(error) if isinstance(error, InvalidInputError | ValueError) else f"{type(error).__name__}: {error}"
+    except _PARSER_ERRORS as error:
+        # A KeyError, for example, has a bare key as its text, so the name of its class is needed.
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise TraceFileError(f"path: must hold a flow graph, got {path} ({reason}); write it again") from error
 
 
-def _plain_xml(path: PathLike) -> bytes:
-    """The file, known to be well-formed, with one graph, without a document type: only there are entities declared."""
+def _checked_xml(path: PathLike) -> bytes:
+    """Read XML that is well-formed, with one graph, and without a document type, which could declare entities."""
     num_graphs = 0
 
-    def refuse(*_: object) -> NoReturn:
+    def refuse_document_type(*_: object) -> NoReturn:
         raise TraceFileError(
             f"path: must be XML without a document type, got a DOCTYPE in {path}; delete it (entities are not expanded)"
         )
 
-    def count(tag: str, _: object) -> None:  # of several graphs the library reads one and says nothing
+    # Of several graphs networkx would read one, without a warning.
+    def refuse_second_graph(tag: str, _: object) -> None:
         nonlocal num_graphs
-        num_graphs += tag.rpartition(":")[2] == "graph"
+        local_name = tag.rpartition(":")[2]
+        if local_name == "graph":
+            num_graphs += 1
         if num_graphs > 1:
             raise InvalidInputError("graph: must be one, got several <graph> elements; write each to its own file")
 
     content = Path(path).read_bytes()
     parser = expat.ParserCreate()
-    parser.StartElementHandler = count
-    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = refuse_second_graph
+    parser.StartDoctypeDeclHandler = refuse_document_type
     parser.Parse(content, True)
     return content
 
 
-def _described(content: bytes) -> dict[str, Any]:
-    """The facts in the description of a GEXF file of ours; nothing in one of another tool."""
+def _facts_in_description(content: bytes) -> dict[str, Any]:
+    """Return the facts that :func:`flowgraph.write_gexf` puts into a description; none for a file of another tool."""
     for _, element in ElementTree.iterparse(io.BytesIO(content)):
-        tag = element.tag.rpartition("}")[2]
-        if tag == "description" and (element.text or "").startswith('{"schema"'):
-            return dict(json.loads(element.text or "", parse_constant=_no_constant))
-        if tag in ("meta", "graph"):
+        local_name = element.tag.rpartition("}")[2]
+        text = element.text or ""
+        if local_name == "description" and text.startswith('{"schema"'):
+            return dict(json.loads(text, parse_constant=_no_constant))
+        # The description is inside meta, which comes before the graph.
+        if local_name in ("meta", "graph"):
             break
     return {}
 
 
 def _no_constant(name: str) -> NoReturn:
+    """Refuse NaN and infinity, which Python reads but JSON does not have."""
     raise InvalidInputError(f"numbers: must be finite, got {name}; write it again")
 
 
-def _table(path: PathLike, names: tuple[str, ...]) -> tuple[dict[str, list], dict[str, Any]]:
-    """The named columns, and what is said about the whole graph."""
+def _read_table(path: PathLike, names: tuple[str, ...]) -> tuple[dict[str, list], dict[str, Any]]:
+    """Read the named columns of a CSV or Parquet file, and the facts about the graph that Parquet holds."""
     if Path(path).suffix.lower() == ".parquet":
-        return _parquet(path, names)
+        return _read_parquet(path, names)
+
+    # Excel writes a byte order mark, which utf-8-sig removes.
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         header = next(rows, [])
         _require_columns(header, names)
-        places = [header.index(name) for name in names]
-        picked = []
+        positions = {name: header.index(name) for name in names}
+        columns: dict[str, list] = {name: [] for name in names}
         for row in rows:
             if len(row) != len(header):
                 raise InvalidInputError(
                     f"line {rows.line_num}: must have {len(header)} cells, got {len(row)}; it is truncated, or no CSV"
                 )
-            picked.append([_number(row[place]) for place in places])
-    return {name: [row[k] for row in picked] for k, name in enumerate(names)}, {}
+            for name, position in positions.items():
+                columns[name].append(_cell_value(row[position]))
+    return columns, {}
 
 
-def _parquet(path: PathLike, names: tuple[str, ...]) -> tuple[dict[str, list], dict[str, Any]]:
+def _read_parquet(path: PathLike, names: tuple[str, ...]) -> tuple[dict[str, list], dict[str, Any]]:
+    """Read the named columns of a Parquet file, and the facts in its metadata."""
     arrow, parquet = arrow_modules()
     try:
         with parquet.ParquetFile(path) as file:
@@ -228,11 +298,13 @@ def _parquet(path: PathLike, names: tuple[str, ...]) -> tuple[dict[str, list], d
             table = file.read(columns=list(names))
     except arrow.ArrowException as error:
         raise InvalidInputError(f"path: must be complete Parquet, got {error}; write it again") from error
-    facts = json.loads((table.schema.metadata or {}).get(b"flowgraph", b"{}"), parse_constant=_no_constant)
+    metadata = table.schema.metadata or {}
+    facts = json.loads(metadata.get(b"flowgraph", b"{}"), parse_constant=_no_constant)
     return table.to_pydict(), dict(facts)
 
 
 def _require_columns(header: Sequence[str], names: tuple[str, ...]) -> None:
+    """Refuse a table in which a column is missing or has a double."""
     if any(header.count(name) != 1 for name in names):
         raise InvalidInputError(
             f"columns: must hold {', '.join(names)} once each, got {', '.join(header) or 'none'}; "
@@ -240,20 +312,24 @@ def _require_columns(header: Sequence[str], names: tuple[str, ...]) -> None:
         )
 
 
-def _number(cell: str) -> Any:
-    """A cell as whole or real number where it is one, else as text; Python's own ``1_000`` is text."""
-    if cell.isascii() and cell.isdigit() and len(cell) <= 18:
+def _cell_value(cell: str) -> Any:
+    """Convert a cell to an integer or a float where it is one; else it stays text."""
+    if cell.isascii() and cell.isdigit() and len(cell) <= _MAX_DIGITS:
         return int(cell)
+    # Python reads 1_000 as a number; tables do not write numbers so.
+    if "_" in cell:
+        return cell
     try:
-        return float(cell) if "_" not in cell else cell
+        return float(cell)
     except ValueError:
         return cell
 
 
-def _permutation(positions: list[int]) -> list[int]:
-    """Row of each token, from the token of each row."""
-    if sorted(positions) != list(range(len(positions))):
+def _inverse_permutation(positions: list[int]) -> list[int]:
+    """Return the row of each token, from the token of each row."""
+    num_tokens = len(positions)
+    if sorted(positions) != list(range(num_tokens)):
         raise InvalidInputError(
-            f"position: must be 0..{len(positions) - 1}, once each, got others; write the token table again"
+            f"position: must be 0..{num_tokens - 1}, once each, got others; write the token table again"
         )
-    return sorted(range(len(positions)), key=positions.__getitem__)
+    return sorted(range(num_tokens), key=positions.__getitem__)

@@ -133,7 +133,7 @@ def plot_potentials(trace: FlowTrace, *, ax: Axes | None = None) -> Axes:
             ax.plot(
                 token[missing], np.full(missing.sum(), foot), "|", color=colour, markersize=5, clip_on=False,
                 transform=ax.get_xaxis_transform(),
-                label=f"{name} = 0: {meaning[name]} ({_counted(missing.sum(), 'token')})",
+                label=f"{name} = 0: {meaning[name]} ({_counted(int(missing.sum()), 'token')})",
             )  # fmt: skip
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -1,4 +1,4 @@
-"""Where steps start: lines, sentences, numbers, or what a user says, as tokens."""
+"""Find the first tokens of steps: lines, sentences, numbered steps, or a rule of the user's."""
 
 from __future__ import annotations
 
@@ -23,23 +23,39 @@ By = str | re.Pattern[str] | Callable[[str], Iterable[tuple[int, int]]] | Sequen
 REGIONS: tuple[Region, ...] = ("question", "reasoning", "answer")
 
 
+_NO_REGION = -1
+_MAX_QUOTE = 60
+"""Characters of the reasoning in a message."""
+
+
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Where the tokens stand in the text.
+class TokenText:
+    """The text of a trace and the position of each token in it.
 
     Attributes:
-        text: the text, or the tokens one after another where there is none or the spans do not fit it.
-        start, end: ``[T]`` characters of each token, never going back.
-        seen: ``[T]`` first visible character of each token; -1 for a blank one.
+        text: the text, or the tokens one after another where it is empty or the spans do not fit it.
+        start: ``[T]`` first character of each token, never decreasing.
+        end: ``[T]`` the character after its last, never decreasing.
+        first_visible: ``[T]`` first visible character of each token; -1 for a blank one.
     """
 
     text: str
     start: np.ndarray
     end: np.ndarray
-    seen: np.ndarray
+    first_visible: np.ndarray
 
     @classmethod
-    def of(cls, tokens: Sequence[str], spans: Tensor, text: str) -> Places:
+    def of(cls, tokens: Sequence[str], spans: Tensor, text: str) -> TokenText:
+        """Check tokens and spans, and locate every token in the text.
+
+        Args:
+            tokens: text of each of the T tokens.
+            spans: ``[T, 2]``, half-open character span of each token in ``text``.
+            text: the complete text, or "".
+
+        Raises:
+            InvalidInputError: tokens that are no strings, or another number of spans.
+        """
         try:
             spans = torch.as_tensor(spans).long()
         except (TypeError, ValueError, RuntimeError):
@@ -51,106 +67,199 @@ class Places:
                 f"spans: must be one (start, end) for each of at least one token, got shape {tuple(spans.shape)} for "
                 f"{len(tokens)} tokens; pass the trace's own spans"
             )
-        start, end = spans.cpu().numpy().T
-        fits = bool(text) and bool((start >= 0).all() and (start <= end).all() and (end <= len(text)).all())
-        if not fits or not (start < end).any():
-            text, end = "".join(tokens), np.cumsum([len(token) for token in tokens])
-            start = np.concatenate([[0], end[:-1]])
-        start, end = np.maximum.accumulate(start), np.maximum.accumulate(end)
-        pieces = [text[low:high] for low, high in zip(start.tolist(), end.tolist(), strict=True)]
-        blanks = np.array([len(piece) - len(piece.lstrip()) for piece in pieces])
-        return cls(text, start, end, np.where(blanks < np.array([len(p) for p in pieces]), start + blanks, -1))
 
-    def text_of(self, low: int, high: int) -> str:
-        """What tokens low to high say."""
+        # Spans that do not fit the text are replaced by those of the joined tokens.
+        start, end = spans.cpu().numpy().T
+        is_inside = (start >= 0) & (start <= end) & (end <= len(text))
+        has_characters = (start < end).any()
+        if not (text and is_inside.all() and has_characters):
+            text = "".join(tokens)
+            lengths = [len(token) for token in tokens]
+            end = np.cumsum(lengths)
+            start = end - lengths
+
+        # Tokenizers that split a character into bytes give its tokens overlapping spans.
+        start = np.maximum.accumulate(start)
+        end = np.maximum.accumulate(end)
+
+        # A token whose characters are all blank keeps -1.
+        first_visible = np.full(len(tokens), -1)
+        for t in range(len(tokens)):
+            characters = text[int(start[t]) : int(end[t])]
+            visible = characters.lstrip()
+            if visible:
+                first_visible[t] = start[t] + len(characters) - len(visible)
+        return cls(text, start, end, first_visible)
+
+    def characters(self, low: int, high: int) -> str:
+        """Return the characters of tokens ``low`` to ``high`` (exclusive)."""
         return self.text[int(self.start[low]) : int(self.end[high - 1])]
 
     def tokens_at(self, characters: Sequence[int], low: int, high: int) -> list[int]:
-        """For each character the first of the tokens low to high that shows its first one there or later."""
-        shown = low + np.flatnonzero(self.seen[low:high] >= 0)
-        at = np.searchsorted(np.maximum.accumulate(self.seen[shown]), characters)
-        return shown[at[(at > 0) & (at < shown.size)]].tolist()  # at 0 the run starts anyway
+        """Find the token at which a step starts, for each character at which a rule starts one.
+
+        Args:
+            characters: positions in the text.
+            low: first token of the passage.
+            high: the token after its last.
+
+        Returns:
+            For each character the first token whose visible text starts there or later; characters before the first
+            visible token, where the passage starts a step in any case, and after the last give none.
+        """
+        visible = low + np.flatnonzero(self.first_visible[low:high] >= 0)
+        # Tokens may share characters, so the positions are made non-decreasing for the search.
+        positions = np.maximum.accumulate(self.first_visible[visible])
+        at = np.searchsorted(positions, characters)
+        is_inside = (at > 0) & (at < visible.size)
+        return visible[at[is_inside]].tolist()
 
 
-def region_of_tokens(places: Places, question: MaskLike, reasoning: MaskLike, answer: MaskLike) -> np.ndarray:
-    """Region of each token, -1 for none; blank tokens outside the regions count to what stands before them."""
-    num_tokens = places.seen.size
-    label = np.full(num_tokens, -1)
+def region_of_tokens(
+    token_text: TokenText,
+    question: MaskLike,
+    reasoning: MaskLike,
+    answer: MaskLike,
+) -> np.ndarray:
+    """Number the region of each token by its place in ``REGIONS``; -1 for none.
+
+    Blank tokens outside the regions count to the token before them.
+
+    Args:
+        token_text: the T tokens.
+        question: mask, indices or slice of the question's tokens.
+        reasoning: the same for the reasoning.
+        answer: the same for the answer.
+
+    Returns:
+        ``[T]`` int64.
+
+    Raises:
+        RegionError: regions that overlap or lie outside.
+    """
+    num_tokens = token_text.first_visible.size
+    regions = np.full(num_tokens, _NO_REGION)
     for number, (name, region) in enumerate(zip(REGIONS, (question, reasoning, answer), strict=True)):
         mask = read_mask(region, num_tokens, name).numpy()
-        if (label[mask] >= 0).any():
-            both = int(np.flatnonzero(mask & (label >= 0))[0])
+        in_two = mask & (regions != _NO_REGION)
+        if in_two.any():
+            token = int(np.flatnonzero(in_two)[0])
             raise RegionError(
-                f"{name}: regions must be disjoint, got token {both} in the {REGIONS[label[both]]} too; "
+                f"{name}: regions must be disjoint, got token {token} in the {REGIONS[regions[token]]} too; "
                 "remove it from one of them"
             )
-        label[mask] = number
-    stray = (label < 0) & (places.seen < 0)
-    return label[np.maximum.accumulate(np.where(stray, 0, np.arange(num_tokens)))]
+        regions[mask] = number
+
+    # Each token takes the region of the last token up to it that is visible or in a region.
+    is_stray_blank = (regions == _NO_REGION) & (token_text.first_visible < 0)
+    last_kept = np.maximum.accumulate(np.where(is_stray_blank, 0, np.arange(num_tokens)))
+    return regions[last_kept]
 
 
-def runs_of(label: np.ndarray) -> list[tuple[int, int]]:
-    """Token ranges of one region each."""
-    edges = [0, *(np.flatnonzero(np.diff(label)) + 1).tolist(), label.size]
-    return list(pairwise(edges))
+def runs_of(regions: np.ndarray) -> list[tuple[int, int]]:
+    """Return the token ranges of consecutive tokens of one region."""
+    changes = np.flatnonzero(np.diff(regions)) + 1
+    borders = [0, *changes.tolist(), regions.size]
+    return list(pairwise(borders))
 
 
-def starts_by_rule(by: Any, places: Places, passages: Sequence[tuple[int, int]], region: str) -> tuple[list[int], str]:
-    """First tokens of the steps inside the passages of one region, and the rule that found them."""
-    texts = [places.text_of(low, high) for low, high in passages]
-    plain = [text.translate(_LINE_BREAKS) for text in texts]
-    rule = _auto_rule(plain) if isinstance(by, str) and by == "auto" else by
+def starts_by_rule(
+    by: Any,
+    token_text: TokenText,
+    passages: Sequence[tuple[int, int]],
+    region: str,
+) -> tuple[list[int], str]:
+    """Find the first tokens of the steps inside the passages of one region.
+
+    Args:
+        by: name of a rule, pattern, or function from text to character spans.
+        token_text: the tokens.
+        passages: token ranges of the region.
+        region: its name.
+
+    Returns:
+        Tokens, and the name of the rule that found them.
+
+    Raises:
+        InvalidInputError: an invalid rule, or one that has no match in the reasoning.
+    """
+    texts = [token_text.characters(low, high) for low, high in passages]
+    plain_texts = [text.translate(_LINE_BREAKS) for text in texts]
+    is_auto = isinstance(by, str) and by == "auto"
+    rule = _auto_rule(plain_texts) if is_auto else by
+
+    # Characters at which steps start, for each passage.
     if isinstance(rule, str) and rule in _RULES:
-        found = [_RULES[rule](text) for text in plain]
+        starts_in = _RULES[rule]
+        found = [starts_in(text) for text in plain_texts]
     elif isinstance(rule, str | re.Pattern):
         pattern = _compiled(rule)
         found = [[_start_of(match) for match in pattern.finditer(text)] for text in texts]
     else:
-        found = [[low for low, _ in _checked_spans(rule(text), len(text), "character")] for text in texts]
+        found = []
+        for text in texts:
+            spans = _checked_spans(rule(text), len(text), "character")
+            found.append([low for low, _ in spans])
+
+    # Lines and sentences may be few, but the other rules are about marks that must be there.
     must_match = region == "reasoning" and rule not in ("lines", "sentences")
     if must_match and not any(found) and any(text.strip() for text in texts):
-        shown = "".join(texts).strip()
+        quote = "".join(texts).strip()
+        if len(quote) > _MAX_QUOTE:
+            quote = quote[: _MAX_QUOTE - 3] + "..."
         raise InvalidInputError(
             f"by: {name_of(by)} must match in the reasoning, got no match in "
-            f"{shown if len(shown) <= 60 else shown[:57] + '...'!r}; 'auto', 'lines' and 'sentences' split any text"
+            f"{quote!r}; 'auto', 'lines' and 'sentences' split any text"
         )
+
     starts: list[int] = []
-    for (low, high), characters in zip(passages, found, strict=True):
-        starts += places.tokens_at([int(places.start[low]) + at for at in characters], low, high)
-    return starts, f"auto: {rule}" if isinstance(by, str) and by == "auto" else name_of(by)
+    for (low, high), offsets in zip(passages, found, strict=True):
+        passage_start = int(token_text.start[low])
+        characters = [passage_start + offset for offset in offsets]
+        starts += token_text.tokens_at(characters, low, high)
+    name = f"auto: {rule}" if is_auto else name_of(by)
+    return starts, name
 
 
 def _start_of(match: re.Match[str]) -> int:
-    """Where group 1 starts, or the match where there is no such group or it took no part."""
-    group = min(match.re.groups, 1)
-    return match.start(group if match.start(group) >= 0 else 0)
+    """Return where group 1 starts, or the match if it has no such group or the group took no part."""
+    if match.re.groups >= 1 and match.start(1) >= 0:
+        return match.start(1)
+    return match.start()
 
 
 def name_of(by: Any) -> str:
-    """The rule in words; a wrong one is refused here."""
+    """Name a rule in words.
+
+    Raises:
+        InvalidInputError: an unknown name, or a pattern that does not compile.
+    """
     if isinstance(by, str) and (by in _RULES or by == "auto"):
         return by
-    return (
-        f"function {getattr(by, '__name__', type(by).__name__)}"
-        if callable(by)
-        else f"pattern {_compiled(by).pattern!r}"
-    )
+    if callable(by):
+        return f"function {getattr(by, '__name__', type(by).__name__)}"
+    return f"pattern {_compiled(by).pattern!r}"
 
 
 def _compiled(by: str | re.Pattern[str]) -> re.Pattern[str]:
+    """Compile a pattern; refuse a misspelt rule, which would be a pattern that matches its own letters."""
+    # Only names close to a rule are refused: any other text is a pattern.
     known = ["auto", *_RULES]
+    known_names = ", ".join(map(repr, known))
     if isinstance(by, str):
-        meant = get_close_matches(by.casefold(), known, n=1, cutoff=0.8)
-        if meant or not by:
+        similar = get_close_matches(by.casefold(), known, n=1, cutoff=0.8)
+        if similar or not by:
+            remedy = "try 'auto'"
+            if similar:
+                remedy = f"did you mean {similar[0]!r}? For the word itself pass re.compile({by!r})"
             raise InvalidInputError(
-                f"by: must be one of {', '.join(map(repr, known))}, a pattern, a function or token spans, got {by!r}; "
-                + (f"did you mean {meant[0]!r}? For the word itself pass re.compile({by!r})" if meant else "try 'auto'")
+                f"by: must be one of {known_names}, a pattern, a function or token spans, got {by!r}; {remedy}"
             )
     try:
         pattern = re.compile(by)
     except re.error as error:
         raise InvalidInputError(
-            f"by: must be a regular expression or one of {', '.join(map(repr, known))}, got {by!r} with an error at "
+            f"by: must be a regular expression or one of {known_names}, got {by!r} with an error at "
             f"position {error.pos}: {error.msg}; escape literal text with re.escape"
         ) from error
     if isinstance(pattern.pattern, bytes):
@@ -158,43 +267,71 @@ def _compiled(by: str | re.Pattern[str]) -> re.Pattern[str]:
     return pattern
 
 
-def _checked_spans(spans: Any, length: int, unit: str) -> list[tuple[int, int]]:
-    rule = f"by: must give {unit} spans (start, stop) within 0..{length}, in order and without overlap"
+def _checked_spans(spans: Any, length: int, what: str) -> list[tuple[int, int]]:
+    """Check that spans are pairs of integers, in order, without overlap, not empty and inside the text."""
+    rule = f"by: must give {what} spans (start, stop) within 0..{length}, in order and without overlap"
+    # Tensors and arrays become lists of Python integers.
     values = spans.tolist() if hasattr(spans, "tolist") else spans
     try:
         pairs = [(low, high) for low, high in values]
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{rule}, got {spans!r:.80}; return a list such as [(0, 12), (12, 30)]") from error
-    reached = 0
-    for pair in pairs:
-        whole = all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in pair)
-        if not whole or not reached <= pair[0] < pair[1] <= length:
-            raise InvalidInputError(f"{rule}, got {pair} after {reached}; sort them, and make each at least 1 long")
-        reached = pair[1]
+    previous_stop = 0
+    for start, stop in pairs:
+        are_integers = _is_integer(start) and _is_integer(stop)
+        if not are_integers or not previous_stop <= start < stop <= length:
+            raise InvalidInputError(
+                f"{rule}, got {(start, stop)} after {previous_stop}; sort them, and make each at least 1 long"
+            )
+        previous_stop = stop
     return pairs
 
 
-def starts_of_token_spans(by: Any, label: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[int]:
-    """Step starts where token spans are given: the spans as they are, the rest by region."""
+def _is_integer(value: Any) -> bool:
+    """Return whether a value is an integer of Python or numpy; a bool does not count."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def starts_of_token_spans(by: Any, regions: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[int]:
+    """Find the first tokens of steps given as token spans; tokens between the spans are split by region.
+
+    Args:
+        by: pairs (start, stop) of tokens.
+        regions: ``[T]``, the region of each token.
+        runs: token ranges of one region each.
+
+    Raises:
+        InvalidInputError: anything else than such spans, or a span with tokens of two regions.
+    """
     if by is None or isinstance(by, int | float | bytes):
         raise InvalidInputError(
             f"by: must be a rule's name, a pattern, a function or token spans, got {by!r:.80}; 'auto' is a good start"
         )
-    pairs = _checked_spans(by, label.size, "token")
-    covered = np.zeros(label.size, dtype=bool)
+    pairs = _checked_spans(by, regions.size, "token")
+
+    # Context may be part of a step of any region. A run that starts inside a span does not start a step.
+    is_inside_span = np.zeros(regions.size, dtype=bool)
     for low, high in pairs:
-        mixed = np.unique(label[low:high][label[low:high] >= 0])
-        if mixed.size > 1:
-            names = " and ".join(REGIONS[number] for number in mixed)
+        in_span = np.unique(regions[low:high])
+        found = in_span[in_span != _NO_REGION]
+        if found.size > 1:
+            names = " and ".join(REGIONS[number] for number in found)
             raise InvalidInputError(
                 f"by: a step must lie in one region, got tokens ({low}, {high}) with {names}; cut it where they meet"
             )
-        covered[low + 1 : high] = True
-    ends = [edge for pair in pairs for edge in pair if edge < label.size]
-    return [low for low, _ in runs if not covered[low]] + [int(edge) for edge in ends]
+        is_inside_span[low + 1 : high] = True
+    starts = [low for low, _ in runs if not is_inside_span[low]]
+
+    # A span starts a step, and so does the token after it.
+    for low, high in pairs:
+        starts.append(int(low))
+        if high < regions.size:
+            starts.append(int(high))
+    return starts
 
 
-# The text a rule reads has one kind of line break. Every quantifier that could run away is possessive or bounded.
+# Rules read text with one kind of line break. Every quantifier whose matching time could explode is possessive or
+# bounded.
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", "\n"))
 _MARKUP = r"[ \t>*_#-]*+"
 _NUMBER = r"(?:\d{1,4}|one|two|three|four|five|six|seven|eight|nine|ten)"
@@ -213,73 +350,117 @@ _NEVER_LAST = frozenset(["dr", "mr", "mrs", "ms", "prof", "st", "vs", "e.g", "i.
 _BEFORE_NUMBER = frozenset(["no", "nos", "eq", "eqs", "fig", "figs", "sec", "ch", "vol", "p", "pp"])
 _INITIALS = re.compile(r"\b[A-Z]\.\s?[A-Z]$")
 _MARKER = re.compile(r"[\W_]*(?:step\s+)?(?:\d+|[^\W\d_])", re.IGNORECASE)
-_SEVERAL_LINES = 3  # of two lines the second is mostly "The answer is", and the first holds all the steps
+# Of two lines the second is mostly "The answer is", and the first holds all the steps.
+_MIN_LINES = 3
+_MIN_NUMBERED = 2
+_MAX_WORD = 40
+"""Characters before a full stop that are read for an abbreviation."""
+_MAX_LOOK_AHEAD = 12
+"""Characters after a full stop that are read."""
 
 
 def _auto_rule(texts: Sequence[str]) -> str:
-    if sum(len(_markers(text)) for text in texts) >= 2:
+    """Choose a rule: numbered if there are two numbers, else lines if there are three, else sentences."""
+    num_markers = sum(len(_markers(text)) for text in texts)
+    if num_markers >= _MIN_NUMBERED:
         return "numbered"
-    return "lines" if sum(len(_lines(text)) for text in texts) >= _SEVERAL_LINES else "sentences"
+    num_lines = sum(len(_lines(text)) for text in texts)
+    if num_lines >= _MIN_LINES:
+        return "lines"
+    return "sentences"
 
 
 def _lines(text: str) -> list[int]:
-    """Starts of the lines that have a letter or a digit: a lone bracket of a formula is no step."""
-    return [line.start() for line in _LINE.finditer(text) if _says_something(line[0])]
+    """Find the starts of the lines with a letter or a digit: a lone bracket of a formula is not a step."""
+    return [line.start() for line in _LINE.finditer(text) if _has_alphanumeric(line[0])]
 
 
 def _markers(text: str) -> list[int]:
-    """Starts of numbered steps: headings if there are at least two (lists inside them are detail), else items."""
-    headings, items = ([match.start() for match in kind.finditer(text)] for kind in (_HEADING, _ITEM))
-    return headings if len(headings) >= 2 else items or headings
+    """Find the starts of numbered steps: headings if there are at least two (lists in them are detail), else items."""
+    headings = [match.start() for match in _HEADING.finditer(text)]
+    if len(headings) >= _MIN_NUMBERED:
+        return headings
+    items = [match.start() for match in _ITEM.finditer(text)]
+    return items or headings
 
 
 def _numbered(text: str) -> list[int]:
-    """Starts of numbered steps. Lines after the last that the longest step before it does not have are no part of it.
+    """Find the starts of numbered steps, and of the lines after the last step.
 
-    "The answer is 7." below a list of one-line items is then a step of its own, and nothing says so but the lengths.
+    The last step is taken to have at most as many lines as the longest step before it; every line after these is a
+    step. "The answer is 7." below a list of one-line items is then a step of its own.
     """
     marks = _markers(text)
-    lines = np.array(_lines(text))
-    if len(marks) < 2:
+    if len(marks) < _MIN_NUMBERED:
         return marks
-    more = [int(((lines > low) & (lines < high)).sum()) for low, high in pairwise(marks)]
-    return marks + lines[lines > marks[-1]].tolist()[max(more) :]
+
+    # Lines inside each step but the last, and lines after the last marker.
+    lines = np.array(_lines(text))
+    continuation_lines = []
+    for low, high in pairwise(marks):
+        continuation_lines.append(int(((lines > low) & (lines < high)).sum()))
+    lines_after_last = lines[lines > marks[-1]].tolist()
+    return marks + lines_after_last[max(continuation_lines) :]
 
 
 def _sentences(text: str) -> list[int]:
-    """Starts of sentences; a line break ends one too."""
+    """Find the starts of sentences; a line break also ends a sentence."""
     starts = []
     for line in _LINE.finditer(text):
-        pieces = [line.start()]
-        for end in _SENTENCE_END.finditer(text, *line.span()):
-            if _ends_sentence(text, pieces[-1], end, line.end()):
-                pieces.append(end.end())
-        starts += [low for low, high in pairwise([*pieces, line.end()]) if _says_something(text[low:high])]
+        borders = [line.start()]
+        for stop in _SENTENCE_END.finditer(text, *line.span()):
+            if _ends_sentence(text, borders[-1], stop, line.end()):
+                borders.append(stop.end())
+        borders.append(line.end())
+        for low, high in pairwise(borders):
+            if _has_alphanumeric(text[low:high]):
+                starts.append(low)
     return starts
 
 
-def _ends_sentence(text: str, begin: int, end: re.Match[str], limit: int) -> bool:
-    """Whether the stop ends the sentence that began at ``begin``. Looks no further than a word either way.
+def _ends_sentence(text: str, begin: int, stop: re.Match[str], line_end: int) -> bool:
+    """Decide whether a stop ends the sentence that began at ``begin``, from a word before it and after it.
 
-    A single capital reads as a name's initial only in a chain ("J. K."): "the answer is C." is far more frequent here.
+    A single capital counts as the initial of a name only in a chain ("J. K."): "the answer is C." is far more frequent
+    in reasoning.
     """
-    stop, rest = re.match(r"[.…]*", end[0]), text[end.end() : min(limit, end.end() + 12)].lstrip()
-    if not rest or end[0][0] not in ".!?…":
+    # At the end of a line, and after the stops of other scripts, a sentence ends in any case.
+    limit = min(line_end, stop.end() + _MAX_LOOK_AHEAD)
+    following = text[stop.end() : limit].lstrip()
+    marks = stop[0]
+    if not following or marks[0] not in ".!?…":
         return True
-    if rest[0].islower() or rest[0] in _NO_SENTENCE_START or rest.startswith("* "):
+
+    # What follows must be able to start a sentence.
+    next_character = following[0]
+    if next_character.islower() or next_character in _NO_SENTENCE_START:
         return False
-    dots = stop[0] if stop else ""
-    if dots != ".":
-        return not (dots and rest[0].isdigit())  # "1, 2, ... 10" goes on, and so does a sum
-    before = text[max(begin, end.start() - 40) : end.start()]
-    word = (before.split() or [""])[-1].lstrip("([{\"'“‘*_").casefold()  # noqa: RUF001
-    numbered = word in _BEFORE_NUMBER and (rest[0].isdigit() or rest[0] == "(")
-    initial = _INITIALS.search(before) or (len(word) == 1 and re.match(r"[A-Z]\.", rest))
-    return not (word in _NEVER_LAST or numbered or initial or _MARKER.fullmatch(before))
+    if following.startswith("* "):
+        return False
+
+    # "1, 2, ... 10" continues after an ellipsis, and so does a sum; "!" and "?" end a sentence.
+    num_dots = len(marks) - len(marks.lstrip(".…"))
+    if marks[:num_dots] != ".":
+        return num_dots == 0 or not next_character.isdigit()
+
+    # A single full stop may belong to an abbreviation, to an initial or to the number of a list.
+    before = text[max(begin, stop.start() - _MAX_WORD) : stop.start()]
+    words = before.split()
+    last_word = words[-1] if words else ""
+    word = last_word.lstrip("([{\"'“‘*_").casefold()  # noqa: RUF001
+    if word in _NEVER_LAST or _MARKER.fullmatch(before):
+        return False
+    if word in _BEFORE_NUMBER and (next_character.isdigit() or next_character == "("):
+        return False
+    is_first_initial = len(word) == 1 and re.match(r"[A-Z]\.", following)
+    is_later_initial = _INITIALS.search(before)
+    return not (is_first_initial or is_later_initial)
 
 
-def _says_something(text: str) -> bool:
-    return any(map(str.isalnum, text))
+def _has_alphanumeric(text: str) -> bool:
+    """Return whether a text has a letter or a digit."""
+    return any(character.isalnum() for character in text)
 
 
 _RULES: dict[str, Callable[[str], list[int]]] = {"lines": _lines, "sentences": _sentences, "numbered": _numbered}
+"""The named rules: from a text to the characters at which its steps start."""

@@ -1,4 +1,4 @@
-"""Steps: reasoning split into lines, sentences or numbered steps, and the same flow between them, exactly."""
+"""StepFlow: the exact flow between the lines, sentences or numbered steps of a text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -22,16 +23,18 @@ from flowgraph.steps.contraction import Contraction, contract
 from flowgraph.steps.splitting import (
     REGIONS,
     By,
-    Places,
     Region,
-    name_of,
+    TokenText,
     region_of_tokens,
     runs_of,
     starts_by_rule,
     starts_of_token_spans,
 )
 
-_SHOWN = 40
+_MAX_LISTED = 40
+"""Steps in the summary of a StepFlow."""
+_MAX_LINE = 70
+"""Characters of a step in the summary."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ class Step:
 
     Attributes:
         index: position among the steps.
-        start, stop: its tokens, ``[start, stop)``.
-        text: what it says, blanks included.
-        region: where it lies; None for context such as a chat template.
+        start: its first token.
+        stop: the token after its last.
+        text: its characters, blanks included.
+        region: the region of its tokens; None for context such as a chat template.
     """
 
     index: int
@@ -58,26 +62,46 @@ class StepFlow(Contraction):
 
     Attributes:
         steps: S of them, every token in exactly one.
-        by: the rule that split the text; ``"auto: ..."`` names the one it settled on.
+        by: the rule that split the text; ``"auto: ..."`` names the one that was chosen.
     """
 
     steps: tuple[Step, ...]
     by: str
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a step: index, start, stop, region, text, throughput, source, absorbed, inflow, outflow, within."""
-        return [
-            {**{name: getattr(step, name) for name in ("index", "start", "stop", "region", "text")}, **row}
-            for step, row in zip(self.steps, super().table(), strict=True)
-        ]
+        """Return one row per step.
+
+        The columns are index, start, stop, region, text, throughput, source, absorbed, inflow, outflow and within.
+        """
+        rows = []
+        for step, flow_row in zip(self.steps, super().table(), strict=True):
+            step_row = {
+                "index": step.index,
+                "start": step.start,
+                "stop": step.stop,
+                "region": step.region,
+                "text": step.text,
+            }
+            rows.append(step_row | flow_row)
+        return rows
 
     def to_dict(self, *, max_edges: int | None = None) -> dict[str, Any]:
-        """Plain JSON values, as in :mod:`flowgraph.tracing.payload`; with ``max_edges``, the strongest flows only."""
-        edges = [list(row.values()) for row in self.flow_table(max_edges)]
-        names = ("index", "start", "stop", "region", "text", "throughput", "source", "absorbed", "within")
+        """Return the flow between steps as plain JSON values, as in :mod:`flowgraph.tracing.payload`.
+
+        Args:
+            max_edges: list only this many of the strongest flows; default: all.
+        """
+        nodes = self.table()
+        for row in nodes:
+            # Both follow from the edges.
+            del row["inflow"]
+            del row["outflow"]
+        edges = []
+        for row in self.flow_table(max_edges):
+            edges.append([row["source"], row["target"], row["flow"]])
         return {
             "by": self.by,
-            "nodes": [{name: row[name] for name in names} for row in self.table()],
+            "nodes": nodes,
             "edges": edges,
             "edges_left_out": self.edge_flow.numel() - len(edges),
         }
@@ -88,30 +112,41 @@ class StepFlow(Contraction):
         Raises:
             OutputError: the path cannot be written.
         """
-        write_text(path, json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False, indent=1) + "\n")
+        # Escaped text (ensure_ascii) survives lone surrogates, which UTF-8 cannot hold.
+        content = json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False, indent=1)
+        write_text(path, content + "\n")
 
     def to_csv(self, path: PathLike, *, flows: bool = False) -> None:
-        """Write :meth:`table`, or with ``flows`` :meth:`flow_table`, as a CSV file, atomically; text stays as it is.
+        """Write a table as a CSV file, atomically; text stays as it is.
+
+        Args:
+            path: where to write.
+            flows: write :meth:`flow_table`; default: :meth:`table`.
 
         Raises:
             OutputError: the path cannot be written.
         """
-        rows, names = (self.flow_table(), ["source", "target", "flow"]) if flows else (self.table(), None)
-        lines = io.StringIO()
-        writer = csv.DictWriter(lines, names or list(rows[0]), lineterminator="\n")
+        if flows:
+            rows = self.flow_table()
+            names = ["source", "target", "flow"]
+        else:
+            rows = self.table()
+            names = list(rows[0])
+        content = io.StringIO()
+        writer = csv.DictWriter(content, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(path, lines.getvalue())
+        write_text(path, content.getvalue())
 
     def __repr__(self) -> str:
-        head = f"StepFlow of {self.num_steps} steps by {self.by}, {self.edge_flow.numel()} flows between them"
+        lines = [f"StepFlow of {self.num_steps} steps by {self.by}, {self.edge_flow.numel()} flows between them"]
         throughput = self.throughput.tolist()
-        lines = [
-            f"  {step.index:>3} {step.region or 'context':<9} {throughput[step.index]:.3f} {_one_line(step.text)!r}"
-            for step in self.steps[:_SHOWN]
-        ]
-        more = [f"  ... and {self.num_steps - _SHOWN} more"] if self.num_steps > _SHOWN else []
-        return "\n".join([head, *lines, *more])
+        for step in self.steps[:_MAX_LISTED]:
+            region = step.region or "context"
+            lines.append(f"  {step.index:>3} {region:<9} {throughput[step.index]:.3f} {_one_line(step.text)!r}")
+        if self.num_steps > _MAX_LISTED:
+            lines.append(f"  ... and {self.num_steps - _MAX_LISTED} more")
+        return "\n".join(lines)
 
 
 def step_flow(
@@ -123,19 +158,32 @@ def step_flow(
     by: By = "auto",
     split_question: bool = False,
 ) -> StepFlow:
-    """The flow between the steps of a text: :func:`split_steps`, then :func:`contract`.
+    """Compute the flow between the steps of a text: :func:`split_steps`, then :func:`contract`.
+
+    Args:
+        flow: a feasible flow on one graph, which holds the regions.
+        tokens: see :func:`split_steps`.
+        spans: see :func:`split_steps`.
+        text: see :func:`split_steps`.
+        by: see :func:`split_steps`.
+        split_question: see :func:`split_steps`.
 
     Raises:
         InfeasibleFlowError: there is no flow.
-        InvalidInputError: a batch, or what :func:`split_steps` refuses.
+        InvalidInputError: a batch; see also :func:`split_steps`.
+
+    Cost: one pass over text and tokens, one sort of the edges between steps.
     """
     require_single_feasible(flow)
     graph = flow.graph
-    steps, name = _split(
-        tokens, spans, text, graph.question_mask, graph.reasoning_mask, graph.answer_mask, by, split_question
-    )
+    token_text = TokenText.of(tokens, spans, text)
+    regions = region_of_tokens(token_text, graph.question_mask, graph.reasoning_mask, graph.answer_mask)
+    steps, name = _split(token_text, regions, by, split_question)
+
+    # The steps cover the tokens in order.
     sizes = torch.tensor([step.stop - step.start for step in steps])
-    contracted = contract(flow, torch.repeat_interleave(torch.arange(len(steps)), sizes))
+    step_of_token = torch.repeat_interleave(torch.arange(len(steps)), sizes)
+    contracted = contract(flow, step_of_token)
     return StepFlow(**vars(contracted), steps=steps, by=name)
 
 
@@ -154,21 +202,24 @@ def split_steps(
 
     Every token is in exactly one step and a step lies in one region. Each run of question, of answer and of context
     is one step; blank tokens outside the regions join the step before them. A step starts at the first token whose
-    visible text starts where the rule says or later: no token is cut.
+    visible text starts at the rule's position or later: no token is cut.
 
     Args:
-        tokens: text of each token.
-        spans: half-open character span of each token in ``text``.
-        text: the whole text; "" for the tokens one after another.
+        tokens: text of each of the T tokens.
+        spans: ``[T, 2]``, half-open character span of each token in ``text``.
+        text: the complete text; "" for the tokens one after another.
         question: mask, indices or slice of the question's tokens.
         reasoning: the same for the reasoning.
         answer: the same for the answer.
         by: ``"lines"``, ``"sentences"``, ``"numbered"`` (``1.``, ``2)``, ``Step 3:``), or ``"auto"``: numbered if
             there are at least two numbers, else lines if at least three, else sentences. A regular expression: a step
             starts where it matches (at group 1 if it has one); blank separators such as ``\n\n`` work as they are. A
-            function: given the text of the reasoning it returns the character spans of its steps; what lies between
-            two belongs to the one before. Token spans ``[(start, stop), ...]``: these steps, as they are.
-        split_question: split the question by the same rule (under ``"auto"`` settled for itself).
+            function from the text of the reasoning to the character spans of its steps; characters between two spans
+            belong to the step before. Token spans ``[(start, stop), ...]``: these steps, as they are.
+        split_question: split the question by the same rule (under ``"auto"`` by a choice of its own).
+
+    Returns:
+        The steps, in order.
 
     Raises:
         InvalidInputError: an unknown rule, a pattern that matches nothing or does not compile, spans that overlap, lie
@@ -185,41 +236,48 @@ def split_steps(
         >>> [(step.region, step.text) for step in steps]
         [('question', '2+3?'), ('reasoning', ' Add.'), ('reasoning', ' So it is '), ('answer', '5')]
     """
-    return _split(tokens, spans, text, question, reasoning, answer, by, split_question)[0]
+    token_text = TokenText.of(tokens, spans, text)
+    regions = region_of_tokens(token_text, question, reasoning, answer)
+    steps, _ = _split(token_text, regions, by, split_question)
+    return steps
 
 
-def _split(
-    tokens: Sequence[str],
-    spans: Tensor,
-    text: str,
-    question: MaskLike,
-    reasoning: MaskLike,
-    answer: MaskLike,
-    by: By,
-    split_question: bool,
-) -> tuple[tuple[Step, ...], str]:
-    """The steps, and the name of the rule that was used."""
-    places = Places.of(tokens, spans, text)
-    label = region_of_tokens(places, question, reasoning, answer)
-    runs = runs_of(label)
-    if not isinstance(by, str | re.Pattern) and not callable(by):
-        starts, name = starts_of_token_spans(by, label, runs), "token spans"
+def _split(token_text: TokenText, regions: np.ndarray, by: By, split_question: bool) -> tuple[tuple[Step, ...], str]:
+    """Return the steps, and the name of the rule that was used; ``regions`` numbers the region of each token."""
+    runs = runs_of(regions)
+    is_rule = isinstance(by, str | re.Pattern) or callable(by)
+    if is_rule:
+        # Every run is a step; the rule adds the starts inside the reasoning, and inside the question on request.
+        starts = [low for low, _ in runs]
+        if split_question:
+            question_starts, _ = starts_by_rule(by, token_text, _runs_in("question", runs, regions), "question")
+            starts += question_starts
+        reasoning_starts, name = starts_by_rule(by, token_text, _runs_in("reasoning", runs, regions), "reasoning")
+        starts += reasoning_starts
     else:
-        starts, name = [low for low, _ in runs], name_of(by)
-        for region in ("question", "reasoning") if split_question else ("reasoning",):
-            passages = [run for run in runs if label[run[0]] == REGIONS.index(region)]
-            found, used = starts_by_rule(by, places, passages, region)
-            starts += found
-            name = used if region == "reasoning" else name
-    edges = [*sorted(set(starts)), len(tokens)]
+        name = "token spans"
+        starts = starts_of_token_spans(by, regions, runs)
+
+    num_tokens = regions.size
+    borders = [*sorted(set(starts)), num_tokens]
     steps = []
-    for index, (low, high) in enumerate(pairwise(edges)):
-        inside = int(label[low:high].max())
-        steps.append(Step(index, low, high, places.text_of(low, high), REGIONS[inside] if inside >= 0 else None))
+    for index, (start, stop) in enumerate(pairwise(borders)):
+        # A step has one region. Tokens of no region (-1) may be inside a span of the user's.
+        number = int(regions[start:stop].max())
+        region = REGIONS[number] if number >= 0 else None
+        steps.append(Step(index, start, stop, token_text.characters(start, stop), region))
     return tuple(steps), name
 
 
+def _runs_in(region: Region, runs: Sequence[tuple[int, int]], regions: np.ndarray) -> list[tuple[int, int]]:
+    """Return the runs of tokens of one region."""
+    number = REGIONS.index(region)
+    return [(low, high) for low, high in runs if regions[low] == number]
+
+
 def _one_line(text: str) -> str:
-    """A step's text for one line of a summary."""
+    """Shorten a step's text to one line of a summary."""
     line = " ".join(text.split())
-    return line if len(line) <= 70 else line[:67] + "..."
+    if len(line) <= _MAX_LINE:
+        return line
+    return line[: _MAX_LINE - 3] + "..."

@@ -1,4 +1,4 @@
-"""``FlowTrace``: the product a user holds. Tokens, regions, graph, flow and where they came from."""
+"""``FlowTrace``: tokens, regions, graph and flow of one traced answer, and what they were made from."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import TraceFileError
 from flowgraph.files import PathLike, write_json
 from flowgraph.flow.flow import Flow
-from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
 from flowgraph.tracing.payload import trace_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
+# The tensors of a trace file with their dtypes and numbers of dimensions; the capacity is described at run time.
 _TENSORS = {
     "token_ids": (torch.int64, 1),
     "spans": (torch.int64, 2),
@@ -39,18 +40,20 @@ _TENSORS = {
     "source": (torch.float64, 1),
     "demand": (torch.float64, 1),
 }
-_WEIGHTS = (torch.float32, torch.float64)
+_CAPACITY_DTYPES = (torch.float32, torch.float64)
+_FLOW_TENSORS = ("h", "g", "exponent", "source", "demand", "absorbing")
 _FLOW_FACTS = ("damping", "source_rule", "absorption", "backend")
+_GRAPH_LOSSES = ("kept_attention", "kept_flow", "throughput_error")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FlowTrace:
-    """How one answer drew on its question.
+    """The flow from a question to one answer: how the answer drew on the question.
 
     Attributes:
-        tokens: readable text of each token.
+        tokens: T readable strings, one a token.
         token_ids: ``[T]`` int64.
-        text: prompt and response as one string ("" when traced from ids alone).
+        text: prompt and response as one string; from ids alone, the decoded tokens joined.
         spans: ``[T, 2]`` int64, half-open character span of each token in ``text``.
         generated: ``[T]`` bool, the tokens that the model produced.
         graph: the attention-induced DAG.
@@ -71,6 +74,7 @@ class FlowTrace:
 
     @property
     def num_tokens(self) -> int:
+        """T, prompt and response together."""
         return len(self.tokens)
 
     @property
@@ -110,29 +114,34 @@ class FlowTrace:
         return bool(self.flow.feasible)
 
     def backbone(self, keep: float = 0.9) -> Backbone:
-        """The fewest edges whose routes carry the share ``keep``; see :func:`flowgraph.backbone`."""
+        """Find the fewest edges whose routes carry the share ``keep``; see :func:`flowgraph.backbone`."""
         return backbone(self.flow, keep)
 
     def routes(self, k: int = 10) -> list[Route]:
-        """The ``k`` widest routes from question to answer; see :func:`flowgraph.widest_routes`."""
+        """Find the ``k`` widest routes from question to answer; see :func:`flowgraph.widest_routes`."""
         return widest_routes(self.flow, k)
 
     def hubs(self, k: int = 10, region: str = "reasoning") -> list[TokenRole]:
-        """Tokens with the highest throughput; see :func:`flowgraph.hubs`."""
+        """Find the ``k`` tokens of a region with the highest throughput; see :func:`flowgraph.hubs`."""
         return hubs(self.flow, k, region)  # type: ignore[arg-type]
 
     def checkpoints(self, k: int = 10, region: str = "reasoning") -> list[TokenRole]:
-        """Tokens that gather flow from many places; see :func:`flowgraph.checkpoints`."""
+        """Find the ``k`` tokens of a region that gather flow from many places; see :func:`flowgraph.checkpoints`."""
         return checkpoints(self.flow, k, region)  # type: ignore[arg-type]
 
     def steps(self, by: By = "auto", *, split_question: bool = False) -> StepFlow:
-        """The same flow between lines, sentences or numbered steps; see :func:`flowgraph.steps.split_steps`."""
+        """Merge tokens into lines, sentences or numbered steps and keep the flow; see :func:`flowgraph.split_steps`."""
         return step_flow(
-            self.flow, tokens=self.tokens, spans=self.spans, text=self.text, by=by, split_question=split_question
+            self.flow,
+            tokens=self.tokens,
+            spans=self.spans,
+            text=self.text,
+            by=by,
+            split_question=split_question,
         )
 
     def certify(self, **options: Any) -> Certificate:
-        """What is proved about this flow; see :func:`flowgraph.certify`."""
+        """Check every provable property of this flow; see :func:`flowgraph.certify`."""
         return certify(self.flow, **options)
 
     def save(self, path: PathLike) -> None:
@@ -140,14 +149,21 @@ class FlowTrace:
 
         Raises:
             OutputError: the path cannot be written.
+            InvalidInputError: the provenance holds something that JSON cannot.
         """
-        graph, flow = self.graph, self.flow
+        graph = self.graph
+        flow = self.flow
+        capacity = graph.capacity
+        if capacity.dtype not in _CAPACITY_DTYPES:
+            # float16 and bfloat16 are exact in float32.
+            capacity = capacity.float()
+        # Positions fit int32, which halves the size of the edges.
         tensors = {
             "token_ids": self.token_ids,
             "spans": self.spans,
             "generated": self.generated,
             "edge_index": graph.edge_index.int(),
-            "capacity": graph.capacity if graph.capacity.dtype in _WEIGHTS else graph.capacity.float(),
+            "capacity": capacity,
             "question": graph.question_mask,
             "reasoning": graph.reasoning_mask,
             "answer": graph.answer_mask,
@@ -158,11 +174,17 @@ class FlowTrace:
             "source": flow.source,
             "demand": flow.demand,
         }
+        # Facts that are not tensors. The flow is stored too, so that loading need not solve it again.
         record = {
             "tokens": list(self.tokens),
             "text": self.text,
             "provenance": dict(self.provenance),
-            "flow": {name: getattr(flow, name) for name in _FLOW_FACTS},
+            "flow": {
+                "damping": flow.damping,
+                "source_rule": flow.source_rule,
+                "absorption": flow.absorption,
+                "backend": flow.backend,
+            },
             "graph": {
                 "rules": graph.rules,
                 "kept_attention": float(graph.kept_attention),
@@ -173,7 +195,14 @@ class FlowTrace:
         write_record(path, tensors, record)
 
     def to_dict(self, *, keep: float = 0.9, max_edges: int = 20_000) -> dict[str, Any]:
-        """The trace as plain JSON values; the schema is described in :mod:`flowgraph.tracing.payload`."""
+        """Describe the trace as plain JSON values, in the schema of :mod:`flowgraph.tracing.payload`.
+
+        Args:
+            keep: share of the flow whose routes make the backbone.
+            max_edges: most edges listed, those with most flow first.
+
+        Cost: one backbone search and twenty routes.
+        """
         return trace_payload(
             self.flow,
             tokens=self.tokens,
@@ -190,30 +219,23 @@ class FlowTrace:
         write_json(path, self.to_dict(keep=keep, max_edges=max_edges))
 
     def to_html(self, path: PathLike, *, keep: float = 0.9) -> None:
-        """Write one self-contained page (no network): tokens by throughput, the backbone's arcs, numbers on hover."""
+        """Write one self-contained page that needs no network: tokens by throughput, backbone, numbers on hover."""
         write_html(path, self.to_dict(keep=keep))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Render the trace for a notebook."""
         return repr_html(self)
 
     def __repr__(self) -> str:
-        counts = ", ".join(
-            f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in ("question", "reasoning", "answer")
-        )
-        lines = [
-            f"FlowTrace of {self.provenance.get('model', 'a model')}: {self.num_tokens} tokens ({counts}), "
-            f"{self.graph.num_edges} edges"
-        ]
+        """Summarise the trace: sizes, the mean route, the strongest hubs, and what pruning lost."""
+        sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
+        model = self.provenance.get("model", "a model")
+        lines = [f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges"]
         if self.feasible:
-            hops = float(self.throughput.sum()) - 1
-            lines.append(f"  unit flow, mean route {hops:.2f} hops, alpha {float(self.flow.alpha):.3g}")
-            named = [f"{self.tokens[role.token]!r} {role.throughput:.3f}" for role in self.hubs(5)]
-            lines.append(
-                "  hubs in the reasoning: " + (", ".join(named) or "none: nothing stands between question and answer")
-            )
+            lines += self._flow_summary()
         else:
             lines.append("  no flow: no question token reaches the answer through this graph")
+        # Conservation holds on any pruned graph, so only this line shows what pruning lost.
         if self.graph.kept_flow.item() < 1:
             lines.append(
                 f"  pruned: {self.graph.kept_flow.item():.1%} of the flow and "
@@ -222,38 +244,39 @@ class FlowTrace:
             )
         return "\n".join(lines)
 
+    def _flow_summary(self) -> list[str]:
+        """Describe the flow in two lines: mean route and hubs."""
+        # Every visit of a token counts in its throughput, so the sum is the mean number of tokens of a route.
+        mean_hops = float(self.throughput.sum()) - 1
+        hubs = [f"{self.tokens[role.token]!r} {role.throughput:.3f}" for role in self.hubs(5)]
+        listed = ", ".join(hubs) or "none: no token lies between question and answer"
+        return [
+            f"  unit flow, mean route {mean_hops:.2f} hops, alpha {float(self.flow.alpha):.3g}",
+            f"  hubs in the reasoning: {listed}",
+        ]
+
 
 def load_trace(path: PathLike) -> FlowTrace:
-    """Read a trace written by :meth:`FlowTrace.save`; the file is checked, never executed.
+    """Read a trace written by :meth:`FlowTrace.save`; the file is checked, and no code in it can run.
 
     Raises:
         TraceFileError: missing, truncated, foreign, inconsistent or from a newer version.
     """
+    # The container: names, dtypes and numbers of dimensions.
     tensors, record = read_record(path)
-    wide = tensors.get("capacity", torch.empty(0)).dtype == torch.float64
-    require_tensors(path, tensors, {**_TENSORS, "capacity": (_WEIGHTS[wide], 1)})
+    require_tensors(path, tensors, {**_TENSORS, "capacity": (_capacity_dtype(tensors), 1)})
+
+    # The record and the graph, whose constructor checks edges and regions.
     try:
         tokens = tuple(str(token) for token in record["tokens"])
-        graph = FlowGraph.from_edges(
-            tensors["edge_index"].long(),
-            tensors["capacity"],
-            num_nodes=len(tokens),
-            question=tensors["question"],
-            reasoning=tensors["reasoning"],
-            answer=tensors["answer"],
-            rules=str(record["graph"]["rules"]),
-        )
-        for name in ("kept_attention", "kept_flow", "throughput_error"):
-            graph[name] = torch.tensor([float(record["graph"][name])], dtype=torch.float64)
-        facts = {name: record["flow"][name] for name in _FLOW_FACTS}
-        text, provenance = str(record["text"]), dict(record["provenance"])
+        text = str(record["text"])
+        provenance = dict(record["provenance"])
+        flow_facts = {name: record["flow"][name] for name in _FLOW_FACTS}
+        graph = _restored_graph(tensors, record["graph"], len(tokens))
     except (KeyError, TypeError, ValueError) as error:
         raise TraceFileError(f"path: must hold a consistent trace, got {path} ({error}); write it again") from error
-    nodes = [name for name in _TENSORS if name not in ("edge_index", "spans")]
-    if tensors["spans"].shape != (len(tokens), 2) or any(tensors[name].numel() != len(tokens) for name in nodes):
-        raise TraceFileError(
-            f"path: every token vector must have {len(tokens)} entries, got others in {path}; write it again"
-        )
+
+    _require_token_lengths(path, tensors, len(tokens))
     return FlowTrace(
         tokens=tokens,
         token_ids=tensors["token_ids"],
@@ -261,14 +284,54 @@ def load_trace(path: PathLike) -> FlowTrace:
         spans=tensors["spans"],
         generated=tensors["generated"],
         graph=graph,
-        flow=_restored_flow(path, graph, tensors, facts),
+        flow=_restored_flow(path, graph, tensors, flow_facts),
         provenance=provenance,
     )
 
 
+def _capacity_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """Choose the dtype that the capacity must have: its own where that is allowed, else float32."""
+    capacity = tensors.get("capacity")
+    if capacity is not None and capacity.dtype in _CAPACITY_DTYPES:
+        return capacity.dtype
+    return torch.float32
+
+
+def _restored_graph(tensors: dict[str, Tensor], facts: dict[str, Any], num_tokens: int) -> FlowGraph:
+    """Build the graph of a trace file again, with the losses of its pruning."""
+    graph = FlowGraph.from_edges(
+        tensors["edge_index"].long(),
+        tensors["capacity"],
+        num_nodes=num_tokens,
+        question=tensors["question"],
+        reasoning=tensors["reasoning"],
+        answer=tensors["answer"],
+        rules=str(facts["rules"]),
+    )
+    # from_edges cannot know what pruning lost.
+    for name in _GRAPH_LOSSES:
+        graph[name] = torch.tensor([float(facts[name])], dtype=torch.float64)
+    return graph
+
+
+def _require_token_lengths(path: PathLike, tensors: dict[str, Tensor], num_tokens: int) -> None:
+    """Refuse a file in which a vector over tokens has another length than the list of tokens."""
+    # All tensors but the edges have one entry per token, spans two.
+    lengths_agree = tensors["spans"].shape == (num_tokens, 2)
+    for name in _TENSORS:
+        if name not in ("edge_index", "spans") and tensors[name].numel() != num_tokens:
+            lengths_agree = False
+    if not lengths_agree:
+        raise TraceFileError(
+            f"path: every token vector must have {num_tokens} entries, got others in {path}; write it again"
+        )
+
+
 def _restored_flow(path: PathLike, graph: FlowGraph, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Flow:
-    vectors = {name: tensors[name] for name in ("h", "g", "exponent", "source", "demand", "absorbing")}
+    """Put the stored flow together with its graph, without solving it again."""
+    vectors = {name: tensors[name] for name in _FLOW_TENSORS}
     for name, vector in vectors.items():
         if not bool(torch.isfinite(vector.double()).all()):
             raise TraceFileError(f"path: {name} must be finite, got NaN or infinity in {path}; write it again")
+    # f = g * h: the scale exponents of g and h cancel.
     return Flow(graph=graph, throughput=vectors["g"] * vectors["h"], **vectors, **facts)

@@ -6,89 +6,122 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowgraph.attention.modules import base_model
+from flowgraph.attention.modules import context_length
 from flowgraph.errors import InvalidInputError
 from flowgraph.text.encoding import encode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 Progress = Callable[[str], None]
+"""Called with one line of text at each stage."""
 
 
 def is_integer(value: Any) -> bool:
-    """Tell an integer from a boolean and from everything else."""
+    """Return whether a value is an integer; a bool does not count as one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def generate_response(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[dict[str, Any]],
     max_new_tokens: int,
     progress: Progress,
 ) -> list[int]:
-    """Greedy response ids, the end token included.
+    """Generate a response greedily.
+
+    Args:
+        model: the transformers model, without wrappers.
+        tokenizer: its tokenizer.
+        prompt: text or chat messages.
+        max_new_tokens: limit of the response; the model's context limits it too.
+        progress: called with the number of tokens after each.
+
+    Returns:
+        The ids of the response, the end token included.
 
     Raises:
-        InvalidInputError: ``max_new_tokens`` below 1, or a prompt that leaves no room in the context.
+        InvalidInputError: ``max_new_tokens`` below 1, or a prompt that fills the context.
     """
     check_max_new_tokens(max_new_tokens)
-    from transformers import GenerationConfig
 
-    prompt_ids = encode(tokenizer, prompt, [0]).input_ids[:-1]  # exactly the ids that the trace will read
-    inner = base_model(model)
-    limit = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    # The trace will encode the prompt with a response. One token stands for it here, so that both see the same ids.
+    prompt_ids = encode(tokenizer, prompt, [0]).input_ids[:-1]
+    # Prompt and response must fit the context together.
+    limit = context_length(model)
     if limit is not None:
         max_new_tokens = min(max_new_tokens, limit - prompt_ids.numel())
     if max_new_tokens < 1:
         raise InvalidInputError(
-            f"prompt: must leave room in the context of {limit} tokens, got {prompt_ids.numel()}; shorten it"
+            f"prompt: must leave space in the context of {limit} tokens, got {prompt_ids.numel()}; shorten it"
         )
-    stop = inner.generation_config.eos_token_id if inner.generation_config else None
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stop if stop is not None else tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    ids = prompt_ids[None].to(inner.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+    ids = prompt_ids[None].to(model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
     progress(f"generating up to {max_new_tokens} tokens")
     with torch.no_grad():
-        output = inner.generate(  # type: ignore[operator]
+        output = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            streamer=_Counter(progress, ids.shape[1]),
+            generation_config=_greedy(model, tokenizer, max_new_tokens),
+            streamer=_TokenCounter(progress, ids.shape[1]),
         )
-    return [int(token) for token in output[0, ids.shape[1] :]]
+    # generate() returns the prompt followed by the response.
+    response = output[0, ids.shape[1] :]
+    return [int(token) for token in response]
+
+
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """Configure greedy generation with the model's end token, or the tokenizer's where the model has none."""
+    from transformers import GenerationConfig
+
+    end = None
+    if model.generation_config is not None:
+        end = model.generation_config.eos_token_id
+    if end is None:
+        end = tokenizer.eos_token_id
+    # generate() warns where no padding token is set.
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = tokenizer.eos_token_id
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=padding,
+    )
 
 
 def check_max_new_tokens(value: Any) -> None:
-    """Refuse a limit of generated tokens that is no whole number from 1.
+    """Refuse a limit of generated tokens that is not an integer from 1.
 
     Raises:
-        InvalidInputError: it is none.
+        InvalidInputError: any other value.
     """
     if not is_integer(value) or value < 1:
-        raise InvalidInputError(
-            f"max_new_tokens: must be at least 1, a whole number, got {value!r}; 256 is the default"
-        )
+        raise InvalidInputError(f"max_new_tokens: must be at least 1, an integer, got {value!r}; 256 is the default")
 
 
-class _Counter:
-    """A generation streamer that reports how many tokens there are."""
+class _TokenCounter:
+    """A generation streamer that reports how many tokens were generated.
+
+    Attributes:
+        progress: called with each report.
+        count: tokens generated; negative until the prompt, which is streamed first, has passed.
+    """
 
     def __init__(self, progress: Progress, prompt_length: int) -> None:
-        self.progress, self.count = progress, -prompt_length
+        self.progress = progress
+        self.count = -prompt_length
 
     def put(self, value: Tensor) -> None:
+        """Count tokens."""
         self.count += value.numel()
         if self.count > 0:
             self.progress(f"generating: {self.count} tokens")
 
     def end(self) -> None:
-        pass
+        """Finish; the interface of streamers requires this method."""

@@ -36,6 +36,7 @@ from torch import Tensor
 from flowgraph.analysis.backbone import backbone
 from flowgraph.analysis.routes import checkpoints, hubs, widest_routes
 from flowgraph.flow.flow import Flow
+from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.steps.step_flow import step_flow
 
 SCHEMA = "flowgraph-trace/1"
@@ -54,10 +55,31 @@ def trace_payload(
     keep: float,
     max_edges: int,
 ) -> dict[str, Any]:
-    """The trace in the schema above. Cost: one backbone search and twenty routes."""
-    graph, feasible = flow.graph, bool(flow.feasible)
+    """Describe a trace as plain JSON values in the schema above.
+
+    Args:
+        flow: the solved flow; it has the graph.
+        tokens: readable text of each token.
+        text: prompt and response.
+        spans: character span of each token in ``text``.
+        generated: tokens that the model produced.
+        provenance: what was run; plain JSON values.
+        keep: share of the flow whose routes make the backbone.
+        max_edges: most edges listed, and most flows between steps.
+
+    Returns:
+        The payload.
+
+    Cost: one backbone search and twenty routes.
+    """
+    graph = flow.graph
+    feasible = bool(flow.feasible)
+
+    # Edges that carry flow, strongest first; equal flows stay in the graph's order.
     edge_flow = flow.edge_flow
-    strongest = torch.argsort(edge_flow, descending=True, stable=True)[: int((edge_flow > 0).sum())]
+    num_carrying = int((edge_flow > 0).sum())
+    strongest = torch.argsort(edge_flow, descending=True, stable=True)[:num_carrying]
+
     payload: dict[str, Any] = {
         "schema": SCHEMA,
         "model": provenance.get("model"),
@@ -67,8 +89,8 @@ def trace_payload(
             "num_tokens": len(tokens),
             "num_edges": graph.num_edges,
             "mean_hops": float(flow.throughput.sum()) - 1 if feasible else None,
-            "alpha": float(flow.alpha) if bool(torch.isfinite(flow.alpha)) else None,
-            "kept_attention": _known(graph.kept_attention),
+            "alpha": finite_or_none(float(flow.alpha)),
+            "kept_attention": finite_or_none(float(graph.kept_attention)),
             "kept_flow": float(graph.kept_flow),
             "throughput_error": float(graph.throughput_error),
         },
@@ -82,50 +104,81 @@ def trace_payload(
         "checkpoints": [],
         "provenance": dict(provenance),
     }
-    if feasible:
-        bone = backbone(flow, keep)
-        kept = strongest[bone.edge_mask[strongest]]
-        payload["backbone"] = {"keep": keep, "share": bone.share, "edges": _edges(graph.edge_index, kept, edge_flow)}
-        payload["routes"] = [asdict(route) for route in widest_routes(flow, _NUM_ROUTES)]
-        payload["steps"] = step_flow(flow, tokens=tokens, spans=spans, text=text).to_dict(max_edges=max_edges)
-        payload["hubs"] = [asdict(role) for role in hubs(flow, _NUM_ROLES)]
-        payload["checkpoints"] = [asdict(role) for role in checkpoints(flow, _NUM_ROLES)]
+    if not feasible:
+        return payload
+
+    # The analyses below need a flow.
+    kept = backbone(flow, keep)
+    kept_edges = strongest[kept.edge_mask[strongest]]
+    steps = step_flow(flow, tokens=tokens, spans=spans, text=text)
+    payload["backbone"] = {
+        "keep": keep,
+        "share": kept.share,
+        "edges": _edges(graph.edge_index, kept_edges, edge_flow),
+    }
+    payload["routes"] = [asdict(route) for route in widest_routes(flow, _NUM_ROUTES)]
+    payload["steps"] = steps.to_dict(max_edges=max_edges)
+    payload["hubs"] = [asdict(role) for role in hubs(flow, _NUM_ROLES)]
+    payload["checkpoints"] = [asdict(role) for role in checkpoints(flow, _NUM_ROLES)]
     return payload
 
 
-def _known(share: Tensor) -> float | None:
-    """None where nobody knows: a graph that was read from a file may not say what it lost."""
-    return float(share) if bool(torch.isfinite(share)) else None
+def finite_or_none(value: float) -> float | None:
+    """Return a number, or None where it is infinite or NaN, which JSON cannot hold."""
+    if not math.isfinite(value):
+        return None
+    return value
+
+
+def token_regions(graph: FlowGraph) -> list[str | None]:
+    """Name the region of every token; None outside the three."""
+    # Regions are disjoint, so no name is overwritten.
+    names: list[str | None] = [None] * int(graph.question_mask.numel())
+    for region in REGIONS:
+        for token in graph[f"{region}_mask"].nonzero().flatten().tolist():
+            names[token] = region
+    return names
 
 
 def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor) -> list[dict[str, Any]]:
-    graph = flow.graph
-    regions = {"question": graph.question_mask, "reasoning": graph.reasoning_mask, "answer": graph.answer_mask}
-    starts, made = spans.tolist(), generated.tolist()
-    h, g = ([x if math.isfinite(x) else None for x in vector.tolist()] for vector in flow.potentials)
-    throughput, source, absorbed = (x.tolist() for x in (flow.throughput, flow.source, flow.absorbed))
-    return [
-        {
-            "index": index,
-            "text": token,
-            "start": starts[index][0],
-            "end": starts[index][1],
-            "region": next((name for name, mask in regions.items() if bool(mask[index])), None),
-            "generated": made[index],
-            "h": h[index],
-            "g": g[index],
-            "throughput": throughput[index],
-            "source": source[index],
-            "absorbed": absorbed[index],
-        }
-        for index, token in enumerate(tokens)
-    ]
+    """Describe every token."""
+    # One column per field, each converted at once: access to single elements of tensors is slow.
+    potential, influence = flow.potentials
+    columns = zip(
+        tokens,
+        spans.tolist(),
+        token_regions(flow.graph),
+        generated.tolist(),
+        potential.tolist(),
+        influence.tolist(),
+        flow.throughput.tolist(),
+        flow.source.tolist(),
+        flow.absorbed.tolist(),
+        strict=True,
+    )
+    described = []
+    for index, (token, span, region, is_generated, h, g, throughput, source, absorbed) in enumerate(columns):
+        described.append(
+            {
+                "index": index,
+                "text": token,
+                "start": span[0],
+                "end": span[1],
+                "region": region,
+                "generated": is_generated,
+                "h": finite_or_none(h),
+                "g": finite_or_none(g),
+                "throughput": throughput,
+                "source": source,
+                "absorbed": absorbed,
+            }
+        )
+    return described
 
 
 def _edges(edge_index: Tensor, chosen: Tensor, *values: Tensor) -> list[list[float]]:
-    columns = [
-        edge_index[0, chosen].tolist(),
-        edge_index[1, chosen].tolist(),
-        *(value[chosen].tolist() for value in values),
-    ]
+    """List the chosen edges as ``[source, target, *values]``."""
+    columns = [edge_index[0, chosen].tolist(), edge_index[1, chosen].tolist()]
+    for value in values:
+        columns.append(value[chosen].tolist())
     return [list(row) for row in zip(*columns, strict=True)]

@@ -6,43 +6,55 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.text.regions import Regions
+from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PACKAGES = ("flowgraph-llm", "torch", "transformers", "torch-geometric")
 
 
 def provenance_of(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     regions: Regions,
     layers: tuple[int, ...],
-    heads: Any,
-    edge_weight: str,
-    preset: str,
-    rules: EdgeRules,
+    options: TraceOptions,
 ) -> dict[str, Any]:
-    """What was run, with which choices and versions, as plain JSON values."""
-    config = model.config  # type: ignore[union-attr]
+    """Describe what was run, with which choices and versions, as plain JSON values.
+
+    Args:
+        model: the transformers model, without wrappers.
+        tokenizer: None for a trace of ids alone.
+        regions: their selectors are recorded.
+        layers: indices of the layers that were read.
+        options: the other choices.
+    """
     return {
-        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "model": model_name(model),
         "architecture": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "tokenizer": type(tokenizer).__name__ if tokenizer is not None else None,
+        "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "layers": list(layers),
-        "heads": heads if isinstance(heads, str) else str(heads),
-        "edge_weight": edge_weight,
-        "preset": preset,
-        "rows": rules.rows,
-        "self_attention": rules.self_attention,
-        "first_token": rules.first_token,
+        "heads": str(options.heads),
+        "edge_weight": options.edge_weight,
+        "preset": options.preset,
+        # The rules that apply, after the overrides of the preset.
+        "rows": options.rules.rows,
+        "self_attention": options.rules.self_attention,
+        "first_token": options.rules.first_token,
         "question_selector": regions.question_selector,
         "answer_selector": regions.answer_selector,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("flowgraph-llm", "torch", "transformers", "torch-geometric")},
-        },
+        "versions": {"python": platform.python_version(), **package_versions()},
     }
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """Return the name or folder that a model was loaded from, or its class where it was built in memory."""
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of flowgraph and of the packages that decide its numbers."""
+    return {package: version(package) for package in _PACKAGES}

@@ -1,4 +1,4 @@
-"""``trace``: the whole run, from a model and a text to a solved, certified flow."""
+"""``trace``: from a model and a text to a solved flow."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from flowgraph.attention.capture import capture
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule, resolve_layers
-from flowgraph.attention.modules import base_model
-from flowgraph.attention.recorder import AttentionRecorder
+from flowgraph.attention.modules import attention_modules, base_model, num_layers, text_config
+from flowgraph.errors import InvalidInputError
 from flowgraph.files import PathLike, check_writable
-from flowgraph.flow.solve import Absorption, SourceRule, check_options, solve
-from flowgraph.graph.edge_collection import edges_kept
-from flowgraph.graph.edge_rules import EdgeRules
+from flowgraph.flow.solve import Absorption, SourceRule, solve
+from flowgraph.graph.edge_collection import BYTES_PER_EDGE, edges_kept
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.memory import require_memory
 from flowgraph.propagation.interface import Backend
@@ -25,11 +24,15 @@ from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
-from flowgraph.tracing.inputs import regions_of_ids, regions_of_text
+from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
+from flowgraph.tracing.provenance import provenance_of
+from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-from flowgraph.tracing.provenance import provenance_of
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_WORKING_MEMORY = 2**28
+"""Bytes for the row blocks of the capture and of the solver."""
 
 
 def trace(
@@ -67,29 +70,29 @@ def trace(
         tokenizer: its tokenizer; not needed with ``input_ids``.
         prompt: a string, or chat messages (rendered by the tokenizer's chat template).
         response: the model's answer, as text or generated ids; generated greedily when None.
-        question: where flow enters: a role (``"user"``), ``"prompt"``, a character span, or a selector of
-            :mod:`flowgraph.text.regions`; with ``input_ids`` a mask or indices. Default: the user's last message,
-            or the whole prompt.
+        question: where flow enters: a role (``"user"``), ``"prompt"``, a character span, or one of
+            :mod:`flowgraph.selectors`; with ``input_ids`` a mask or indices. Default: the user's last message,
+            or the complete prompt.
         answer: where flow leaves: a regular expression, a character span in the response, or a selector;
             with ``input_ids`` a mask or indices. Default: a boxed, marked or stated answer, else the last line.
         reasoning: with ``input_ids``: mask or indices; default: generated tokens before the answer.
         input_ids: prompt and response as ids, instead of text.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
-        layers: ``"middle"`` (default), ``"all"``, ``"10-19"`` or indices; see :func:`flowgraph.capture`.
+        layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices. This argument and those down
+            to ``max_new_tokens`` are explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
         edge_weight: ``"attention"`` or ``"value_norm"``.
-        preset: ``"default"`` or ``"paper"``; ``rows``, ``self_attention`` and ``first_token`` override it one
-            by one; see :class:`flowgraph.EdgeRules`.
-        rows: ``"emission"``, ``"emission_all"`` or ``"literal"``.
-        self_attention: ``"drop"`` or ``"renormalize"``.
-        first_token: ``"exclude"`` or ``"keep"``; it is never a question token.
-        source: ``"uniform"``, ``"potential"`` or a vector; this and the next three: see :func:`flowgraph.solve`.
+        preset: ``"default"`` or ``"paper"``.
+        rows: ``"emission"``, ``"emission_all"`` or ``"literal"``; overrides the preset.
+        self_attention: ``"drop"`` or ``"renormalize"``; overrides the preset.
+        first_token: ``"exclude"`` or ``"keep"``; overrides the preset.
+        source: ``"uniform"``, ``"potential"`` or a vector.
         demand: vector of weights of the edges to the virtual sink.
         absorption: ``"absorb"`` or ``"pass_through"``.
         damping: factor per hop.
-        max_edges: ``"auto"``, ``"all"`` or a number; see :meth:`flowgraph.FlowGraph.from_rows`.
-        backend: see :func:`flowgraph.solve`.
-        max_new_tokens: limit of the response generated when none is given.
+        max_edges: ``"auto"``, ``"all"`` or a number.
+        backend: of the solver.
+        max_new_tokens: limit of a generated response.
         outputs: paths that will be written later; checked before the model runs.
         progress: called with a line of text at each stage.
 
@@ -100,60 +103,89 @@ def trace(
         RegionError, NoAnswerError: the regions cannot be found or do not fit.
         CaptureError: the architecture cannot be captured correctly.
         MemoryLimitError: the trace would not fit, estimated before the model runs.
+        OutputError: one of ``outputs`` cannot be written.
         InvalidInputError: any other argument outside its stated range.
 
     Cost: one forward pass, one or four reads of the attention rows, two sweeps over the edges.
     """
-    progress = progress or (lambda line: None)
+    report = progress or _ignore
+    # One record for the choices, which every stage below reads.
+    options = TraceOptions(
+        layers=layers,
+        heads=heads,
+        edge_weight=edge_weight,
+        preset=preset,
+        rows=rows,
+        self_attention=self_attention,
+        first_token=first_token,
+        source=source,
+        demand=demand,
+        absorption=absorption,
+        damping=damping,
+        max_edges=max_edges,
+        backend=backend,
+        max_new_tokens=max_new_tokens,
+    )
+
+    # Every check that needs no forward pass comes before the first one, which may generate the response.
     for path in outputs:
         check_writable(path)
-    # Everything that needs no forward pass is checked before one is made, generation included.
-    rules = EdgeRules.preset(preset, rows=rows, self_attention=self_attention, first_token=first_token)
-    check_options(backend, source, absorption, damping)
-    edges_kept(max_edges, 2)
+    options.check(model)
     inner = base_model(model)
-    AttentionRecorder(model, layers=layers, heads=heads, edge_weight=edge_weight)
     if input_ids is not None:
+        if prompt is not None or response is not None:
+            raise InvalidInputError("input_ids: replaces prompt and response, got both; pass one or the other")
         encoded, regions = regions_of_ids(
-            tokenizer, input_ids, prompt, response, question, answer, reasoning, prompt_length
+            tokenizer,
+            input_ids,
+            question=question,
+            answer=answer,
+            reasoning=reasoning,
+            prompt_length=prompt_length,
         )
     else:
-        encoded, regions = regions_of_text(
-            model, tokenizer, prompt, response, question, answer, reasoning, max_new_tokens, progress
-        )
+        check_text_arguments(tokenizer, prompt, reasoning)
+        request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
+        encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
     num_tokens = encoded.input_ids.numel()
-    require_room(inner, num_tokens, layers, max_edges)
+    require_trace_memory(inner, num_tokens, layers, max_edges)
 
-    progress(f"reading the attention of {num_tokens} tokens")
+    # The pass records queries and keys; rows are computed in blocks while the graph is built.
+    report(f"reading the attention of {num_tokens} tokens")
     attention = capture(model, encoded.input_ids[None], layers=layers, heads=heads, edge_weight=edge_weight)
-    return assemble(
-        attention.sequence(0), encoded, regions, rules=rules, max_edges=max_edges, backend=backend, source=source,
-        demand=demand, absorption=absorption, damping=damping, progress=progress,
-        provenance=provenance_of(inner, tokenizer, regions, attention.layers, heads, edge_weight, preset, rules),
-    )  # fmt: skip
+    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
+    return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
+
+
+def _ignore(line: str) -> None:
+    """Ignore a line of progress."""
 
 
 def assemble(
     attention: RowSource,
     encoded: EncodedText,
     regions: Regions,
-    *,
-    rules: EdgeRules,
-    max_edges: int | str,
-    backend: Backend,
-    source: SourceRule | Tensor,
-    absorption: Absorption | None,
-    damping: float,
+    options: TraceOptions,
     provenance: dict[str, Any],
-    demand: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Progress = _ignore,
 ) -> FlowTrace:
-    """The trace of one sequence from its attention rows; arguments as :func:`trace`.
+    """Build the graph of one sequence from its attention rows, and solve the flow on it.
+
+    Args:
+        attention: attention rows of the sequence, aggregated over layers and heads.
+        encoded: its tokens and text.
+        regions: its question, reasoning and answer.
+        options: the choices of the trace.
+        provenance: what was run, for the record.
+        progress: called before each stage.
+
+    Returns:
+        The trace, on the CPU.
 
     Raises:
         RegionError, GraphError: regions that do not fit the rows.
     """
-    progress = progress or (lambda line: None)
+    # Capacities c(s, t) from the attention rows, by the edge rules; with a limit, the edges with most flow.
     progress("building the graph")
     graph = FlowGraph.from_rows(
         attention,
@@ -161,11 +193,20 @@ def assemble(
         answer=regions.answer,
         reasoning=regions.reasoning,
         generated=regions.generated,
-        rules=rules,
-        max_edges=max_edges,
+        rules=options.rules,
+        max_edges=options.max_edges,
     ).to("cpu")
+
+    # Potentials h = b + N^T h, source q = src / h, influence g = q + N g, throughput f = g h.
     progress("solving the flow")
-    flow = solve(graph, backend=backend, source=source, demand=demand, absorption=absorption, damping=damping)
+    flow = solve(
+        graph,
+        backend=options.backend,
+        source=options.source,
+        demand=options.demand,
+        absorption=options.absorption,
+        damping=options.damping,
+    )
     return FlowTrace(
         tokens=tuple(encoded.tokens),
         token_ids=encoded.input_ids.cpu(),
@@ -179,24 +220,36 @@ def assemble(
 
 
 def _without_first(question: Tensor) -> Tensor:
-    """The first token is an attention sink, never a source (unless it is all the question there is)."""
+    """Remove the first token, an attention sink, from the question unless it is the only question token."""
     rest = question.clone()
     rest[0] = False
-    return rest if bool(rest.any()) else question
+    if not bool(rest.any()):
+        return question
+    return rest
 
 
-def require_room(model: nn.Module, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:
-    """Refuse a trace that would not fit, by an estimate of its queries, keys and edges.
+def require_trace_memory(model: PreTrainedModel, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:
+    """Refuse a trace that would not fit on the model's device, by an estimate of its queries, keys and edges.
+
+    Args:
+        model: the transformers model, without wrappers.
+        num_tokens: T, padding included.
+        layers: the choice of layers.
+        max_edges: the limit of edges.
 
     Raises:
-        MemoryLimitError: it takes more than is free, beyond the model itself.
+        MemoryLimitError: the trace takes more than is free, beyond the model itself.
     """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    chosen = len(resolve_layers(layers, config.num_hidden_layers))
+    total_layers = num_layers(model, attention_modules(model))
+    num_chosen = len(resolve_layers(layers, total_layers))
+
     # Queries and keys are about as wide as the model; twice that in float32 also covers wider heads.
-    needed = 2 * 2 * 4 * config.hidden_size * chosen * num_tokens + 60 * edges_kept(max_edges, num_tokens) + 2**28
+    bytes_per_token = 2 * 2 * 4 * text_config(model).hidden_size
+    recorded = bytes_per_token * num_chosen * num_tokens
+    edges = BYTES_PER_EDGE * edges_kept(max_edges, num_tokens)
     require_memory(
-        needed,
-        f"trace of {num_tokens} tokens over {chosen} layers",
+        recorded + edges + _WORKING_MEMORY,
+        f"trace of {num_tokens} tokens over {num_chosen} layers",
         "choose fewer layers, a shorter text or a smaller max_edges=",
+        next(model.parameters()).device,
     )

@@ -1,4 +1,10 @@
-"""Gradient alignment: does a credit rule point the policy gradient where many more rollouts would point it?"""
+"""Compare credit rules by gradient alignment, without training.
+
+The estimate of the true policy gradient is the sum of the uniform gradients of many batches. A credit rule helps where
+its gradient on one batch lies closer to that estimate than the uniform gradient does.
+
+Letters of the shapes: n batches, A arms, P parameters of the policy adapter, B sequences, R response columns.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,8 +47,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the batches that are done, and the batches to do."""
 
-_LEAST_BATCHES = 3
-"""One to leave out for the interval, one to look at, one to be the truth."""
+_MIN_BATCHES = 3
+"""The jackknife leaves one batch out; of the others, one is compared with the sum of the rest."""
 
 
 def align(
@@ -58,7 +64,7 @@ def align(
     memory_limit: float | None = None,
     progress: Progress | None = None,
 ) -> Alignment:
-    r"""Compare credit settings by the gradients they make of the same rollouts.
+    r"""Compare credit settings by their policy gradients on shared rollouts.
 
     :math:`g_b = \sum_t w_t A_t \nabla \log \pi(y_t)` over the tokens of batch b, with respect to the policy's adapter
     and at ratio 1; :math:`u_b` is the same with :math:`w = 1`. An arm's cosine is the mean of
@@ -66,18 +72,21 @@ def align(
     terms of the *loss* are the same for all arms and left out; a KL in the reward acts through A.
 
     Args:
-        model: a causal LM (a fresh adapter is measured), or a PEFT model whose active adapter is; left as it
-            came.
-        tokenizer: of the model.
+        model: a causal LM (a fresh adapter is measured), or a PEFT model (its active adapter is measured). The model
+            is returned to its state afterwards: adapters, trainable weights, training mode.
+        tokenizer: tokenizer of the model.
         task: a task, the name of one, or a JSONL file.
-        arms: settings, or texts for :func:`rl.alignment.arms.parse_arm`. Uniform is always there, and first.
+        arms: settings, or texts for :func:`rl.alignment.arms.parse_arm`. Uniform is always measured, and first.
         config: how batches are sampled, with ``advantage="group"`` (default) or ``"rloo"``. Its ``credit`` and
-            ``seed`` are not used.
+            ``seed`` are ignored.
         num_batches: batches of ``num_prompts * group_size`` responses; take at least 200.
-        baselines: arms that every other arm is compared with, by name.
-        seed: of rollouts, adapter and rules that draw.
-        memory_limit: in bytes; None: half of what is free.
+        baselines: names of the arms that every other arm is compared with.
+        seed: seed of rollouts, adapter and rules that draw random numbers.
+        memory_limit: in bytes; None: half of the free memory.
         progress: called with stage, batches done and batches in all.
+
+    Returns:
+        Cosines, multipliers and their differences, with jackknife intervals.
 
     Raises:
         ConfigError: settings that exclude each other, or fewer than three batches in which any response has an
@@ -87,31 +96,62 @@ def align(
         DivergedError: a gradient is not finite.
 
     Cost: for each batch one rollout, three forward passes, and a backward pass for uniform, for the selected tokens
-    of each arm, and for each arm whose weights are no function of its selection alone. ``4 * num_batches * P`` bytes
-    for P adapter weights.
+    of each arm, and for each arm whose weights are not a function of its selection alone. ``4 * num_batches * P``
+    bytes of memory.
+
+    Example:
+        >>> import rl
+        >>> model, tokenizer = rl.load_chain_model()
+        >>> config = rl.PPOConfig(advantage="group", num_prompts=8, group_size=4, max_response_tokens=40)
+        >>> result = rl.align(model, tokenizer, "chain", arms=["entropy"], config=config, num_batches=4)
+        >>> [arm.name for arm in result.arms]
+        ['uniform', 'entropy']
     """
-    config = _checked(config or PPOConfig(advantage="group"), num_batches, seed)
-    chosen = _arms(arms, config)
-    baselines = _check_baselines(baselines, chosen)
+    # Check every setting before the long run.
+    if config is None:
+        config = PPOConfig(advantage="group")
+    config = _rollout_settings(config, num_batches, seed)
+    named = _arms_with_uniform(arms, config)
+    baseline_names = _check_baselines(baselines, named)
+    # The name is read first: an adapter changes it.
     name = model_name(model)
-    with _borrowed(model, config) as policy:
-        parameters = sum(weight.numel() for weight in policy.policy_parameters().values())
-        _require_memory(parameters, num_batches, len(chosen), memory_limit)
-        work = _Work(policy, tokenizer, make_task(task), chosen, config, progress or (lambda stage, done, total: None))
-        gradients = torch.empty(num_batches, parameters)
-        batches = work.collect(gradients)
-        if len(batches) < _LEAST_BATCHES:
+
+    with _policy_on(model, config) as policy:
+        num_parameters = sum(weight.numel() for weight in policy.policy_parameters().values())
+        _require_memory(num_parameters, num_batches, len(named), memory_limit)
+        run = _AlignmentRun(
+            policy=policy,
+            tokenizer=tokenizer,
+            task=make_task(task),
+            arms=named,
+            config=config,
+            progress=_ignore_progress if progress is None else progress,
+        )
+
+        # Pass 1: rollouts, and u_b of every batch with signal. Pass 2 compares every arm with all of them.
+        uniform_gradients = torch.empty(num_batches, num_parameters)
+        batches = run.collect(uniform_gradients)
+        if len(batches) < _MIN_BATCHES:
             raise ConfigError(
-                f"num_batches: must give at least {_LEAST_BATCHES} batches in which any response has an advantage, got "
+                f"num_batches: must give at least {_MIN_BATCHES} batches in which any response has an advantage, got "
                 f"{len(batches)} of {num_batches}; take more batches, a larger group_size or another task"
             )
-        products = work.measure(batches, gradients[: len(batches)])
-        return _report(work, batches, products, baselines, name)
+        products = run.measure(batches, uniform_gradients[: len(batches)])
+        return _report(run, batches, products, baseline_names, name)
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """A batch with signal: its responses, what each token's log-probability is multiplied with, and each arm's view."""
+    """A batch in which some response has an advantage, with the credit of every arm.
+
+    Attributes:
+        responses: the responses with their rewards.
+        base: ``[B, R]`` float32, factor of each token's log-probability in the uniform gradient.
+        weights: ``[B, R]`` float32 for each arm, w.
+        selected: ``[B, R]`` bool for each arm, the tokens that it selects.
+        scored: ``[B, R]`` bool for each arm, the tokens in its scope.
+        loss_mask: ``[B, R]`` bool, tokens that enter the loss.
+    """
 
     responses: Responses
     base: Float[Tensor, "batch response"]
@@ -122,8 +162,21 @@ class _Batch:
 
 
 @dataclass
-class _Work:
-    """The two passes over the batches: the uniform gradients first, since every arm is measured against all of them."""
+class _AlignmentRun:
+    """The two passes over the batches: uniform gradients of all batches first, then the arms.
+
+    Attributes:
+        policy: the policy whose adapter is differentiated.
+        tokenizer: tokenizer of the model.
+        task: source of problems and rewards.
+        arms: credit settings by name, uniform first.
+        config: settings of the rollouts.
+        progress: called with stage, batches done and batches in all.
+        seconds: wall time of each stage.
+        rewards: reward of every response.
+        num_tokens: response tokens of all batches.
+        no_signal: batches without an advantage.
+    """
 
     policy: ActorCritic
     tokenizer: PreTrainedTokenizerBase
@@ -133,20 +186,22 @@ class _Work:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
-    tokens: int = 0
+    num_tokens: int = 0
     no_signal: int = 0
 
     def collect(self, gradients: Float[Tensor, "batches parameters"]) -> list[_Batch]:
-        """Sample, score and weigh; fill ``gradients`` with the uniform gradients of the batches that are returned."""
-        config, started = self.config, time.perf_counter()
+        """Sample and score every batch; write u_b of the returned batches into the first rows of ``gradients``."""
+        started = time.perf_counter()
+        config = self.config
         encoder = PromptEncoder(
             self.tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
         )
         batches: list[_Batch] = []
         for number in range(len(gradients)):
-            batch = self._view(self._sample(encoder, number), number)
+            responses = self._sample(encoder, number)
+            batch = self._score(responses, number)
             if bool(batch.base.any()):
-                gradients[len(batches)] = policy_gradients(self.policy, batch.responses, [batch.base], config)[0]
+                gradients[len(batches)] = policy_gradients(self.policy, responses, [batch.base], config)[0]
                 batches.append(batch)
             else:
                 self.no_signal += 1
@@ -155,100 +210,128 @@ class _Work:
         return batches
 
     def _sample(self, encoder: PromptEncoder, number: int) -> Responses:
+        """Sample the responses of one batch from problems that no other batch contains, and judge them."""
         config = self.config
         first = number * config.num_prompts
         samples = draw_samples(self.task, "train", range(first, first + config.num_prompts))
         generated = sample_responses(
-            self.policy.causal_lm, encoder, samples, group_size=config.group_size,
-            max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed,
+            self.policy.causal_lm,
+            encoder,
+            samples,
+            group_size=config.group_size,
+            max_response_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
             step=number,
-        )  # fmt: skip
-        each = [sample for sample in samples for _ in range(config.group_size)]
-        responses = judge(self.task, self.tokenizer, each, generated)
+        )
+        repeated = [sample for sample in samples for _ in range(config.group_size)]
+        responses = judge(self.task, self.tokenizer, repeated, generated)
         self.rewards += responses.rewards.tolist()
-        self.tokens += int(responses.response_mask.sum())
+        self.num_tokens += int(responses.response_mask.sum())
         return responses
 
-    def _view(self, responses: Responses, number: int) -> _Batch:
-        """The batch as every arm sees it."""
-        scores, credits = score_arms(self.policy, responses, list(self.arms.values()), self.config, step=number)
-        views = [
-            build_experience(
-                responses, scores, credit, replace(self.config, credit=arm), kl_weight=self.config.kl_weight
-            )
-            for arm, credit in zip(self.arms.values(), credits, strict=True)
-        ]
+    def _score(self, responses: Responses, number: int) -> _Batch:
+        """Compute advantages and the credit of every arm, as training with this arm would."""
+        settings = list(self.arms.values())
+        scores, credits = score_arms(self.policy, responses, settings, self.config, step=number)
+        experiences = []
+        selected = []
+        for arm, credit in zip(settings, credits, strict=True):
+            own_config = replace(self.config, credit=arm)
+            experiences.append(build_experience(responses, scores, credit, own_config, kl_weight=self.config.kl_weight))
+            selected.append(selected_tokens(credit, arm))
+
+        uniform = experiences[0]
         return _Batch(
             responses=responses,
-            base=token_factors(views[0], self.config),
-            weights=[view.policy_weights for view in views],
-            selected=[selected_tokens(c, arm) for arm, c in zip(self.arms.values(), credits, strict=True)],
+            base=token_factors(uniform, self.config),
+            weights=[experience.policy_weights for experience in experiences],
+            selected=selected,
             scored=[credit.scored for credit in credits],
-            loss_mask=views[0].loss_mask,
+            loss_mask=uniform.loss_mask,
         )
 
     def measure(self, batches: list[_Batch], uniform: Float[Tensor, "batches parameters"]) -> list[Products]:
-        """Products of the weighted gradient of every arm, then of its selected tokens, then of its other tokens."""
-        started, n = time.perf_counter(), len(batches)
-        dots = torch.zeros(3 * len(self.arms), n, n, dtype=torch.float64)
-        norms = torch.zeros(3 * len(self.arms), n, dtype=torch.float64)
+        """Compute the inner products of three gradients of every arm with the uniform gradients of all batches.
+
+        Args:
+            batches: the n batches.
+            uniform: ``[n, P]``, their uniform gradients.
+
+        Returns:
+            3 A records: of the weighted gradients of all arms, then of their selected tokens, then of the others.
+        """
+        started = time.perf_counter()
+        num_batches = len(batches)
+        dots = torch.zeros(3 * len(self.arms), num_batches, num_batches, dtype=torch.float64)
+        norms = torch.zeros(3 * len(self.arms), num_batches, dtype=torch.float64)
         for number, batch in enumerate(batches):
-            atoms, parts = decompose_weights(batch.base, batch.weights, batch.selected)
-            gradients = torch.empty(len(atoms), uniform.shape[1])
+            # Gradients of the few fields that make up all 3 A gradients; the first is u_b, which is known.
+            fields, coefficients = decompose_weights(batch.base, batch.weights, batch.selected)
+            gradients = torch.empty(len(fields), uniform.shape[1])
             gradients[0] = uniform[number]
-            if len(atoms) > 1:
-                gradients[1:] = policy_gradients(self.policy, batch.responses, atoms[1:], self.config)
-            with_uniform, gram = inner_products(gradients, uniform), inner_products(gradients, gradients)
-            dots[:, number] = parts @ with_uniform
-            norms[:, number] = ((parts @ gram) * parts).sum(1).clamp_min(0).sqrt()
-            self.progress("gradients", number + 1, n)
+            if len(fields) > 1:
+                gradients[1:] = policy_gradients(self.policy, batch.responses, fields[1:], self.config)
+
+            # With g = C f for coefficients C and field gradients f: <g, u> = C <f, u> and |g|^2 = diag(C <f, f> C^T).
+            with_uniform = inner_products(gradients, uniform)
+            gram = inner_products(gradients, gradients)
+            dots[:, number] = coefficients @ with_uniform
+            norms[:, number] = ((coefficients @ gram) * coefficients).sum(1).clamp_min(0).sqrt()
+            self.progress("gradients", number + 1, num_batches)
         self.seconds["gradients"] = time.perf_counter() - started
-        return [Products(*pair) for pair in zip(dots, norms, strict=True)]
+        return [Products(dot, norm) for dot, norm in zip(dots, norms, strict=True)]
+
+
+def _ignore_progress(stage: str, done: int, total: int) -> None:
+    """Ignore progress, for callers that gave no callback."""
 
 
 @contextmanager
-def _borrowed(model: nn.Module, config: PPOConfig) -> Iterator[ActorCritic]:
-    """The model as a policy; afterwards without the adapters that were added, and as trainable as before."""
-    flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    training = {name: module.training for name, module in model.named_modules()}
+def _policy_on(model: nn.Module, config: PPOConfig) -> Iterator[ActorCritic]:
+    """Yield the model as a policy; remove the added adapters afterwards, and restore trainable weights and modes."""
+    was_trainable = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    was_training = {name: module.training for name, module in model.named_modules()}
     policy = ActorCritic(model, config.lora, critic=False, seed=config.seed)
     try:
         yield policy
     finally:
+        # Without a reference adapter the policy's adapter was new; otherwise only the reference was added.
         if policy.reference_name is None:
             policy.peft.unload()
         else:
             policy.peft.delete_adapter(policy.reference_name)
         for name, weight in model.named_parameters():
-            weight.requires_grad_(flags[name])
+            weight.requires_grad_(was_trainable[name])
         for name, module in model.named_modules():
-            module.training = training[name]
+            module.training = was_training[name]
 
 
-def _checked(config: PPOConfig, num_batches: int, seed: int) -> PPOConfig:
-    """The settings of the rollouts, without credit of their own."""
+def _rollout_settings(config: PPOConfig, num_batches: int, seed: int) -> PPOConfig:
+    """Return the settings of the rollouts, with uniform credit and the seed of the comparison."""
     if config.has_critic:
         raise ConfigError(
-            f"config.advantage: must be 'group' or 'rloo', got {config.advantage!r}; a critic that was not trained yet "
-            "says nothing, so measure with PPOConfig(advantage='group')"
+            f"config.advantage: must be 'group' or 'rloo', got {config.advantage!r}; the values of an untrained critic "
+            "carry no information, so measure with PPOConfig(advantage='group')"
         )
-    if num_batches < _LEAST_BATCHES:
-        raise ConfigError(f"num_batches: must be at least {_LEAST_BATCHES}, got {num_batches}; take 200")
+    if num_batches < _MIN_BATCHES:
+        raise ConfigError(f"num_batches: must be at least {_MIN_BATCHES}, got {num_batches}; take 200")
     return replace(config, credit=CreditConfig(rule=UNIFORM), seed=seed)
 
 
-def _arms(arms: Sequence[str | CreditConfig], config: PPOConfig) -> dict[str, CreditConfig]:
-    """All arms by name, uniform first; each is checked against the settings as training would."""
+def _arms_with_uniform(arms: Sequence[str | CreditConfig], config: PPOConfig) -> dict[str, CreditConfig]:
+    """Return all arms by name, uniform first, each checked against the rollout settings as in training."""
     if isinstance(arms, str):
         raise ConfigError(f"arms: must be a list of arms, got the text {arms!r}; pass split_arms({arms!r})")
-    uniform, named = CreditConfig(rule=UNIFORM), named_arms(arms)
+    named = named_arms(arms)
     for credit in named.values():
+        # The constructor checks the combination of settings.
         replace(config, credit=credit)
-    return {UNIFORM: uniform, **named}
+    return {UNIFORM: CreditConfig(rule=UNIFORM), **named}
 
 
 def _check_baselines(baselines: Sequence[str], arms: Mapping[str, CreditConfig]) -> list[str]:
-    """Their names as the arms have them; said before the long run, not after it."""
+    """Return the baselines under the names of the arms, each once."""
     if isinstance(baselines, str):
         raise ConfigError(f"baselines: must be a list of arms, got the text {baselines!r}; pass [{baselines!r}]")
     names = [arm_name(parse_arm(text)) for text in dict.fromkeys(baselines)]
@@ -258,74 +341,117 @@ def _check_baselines(baselines: Sequence[str], arms: Mapping[str, CreditConfig])
     return names
 
 
-def _require_memory(parameters: int, num_batches: int, num_arms: int, limit: float | None) -> None:
-    """Room for the uniform gradients of all batches and for those of every arm in one."""
+def _require_memory(num_parameters: int, num_batches: int, num_arms: int, limit: float | None) -> None:
+    """Refuse a run whose gradients exceed the memory limit."""
     import psutil
 
-    free = psutil.virtual_memory().available / 2 if limit is None else limit
-    needed = 4 * parameters * (num_batches + 4 * num_arms + 1)
-    if needed > free:
+    if limit is None:
+        limit = psutil.virtual_memory().available / 2
+    # float32: the uniform gradients of all batches, and at most four gradients of each arm in one batch.
+    needed = 4 * num_parameters * (num_batches + 4 * num_arms + 1)
+    if needed > limit:
         raise MemoryLimitError(
-            f"num_batches: gradients of {num_batches} batches and {num_arms} arms by {parameters} weights must "
-            f"fit into {free / 2**30:.2f} GiB, got about {needed / 2**30:.2f} GiB; lower lora.rank, take fewer "
+            f"num_batches: gradients of {num_batches} batches and {num_arms} arms by {num_parameters} weights must "
+            f"fit into {limit / 2**30:.2f} GiB, got about {needed / 2**30:.2f} GiB; lower lora.rank, take fewer "
             "lora.targets, batches or arms, or raise memory_limit"
         )
 
 
 def _report(
-    work: _Work, batches: Sequence[_Batch], products: Sequence[Products], baselines: Sequence[str], model: str
+    run: _AlignmentRun, batches: Sequence[_Batch], products: Sequence[Products], baselines: Sequence[str], model: str
 ) -> Alignment:
-    names, number = list(work.arms), len(work.arms)
-    cosine = [cosines(kind, products[0]) for kind in products]
+    """Turn inner products into cosines, multipliers and differences with intervals."""
+    num_arms = len(run.arms)
+    uniform = products[0]
+    cosine = [cosines(kind, uniform) for kind in products]
     ratio = [multipliers(kind, cosine[0]) for kind in cosine]
-    found = []
-    for index, (name, credit) in enumerate(work.arms.items()):
-        token_share, recall, chance = _coverage(batches, index)
-        singled_out = token_share > 0
-        part, rest = number + index, 2 * number + index
-        found.append(
-            ArmAlignment(
-                name=name,
-                credit=credit,
-                cosine=jackknife(cosine[index]),
-                multiplier=jackknife(ratio[index]),
-                signal_share=jackknife(signal_shares(products[part], products[0])) if singled_out else None,
-                token_share=token_share,
-                only_selected=jackknife(ratio[part]) if singled_out else None,
-                only_rest=jackknife(ratio[rest]) if singled_out else None,
-                recall=recall if singled_out else None,
-                recall_chance=chance if singled_out else None,
-            )
+
+    # The three blocks of products: weighted gradients, selected tokens, other tokens.
+    of_weighted = range(num_arms)
+    of_selected = range(num_arms, 2 * num_arms)
+    of_others = range(2 * num_arms, 3 * num_arms)
+    arms = []
+    for index, (name, credit) in enumerate(run.arms.items()):
+        coverage = _coverage(batches, index)
+        arm = ArmAlignment(
+            name=name,
+            credit=credit,
+            cosine=jackknife(cosine[of_weighted[index]]),
+            multiplier=jackknife(ratio[of_weighted[index]]),
+            signal_share=None,
+            token_share=coverage.token_share,
+            only_selected=None,
+            only_rest=None,
+            recall=None,
+            recall_chance=None,
         )
+        if coverage.token_share > 0:
+            shares = signal_shares(products[of_selected[index]], uniform)
+            arm = replace(
+                arm,
+                signal_share=jackknife(shares),
+                only_selected=jackknife(ratio[of_selected[index]]),
+                only_rest=jackknife(ratio[of_others[index]]),
+                recall=coverage.recall,
+                recall_chance=coverage.recall_chance,
+            )
+        arms.append(arm)
+
+    multiplier_of = {name: ratio[index] for index, name in enumerate(run.arms)}
+    num_responses = len(run.rewards)
     return Alignment(
-        arms=tuple(found),
-        differences=compare(dict(zip(names, ratio[:number], strict=True)), baselines),
+        arms=tuple(arms),
+        differences=compare(multiplier_of, baselines),
         num_batches=len(batches),
-        no_signal=work.no_signal,
-        num_parameters=sum(weight.numel() for weight in work.policy.policy_parameters().values()),
-        reward=sum(work.rewards) / len(work.rewards),
-        response_tokens=work.tokens / len(work.rewards),
-        seconds=work.seconds,
+        no_signal=run.no_signal,
+        num_parameters=sum(weight.numel() for weight in run.policy.policy_parameters().values()),
+        reward=sum(run.rewards) / num_responses,
+        response_tokens=run.num_tokens / num_responses,
+        seconds=run.seconds,
         model=model,
-        task=repr(work.task),
-        settings=work.config.to_dict(),
-        seed=work.config.seed,
+        task=repr(run.task),
+        settings=run.config.to_dict(),
+        seed=run.config.seed,
     )
 
 
-def _coverage(batches: Sequence[_Batch], index: int) -> tuple[float, float | None, float | None]:
-    """Share of tokens that an arm selects; recall of the decisive ones in its scope, and what chance would recall."""
-    tokens = chosen_tokens = hits = by_chance = decisive = 0.0
+class _Coverage(NamedTuple):
+    """How many tokens an arm selects, and how many of the decisive ones.
+
+    Attributes:
+        token_share: share of the loss tokens that are selected.
+        recall: share of the decisive tokens in scope that are selected; None without decisive tokens.
+        recall_chance: expected recall of as many tokens drawn at random; None without decisive tokens.
+    """
+
+    token_share: float
+    recall: float | None
+    recall_chance: float | None
+
+
+def _coverage(batches: Sequence[_Batch], index: int) -> _Coverage:
+    """Measure the selection of one arm over all batches."""
+    num_tokens = 0.0
+    num_selected = 0.0
+    num_decisive = 0.0
+    num_found = 0.0
+    num_expected = 0.0
     for batch in batches:
-        chosen, scored = batch.selected[index], batch.scored[index]
-        tokens += float(batch.loss_mask.sum())
-        chosen_tokens += float((chosen & batch.loss_mask).sum())
+        selected = batch.selected[index]
+        scored = batch.scored[index]
+        num_tokens += float(batch.loss_mask.sum())
+        num_selected += float((selected & batch.loss_mask).sum())
         if batch.responses.oracle is None:
             continue
-        wanted = batch.responses.oracle & scored
-        decisive += float(wanted.sum())
-        hits += float((wanted & chosen).sum())
-        by_chance += float((wanted.sum(1) * chosen.sum(1) / scored.sum(1).clamp_min(1)).sum())
-    if not decisive:
-        return chosen_tokens / tokens, None, None
-    return chosen_tokens / tokens, hits / decisive, by_chance / decisive
+
+        decisive = batch.responses.oracle & scored
+        num_decisive += float(decisive.sum())
+        num_found += float((decisive & selected).sum())
+        # Drawing k of the n scored tokens of a response finds each decisive token with probability k / n.
+        expected = decisive.sum(1) * selected.sum(1) / scored.sum(1).clamp_min(1)
+        num_expected += float(expected.sum())
+
+    token_share = num_selected / num_tokens
+    if num_decisive == 0:
+        return _Coverage(token_share, None, None)
+    return _Coverage(token_share, num_found / num_decisive, num_expected / num_decisive)

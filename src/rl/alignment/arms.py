@@ -1,30 +1,37 @@
-"""Arms of a comparison: credit settings as short texts, and what they all make of one batch."""
+"""Write the arms of a comparison as short texts, and compute the credit of all arms on one batch.
+
+An *arm* is one credit setting: rule, shape and parameters. Its text is ``RULE[:SHAPE][:NAME=VALUE,...]``.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any, get_args
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from rl.config import CreditConfig, PPOConfig, Shape
 from rl.credit.registry import find_rule
-from rl.credit.scoring import credit_generators, on_cpu, policy_credit, recorder_for
+from rl.credit.scoring import score_with_settings
 from rl.credit.weights import top_share
 from rl.errors import ConfigError
-from rl.policy.actor_critic import ActorCritic, ModelInput
-from rl.records import Credit, Responses, TokenScores, join_records
+from rl.policy.actor_critic import ActorCritic
+from rl.records import Credit, Responses, TokenScores
+
+_OPTION = "options."
+"""Prefix of a setting that belongs to the rule itself."""
+
+_TEXT_SETTINGS = ("layers", "heads")
+"""Settings whose values are always text: ``layers=3`` means the text "3"."""
 
 
 def parse_arm(text: str) -> CreditConfig:
-    """Credit settings from ``RULE[:SHAPE][:NAME=VALUE,...]``, such as ``flow:top_q:share=0.2,strength=3``.
+    """Read credit settings from ``RULE[:SHAPE][:NAME=VALUE,...]``, such as ``flow:top_q:share=0.2,strength=3``.
 
-    Settings are those of :class:`rl.config.CreditConfig`; ``options.NAME`` is a setting of the rule itself.
+    Settings are those of :class:`rl.CreditConfig`; ``options.NAME`` is a setting of the rule itself.
 
     Raises:
         ConfigError: a part that is neither a shape nor a setting, or a value that breaks a rule.
@@ -34,39 +41,46 @@ def parse_arm(text: str) -> CreditConfig:
         >>> parse_arm("entropy:only_top:share=0.2").shape
         'only_top'
     """
-    rule, *parts = (part.strip() for part in text.split(":"))
+    rule, *rest = [part.strip() for part in text.split(":")]
     find_rule(rule)
+
+    shapes = get_args(Shape)
+    names = [item.name for item in fields(CreditConfig) if item.name not in ("rule", "options")]
     settings: dict[str, Any] = {"rule": rule}
-    shapes, names = (
-        get_args(Shape),
-        [item.name for item in fields(CreditConfig) if item.name not in ("rule", "options")],
-    )
-    for part in (piece.strip() for joined in parts for piece in joined.split(",")):
-        name, sign, value = (side.strip() for side in part.partition("="))
+    options: dict[str, Any] = {}
+    parts = [part.strip() for joined in rest for part in joined.split(",")]
+    for part in parts:
+        name, sign, value = [side.strip() for side in part.partition("=")]
         if not sign and name in shapes:
             settings["shape"] = name
-        elif sign and name.startswith("options.") and name != "options.":
-            settings.setdefault("options", {})[name.removeprefix("options.")] = _value(value)
+        elif sign and name.startswith(_OPTION) and name != _OPTION:
+            options[name.removeprefix(_OPTION)] = _read_value(value)
+        elif sign and name in _TEXT_SETTINGS:
+            settings[name] = value
         elif sign and name in names:
-            settings[name] = value if name in ("layers", "heads") else _value(value)
+            settings[name] = _read_value(value)
         else:
             raise ConfigError(
                 f"arms: {text!r} must be RULE:SHAPE:NAME=VALUE,NAME=VALUE, got {part!r} in it; shapes are "
                 f"{', '.join(shapes)}, and settings {', '.join(names)} and options.NAME"
             )
+    if options:
+        settings["options"] = options
     return CreditConfig(**settings)
 
 
 def split_arms(text: str) -> list[str]:
-    """Arms from one comma-separated text; a piece that is only a setting belongs to the arm before it.
+    """Split a comma-separated text into arms; a piece that is only a setting belongs to the arm before it.
 
     Example:
         >>> split_arms("uniform,flow:top_q:share=0.2,strength=3,entropy")
         ['uniform', 'flow:top_q:share=0.2,strength=3', 'entropy']
     """
     arms: list[str] = []
-    for piece in (piece.strip() for piece in text.split(",")):
-        if arms and "=" in piece and ":" not in piece.partition("=")[0]:
+    for piece in text.split(","):
+        piece = piece.strip()
+        is_setting = "=" in piece and ":" not in piece.partition("=")[0]
+        if arms and is_setting:
             arms[-1] += f",{piece}"
         elif piece:
             arms.append(piece)
@@ -74,25 +88,32 @@ def split_arms(text: str) -> list[str]:
 
 
 def arm_name(credit: CreditConfig) -> str:
-    """The shortest text from which :func:`parse_arm` makes these settings.
+    """Return the shortest text from which :func:`parse_arm` makes these settings.
 
     Example:
         >>> arm_name(parse_arm("flow:top_q:strength=1.5,share=0.2"))
         'flow:share=0.2'
     """
-    plain = CreditConfig(rule=credit.rule)
-    parts = [] if credit.shape == plain.shape else [credit.shape]
-    changed = [
-        f"{item.name}={_text(getattr(credit, item.name))}"
-        for item in fields(credit)
-        if item.name not in ("rule", "shape", "options") and getattr(credit, item.name) != getattr(plain, item.name)
-    ]
-    changed += [f"options.{name}={_text(value)}" for name, value in credit.options.items()]
-    return ":".join([credit.rule, *parts, *([",".join(changed)] if changed else [])])
+    default = CreditConfig(rule=credit.rule)
+    parts = [credit.rule]
+    if credit.shape != default.shape:
+        parts.append(credit.shape)
+
+    # Only settings that differ from the defaults are named.
+    changed = []
+    for item in fields(credit):
+        value = getattr(credit, item.name)
+        if item.name not in ("rule", "shape", "options") and value != getattr(default, item.name):
+            changed.append(f"{item.name}={_write_value(value)}")
+    for name, value in credit.options.items():
+        changed.append(f"{_OPTION}{name}={_write_value(value)}")
+    if changed:
+        parts.append(",".join(changed))
+    return ":".join(parts)
 
 
 def named_arms(arms: Sequence[str | CreditConfig]) -> dict[str, CreditConfig]:
-    """Settings by name, in the given order.
+    """Return the settings of all arms by name, in the given order.
 
     Raises:
         ConfigError: the same settings twice, or something that is neither text nor settings.
@@ -114,63 +135,58 @@ def named_arms(arms: Sequence[str | CreditConfig]) -> dict[str, CreditConfig]:
 def score_arms(
     policy: ActorCritic, responses: Responses, arms: Sequence[CreditConfig], config: PPOConfig, *, step: int
 ) -> tuple[TokenScores, list[Credit]]:
-    """Scores of every response token and the credit of every arm, from one forward pass that all arms listen to.
-
-    A KL in the reward costs a second pass, and each rule registered with ``gradient=True`` one of its own.
+    """Compute the scores of every response token and the credit of every arm from one shared forward pass.
 
     Args:
-        policy: whose gradient is measured.
-        responses: on the CPU; results come back there.
+        policy: the policy whose gradient is measured.
+        responses: on the CPU, as the results are.
         arms: credit settings.
         config: temperature, micro-batches, KL and seed.
-        step: number of the batch, as part of the seed of rules that draw.
+        step: number of the batch, part of the seed of rules that draw random numbers.
+
+    Returns:
+        The scores, and the credit of each arm, in order.
+
+    Cost: one forward pass; one more for a KL in the reward, and one forward and backward pass for each arm whose rule
+    is registered with ``gradient=True``.
     """
-    parts: list[tuple[TokenScores, list[Credit]]] = []
-    rules, size = [find_rule(arm.rule) for arm in arms], config.micro_batch_size
-    # Every arm draws from generators of its own, as it would if it were trained with alone.
-    streams = [credit_generators(responses, config.seed, step) for _ in arms]
-    for start in range(0, responses.num_sequences, size):
-        part = responses.select(range(start, min(start + size, responses.num_sequences)))
-        inputs = ModelInput.of(part, policy.device)
-        tokens, mask = inputs.input_ids[:, part.prompt_length :], part.response_mask.to(policy.device)
-        with torch.no_grad(), ExitStack() as stack:
-            listening = [
-                {name: stack.enter_context(recorder_for(policy, need, arm)) for name, need in rule.needs.items()}
-                for arm, rule in zip(arms, rules, strict=True)
-            ]
-            logprobs, entropy = policy.policy_pass(inputs, tokens, config.temperature)
-        with torch.no_grad():
-            wanted = config.kl_weight > 0 and config.kl_in == "reward"
-            ref = on_cpu(policy.reference_pass(inputs, tokens, config.temperature), mask) if wanted else None
-        scores = TokenScores(on_cpu(logprobs, mask), on_cpu(entropy, mask), ref)
-        credits = []
-        for arm, recorders, stream in zip(arms, listening, streams, strict=True):
-            rows = {name: heard.rows(inputs.attention_mask, inputs.input_ids) for name, heard in recorders.items()}
-            drawn = stream[start : start + size]
-            credits.append(policy_credit(policy, part, scores, rows, arm, drawn, temperature=config.temperature))
-        parts.append((scores, credits))
-    joined = [join_records([credits[index] for _, credits in parts]) for index in range(len(arms))]
-    return join_records([scores for scores, _ in parts]), joined
+    scored = score_with_settings(
+        policy,
+        responses,
+        arms,
+        temperature=config.temperature,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        step=step,
+        reference=config.kl_weight > 0 and config.kl_in == "reward",
+    )
+    return scored.scores, list(scored.credits)
 
 
 def selected_tokens(credit: Credit, arm: CreditConfig) -> Bool[Tensor, "batch response"]:
-    """Tokens that an arm singles out: its top (or bottom) share, or those it raises where it has no such share."""
+    """Return the tokens that an arm selects: its top or bottom share, or the tokens with a weight above 1.
+
+    Weights above 1 count where the arm has no share: for soft and raw shapes, and for rules that score in weights.
+    """
     if find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
         return credit.scored & (credit.weights > 1)
-    acts = (credit.scores > 0).any(1, keepdim=True)
-    return acts & top_share(credit.scores, credit.scored, arm.share, largest=arm.shape != "bottom_q")
+    # A response without any positive score keeps weights of 1, so nothing of it is selected.
+    has_score = (credit.scores > 0).any(1, keepdim=True)
+    return has_score & top_share(credit.scores, credit.scored, arm.share, largest=arm.shape != "bottom_q")
 
 
-def _value(text: str) -> Any:
-    """Numbers, true and false as JSON writes them; anything else is text."""
+def _read_value(text: str) -> Any:
+    """Read numbers, true and false as JSON; any other text stays text."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _text(value: Any) -> str:
-    """What :func:`_value` reads back; whole numbers without their .0."""
+def _write_value(value: Any) -> str:
+    """Write a value so that :func:`_read_value` reads it back; 3.0 is written as 3."""
     if isinstance(value, str):
         return value
-    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value)

@@ -1,8 +1,11 @@
-r"""The statistics of gradient alignment: from inner products of gradients to sample multipliers with intervals.
+r"""Compute sample multipliers with jackknife intervals from inner products of policy gradients.
 
-n batches. :math:`u_b` is the plain policy gradient of batch b, :math:`g_b` that of an arm on the same responses. All
-that is reported is a function of the inner products :math:`\langle g_b, u_c \rangle` and the norms :math:`|g_b|`, so
-each estimate can be computed again without any one batch.
+Symbols: n batches; :math:`u_b` is the uniform policy gradient of batch b, :math:`g_b` that of an arm on the same
+responses. Every reported figure is a function of the inner products :math:`\langle g_b, u_c \rangle` and the norms
+:math:`|g_b|`. The jackknife can therefore leave out any batch without computing a gradient again.
+
+A *replicate* is the value of a statistic on a subset of the batches. Tensors ``[1 + n]`` hold the replicate of all
+batches first, then the n replicates with batch d left out.
 """
 
 from __future__ import annotations
@@ -26,18 +29,19 @@ from rl.evaluation.significance import Z_95, holm
 SCHEMA = "flowgraph-rl.alignment/1"
 UNIFORM = "uniform"
 
-_SAME = 1e-6
-"""Differences between multipliers below this are rounding of float32 gradients, not findings."""
+_ROUNDING = 1e-6
+"""Differences between multipliers up to this size come from the rounding of float32 gradients."""
 
 
 class Estimate(NamedTuple):
     """A figure with its jackknife interval.
 
     Attributes:
-        value: on all batches.
-        corrected: the same without the bias of first order in 1 / n.
+        value: the figure on all batches.
+        corrected: the figure without its bias of first order in 1 / n.
         error: standard error.
-        low, high: 95 % interval, ``corrected`` plus or minus 1.96 errors.
+        low: lower end of the 95 % interval, ``corrected - 1.96 * error``.
+        high: upper end of the 95 % interval, ``corrected + 1.96 * error``.
     """
 
     value: float
@@ -49,19 +53,19 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class ArmAlignment:
-    """What one credit setting does to the policy gradient.
+    """The effect of one credit setting on the policy gradient.
 
     Attributes:
-        name: of the arm.
+        name: the arm as a short text.
         credit: its settings.
-        cosine: with the mean uniform gradient of the other batches, mean over batches.
+        cosine: cosine with the mean uniform gradient of the other batches, averaged over batches.
         multiplier: sample multiplier ``(cosine / cosine of uniform) ** 2``, negative where the cosines differ in sign.
-        signal_share: part of the true gradient's signal that the selected tokens carry; None where none are selected.
-        token_share: part of the tokens that are selected: the signal share to expect from tokens drawn by chance.
-        only_selected: multiplier of the uniform gradient of the selected tokens alone.
-        only_rest: multiplier of the uniform gradient of all other tokens.
-        recall: part of the decisive tokens in scope that is selected; None where the task knows none.
-        recall_chance: the recall to expect when as many tokens of each response are drawn by chance.
+        signal_share: share of the true gradient's signal that the selected tokens carry; None without selected tokens.
+        token_share: share of the tokens that are selected; tokens drawn at random have this signal share.
+        only_selected: multiplier of the uniform gradient of the selected tokens alone; None without selected tokens.
+        only_rest: multiplier of the uniform gradient of all other tokens; None without selected tokens.
+        recall: share of the decisive tokens in scope that is selected; None where the task names no decisive tokens.
+        recall_chance: expected recall when as many tokens of each response are drawn at random.
     """
 
     name: str
@@ -81,10 +85,11 @@ class Difference:
     """Multiplier of an arm minus that of a baseline, on the same batches.
 
     Attributes:
-        arm, baseline: names.
-        difference: with its interval.
-        p_value: two-sided, normal.
-        p_holm: the same after Holm's correction for all comparisons of the experiment.
+        arm: name of the arm.
+        baseline: name of the baseline.
+        difference: the difference with its interval.
+        p_value: two-sided p-value under a normal distribution.
+        p_holm: the p-value after Holm's correction over all comparisons of the experiment.
     """
 
     arm: str
@@ -101,15 +106,16 @@ class Alignment:
     Attributes:
         arms: one record for each arm, uniform first.
         differences: of every arm and every baseline.
-        num_batches: batches that taught something.
+        num_batches: batches that were measured.
         no_signal: batches that were left out because no response had an advantage.
-        num_parameters: length of the gradients.
+        num_parameters: length P of the gradients.
         reward: mean over all responses.
-        response_tokens: mean length of a response.
-        seconds: by stage.
-        model, task: what was measured.
-        settings: of the rollouts.
-        seed: of rollouts, adapter and rules that draw.
+        response_tokens: mean length of a response, in tokens.
+        seconds: wall time of each stage.
+        model: name of the model.
+        task: the task as text.
+        settings: settings of the rollouts, as JSON values.
+        seed: seed of rollouts, adapter and rules that draw random numbers.
     """
 
     arms: tuple[ArmAlignment, ...]
@@ -127,35 +133,48 @@ class Alignment:
 
     @property
     def is_reliable(self) -> bool:
-        """Whether the cosine of uniform lies above 0 with its whole interval: multipliers are ratios to it."""
+        """Return whether the 95 % interval of uniform's cosine lies above 0.
+
+        Multipliers are ratios to this cosine. They are not meaningful where it cannot be told from 0.
+        """
         return self.arms[0].cosine.low > 0
 
     def table(self) -> list[dict[str, Any]]:
-        """A flat row for each arm; estimates are the corrected ones, None where there is nothing to say."""
+        """Return a flat row for each arm, with corrected estimates; None where a figure is not defined."""
         rows = []
         for arm in self.arms:
-            row: dict[str, Any] = {"arm": arm.name, "cosine": arm.cosine.corrected}
-            row |= {"multiplier": arm.multiplier.corrected, "low": arm.multiplier.low, "high": arm.multiplier.high}
-            for name in ("signal_share", "only_selected", "only_rest"):
-                estimate = getattr(arm, name)
-                row[name] = None if estimate is None else estimate.corrected
-            row |= {"token_share": arm.token_share, "recall": arm.recall, "recall_chance": arm.recall_chance}
+            row: dict[str, Any] = {
+                "arm": arm.name,
+                "cosine": arm.cosine.corrected,
+                "multiplier": arm.multiplier.corrected,
+                "low": arm.multiplier.low,
+                "high": arm.multiplier.high,
+                "signal_share": _corrected(arm.signal_share),
+                "only_selected": _corrected(arm.only_selected),
+                "only_rest": _corrected(arm.only_rest),
+                "token_share": arm.token_share,
+                "recall": arm.recall,
+                "recall_chance": arm.recall_chance,
+            }
             rows.append(row)
         return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return every figure as plain JSON values; NaN and infinity become None."""
-        return _plain({"schema": SCHEMA, "reliable": self.is_reliable, **asdict(self)})
+        return _as_json({"schema": SCHEMA, "reliable": self.is_reliable, **asdict(self)})
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str | None:
         """Write :meth:`to_dict` to a JSON file, atomically.
 
         Args:
-            path: the file. Without it the text is returned, with a warning; removed in the next release.
+            path: the file. None returns the text with a :class:`DeprecationWarning`; the next release removes this.
+
+        Raises:
+            OutputError: the file cannot be written.
         """
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         if path is None:
-            message = "path: must be given, got none; call to_json(path) to write a file, to_dict() for the values"
+            message = "path: must be given, got None; call to_json(path) to write a file, to_dict() for the values"
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             return text
         with atomic_write(path) as temporary:
@@ -168,11 +187,11 @@ class Alignment:
 
 
 class Products(NamedTuple):
-    r"""Inner products of one kind of gradient with the uniform gradients of all batches.
+    r"""The inner products of one kind of gradient with the uniform gradients of all batches.
 
     Attributes:
-        dots: ``[n, n]``, entry (b, c) is :math:`\langle g_b, u_c \rangle`.
-        norms: ``[n]``, :math:`|g_b|`.
+        dots: ``[n, n]`` float64, entry (b, c) is :math:`\langle g_b, u_c \rangle`.
+        norms: ``[n]`` float64, :math:`|g_b|`.
     """
 
     dots: Float64[Tensor, "batches batches"]
@@ -180,58 +199,73 @@ class Products(NamedTuple):
 
 
 def cosines(arm: Products, uniform: Products) -> Float64[Tensor, " replicates"]:
-    r"""Mean cosine with the leave-one-out mean, on all batches and without each of them.
+    r"""Compute the mean cosine with the leave-one-out sum of the uniform gradients.
 
-    :math:`\frac1n \sum_b \cos(g_b, \sum_{c \ne b} u_c)` first, then n values with batch d left out of both sums. A
-    gradient of exactly 0 has cosine 0: it teaches nothing.
+    :math:`\frac1n \sum_b \cos(g_b, T_b)` with :math:`T_b = \sum_{c \ne b} u_c`. A replicate without batch d leaves
+    it out of both sums. A gradient of exactly 0 has cosine 0.
 
     Args:
-        arm: of the arm's gradients.
-        uniform: of the uniform gradients.
+        arm: products of the arm's gradients.
+        uniform: products of the uniform gradients.
 
     Returns:
-        ``[1 + n]``.
+        ``[1 + n]``, the replicates.
 
     Cost: three products of matrices of n rows.
     """
-    keep = _replicates(len(arm.norms))
+    keep = _kept_batches(len(arm.norms))
     gram = uniform.dots
-    squares = ((keep @ gram) * keep).sum(1, keepdim=True) - 2 * keep @ gram + gram.diagonal()
-    lengths = squares.clamp_min(0).sqrt() * arm.norms
-    along = keep @ arm.dots.T - arm.dots.diagonal()
-    each = torch.where(lengths > 0, along / torch.where(lengths > 0, lengths, 1.0), 0.0)
-    return (each * keep).sum(1) / keep.sum(1)
+
+    # |T_b|^2 = |sum_c u_c|^2 - 2 <u_b, sum_c u_c> + |u_b|^2, for every replicate (row) and batch b (column).
+    squared_sum = ((keep @ gram) * keep).sum(1, keepdim=True)
+    squared_rest = squared_sum - 2 * keep @ gram + gram.diagonal()
+
+    # cos(g_b, T_b) = <g_b, T_b> / (|g_b| |T_b|).
+    inner = keep @ arm.dots.T - arm.dots.diagonal()
+    lengths = squared_rest.clamp_min(0).sqrt() * arm.norms
+    is_defined = lengths > 0
+    cosine = torch.where(is_defined, inner / torch.where(is_defined, lengths, 1.0), 0.0)
+    return (cosine * keep).sum(1) / keep.sum(1)
 
 
 def multipliers(
     arm: Float64[Tensor, " replicates"], uniform: Float64[Tensor, " replicates"]
 ) -> Float64[Tensor, " replicates"]:
-    r"""Sample multiplier :math:`r\,|r|` with :math:`r = \cos / \cos_{uniform}`: the square, with the sign kept.
+    r"""Compute the sample multiplier :math:`r\,|r|` with :math:`r = \cos / \cos_{uniform}`: the square, with its sign.
 
     The squared cosine of a noisy gradient with the true one grows in proportion to the number of samples while noise
-    dominates, so 1.1 is as good as 10 % more rollouts.
+    dominates. A multiplier of 1.1 is therefore worth 10 % more rollouts.
+
+    Args:
+        arm: :func:`cosines` of the arm.
+        uniform: :func:`cosines` of the uniform gradients.
     """
     ratio = arm / uniform
     return ratio * ratio.abs()
 
 
 def signal_shares(part: Products, uniform: Products) -> Float64[Tensor, " replicates"]:
-    r"""Part of the true gradient's signal: :math:`\sum_b \langle s_b, T_b \rangle / \sum_b \langle u_b, T_b \rangle`.
+    r"""Compute the share of the true gradient's signal that a part of the tokens carries.
 
-    :math:`T_b = \sum_{c \ne b} u_c`, so no batch is its own witness. On all batches, then without each of them.
+    :math:`\sum_b \langle s_b, T_b \rangle / \sum_b \langle u_b, T_b \rangle` with :math:`T_b = \sum_{c \ne b} u_c`:
+    the estimate of the true gradient never contains the batch that it is compared with.
+
+    Args:
+        part: products of the gradients :math:`s_b` of the selected tokens.
+        uniform: products of the uniform gradients.
+
+    Returns:
+        ``[1 + n]``, the replicates.
     """
-
-    def along(products: Products) -> Tensor:
-        return ((keep @ products.dots.T - products.dots.diagonal()) * keep).sum(1)
-
-    keep = _replicates(len(part.norms))
-    return along(part) / along(uniform)
+    keep = _kept_batches(len(part.norms))
+    return _signal(part, keep) / _signal(uniform, keep)
 
 
 def jackknife(replicates: Float64[Tensor, " replicates"]) -> Estimate:
-    r"""Estimate from its value on all n batches and its n values :math:`\theta_{(d)}` without one of them.
+    r"""Estimate a statistic, its bias and its error from its replicates.
 
-    Corrected :math:`n \theta - (n - 1) \bar\theta_{(\cdot)}`; error
+    With :math:`\theta` on all n batches and :math:`\theta_{(d)}` without batch d: the corrected value is
+    :math:`n \theta - (n - 1) \bar\theta_{(\cdot)}`, and the error
     :math:`\sqrt{\frac{n - 1}{n} \sum_d (\theta_{(d)} - \bar\theta_{(\cdot)})^2}`.
 
     Args:
@@ -243,54 +277,82 @@ def jackknife(replicates: Float64[Tensor, " replicates"]) -> Estimate:
         >>> jackknife(torch.tensor([2.0, 2.5, 2.0, 1.5], dtype=torch.float64)).error.__round__(4)  # mean of 1, 2, 3
         0.5774
     """
-    value, deleted = float(replicates[0]), replicates[1:]
-    n = len(deleted)
-    mean = deleted.mean()
+    value = float(replicates[0])
+    left_out = replicates[1:]
+    n = len(left_out)
+    mean = left_out.mean()
+
     corrected = n * value - (n - 1) * float(mean)
-    error = math.sqrt((n - 1) / n * float((deleted - mean).square().sum()))
-    return Estimate(value, corrected, error, corrected - Z_95 * error, corrected + Z_95 * error)
-
-
-def two_sided(difference: Estimate) -> float:
-    """Normal p-value of a difference; 1 where it is no more than rounding."""
-    if abs(difference.value) <= _SAME:
-        return 1.0
-    return math.erfc(abs(difference.corrected) / difference.error / math.sqrt(2)) if difference.error > 0 else 0.0
-
-
-def compare(multiplier: dict[str, Float64[Tensor, " replicates"]], baselines: Sequence[str]) -> tuple[Difference, ...]:
-    """Every arm against every baseline, corrected together.
-
-    Args:
-        multiplier: replicates by arm.
-        baselines: names of arms.
-    """
-    pairs = [
-        (arm, base)
-        for place, base in enumerate(baselines)
-        for arm in multiplier
-        if arm != base and arm not in baselines[:place]  # two baselines are one comparison, not two
-    ]
-    found = [jackknife(multiplier[arm] - multiplier[base]) for arm, base in pairs]
-    p_values = [two_sided(difference) for difference in found]
-    return tuple(
-        Difference(*pair, difference, p, adjusted)
-        for pair, difference, p, adjusted in zip(pairs, found, p_values, holm(p_values), strict=True)
+    error = math.sqrt((n - 1) / n * float((left_out - mean).square().sum()))
+    return Estimate(
+        value=value,
+        corrected=corrected,
+        error=error,
+        low=corrected - Z_95 * error,
+        high=corrected + Z_95 * error,
     )
 
 
-def _replicates(n: int) -> Float64[Tensor, "replicates batches"]:
-    """Which batches each replicate sees: all of them, then all but one."""
-    return torch.cat([torch.ones(1, n, dtype=torch.float64), 1 - torch.eye(n, dtype=torch.float64)])
+def two_sided(difference: Estimate) -> float:
+    """Compute the two-sided normal p-value of a difference; 1 where it is no larger than rounding."""
+    if abs(difference.value) <= _ROUNDING:
+        return 1.0
+    if difference.error > 0:
+        return math.erfc(abs(difference.corrected) / difference.error / math.sqrt(2))
+    return 0.0
 
 
-def _plain(value: Any) -> Any:
+def compare(multiplier: dict[str, Float64[Tensor, " replicates"]], baselines: Sequence[str]) -> tuple[Difference, ...]:
+    """Compare every arm with every baseline, with one Holm correction over all comparisons.
+
+    Args:
+        multiplier: replicates ``[1 + n]`` of the multiplier, by arm.
+        baselines: names of arms.
+    """
+    # Two baselines are compared with each other once: a baseline is no arm for the baselines after it.
+    pairs: list[tuple[str, str]] = []
+    for place, baseline in enumerate(baselines):
+        already_compared = {baseline, *baselines[:place]}
+        pairs += [(arm, baseline) for arm in multiplier if arm not in already_compared]
+
+    estimates = [jackknife(multiplier[arm] - multiplier[baseline]) for arm, baseline in pairs]
+    p_values = [two_sided(estimate) for estimate in estimates]
+    adjusted = holm(p_values)
+
+    differences = []
+    for (arm, baseline), estimate, p_value, p_holm in zip(pairs, estimates, p_values, adjusted, strict=True):
+        differences.append(Difference(arm, baseline, estimate, p_value, p_holm))
+    return tuple(differences)
+
+
+def _kept_batches(n: int) -> Float64[Tensor, "replicates batches"]:
+    """Return which batches each replicate contains: all of them, then all but one."""
+    everything = torch.ones(1, n, dtype=torch.float64)
+    all_but_one = 1 - torch.eye(n, dtype=torch.float64)
+    return torch.cat([everything, all_but_one])
+
+
+def _signal(products: Products, keep: Float64[Tensor, "replicates batches"]) -> Float64[Tensor, " replicates"]:
+    r"""Compute :math:`\sum_b \langle g_b, T_b \rangle` over the batches of each replicate."""
+    inner = keep @ products.dots.T - products.dots.diagonal()
+    return (inner * keep).sum(1)
+
+
+def _corrected(estimate: Estimate | None) -> float | None:
+    """Return the corrected value of an estimate that may be missing."""
+    if estimate is None:
+        return None
+    return estimate.corrected
+
+
+def _as_json(value: Any) -> Any:
+    """Convert nested records to JSON values; NaN and infinity, which JSON has no form for, become None."""
     if isinstance(value, Estimate):
-        return _plain(value._asdict())
+        return _as_json(value._asdict())
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _as_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,66 +1,109 @@
-"""Multipliers of all arms as horizontal intervals."""
+"""Plot the multipliers of all arms as horizontal intervals."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from flowgraph import MissingExtraError, atomic_write
-from rl.alignment.multipliers import Alignment, ArmAlignment
+from rl.alignment.multipliers import Alignment, Estimate
 from rl.evaluation.significance import Z_95
 
-# Okabe and Ito's colours: told apart by people with any common kind of colour vision; the markers differ as well.
-_SERIES = (
-    ("multiplier", "weighted as trained", "#0072B2", "o"),
-    ("only_selected", "only the selected tokens", "#D55E00", "^"),
-    ("only_rest", "only the other tokens", "#009E73", "s"),
-)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class _Series(NamedTuple):
+    """One marker for each arm.
+
+    Attributes:
+        label: entry of the legend.
+        estimates: an estimate for each arm; None where it is not defined.
+        offset: vertical distance from the middle of the arm's row.
+        colour: of marker and interval.
+        marker: matplotlib's name of the marker.
+    """
+
+    label: str
+    estimates: Sequence[Estimate | None]
+    offset: float
+    colour: str
+    marker: str
 
 
 def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
-    """Write a picture (PNG, PDF or SVG by its ending): best arm first, 95 % intervals, a line at uniform's 1.
+    """Draw the multipliers with 95 % intervals, best arm first, and a line at uniform's 1.
+
+    Args:
+        alignment: result of :func:`rl.align`.
+        path: the picture; its ending chooses PNG, PDF or SVG.
+
+    Returns:
+        The path.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
         OutputError: the path cannot be written.
     """
-    figure_type = _figure_type()
+    target = Path(path)
+    # The first row is the lowest, so the best arm comes last.
     arms = sorted(alignment.arms, key=lambda arm: arm.multiplier.corrected)
-    figure = figure_type(figsize=(8, 1.6 + 0.55 * len(arms)), layout="constrained")
+    figure = _new_figure(width=8, height=1.6 + 0.55 * len(arms))
     axes = figure.subplots()
     axes.axvline(1.0, color="#555555", linewidth=1, linestyle="--")
-    for offset, series in zip((0.22, 0.0, -0.22), _SERIES, strict=True):
-        _draw(axes, arms, offset, *series)
+
+    # Okabe and Ito's colours can be told apart with any common colour vision; the markers differ as well.
+    weighted = [arm.multiplier for arm in arms]
+    only_selected = [arm.only_selected for arm in arms]
+    only_rest = [arm.only_rest for arm in arms]
+    _draw(axes, _Series("weighted as trained", weighted, 0.22, "#0072B2", "o"))
+    _draw(axes, _Series("only the selected tokens", only_selected, 0.0, "#D55E00", "^"))
+    _draw(axes, _Series("only the other tokens", only_rest, -0.22, "#009E73", "s"))
+
     axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes.set_xlabel("sample multiplier (1 = uniform; 1.1 = as good as 10 % more rollouts), 95 % interval")
     axes.set_title(f"Gradient alignment, {alignment.num_batches} batches", loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.legend(frameon=False, loc="best")
-    target = Path(path)
+
     with atomic_write(target) as temporary:
         figure.savefig(temporary, dpi=160, format=target.suffix.removeprefix(".") or "png")
     return target
 
 
-def _draw(axes: Any, arms: list[ArmAlignment], offset: float, name: str, label: str, colour: str, marker: str) -> None:
-    found = [(row + offset, getattr(arm, name)) for row, arm in enumerate(arms) if getattr(arm, name) is not None]
-    if not found:
+def _draw(axes: Axes, series: _Series) -> None:
+    """Draw one series; a series without any estimate gets no entry in the legend."""
+    rows: list[float] = []
+    defined: list[Estimate] = []
+    for row, estimate in enumerate(series.estimates):
+        if estimate is not None:
+            rows.append(row + series.offset)
+            defined.append(estimate)
+    if not defined:
         return
-    middle = [estimate.corrected for _, estimate in found]
-    reach = [Z_95 * estimate.error for _, estimate in found]
     axes.errorbar(
-        middle, [row for row, _ in found], xerr=reach, fmt=marker, color=colour, label=label, markersize=5,
-        linewidth=1.4, linestyle="none", capsize=0,
-    )  # fmt: skip
+        [estimate.corrected for estimate in defined],
+        rows,
+        xerr=[Z_95 * estimate.error for estimate in defined],
+        fmt=series.marker,
+        color=series.colour,
+        label=series.label,
+        markersize=5,
+        linewidth=1.4,
+        linestyle="none",
+        capsize=0,
+    )
 
 
-def _figure_type() -> Any:
-    """Matplotlib's figure without its global state, so that no display is looked for."""
+def _new_figure(width: float, height: float) -> Figure:
+    """Create a figure without matplotlib's global state, so that no display is needed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
             "plot: needs matplotlib, got an environment without it; pip install 'flowgraph-llm[plot]'"
         ) from error
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained")

@@ -39,7 +39,9 @@ def measure(
     problems = [task.sample("eval", index) for index in range(num_problems)]
 
     # The caller's generator keeps its state.
-    with torch.random.fork_rng(devices=[]):
+    # Samples are drawn on the model's device, so that device's generator is seeded and restored too.
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         sampled = [respond(model, tokenizer, problems) for _ in range(num_samples)]
     greedy = respond(model, tokenizer, problems, temperature=0)
@@ -98,6 +100,7 @@ def respond(
     for start in range(0, len(samples), _BATCH_SIZE):
         prompts = [str(sample.prompt) for sample in samples[start : start + _BATCH_SIZE]]
         batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        batch = batch.to(model.device)
         with torch.no_grad():
             output = model.generate(**batch, **choice, max_new_tokens=max_new_tokens)
         responses = output[:, batch["input_ids"].shape[1] :]

@@ -145,7 +145,8 @@ def pretrain(out: str | Path, recipe: Recipe | None = None, *, progress: Progres
 
     # The weights are a function of the seed; the caller's generator keeps its state.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        # torch.manual_seed would also reseed the caller's CUDA generators.
+        torch.default_generator.manual_seed(recipe.seed)
         model = build_model(recipe)
     losses = train_model(model, recipe, progress)
     tokenizer = chain_tokenizer()

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowgraph import atomic_write
-from rl.commands.options import Device, Dtype, Model, TaskName, TaskOption
+from rl.commands.options import Adapter, Device, Dtype, Model, TaskName, TaskOption
 from rl.commands.terminal import console, spinner, table
 from rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rl.evaluation.evaluate import Evaluation
 
 
 def evaluate_command(
     model: Model = "chain",
     task: TaskName = "chain",
     task_option: TaskOption = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", "-a", help="A run, a checkpoint, or a PEFT folder.")
-    ] = None,
+    adapter: Adapter = None,
     num_problems: Annotated[int, typer.Option("-n", "--num-problems", help="Fresh problems.")] = 200,
     samples: Annotated[int, typer.Option("-k", "--samples", help="Responses to each problem.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.0,
@@ -35,33 +36,49 @@ def evaluate_command(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure a policy on fresh problems: mean reward with a 95 % interval."""
-    from rl.commands.run_file import CHAIN_DEFAULTS, parse_options, policy_folder
-    from rl.policy.loading import load_policy
+    from rl.commands.run_file import CHAIN_DEFAULTS, optional_policy_folder, parse_options
 
+    # Check the input before the model is loaded, which takes seconds.
     options = parse_options(task_option or [], flag="--task-option")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"out: its folder must exist, got {out}; make it first")
-    folder = None if adapter is None else policy_folder(adapter)
-    limit = max_response_tokens
-    if limit is None:
-        limit = int(CHAIN_DEFAULTS["max_response_tokens"]) if model == "chain" else 256
+    folder = optional_policy_folder(adapter)
+    if max_response_tokens is None:
+        max_response_tokens = int(CHAIN_DEFAULTS["max_response_tokens"]) if model == "chain" else 256
+
     with spinner() as progress:
         progress(f"loading {model}")
-        network, tokenizer = load_policy(model, dtype, device, folder)
+        # torch and transformers are imported under the spinner.
         from rl.evaluation.evaluate import evaluate
+        from rl.policy.loading import load_policy
         from rl.tasks.registry import make_task
 
+        network, tokenizer = load_policy(model, dtype, device, folder)
         result = evaluate(
-            network, tokenizer, make_task(task, **options), num_problems=num_problems, samples=samples,
-            temperature=temperature, max_response_tokens=limit, batch_size=batch_size, seed=seed,
+            network,
+            tokenizer,
+            make_task(task, **options),
+            num_problems=num_problems,
+            samples=samples,
+            temperature=temperature,
+            max_response_tokens=max_response_tokens,
+            batch_size=batch_size,
+            seed=seed,
             progress=lambda done, total: progress(f"{done}/{total} responses"),
-        )  # fmt: skip
+        )
+
     if out is not None:
+        lines = [json.dumps(row) + "\n" for row in result.responses]
         with atomic_write(out) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in result.responses), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
     if json_output:
         typer.echo(json.dumps(result.summary()))
-        return
+    else:
+        _print_evaluation(result, samples)
+
+
+def _print_evaluation(result: Evaluation, samples: int) -> None:
+    """Print the figures of an evaluation as a table."""
     rows = table("figure", "value")
     rows.add_row("mean reward", f"{result.reward:.3f}  (95 %: {result.low:.3f} to {result.high:.3f})")
     if samples > 1:

@@ -1,7 +1,9 @@
-"""``flowgraph-rl pretrain`` and ``merge``: make a base model, and merge an adapter into one."""
+"""``flowgraph-rl pretrain`` and ``merge``: make a base model, and merge an adapter into its base."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -26,23 +28,19 @@ def pretrain_command(
     if task != "chain":
         raise ConfigError(f"task: must be 'chain', got {task!r}; other tasks have no demonstrations, so bring a model")
     options = parse_options(settings or [])
+
     with spinner() as progress:
         progress("loading torch")
-        from dataclasses import fields
-
         from rl.chain_model.pretrain import Recipe, pretrain
 
-        names = [item.name for item in fields(Recipe)]
-        for name in options:
-            if name not in names:
-                raise ConfigError(
-                    f"--set: must name a setting of the recipe, got {name!r}; there are {', '.join(names)}"
-                )
+        _check_names(options, [item.name for item in fields(Recipe)])
         recipe = Recipe(**options)
         report = pretrain(
             out, recipe, progress=lambda step, loss: progress(f"update {step}/{recipe.steps}, loss {loss:.3f}")
         )
-    sampled, greedy = report["measured"]["sampled"]["all"], report["measured"]["greedy"]["all"]
+
+    sampled = report["measured"]["sampled"]["all"]
+    greedy = report["measured"]["greedy"]["all"]
     typer.echo(
         f"wrote {out}: {report['num_parameters']:,} parameters, right on {sampled['share']:.1%} of {sampled['n']} "
         f"fresh problems when sampled, on {greedy['share']:.1%} greedily; next: flowgraph-rl train --model {out}"
@@ -57,13 +55,15 @@ def merge(
 ) -> None:
     """Merge a trained adapter into its base; plain transformers loads the result."""
     from rl.commands.run_file import policy_folder
-    from rl.folders import new_folder
-    from rl.policy.loading import load_policy
 
     if out.exists():
         raise ConfigError(f"out: must be a new folder, got {out}, which exists; choose another name")
+
     with spinner() as progress:
         progress(f"loading {model}")
+        from rl.folders import new_folder
+        from rl.policy.loading import load_policy
+
         network, tokenizer = load_policy(model, dtype, None, policy_folder(adapter))
         progress("merging")
         merged = network.merge_and_unload()
@@ -71,3 +71,10 @@ def merge(
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     typer.echo(f"wrote {out}")
+
+
+def _check_names(options: Iterable[str], names: Sequence[str]) -> None:
+    """Refuse a name that is not a setting of the recipe."""
+    for name in options:
+        if name not in names:
+            raise ConfigError(f"--set: must name a setting of the recipe, got {name!r}; there are {', '.join(names)}")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+TASKS = "'chain', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME' or a .jsonl file"
+"""The values of ``--task``, for help texts."""
+
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A model name, a folder, or 'chain' for the small model that is shipped.")
-]
-TaskName = Annotated[
     str,
-    typer.Option(
-        "--task", "-t", help="'chain', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME' or a .jsonl file."
-    ),
+    typer.Option("--model", "-m", help="A model name, a folder, or 'chain' for the small model that is shipped."),
 ]
+TaskName = Annotated[str, typer.Option("--task", "-t", help=f"{TASKS}.")]
 TaskOption = Annotated[
-    list[str] | None, typer.Option("--task-option", help="NAME=VALUE, such as hops=[2,4]; may be repeated.")
+    list[str] | None,
+    typer.Option("--task-option", help="NAME=VALUE, such as hops=[2,4]; may be repeated."),
 ]
-Device = Annotated[str | None, typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps'. Default: as accelerate finds it.")]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", "-a", help="A trained policy: a run, a checkpoint, or a PEFT folder."),
+]
+Device = Annotated[str | None, typer.Option(help="'cpu', 'cuda', 'cuda:1' or 'mps'. Default: cpu.")]
 Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16', of the frozen base.")]

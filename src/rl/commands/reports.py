@@ -15,7 +15,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Make the token-credit page of a rollout: what each token was worth, right answers beside wrong ones."""
+    """Make the token-credit page of a rollout: the credit of each token, right answers beside wrong ones."""
     from rl.commands.run_file import newest_rollout
     from rl.reports.credit_report import report_file
 
@@ -32,10 +32,12 @@ def rules() -> None:
     rows = table("rule", "reads", "scores")
     for name in rule_names():
         rule = find_rule(name)
-        needs = (
-            ["attention"] * bool(rule.needs)
-            + ["a backward pass"] * rule.gradient
-            + ["ground truth"] * rule.needs_oracle
-        )
-        rows.add_row(name, ", ".join(needs) or "-", rule.summary)
+        reads = []
+        if rule.needs:
+            reads.append("attention")
+        if rule.gradient:
+            reads.append("a backward pass")
+        if rule.needs_oracle:
+            reads.append("ground truth")
+        rows.add_row(name, ", ".join(reads) or "-", rule.summary)
     console().print(rows)

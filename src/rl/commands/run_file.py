@@ -1,4 +1,7 @@
-"""What a run is, as a YAML file and flags say it: model, task, folder and settings."""
+"""Read a run from a YAML file, flags and settings, and find the files that a run wrote.
+
+Precedence: ``NAME=VALUE`` settings override flags, flags override the file, the file overrides the defaults.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,22 @@ from rl.errors import CheckpointError, ConfigError
 from rl.training.checkpoint import find_checkpoints
 
 CHAIN_DEFAULTS = {"max_response_tokens": 48, "learning_rate": 1e-3}
-"""For the shipped model, whose context is short and whose few weights take larger steps than a language model's."""
-_OWN = ("model", "task", "output")
-"""Settings of a run that are text, and stay so if they look like numbers."""
+"""Defaults for the shipped model: its context is short, and its few weights take larger steps."""
+
+_TEXT_SETTINGS = ("model", "task", "output")
+"""Settings of a run that are text, even where the text looks like a number."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run from the command line.
+    """A training run as the command line describes it.
 
     Attributes:
         model: a name, a folder, or "chain".
-        task: a task's name or file.
-        task_options: of the task.
+        task: name or file of a task.
         output: folder of the run.
-        config: everything else.
+        config: settings of the trainer.
+        task_options: arguments of the task.
     """
 
     model: str
@@ -36,11 +40,17 @@ class Run:
     task_options: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
-        """All settings, defaults included; the same file starts the same run."""
+        """Return all settings, defaults included, as YAML; the same text starts the same run."""
         import yaml
 
-        own = {"model": self.model, "task": self.task, "task_options": self.task_options, "output": str(self.output)}
-        return yaml.safe_dump(own | self.config.to_dict(), sort_keys=False)
+        settings = {
+            "model": self.model,
+            "task": self.task,
+            "task_options": self.task_options,
+            "output": str(self.output),
+            **self.config.to_dict(),
+        }
+        return yaml.safe_dump(settings, sort_keys=False)
 
 
 def read_run(
@@ -51,46 +61,63 @@ def read_run(
     settings: Sequence[str],
     task_options: Sequence[str],
 ) -> Run:
-    """A YAML file, overridden by flags, overridden by ``NAME=VALUE`` settings.
+    """Read a YAML file, overridden by flags, overridden by ``NAME=VALUE`` settings.
+
+    Args:
+        path: the YAML file; None: defaults only.
+        flags: values by name; None is a flag that was not given.
+        credit: a credit rule; None: as the file names it.
+        settings: ``NAME=VALUE``, with dots for settings inside a setting.
+        task_options: ``NAME=VALUE``, arguments of the task.
 
     Raises:
-        ConfigError: no such file, no YAML mapping, an unknown setting, or a value that breaks a rule.
+        ConfigError: a missing file, invalid YAML, an unknown setting, or a value that breaks a rule.
     """
-    values: dict[str, Any] = {} if path is None else _read_yaml(path)
-    values |= {name: value for name, value in flags.items() if value is not None}
+    # Merge the sources, the strongest last.
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(path)
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = value
     if credit is not None:
-        _put(values, ["credit", "rule"], credit)
+        _set_nested(values, ["credit", "rule"], credit)
     for name, value in parse_options(settings).items():
-        _put(values, name.split("."), value)
-    options = values.pop("task_options", None)
-    options = _mapping("task_options", {} if options is None else options)
+        _set_nested(values, name.split("."), value)
+
+    # Take out the settings of the run; what is left belongs to PPOConfig.
+    options = _require_mapping("task_options", values.pop("task_options", None))
     options |= parse_options(task_options, flag="--task-option")
-    own = {name: value for name in _OWN if (value := values.pop(name, None)) is not None}
-    for name, value in own.items():
-        if not isinstance(value, str):
-            raise ConfigError(f"{name}: must be text, got {value!r}; put it in quotes")
-    model, task = own.get("model", "chain"), own.get("task", "chain")
+    text = _pop_text_settings(values)
+    model = text.get("model", "chain")
+    task = text.get("task", "chain")
     if model == "chain":
         values = {**CHAIN_DEFAULTS, **values}
     config = PPOConfig.from_dict(values)
-    name = Path(task).stem.replace(":", "-")
-    output = Path(own.get("output", f"runs/{name}-{config.credit.rule}"))
-    return Run(model=model, task=task, output=output, config=config, task_options=options)
+
+    # A colon, as in reasoning_gym:NAME, is not allowed in file names everywhere.
+    task_name = Path(task).stem.replace(":", "-")
+    output = text.get("output", f"runs/{task_name}-{config.credit.rule}")
+    return Run(model=model, task=task, output=Path(output), config=config, task_options=options)
 
 
 def parse_options(options: Sequence[str], *, flag: str = "--set") -> dict[str, Any]:
-    """``NAME=VALUE`` strings; values are read as YAML, so ``[2,4]``, ``0.5``, ``true`` and text all work.
+    """Read ``NAME=VALUE`` texts; values are YAML, such as ``[2,4]``, ``0.5``, ``true`` or text.
+
+    Args:
+        options: the texts; of equal names the last one counts.
+        flag: name of the flag, for error messages.
+
+    Raises:
+        ConfigError: a text without ``=``, or with invalid YAML after it.
 
     Example:
         >>> parse_options(["hops=[2,4]", "rate=1e-4"])
         {'hops': [2, 4], 'rate': 0.0001}
-
-    Raises:
-        ConfigError: no ``=`` in it, or no YAML after it; the message names the flag.
     """
     import yaml
 
-    out: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for option in options:
         name, sign, text = option.partition("=")
         if not sign or not name:
@@ -98,17 +125,18 @@ def parse_options(options: Sequence[str], *, flag: str = "--set") -> dict[str, A
             raise ConfigError(f"{flag}: must look like NAME=VALUE, got {option!r}; for example {example}")
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
+        # An impossible date is a ValueError, deep nesting a RecursionError.
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{flag}: {name} must have a YAML value, got {text!r}; put text in quotes") from error
-        out[name.replace("-", "_")] = _number(value)
-    return out
+        values[name.replace("-", "_")] = _read_numbers(value)
+    return values
 
 
 def policy_folder(path: Path) -> Path:
-    """The PEFT folder of a run, a checkpoint, or itself.
+    """Return the PEFT folder of a run (its newest checkpoint), of a checkpoint, or the PEFT folder itself.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the path holds no policy.
     """
     if (path / "adapter_config.json").is_file():
         return path
@@ -121,36 +149,66 @@ def policy_folder(path: Path) -> Path:
     )
 
 
+def optional_policy_folder(path: Path | None) -> Path | None:
+    """Return :func:`policy_folder` of a path, and None for None."""
+    if path is None:
+        return None
+    return policy_folder(path)
+
+
 def newest_rollout(path: Path) -> Path:
-    """A rollout file, or the newest one of a run.
+    """Return a rollout file itself, or the newest one of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the path holds no rollout.
     """
     if path.is_file():
         return path
-    found = sorted((path / "rollouts").glob("step-*.safetensors"))
-    if not found:
+    # Step numbers are padded with zeros, so the order of names is the order of steps.
+    rollouts = sorted((path / "rollouts").glob("step-*.safetensors"))
+    if not rollouts:
         raise CheckpointError(
             f"source: must be a rollout file or a run that wrote some, got {path}; train with --set report_every=10"
         )
-    return found[-1]
+    return rollouts[-1]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read the settings of a YAML file; an empty file has none."""
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config: must be a YAML file, got {path} ({error.strerror}); check the name") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad UTF-8 and impossible dates are ValueErrors
-        raise ConfigError(f"config: must be YAML, got {path}, which is not ({error}); mend it") from error
-    values = _mapping("config", {} if values is None else values)
-    return {name: value if name in _OWN else _number(value) for name, value in values.items()}
+    # Invalid UTF-8 and impossible dates are ValueErrors, deep nesting is a RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config: must be YAML, got {path}, which is not ({error}); correct it") from error
+
+    values = _require_mapping("config", content)
+    for name, value in values.items():
+        if name not in _TEXT_SETTINGS:
+            values[name] = _read_numbers(value)
+    return values
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def _pop_text_settings(values: dict[str, Any]) -> dict[str, str]:
+    """Remove model, task and output from the settings and return those that are given."""
+    text: dict[str, str] = {}
+    for name in _TEXT_SETTINGS:
+        value = values.pop(name, None)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}: must be text, got {value!r}; put it in quotes")
+        text[name] = value
+    return text
+
+
+def _require_mapping(name: str, value: Any) -> dict[str, Any]:
+    """Return a copy of a mapping; None, which YAML reads where nothing is written, is an empty one."""
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise ConfigError(
             f"{name}: must be a mapping of names to values, got {type(value).__name__}; write NAME: VALUE"
@@ -158,25 +216,28 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-4 for text; people do not."""
+def _read_numbers(value: Any) -> Any:
+    """Convert texts such as 1e-4 to numbers, at any depth: YAML 1.1 reads them as text."""
     if isinstance(value, dict):
-        return {name: _number(inner) for name, inner in value.items()}
+        return {name: _read_numbers(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_number(inner) for inner in value]
-    if isinstance(value, str):
+        return [_read_numbers(inner) for inner in value]
+    if isinstance(value, str) and "e" in value.lower():
         try:
-            return float(value) if "e" in value.lower() else value
+            return float(value)
         except ValueError:
             return value
     return value
 
 
-def _put(values: dict[str, Any], names: list[str], value: Any) -> None:
-    for name in names[:-1]:
+def _set_nested(values: dict[str, Any], names: list[str], value: Any) -> None:
+    """Set a value inside nested mappings, which are created where they are missing."""
+    *outer, last = names
+    for name in outer:
         inner = values.get(name)
+        # ``credit: flow`` is short for ``credit: {rule: flow}``.
         if name == "credit" and isinstance(inner, str):
             inner = {"rule": inner}
-        values[name] = _mapping(name, {} if inner is None else inner)
+        values[name] = _require_mapping(name, inner)
         values = values[name]
-    values[names[-1]] = value
+    values[last] = value

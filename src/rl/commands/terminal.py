@@ -1,4 +1,4 @@
-"""What the commands have in common on a terminal: tables, and a line that says what is going on."""
+"""Write tables and a status line to the terminal."""
 
 from __future__ import annotations
 
@@ -12,31 +12,38 @@ if TYPE_CHECKING:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console of rich, which takes its time to load."""
+    """Return a console of rich, which is imported here because it loads slowly."""
     from rich.console import Console
 
     return Console(stderr=stderr)
 
 
 def table(*columns: str, figures: bool = False) -> Table:
-    """An empty table.
+    """Return an empty table.
 
     Args:
         columns: headings.
-        figures: all columns but the first hold numbers and stand to the right; the first is never wrapped.
+        figures: whether all columns but the first hold numbers. They are then aligned to the right, and the first is
+            never wrapped.
     """
     from rich import box
     from rich.table import Table
 
     empty = Table(box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        empty.add_column(column, justify="right" if figures and number else "left", no_wrap=figures and number == 0)
+        is_name = number == 0
+        if figures and is_name:
+            empty.add_column(column, no_wrap=True)
+        elif figures:
+            empty.add_column(column, justify="right")
+        else:
+            empty.add_column(column)
     return empty
 
 
 @contextmanager
 def spinner() -> Iterator[Callable[[str], None]]:
-    """A spinner with one line on a terminal; nothing elsewhere."""
+    """Show a spinner with one line on a terminal, and nothing elsewhere; yield the function that sets the line."""
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield lambda text: None

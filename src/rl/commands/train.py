@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flowgraph import atomic_write
-from rl.commands.options import Device, Dtype, TaskOption
+from rl.commands.options import Adapter, Dtype, TaskOption
 from rl.commands.terminal import console, spinner, table
+
+if TYPE_CHECKING:
+    from rl.commands.run_file import Run
+    from rl.training.trainer import PPOTrainer
+
+_SUMMARY = (
+    ("reward", "reward", ".3f"),
+    ("entropy", "entropy", ".3f"),
+    ("tokens a response", "response_tokens", ".1f"),
+    ("seconds a step", "seconds", ".2f"),
+    ("credit overhead, %", "credit_overhead_percent", ".1f"),
+)
+"""Rows of the summary: label, name of the logged figure, format."""
 
 
 def train(
@@ -28,81 +41,99 @@ def train(
         str | None, typer.Option("--credit", "-c", help="A credit rule; `flowgraph-rl rules` lists them.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Rollout-and-update steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="NAME=VALUE for any setting, such as credit.strength=2; may be repeated."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT LoRA folder to go on from.")] = None,
+    adapter: Adapter = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: runs/TASK-RULE.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in the folder.")
+        bool, typer.Option("--resume", help="Continue from the newest complete checkpoint in the folder.")
     ] = False,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume although settings differ.")] = False,
     tracker: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; may be repeated.")] = None,
     show_settings: Annotated[
         bool, typer.Option("--show-settings", help="Print all settings as YAML and stop.")
     ] = False,
-    device: Device = None,
+    device: Annotated[str | None, typer.Option(help="'cpu'. Default: the device that accelerate finds.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Train a policy; writes metrics.jsonl, checkpoints and rollouts into a folder."""
-    from rl.commands.run_file import policy_folder, read_run
+    """Train a policy; write metrics.jsonl, checkpoints and rollouts into a folder."""
+    from rl.commands.run_file import optional_policy_folder, read_run
 
-    flags = {
-        "model": model,
-        "task": task,
-        "steps": steps,
-        "seed": seed,
-        "output": None if output is None else str(output),
-    }
+    # Flags that were not given must not override the file: their value is None.
+    flags = {"model": model, "task": task, "steps": steps, "seed": seed}
+    if output is not None:
+        flags["output"] = str(output)
     run = read_run(config, flags, credit=credit, settings=settings or [], task_options=task_option or [])
     if show_settings:
         typer.echo(run.to_yaml(), nl=False)
         return
+
     from rl.training.tracking import check_trackers
 
-    check_trackers(tracker or [])
+    # Refuse an unknown tracker before the model is loaded, which takes seconds.
+    trackers = tracker or []
+    check_trackers(trackers)
+
     with spinner() as progress:
         progress(f"loading {run.model}")
         from rl.policy.loading import load_policy
-
-        network, tokenizer = load_policy(run.model, dtype, device, None if adapter is None else policy_folder(adapter))
         from rl.tasks.registry import make_task
         from rl.training.distributed import make_accelerator
         from rl.training.trainer import PPOTrainer
 
+        network, tokenizer = load_policy(run.model, dtype, device, optional_policy_folder(adapter))
         trainer = PPOTrainer(
-            network, tokenizer, task=make_task(run.task, **run.task_options), config=run.config, output=run.output,
-            resume=resume, allow_changes=allow_changes, trackers=tracker or (),
-            accelerator=make_accelerator(run.output, tracker or (), device),
-        )  # fmt: skip
-    if trainer.accelerator.is_main_process:
-        with atomic_write(run.output / "run.yaml") as temporary:
-            temporary.write_text(run.to_yaml(), encoding="utf-8")
-        if trainer.accelerator.num_processes > 1:  # a launcher that started one alone says nothing either
-            typer.echo(f"{trainer.accelerator.num_processes} processes share the work", err=True)
-        if trainer.position.step:
-            typer.echo(f"resumed after step {trainer.position.step}", err=True)
+            network,
+            tokenizer,
+            task=make_task(run.task, **run.task_options),
+            config=run.config,
+            output=run.output,
+            resume=resume,
+            allow_changes=allow_changes,
+            trackers=trackers,
+            accelerator=make_accelerator(run.output, trackers, device),
+        )
+
+    # Every process trains; the main process alone writes and prints.
+    is_main = trainer.accelerator.is_main_process
+    if is_main:
+        _announce(run, trainer)
     history = trainer.train()
-    if trainer.accelerator.is_main_process:
-        _summary(history, run.output)
+    if is_main:
+        _print_summary(history, run.output)
 
 
-def _summary(history: list[dict[str, Any]], output: Path) -> None:
-    def mean(rows: list[dict[str, Any]], name: str, form: str) -> str:
-        values = [row[name] for row in rows if row.get(name) is not None]  # nothing is learned where all were cut off
-        return form.format(sum(values) / len(values)) if values else "-"
+def _announce(run: Run, trainer: PPOTrainer) -> None:
+    """Write the settings into the run's folder, and print what differs from a fresh run of one process."""
+    with atomic_write(run.output / "run.yaml") as temporary:
+        temporary.write_text(run.to_yaml(), encoding="utf-8")
+    num_processes = trainer.accelerator.num_processes
+    if num_processes > 1:
+        typer.echo(f"{num_processes} processes share the work", err=True)
+    if trainer.position.step:
+        typer.echo(f"resumed after step {trainer.position.step}", err=True)
 
+
+def _print_summary(history: list[dict[str, Any]], output: Path) -> None:
+    """Print the mean figures of the first and the last tenth of the steps."""
     window = max(1, len(history) // 10)
     rows = table("figure", f"first {window} steps", f"last {window} steps")
-    for label, name, form in (
-        ("reward", "reward", "{:.3f}"), ("entropy", "entropy", "{:.3f}"),
-        ("tokens a response", "response_tokens", "{:.1f}"),
-        ("seconds a step", "seconds", "{:.2f}"), ("credit overhead, %", "credit_overhead_percent", "{:.1f}"),
-    ):  # fmt: skip
-        rows.add_row(label, mean(history[:window], name, form), mean(history[-window:], name, form))
+    for label, name, form in _SUMMARY:
+        first = _mean(history[:window], name, form)
+        last = _mean(history[-window:], name, form)
+        rows.add_row(label, first, last)
     console().print(rows)
     typer.echo(f"metrics and checkpoints in {output}; next: flowgraph-rl eval --adapter {output}")
+
+
+def _mean(rows: list[dict[str, Any]], name: str, form: str) -> str:
+    """Format the mean of a figure over steps; a step in which every response was cut off may lack it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return "-"
+    return format(sum(values) / len(values), form)

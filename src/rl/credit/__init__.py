@@ -1,4 +1,4 @@
-"""Token credit: rules, their registry, the scoring pass, and weights.
+"""Token credit: rules, their registry, scopes, the scoring pass, and weights.
 
 Importing this package registers the rules that ship with it.
 """

@@ -1,9 +1,11 @@
-"""Credit rules that read attention directly: the baselines that flow has to beat.
+"""Credit rules that read attention directly: the baselines for the flow rules.
 
-Every rule here is *literal*: row t is what token t reads once it stands there, column s is the token that is read.
-So do the papers that the rules come from, and what is scored is mostly the column, whose token is the same under
-either convention. (Emission, which gives token t the row of position t - 1, is a matter of the flow rules; the
-option ``rows`` is accepted here and changes nothing.) Readers are response tokens; only their rows are computed.
+Every rule here is *literal*: row t holds what token t reads, and column s is the token that is read. The papers that
+the rules come from use the same convention. The emission convention, which gives token t the row of position t - 1,
+belongs to the flow rules; the option ``rows`` is accepted here and changes nothing.
+
+Only the rows of response tokens are computed. They are read in blocks of ``BLOCK`` rows, so no rule holds a matrix of
+tokens x tokens.
 """
 
 from __future__ import annotations
@@ -17,85 +19,94 @@ from torch import Tensor
 
 from flowgraph import AttentionRows, HeadSelector
 from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, options_of, recorded
+from rl.credit.scope import before_answer
+from rl.credit.weights import top_share
 from rl.errors import CreditError
 
 BLOCK = 128
-"""Attention rows read at once."""
+"""Number of attention rows that are read at once."""
 _LOCAL = AttentionNeed(layers="middle", heads=HeadSelector("distance", "lowest", 0.3))
 _GLOBAL = AttentionNeed(layers="middle", heads=HeadSelector("distance", "highest", 0.3))
 _LEAST_WEIGHT = 1e-8
-"""Stands for attention of 0 where its logarithm is taken."""
+"""Replaces an attention of 0 before its logarithm is taken."""
 _LEAST_SPREAD = 1e-4
-"""Logarithms that spread less differ by rounding, which must not be blown up to a z-score."""
+"""Least standard deviation in a z-score: logarithms that differ less differ by rounding only."""
 _CONSTANT = 1e-10
-"""A variance below this share of the mean square is rounding: it correlates with nothing."""
+"""A variance below this share of the mean square is rounding, and the correlation is set to 0."""
 
 
 @credit_rule("max_attention", needs={"attention": AttentionNeed()})
 def max_attention(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""The most attention that any later token of the response pays to the token.
+    r"""Score a token by the most attention that any later token of the response pays to it.
 
     .. math:: \max_{t > s} A[t, s]
 
-    A baseline of arXiv 2606.10646, which names it; that the maximum runs over all later response tokens (not only
-    the answer's) and over the mean of heads is our reading. Self-attention is left out.
+    arXiv 2606.10646 names this baseline. Our reading: the maximum runs over all later response tokens, not only over
+    the answer, and over the mean of heads. Self-attention is left out.
 
     Cost: one read of the response rows.
     """
     options_of(batch)
-    start_of_response = batch.responses.prompt_length
-    best = torch.zeros(batch.scored.shape, device=recorded(batch, "attention").device)
-    for start, rows in _response_blocks(batch, "attention"):
-        earlier = rows.tril(start - start_of_response - 1)
-        best[:, : rows.shape[2]] = torch.maximum(best[:, : rows.shape[2]], earlier.amax(1))
-    return best.to(batch.scored.device)
+    most_read = torch.zeros(batch.scored.shape, device=recorded(batch, "attention").device)
+    for first, rows in _response_blocks(batch, "attention"):
+        width = rows.shape[2]
+        earlier = rows.tril(first - 1)
+        most_read[:, :width] = torch.maximum(most_read[:, :width], earlier.amax(1))
+    return most_read.to(batch.scored.device)
 
 
 @credit_rule("correlation", needs={"attention": AttentionNeed()})
 def correlation(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""Whether the tokens that read this one are those that the answer reads.
+    r"""Score a token by how well attention to it correlates with the answer's attention to the readers.
 
     .. math:: \max(0, \operatorname{corr}_{t > s}(A[t, s], a_t)), \quad a_t = \operatorname{mean}_{u \in answer} A[u, t]
 
-    Pearson's correlation over the reasoning tokens t after s. arXiv 2606.10646 lists a correlation baseline; which
-    two quantities it correlates is not known to us, so this definition is ours: it is the centred and normalised form
-    of the flow over exactly two hops. 0 where fewer than three tokens follow, where nothing varies, on the answer and
-    after it, and without an answer.
+    Pearson's correlation over the reasoning tokens t after s. arXiv 2606.10646 lists a correlation baseline without the
+    two quantities, so this definition is ours: the centred and normalised form of the flow over exactly two hops.
+    The score is 0 where fewer than three tokens follow, where a quantity does not vary, on the answer and after it, and
+    without an answer.
 
     Cost: two reads of the response rows.
     """
     options_of(batch)
     device = recorded(batch, "attention").device
-    reasoning = _before_answer(batch).to(device)
+    reasoning = before_answer(batch.responses).to(device)
     answer = batch.responses.answer_in_response.to(device).double()
-    read = torch.zeros(batch.scored.shape, dtype=torch.float64, device=device)
-    origin = batch.responses.prompt_length
-    for start, rows in _response_blocks(batch, "attention"):
-        readers = answer[:, None, start - origin : rows.shape[2]]
-        read[:, : rows.shape[2]] += (readers @ rows.double()).squeeze(1)
-    read /= answer.sum(1, keepdim=True).clamp_min(1)
-    sums = torch.zeros(6, *read.shape, dtype=torch.float64, device=device)
-    for start, rows in _response_blocks(batch, "attention"):
-        width, shift = rows.shape[2], start - origin
-        weights = rows.double().tril(shift - 1)
-        later = torch.ones(width - shift, width, dtype=torch.float64, device=device).tril(shift - 1)
-        reader, y = reasoning[:, shift:width].double(), read[:, shift:width]
-        paired = torch.stack([reader, reader * y], 1) @ weights
-        alone = torch.stack([reader, reader * y, reader * y.square()], 1) @ later
-        squares = reader[:, None] @ weights.square()
-        sums[:, :, :width] += torch.cat([alone, paired, squares], 1).transpose(0, 1)
+
+    # y: the answer's attention a_t to each response token, as a mean over the answer's tokens.
+    read_by_answer = torch.zeros(batch.scored.shape, dtype=torch.float64, device=device)
+    for first, rows in _response_blocks(batch, "attention"):
+        width = rows.shape[2]
+        answer_tokens = answer[:, None, first:width]
+        read_by_answer[:, :width] += (answer_tokens @ rows.double()).squeeze(1)
+    read_by_answer /= answer.sum(1, keepdim=True).clamp_min(1)
+
+    # Sums over the reasoning tokens t after s of 1, y, y², x, xy and x², with x = A[t, s].
+    sums = torch.zeros(6, *read_by_answer.shape, dtype=torch.float64, device=device)
+    for first, rows in _response_blocks(batch, "attention"):
+        width = rows.shape[2]
+        x = rows.double().tril(first - 1)
+        is_earlier = torch.ones(width - first, width, dtype=torch.float64, device=device).tril(first - 1)
+        reader = reasoning[:, first:width].double()
+        y = read_by_answer[:, first:width]
+        sums_with_x = torch.stack([reader, reader * y], 1) @ x
+        sums_without_x = torch.stack([reader, reader * y, reader * y.square()], 1) @ is_earlier
+        sums_of_squares = reader[:, None] @ x.square()
+        block_sums = torch.cat([sums_without_x, sums_with_x, sums_of_squares], 1)
+        sums[:, :, :width] += block_sums.transpose(0, 1)
+
     return (_pearson(sums) * reasoning).to(batch.scored.device)
 
 
 @credit_rule("fai", needs={"global": _GLOBAL})
 def fai(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""Future attention influence: what tokens 10 to 50 places later pay to the token, in far-reaching heads.
+    r"""Score a token by its future attention influence: attention from 10 to 50 tokens later, in far-reaching heads.
 
     .. math:: FAI_s = \operatorname{mean}_{t \in [s + near,\, s + far]} A_{glob}[t, s]
 
-    arXiv 2510.13554: the 30 % of heads with the longest mean span; its anchors are the top 40 %
-    (``share=0.4``). Readers end with the response; 0 where none is left. Ours: heads are chosen in every layer of
-    the middle third, for each sequence, where the paper takes five layers there.
+    arXiv 2510.13554: the 30 % of heads with the longest mean span; its anchors are the top 40 % (``share=0.4``).
+    Readers end with the response; the score is 0 where no reader is left. Our reading: heads are chosen in every layer
+    of the middle third, for each sequence, where the paper takes five layers there.
 
     Options: ``near`` (10), ``far`` (50).
 
@@ -104,12 +115,13 @@ def fai(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
     Cost: one read of the response rows, and one of all rows to choose heads.
     """
-    return _future_influence(batch, **options_of(batch, near=10, far=50))
+    options = options_of(batch, near=10, far=50)
+    return _future_influence(batch, options["near"], options["far"])
 
 
 @credit_rule("waad", needs={"local": _LOCAL})
 def waad(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""How much the reach of local attention changes after the token: where a new chunk begins.
+    r"""Score a token by how much the reach of local attention changes after it, which marks the start of a chunk.
 
     .. math:: |W_t - W_{t+1}|, \quad W_t = \sum_s A_{loc}[t, s] \min(t - s, window)
 
@@ -124,47 +136,57 @@ def waad(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
     Cost: as :func:`fai`.
     """
-    return _reach_change(batch, **options_of(batch, window=10))
+    options = options_of(batch, window=10)
+    return _reach_change(batch, options["window"])
 
 
 @credit_rule("coupled", needs={"local": _LOCAL, "global": _GLOBAL})
 def coupled(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """Preplan and anchor tokens, an anchor sharing with the preplan token that led to it.
+    """Score preplan and anchor tokens 1, and move a part of an anchor's score to the preplan token before it.
 
     The top ``share`` of scored tokens by :func:`waad` are preplan tokens, by :func:`fai` anchors; each scores 1. An
-    anchor that is no preplan token hands the part ``back`` of its 1 to the nearest preplan token at most ``window``
-    tokens before it, if there is one; that is also the window of :func:`waad`.
+    anchor that is not also a preplan token gives the part ``back`` of its score to the nearest preplan token at most
+    ``window`` tokens before it, if there is one. ``window`` is also the window of :func:`waad`.
 
     arXiv 2510.13554 credits preplan tokens, anchors and their coupling in time, on advantages that are not negative
-    (``sign="non_negative"``). The two sets are the paper's; who shares, with whom and how much is our reading of the
-    coupling.
+    (``sign="non_negative"``). The two sets are the paper's. Which tokens share a score, and how much, is our reading of
+    the coupling.
 
     Options: ``share`` (0.4), ``back`` (0.5), ``window`` (10), ``near`` (10), ``far`` (50).
 
     Raises:
         CreditError: an option outside its range.
+        ConfigError: a share of 0.
 
     Cost: :func:`fai` and :func:`waad`.
     """
     options = options_of(batch, share=0.4, back=0.5, window=10, near=10, far=50)
-    preplan = _top(_reach_change(batch, options["window"]), batch.scored, options["share"])
-    anchor = _top(_future_influence(batch, options["near"], options["far"]), batch.scored, options["share"])
+    preplan_scores = _reach_change(batch, options["window"])
+    anchor_scores = _future_influence(batch, options["near"], options["far"])
+    preplan = top_share(preplan_scores, batch.scored, options["share"]) & (preplan_scores > 0)
+    anchor = top_share(anchor_scores, batch.scored, options["share"]) & (anchor_scores > 0)
+
+    # For each column, the column of the last preplan token up to it; -1 where there is none.
     column = torch.arange(batch.scored.shape[1], device=batch.scored.device).expand(batch.scored.shape)
-    leader = torch.where(preplan, column, -1).cummax(1).values
-    gives = anchor & ~preplan & (leader >= 0) & (column - leader <= options["window"])
-    handed = gives.float() * options["back"]
-    return ((preplan | anchor).float() - handed).scatter_add(1, leader.clamp_min(0), handed)
+    nearest_preplan = torch.where(preplan, column, -1).cummax(1).values
+    in_window = (nearest_preplan >= 0) & (column - nearest_preplan <= options["window"])
+    shares_score = anchor & ~preplan & in_window
+
+    # Every sharing anchor loses the part ``back``, and its preplan token gains it: the sum of scores is kept.
+    moved = shares_score.float() * options["back"]
+    kept = (preplan | anchor).float() - moved
+    return kept.scatter_add(1, nearest_preplan.clamp_min(0), moved)
 
 
 @credit_rule("atpo", needs={"layers": AttentionNeed(layers="all", heads="mean")})
 def atpo(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""How much the answer reads the token in the last layer, on a scale from 0.5 to 1.
+    r"""Score a token by how much the answer reads it in the last layer, on a scale from 0.5 to 1.
 
     .. math:: \max(floor, \sigma(z_s)), \quad z = \text{z-score of} \log \operatorname{mean}_{u \in answer} A_L[u, s]
 
     The mean runs over heads too; the z-score over the reasoning tokens of the response, those before its last answer
-    token. The steps (logarithm, z-score, sigmoid, floor) are those reported for ATPO; which tokens the z-score is taken
-    over, and that the floor cuts and does not compress, are our reading. 0 on the answer, after it, and without one.
+    token. The steps (logarithm, z-score, sigmoid, floor) are those reported for ATPO. Our reading: the tokens of the
+    z-score, and a floor that clips instead of compressing. The score is 0 on the answer, after it, and without one.
 
     Options: ``floor`` (0.5).
 
@@ -172,97 +194,108 @@ def atpo(batch: CreditInput) -> Float[Tensor, "batch response"]:
         CreditError: an option outside its range.
 
     Cost: the answer's rows of one layer, sequence by sequence. The queries and keys of all layers are held during the
-    pass, because a recorder knows the last layer only by its number.
+    pass, because the number of layers is not known when the need is registered.
     """
-    floor = options_of(batch, floor=0.5)["floor"]
-    reasoning, rows = _before_answer(batch), recorded(batch, "layers")
+    options = options_of(batch, floor=0.5)
+    rows = recorded(batch, "layers")
+    reasoning = before_answer(batch.responses).to(batch.scored.device)
+    has_reasoning = reasoning.any(1)
+
     scores = torch.zeros(batch.scored.shape, device=batch.scored.device)
-    for item in reasoning.any(1).nonzero().flatten().tolist():
-        mine = reasoning[item]
-        weights = _answer_reading(rows, item, batch.responses.answer[item]).to(scores.device)
-        log = weights[batch.responses.prompt_length :][mine].clamp_min(_LEAST_WEIGHT).log()
-        z = (log - log.mean()) / log.std(correction=0).clamp_min(_LEAST_SPREAD)
-        scores[item, mine] = z.sigmoid().clamp_min(floor).float()
+    for item in has_reasoning.nonzero().flatten().tolist():
+        in_reasoning = reasoning[item]
+        read_by_answer = _answer_reading(rows, item, batch.responses.answer[item]).to(scores.device)
+        weights = read_by_answer[batch.responses.prompt_length :][in_reasoning]
+        log_weights = weights.clamp_min(_LEAST_WEIGHT).log()
+        spread = log_weights.std(correction=0).clamp_min(_LEAST_SPREAD)
+        z = (log_weights - log_weights.mean()) / spread
+        scores[item, in_reasoning] = z.sigmoid().clamp_min(options["floor"]).float()
     return scores
 
 
 def _response_blocks(batch: CreditInput, name: str) -> Iterator[tuple[int, Float[Tensor, "batch block read"]]]:
-    """Rows of response tokens in order, as (first row, its block), over the response columns up to the block's end."""
-    rows, origin = recorded(batch, name), batch.responses.prompt_length
+    """Yield the rows of response tokens in blocks, as (response column of the first row, the block).
+
+    A block holds the response columns up to its last reader, so row i of it has width ``first + i + 1`` at most.
+    """
+    rows = recorded(batch, name)
+    origin = batch.responses.prompt_length
     for start in range(origin, rows.num_tokens, BLOCK):
-        yield start, rows.block(start, min(start + BLOCK, rows.num_tokens))[:, :, origin:]
-
-
-def _before_answer(batch: CreditInput) -> Bool[Tensor, "batch response"]:
-    """Response tokens that some token of the answer follows, the answer itself left out."""
-    answer = batch.responses.answer_in_response
-    follows = answer.long().flip(1).cumsum(1).flip(1) > 0
-    return (batch.responses.response_mask & follows & ~answer).to(batch.scored.device)
+        stop = min(start + BLOCK, rows.num_tokens)
+        yield start - origin, rows.block(start, stop)[:, :, origin:]
 
 
 def _pearson(sums: Float[Tensor, "6 batch response"]) -> Float[Tensor, "batch response"]:
-    """Non-negative part of the correlation, from the sums of 1, y, y², x, xy, x²."""
-    count, y, yy, x, xy, xx = sums
-    spread_x, spread_y = count * xx - x.square(), count * yy - y.square()
-    varies = (spread_x > _CONSTANT * count * xx) & (spread_y > _CONSTANT * count * yy) & (count > 2)
-    scale = torch.where(varies, (spread_x * spread_y).clamp_min(torch.finfo(xx.dtype).tiny).sqrt(), 1.0)
-    return torch.where(varies, (count * xy - x * y) / scale, 0.0).clamp(0, 1)
+    """Compute the non-negative part of the correlation from the sums of 1, y, y², x, xy and x²."""
+    count, sum_y, sum_yy, sum_x, sum_xy, sum_xx = sums
+    # n² times the variances; below a share of the mean square they are rounding.
+    spread_x = count * sum_xx - sum_x.square()
+    spread_y = count * sum_yy - sum_y.square()
+    x_varies = spread_x > _CONSTANT * count * sum_xx
+    y_varies = spread_y > _CONSTANT * count * sum_yy
+    is_defined = x_varies & y_varies & (count > 2)
+
+    least = torch.finfo(sum_xx.dtype).tiny
+    scale = torch.where(is_defined, (spread_x * spread_y).clamp_min(least).sqrt(), 1.0)
+    covariance = count * sum_xy - sum_x * sum_y
+    return torch.where(is_defined, covariance / scale, 0.0).clamp(0, 1)
 
 
 def _future_influence(batch: CreditInput, near: int, far: int) -> Float[Tensor, "batch response"]:
-    """FAI; see :func:`fai`."""
+    """Compute FAI, the mean attention of the tokens ``near`` to ``far`` places later; see :func:`fai`."""
     if far < near:
         raise CreditError(f"options: far must be at least near ({near}), got {far}; 10 and 50 are the defaults")
-    device, origin = recorded(batch, "global").device, batch.responses.prompt_length
-    readers = batch.responses.response_mask.to(device).float()
-    received, count = torch.zeros(2, *readers.shape, device=device)
-    for start, rows in _response_blocks(batch, "global"):
-        width, shift = rows.shape[2], start - origin
-        gap = torch.arange(shift, width, device=device)[:, None] - torch.arange(width, device=device)
-        inside = ((gap >= near) & (gap <= far)).float()
-        received[:, :width] += (rows * inside).sum(1)
-        count[:, :width] += readers[:, shift:width] @ inside
-    return (received / count.clamp_min(1)).to(batch.scored.device)
+    device = recorded(batch, "global").device
+    is_reader = batch.responses.response_mask.to(device).float()
+
+    received = torch.zeros(is_reader.shape, device=device)
+    num_readers = torch.zeros(is_reader.shape, device=device)
+    for first, rows in _response_blocks(batch, "global"):
+        width = rows.shape[2]
+        reader_column = torch.arange(first, width, device=device)[:, None]
+        distance = reader_column - torch.arange(width, device=device)
+        in_range = ((distance >= near) & (distance <= far)).float()
+        received[:, :width] += (rows * in_range).sum(1)
+        num_readers[:, :width] += is_reader[:, first:width] @ in_range
+    return (received / num_readers.clamp_min(1)).to(batch.scored.device)
 
 
 def _reach_change(batch: CreditInput, window: int) -> Float[Tensor, "batch response"]:
-    """Absolute difference of WAAD between a token and the next; see :func:`waad`."""
-    rows, origin = recorded(batch, "local"), batch.responses.prompt_length
-    distance = torch.zeros(batch.scored.shape, device=rows.device)
-    for start in range(origin, rows.num_tokens, BLOCK):  # all columns: the prompt is read too
+    """Compute the absolute difference of WAAD between a token and the next; see :func:`waad`."""
+    rows = recorded(batch, "local")
+    origin = batch.responses.prompt_length
+
+    # W_t of every response token. All columns count here, because a token's reach includes the prompt.
+    reach = torch.zeros(batch.scored.shape, device=rows.device)
+    for start in range(origin, rows.num_tokens, BLOCK):
         stop = min(start + BLOCK, rows.num_tokens)
-        gap = torch.arange(start, stop, device=rows.device)[:, None] - torch.arange(stop, device=rows.device)
-        spans = gap.clamp(0, window).float()
-        distance[:, start - origin : stop - origin] = (rows.block(start, stop) * spans).sum(-1)
-    change = torch.zeros_like(distance)
-    change[:, :-1] = (distance[:, 1:] - distance[:, :-1]).abs()
+        reader_position = torch.arange(start, stop, device=rows.device)[:, None]
+        distance = reader_position - torch.arange(stop, device=rows.device)
+        windowed = distance.clamp(0, window).float()
+        reach[:, start - origin : stop - origin] = (rows.block(start, stop) * windowed).sum(-1)
+
+    # |W_t - W_{t+1}|, defined only where t + 1 is a response token too.
+    change = torch.zeros_like(reach)
+    change[:, :-1] = (reach[:, 1:] - reach[:, :-1]).abs()
     mask = batch.responses.response_mask
-    followed = torch.zeros_like(mask)
-    followed[:, :-1] = mask[:, :-1] & mask[:, 1:]
-    return change.to(batch.scored.device) * followed.to(batch.scored.device)
-
-
-def _top(
-    scores: Float[Tensor, "batch response"], among: Bool[Tensor, "batch response"], share: float
-) -> Bool[Tensor, "batch response"]:
-    """The top share of each response's tokens, rounded up, that score at all; ties go to the earlier token."""
-    order = torch.argsort(torch.where(among, scores, -1.0), dim=1, descending=True, stable=True)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    places = torch.empty_like(order).scatter_(1, order, place)
-    count = (share * among.sum(1, keepdim=True).double() - 1e-9).ceil()  # 0.1 of 30 tokens are 3
-    return (places < count) & among & (scores > 0)
+    has_successor = torch.zeros_like(mask)
+    has_successor[:, :-1] = mask[:, :-1] & mask[:, 1:]
+    return change.to(batch.scored.device) * has_successor.to(batch.scored.device)
 
 
 def _answer_reading(rows: AttentionRows, item: int, answer: Bool[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """Mean of the answer's rows in the last recorded layer of one sequence, over all columns; 0 on padding."""
-    whole = rows.sequence(item)
-    last = replace(whole, layers=whole.layers[-1:])
-    reads = answer.to(rows.device)[whole.positions].double()
-    places = reads.nonzero().flatten().tolist()
-    received = torch.zeros(last.num_tokens, dtype=torch.float64, device=rows.device)
+    """Average the answer's rows of one sequence in the last recorded layer; 0 on padding."""
+    sequence = rows.sequence(item)
+    last_layer = replace(sequence, layers=sequence.layers[-1:])
+
+    # Positions without padding, as the single sequence has them.
+    is_answer = answer.to(rows.device)[sequence.positions].double()
+    places = is_answer.nonzero().flatten().tolist()
+    received = torch.zeros(last_layer.num_tokens, dtype=torch.float64, device=rows.device)
     for start in range(places[0], places[-1] + 1, BLOCK):
         stop = min(start + BLOCK, places[-1] + 1)
-        received[:stop] += reads[start:stop] @ last.block(start, stop)[0].double()
+        received[:stop] += is_answer[start:stop] @ last_layer.block(start, stop)[0].double()
+
     columns = torch.zeros(rows.num_tokens, dtype=torch.float64, device=rows.device)
-    columns[whole.positions] = received / len(places)
+    columns[sequence.positions] = received / len(places)
     return columns

@@ -1,9 +1,9 @@
 """Credit rules from the flow of :mod:`flowgraph`: what passes through a token on its way from question to answer.
 
 The option ``rows`` names the convention: ``"emission"`` (default) gives a generated token the row of the position that
-emitted it, ``"literal"`` its own. The score of a response column always belongs to the token that stands there, under
-either convention, like its log-probability and its entropy. Responses without an answer, or whose answer no question
-token reaches, score 0 everywhere.
+emitted it, ``"literal"`` its own. Under either convention the score of a response column belongs to the token at that
+column, like its log-probability and its entropy. Responses without an answer, or whose answer no question token
+reaches, score 0 everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEEDS = {"attention": AttentionNeed()}
 
 @credit_rule("flow", needs=_NEEDS)
 def flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""Throughput: the share of the flow from question to answer that passes through the token.
+    r"""Score a token by its throughput: the share of the flow from question to answer that passes through it.
 
     .. math:: f_t = g_t \cdot h_t \in [0, 1]
 
@@ -33,16 +33,17 @@ def flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
     Options: ``rows`` (``"emission"``).
 
     Raises:
-        InvalidInputError: a convention outside its set.
+        InvalidInputError: an unknown convention.
 
     Cost: two reads of the rows.
     """
-    return _in_response(batch, _solved(batch, recorded(batch, "attention")).throughput)
+    solved = _solved(batch, recorded(batch, "attention"))
+    return _in_response(batch, solved.throughput)
 
 
 @credit_rule("flow_entropy", needs=_NEEDS)
 def flow_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""Throughput times entropy: tokens that were a real decision *and* carry information to the answer.
+    r"""Score a token by throughput times entropy: it informs the answer *and* was a decision of the policy.
 
     .. math:: f_t \cdot H_t
 
@@ -54,19 +55,20 @@ def flow_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
 @credit_rule("reach", needs=_NEEDS)
 def reach(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""Backward potential: the total influence of the token that reaches the answer, wherever it came from.
+    r"""Score a token by its backward potential: its total influence on the answer, whatever its own source.
 
     .. math:: h_s = b_s + \sum_{t > s} C[t, s] \cdot h_t
 
     1 on answer tokens, 0 after the answer. Options and cost as :func:`flow`.
     """
     solved = _solved(batch, recorded(batch, "attention"))
-    return _in_response(batch, solved.h * torch.exp2(solved.exponent.double()))
+    potential = solved.h * torch.exp2(solved.exponent.double())
+    return _in_response(batch, potential)
 
 
 @credit_rule("reach_entropy", needs=_NEEDS)
 def reach_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    r"""Backward potential times entropy.
+    r"""Score a token by backward potential times entropy.
 
     .. math:: h_t \cdot H_t
 
@@ -77,29 +79,39 @@ def reach_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
 @credit_rule("shuffled_flow", needs=_NEEDS)
 def shuffled_flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """Throughput of a graph with shuffled weights: the control that shows whether structure matters.
+    """Score a token by throughput in a graph with shuffled weights: the control for the structure of the graph.
 
-    The weights of every row are permuted among the tokens that it may read: how much a token reads in all, and how
-    unevenly, stays, and what it reads is chance. Options as :func:`flow`.
+    The weights of every row are permuted among the tokens that it may read. The sum of a row and its unevenness stay;
+    which token has which weight is random. Options as :func:`flow`.
 
     Raises:
-        CreditError: not one generator for each response.
-        InvalidInputError: a convention outside its set.
+        CreditError: the number of generators is not that of the responses.
+        InvalidInputError: an unknown convention.
         MemoryLimitError: the dense rows would not fit.
 
     Cost: ``4 * batch * tokens ** 2`` bytes; each row is sorted once.
     """
-    rows, generators = recorded(batch, "attention"), generators_of(batch)
-    matrix, own_rows = rows.dense(), _keeps_own_row(batch).to(rows.device)
-    for weights, real, own, random in zip(matrix, rows.attention_mask, own_rows, generators, strict=True):
-        at = real.nonzero().flatten()
-        weights[at[:, None], at] = _shuffled(weights[at[:, None], at], own[at], random)
-    return _in_response(batch, _solved(batch, _ShuffledRows(matrix, rows.attention_mask)).throughput)
+    rows = recorded(batch, "attention")
+    generators = generators_of(batch)
+    matrix = rows.dense()
+    own_rows = _keeps_own_row(batch).to(rows.device)
+    for weights, is_real, own_row, random in zip(matrix, rows.attention_mask, own_rows, generators, strict=True):
+        # Padding is cut out first, so that the draws of a response do not depend on its batch.
+        positions = is_real.nonzero().flatten()
+        cells = (positions[:, None], positions)
+        weights[cells] = _shuffled(weights[cells], own_row[positions], random)
+    solved = _solved(batch, _ShuffledRows(matrix, rows.attention_mask))
+    return _in_response(batch, solved.throughput)
 
 
 @dataclass(frozen=True)
 class _ShuffledRows:
-    """Whole matrices that still know their padding, so that the first token of each sequence is found."""
+    """Dense matrices with their padding mask, by which the first token of each sequence is found.
+
+    Attributes:
+        matrix: ``[B, T, T]``, row t holds the weights that token t reads.
+        attention_mask: ``[B, T]``, False on padding.
+    """
 
     matrix: Float[Tensor, "batch tokens tokens"]
     attention_mask: Bool[Tensor, "batch tokens"]
@@ -121,45 +133,60 @@ class _ShuffledRows:
 
 
 def _keeps_own_row(batch: CreditInput) -> Bool[Tensor, "batch tokens"]:
-    """Tokens that take their own row: all of them in literal rows, those of the prompt in emission rows."""
+    """Mark the tokens that take their own row: all in literal rows, those of the prompt in emission rows."""
     generated = batch.responses.generated
-    return torch.ones_like(generated) if _rules(batch).rows == "literal" else ~generated
+    if _rules(batch).rows == "literal":
+        return torch.ones_like(generated)
+    return ~generated
 
 
 def _shuffled(
     weights: Float[Tensor, "tokens tokens"], own_row: Bool[Tensor, " tokens"], random: torch.Generator
 ) -> Float[Tensor, "tokens tokens"]:
-    """The rows of one sequence, each permuted among the tokens it may read.
+    """Permute each row of one sequence among the tokens that it may read.
 
-    Two weights are no edges and stay in place: that of the first token, which the flow leaves out, and
-    self-attention in the row that a token keeps for itself.
+    Two kinds of weights are no edges of the flow and stay in place: that of the first token, which the flow leaves
+    out, and self-attention in the row that a token keeps for itself.
     """
-    tokens, device = weights.shape[0], weights.device
+    tokens = weights.shape[0]
+    device = weights.device
     column = torch.arange(tokens, device=device)
-    movable = (column <= column[:, None]) & (column > 0)
-    movable &= ~(own_row[:, None] & (column == column[:, None]))
-    chance = torch.rand(tokens, tokens, generator=random).to(device)
-    drawn = torch.argsort(torch.where(movable, chance, 2.0 + column), stable=True)
+    row = column[:, None]
+    movable = (column <= row) & (column > 0)
+    movable &= ~(own_row[:, None] & (column == row))
+
+    # Sorting puts the movable columns first in random order, then the fixed ones in their own order.
+    random_keys = torch.rand(tokens, tokens, generator=random).to(device)
+    drawn = torch.argsort(torch.where(movable, random_keys, 2.0 + column), stable=True)
+    # The places that they go to: the movable columns in order, then the fixed ones.
     places = torch.argsort((~movable).long(), stable=True)
     return torch.empty_like(weights).scatter_(1, places, weights.gather(1, drawn))
 
 
 def _solved(batch: CreditInput, rows: AttentionRows | _ShuffledRows) -> RowFlow:
+    """Solve the flow from the question to the answer of each response."""
     responses = batch.responses
     return solve_rows(
-        rows, question=responses.question, answer=responses.answer, generated=responses.generated, rules=_rules(batch)
+        rows,
+        question=responses.question,
+        answer=responses.answer,
+        generated=responses.generated,
+        rules=_rules(batch),
     )
 
 
 def _rules(batch: CreditInput) -> EdgeRules:
+    """Read the convention of the rows; the flow rules have no other option."""
     options_of(batch)
     convention: Any = batch.options.get("rows", "emission")
     return EdgeRules(rows=convention)
 
 
 def _in_response(batch: CreditInput, values: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch response"]:
+    """Cut the response columns out of values of all tokens."""
     return values[:, batch.responses.prompt_length :].float().to(batch.scored.device)
 
 
 def _entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
+    """Read the entropies; rounding can put that of a certain token just below 0."""
     return batch.scores.entropy.to(batch.scored.device).clamp_min(0.0)

@@ -1,4 +1,4 @@
-"""Credit rules that need no attention: the controls, and what the policy itself says of its tokens."""
+"""Credit rules that need no attention: the controls, and rules that use the policy's own statistics."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from rl.errors import CreditError
 
 @credit_rule("uniform", weighs=True)
 def uniform(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """The same for every token: plain PPO, the baseline of every comparison."""
+    """Score every token 1: plain PPO, the baseline of every comparison."""
     return batch.responses.response_mask.float()
 
 
 @credit_rule("random")
 def random(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """Uniform random scores: the control that shows what any selection of tokens does.
+    """Draw uniform random scores: the control that shows the effect of any selection of tokens.
 
-    Each response draws once per token of its own, so padding and the size of micro-batches change nothing.
+    Each response draws once for each of its tokens, from its own generator. Padding and the size of micro-batches
+    change nothing.
 
     Raises:
-        CreditError: not one generator for each response.
+        CreditError: the number of generators is not that of the responses.
     """
     mask = batch.responses.response_mask.cpu()
     scores = torch.zeros(mask.shape)
-    for score, chosen, generator in zip(scores, mask, generators_of(batch), strict=True):
-        score[chosen] = torch.rand(int(chosen.sum()), generator=generator)
+    for row, is_token, generator in zip(scores, mask, generators_of(batch), strict=True):
+        num_tokens = int(is_token.sum())
+        row[is_token] = torch.rand(num_tokens, generator=generator)
     return scores.to(batch.scored.device)
 
 
 @credit_rule("oracle", needs_oracle=True)
 def oracle(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """1 on the tokens that the task knows to be decisive, 0 elsewhere: the ceiling for every other rule.
+    """Score the tokens that the task marks as decisive 1, the others 0: the ceiling for every other rule.
 
     Raises:
-        CreditError: the task does not know.
+        CreditError: the task does not mark decisive tokens.
     """
     if batch.responses.oracle is None:
         raise CreditError(
@@ -50,19 +52,20 @@ def oracle(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
 @credit_rule("entropy")
 def entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """Entropy of the distribution that the token was drawn from, in nats.
+    """Score a token by the entropy of the distribution that it was drawn from, in nats.
 
     With ``shape="only_top", share=0.2`` it is the selection of arXiv 2506.01939.
     """
-    return batch.scores.entropy.clamp_min(0.0)  # rounding can put a certain token just below 0
+    # Rounding can put the entropy of a certain token just below 0.
+    return batch.scores.entropy.clamp_min(0.0)
 
 
 @credit_rule("gradient", gradient=True)
 def gradient(batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """Norm of the policy gradient at the token's input embedding.
+    """Score a token by the norm of the policy gradient at its input embedding.
 
     Raises:
-        CreditError: no gradient is at hand.
+        CreditError: ``batch.gradient`` is missing.
 
     Cost: one extra forward and backward pass.
     """
@@ -75,10 +78,10 @@ def gradient(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
 
 def generators_of(batch: CreditInput) -> Sequence[torch.Generator]:
-    """The generator of each response.
+    """Return the random generators, one for each response.
 
     Raises:
-        CreditError: there is not one for each.
+        CreditError: their number is not that of the responses.
     """
     if len(batch.random) != batch.responses.num_sequences:
         raise CreditError(

@@ -1,7 +1,7 @@
-"""The registry of token-credit rules: one interface, open to everyone.
+"""The registry of token-credit rules: one interface for the rules that ship with this package and for those of users.
 
-A rule looks at a rollout and gives every response token a score, higher where the token matters more. What a score
-does to the training is not the rule's business: a *shape* (``rl.credit.weights``) turns scores into weights, and the *entry
+A rule reads a rollout and gives every response token a score, higher where the token matters more. A rule does not
+decide how a score acts on the training: a *shape* (``rl.credit.weights``) turns scores into weights, and the *entry
 point* (advantage, reward or potential) decides where they act.
 """
 
@@ -26,7 +26,7 @@ class AttentionNeed:
 
     Attributes:
         layers: as in :func:`flowgraph.capture`; None takes the layers of the credit settings.
-        heads: the same for heads.
+        heads: as in :func:`flowgraph.capture`; None takes the heads of the credit settings.
     """
 
     layers: str | Sequence[int] | None = None
@@ -35,17 +35,17 @@ class AttentionNeed:
 
 @dataclass(frozen=True, eq=False)
 class CreditInput:
-    """All that a rule may look at: part of a rollout (one micro-batch), on the policy's device.
+    """The input of a rule: part of a rollout (one micro-batch of B responses), on the policy's device.
 
     Attributes:
         responses: tokens, masks, regions, rewards; see :class:`rl.records.Responses`.
         scores: log-probabilities and entropies of the policy that wrote the responses.
         scored: ``[B, R]`` bool, the tokens that compete for credit; scores elsewhere are ignored.
-        rows: attention by the names under which the rule asked for it (``needs=``).
-        random: a generator for each response, on the CPU; its draws are the same after a resume and however the
-            batch is cut.
-        gradient: call it for the norm of the policy-gradient at the input embedding of every response token,
-            ``[B, R]``; one extra forward and backward pass. Only for rules registered with ``gradient=True``.
+        rows: attention by the names under which the rule registered its needs (``needs=``).
+        random: a generator for each response, on the CPU; its draws are the same after a resume and for every size of
+            micro-batches.
+        gradient: a function that computes the norm of the policy gradient at the input embedding of every response
+            token, ``[B, R]``; one extra forward and backward pass. Only for rules registered with ``gradient=True``.
         options: the rule's own settings, from ``CreditConfig.options``.
     """
 
@@ -66,13 +66,13 @@ class CreditRule:
     """A registered rule.
 
     Attributes:
-        name: what users write.
+        name: the name that users write.
         function: :class:`CreditInput` -> scores ``[B, R]``, float, finite, not negative.
         needs: attention to record, by name.
         gradient: whether the rule calls ``gradient``.
-        needs_oracle: whether only tasks that know the decisive tokens can serve it.
-        weighs: whether its scores are weights already, whatever the shape; equal scores would otherwise be ranked by
-            position.
+        needs_oracle: whether the rule needs a task that marks its decisive tokens.
+        weighs: whether its scores are weights already, so that no shape applies: equal scores would otherwise be ranked
+            by position.
         summary: the first line of the function's docstring.
     """
 
@@ -98,6 +98,16 @@ def credit_rule(
 ) -> Callable[[CreditFunction], CreditFunction]:
     """Register a function as a credit rule.
 
+    Args:
+        name: the name that users write.
+        needs: attention to record, by the names under which the rule reads it.
+        gradient: whether the rule calls ``CreditInput.gradient``.
+        needs_oracle: whether the rule needs a task that marks its decisive tokens.
+        weighs: whether its scores are weights already, so that no shape applies.
+
+    Returns:
+        A decorator that registers the function and returns it unchanged.
+
     Raises:
         CreditError: the name is taken by another function.
 
@@ -115,23 +125,32 @@ def credit_rule(
         # A module that is loaded twice (a notebook cell, a test run) registers its own function again.
         if known is not None and _place(known.function) != _place(function):
             raise CreditError(f"name: must be new, got {name!r}, which is registered already; choose another name")
-        lines = (function.__doc__ or "").strip().splitlines()
-        summary = lines[0] if lines else ""
-        _RULES[name] = CreditRule(name, function, dict(needs or {}), gradient, needs_oracle, weighs, summary)
+
+        docstring_lines = (function.__doc__ or "").strip().splitlines()
+        _RULES[name] = CreditRule(
+            name=name,
+            function=function,
+            needs=dict(needs or {}),
+            gradient=gradient,
+            needs_oracle=needs_oracle,
+            weighs=weighs,
+            summary=docstring_lines[0] if docstring_lines else "",
+        )
         return function
 
     return register
 
 
 def _place(function: CreditFunction) -> tuple[str, str]:
+    """Name the module and the place in it where a function is defined."""
     return function.__module__, function.__qualname__
 
 
 def find_rule(name: str) -> CreditRule:
-    """The rule of this name.
+    """Find the rule of this name.
 
     Raises:
-        CreditError: there is none; the message lists those that exist.
+        CreditError: there is none; the message lists the registered rules.
     """
     if name not in _RULES:
         raise CreditError(
@@ -142,12 +161,19 @@ def find_rule(name: str) -> CreditRule:
 
 
 def rule_names() -> list[str]:
-    """Names of all registered rules."""
+    """List the names of all registered rules, sorted."""
     return sorted(_RULES)
 
 
 def score_tokens(rule: CreditRule, batch: CreditInput) -> Float[Tensor, "batch response"]:
-    """Run a rule and check what it returns; 0 outside ``scored``.
+    """Run a rule and check its scores; 0 outside ``scored``.
+
+    Args:
+        rule: see :func:`find_rule`.
+        batch: its input.
+
+    Returns:
+        ``[B, R]`` float32, detached, finite and at least 0.
 
     Raises:
         CreditError: the rule raised; another shape, NaN, infinite or negative scores; a missing oracle.
@@ -157,25 +183,32 @@ def score_tokens(rule: CreditRule, batch: CreditInput) -> Float[Tensor, "batch r
             f"credit: rule {rule.name!r} needs a task that knows its decisive tokens, got one that does not; "
             "use the task 'chain', or another rule"
         )
+
     try:
         scores = rule.function(batch)
     except FlowgraphError:
         raise
-    except Exception as error:  # a rule is someone's code: say whose
+    except Exception as error:
+        # A rule is user code and may raise anything; the message names the rule.
         raise CreditError(
-            f"credit: rule {rule.name!r} must serve every rollout, got {type(error).__name__}: {error}; mend the rule"
+            f"credit: rule {rule.name!r} must serve every rollout, got {type(error).__name__}: {error}; "
+            "correct the rule"
         ) from error
+
     shape = tuple(batch.scored.shape)
     if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise CreditError(
             f"credit: rule {rule.name!r} must return a tensor of shape {shape} (responses, tokens), got {got}; "
-            "score every response token, 0 where there is nothing to say"
+            "score every response token, 0 where the rule gives no score"
         )
-    scores = torch.where(batch.scored, scores.detach().float().to(batch.scored.device), 0.0)
-    wrong = ~torch.isfinite(scores) | (scores < 0)
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+
+    # Scores outside the scope are ignored, so they may be invalid.
+    scores = scores.detach().float().to(batch.scored.device)
+    scores = torch.where(batch.scored, scores, 0.0)
+    invalid = ~torch.isfinite(scores) | (scores < 0)
+    if bool(invalid.any()):
+        row, column = invalid.nonzero()[0].tolist()
         raise CreditError(
             f"credit: rule {rule.name!r} must return finite scores of at least 0, got {float(scores[row, column])} for "
             f"token {column} of response {row}; map them to a non-negative range (exp, abs, clamp)"
@@ -184,7 +217,7 @@ def score_tokens(rule: CreditRule, batch: CreditInput) -> Float[Tensor, "batch r
 
 
 def recorded(batch: CreditInput, name: str) -> AttentionRows:
-    """The attention that a rule asked for under this name.
+    """Find the attention that a rule registered under this name.
 
     Raises:
         CreditError: it was not recorded, or for other tokens.
@@ -194,7 +227,8 @@ def recorded(batch: CreditInput, name: str) -> AttentionRows:
             f"rows: must hold the attention {name!r} that this rule reads, got {sorted(batch.rows)}; record what "
             "find_rule(...).needs lists and pass it under the same names"
         )
-    rows, shape = batch.rows[name], tuple(batch.responses.input_ids.shape)
+    rows = batch.rows[name]
+    shape = tuple(batch.responses.input_ids.shape)
     if (rows.batch_size, rows.num_tokens) != shape:
         raise CreditError(
             f"rows: {name!r} must be the attention of {shape[0]} x {shape[1]} tokens, got {rows.batch_size} x "
@@ -204,21 +238,36 @@ def recorded(batch: CreditInput, name: str) -> AttentionRows:
 
 
 def options_of(batch: CreditInput, **defaults: Any) -> dict[str, Any]:
-    """A rule's settings: its defaults, changed by the options of the batch.
+    """Read a rule's settings: its defaults, replaced by the options of the batch.
+
+    An option whose default is an int must be an integer of at least 1; all others must be numbers in [0, 1].
+
+    Args:
+        batch: the rule's input.
+        **defaults: every option of the rule with its default.
 
     Raises:
-        CreditError: an unknown option; no whole number of at least 1 where the default is whole, or no number in
-            [0, 1] where it is a fraction.
+        CreditError: an unknown option, or a value outside its range.
     """
     for name, value in batch.options.items():
-        if name == "rows":  # how the run reads rows; the flow rules look it up themselves
+        # The convention of the rows is a setting of the run; the flow rules read it themselves.
+        if name == "rows":
             continue
         if name not in defaults:
             known = ", ".join(defaults) or "none"
             raise CreditError(f"options: must be options of this rule, got {name!r}; there are {known}")
-        whole = isinstance(defaults[name], int)
-        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not (value >= 1 if whole else 0 <= value <= 1):
-            rule = "a whole number of at least 1" if whole else "a number in [0, 1]"
-            raise CreditError(f"options: {name} must be {rule}, got {value!r}; {defaults[name]} is the default")
+        _check_option(name, value, defaults[name])
     return {name: batch.options.get(name, default) for name, default in defaults.items()}
+
+
+def _check_option(name: str, value: Any, default: int | float) -> None:
+    """Check the type and the range of one option, which follow from its default."""
+    # bool is a subclass of int, and is not a number here.
+    if isinstance(default, int):
+        rule = "a whole number of at least 1"
+        is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    else:
+        rule = "a number in [0, 1]"
+        is_valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    if not is_valid:
+        raise CreditError(f"options: {name} must be {rule}, got {value!r}; {default} is the default")

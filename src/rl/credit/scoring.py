@@ -1,4 +1,4 @@
-"""The old-policy pass: log-probabilities, values, reference, and the token credit that rides on it."""
+"""The old-policy pass: log-probabilities, values, reference, and token credit from the same pass."""
 
 from __future__ import annotations
 
@@ -8,42 +8,43 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows
 from rl.config import CreditConfig
-from rl.credit.registry import AttentionNeed, CreditInput, CreditRule, find_rule, score_tokens
+from rl.credit.registry import AttentionNeed, CreditInput, find_rule, score_tokens
+from rl.credit.scope import tokens_in_scope
 from rl.credit.weights import shape_weights
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
 from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
 
+Recorders = dict[str, AttentionRecorder]
+"""The recorders of one rule, by the names of its needs."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Scores and credit of a rollout, with what the credit cost.
+    """Scores and credit of a rollout, with the time that the credit took.
 
     Attributes:
         scores: of every response token.
-        credit: of every response token.
-        credit_seconds: what only the credit needs: recording attention, reading it, the rule, the shape.
+        credits: of every response token, one record for each of the credit settings.
+        credit_seconds: time for the credit alone: recording attention, reading it, the rule, the shape.
         output: the pass itself with its autograd graph, on the policy's device, where it was kept.
     """
 
     scores: TokenScores
-    credit: Credit
+    credits: tuple[Credit, ...]
     credit_seconds: float
     output: TokenOutput | None = None
 
-
-def tokens_in_scope(responses: Responses, scope: str) -> Bool[Tensor, "batch response"]:
-    """Tokens that compete for credit: all that the policy chose, without the answer unless the scope is "response".
-
-    The throughput of an answer token is large by construction, so it would win whatever it says.
-    """
-    mask = responses.response_mask
-    return mask if scope == "response" else mask & ~responses.answer_in_response
+    @property
+    def credit(self) -> Credit:
+        """The credit of the only settings."""
+        (credit,) = self.credits
+        return credit
 
 
 def score_rollout(
@@ -58,65 +59,120 @@ def score_rollout(
     reference: bool,
     keep_graph: bool = False,
 ) -> Scored:
-    """Score every response under the policy that wrote it; no forward pass is made for the credit's sake.
+    """Score every response under the policy that wrote it, and credit its tokens under one setting.
 
-    Rules that read attention hear it while the log-probabilities are computed; only rules that are registered with
-    ``gradient=True`` cost a pass of their own.
+    Arguments, errors and cost as :func:`score_with_settings`.
+    """
+    return score_with_settings(
+        policy,
+        responses,
+        [credit],
+        temperature=temperature,
+        micro_batch_size=micro_batch_size,
+        seed=seed,
+        step=step,
+        reference=reference,
+        keep_graph=keep_graph,
+    )
+
+
+def score_with_settings(
+    policy: ActorCritic,
+    responses: Responses,
+    settings: Sequence[CreditConfig],
+    *,
+    temperature: float,
+    micro_batch_size: int,
+    seed: int,
+    step: int,
+    reference: bool,
+    keep_graph: bool = False,
+) -> Scored:
+    """Score every response under the policy that wrote it, and credit its tokens under each of the settings.
+
+    All settings share one forward pass: attention is recorded while the log-probabilities are computed. Only rules that
+    are registered with ``gradient=True`` add a pass of their own.
 
     Args:
         policy: not wrapped.
-        responses: on the CPU; results come back there.
-        credit: rule, shape, scope and what attention is read.
+        responses: on the CPU; the results are on the CPU too.
+        settings: rule, shape, scope, and the attention that is read.
         temperature: of the rollout.
         micro_batch_size: sequences at a time.
         seed: of rules that draw.
-        step: as part of that seed.
-        reference: whether log-probabilities under the reference are wanted.
-        keep_graph: where one micro-batch holds all responses, keep what a backward pass needs, so that an update with
-            these very weights can do without a forward pass of its own.
+        step: part of that seed.
+        reference: whether to compute log-probabilities under the reference.
+        keep_graph: keep the autograd graph of the pass if one micro-batch holds all responses, so that an update with
+            the same weights needs no forward pass of its own.
 
     Raises:
-        CreditError: the rule returned something that is no score.
+        CreditError: a rule returned an invalid score.
+
+    Cost: one forward pass of the policy, one of the critic and one of the reference, where there are any.
     """
-    rule = find_rule(credit.rule)
-    generators = credit_generators(responses, seed, step)
-    parts: list[tuple[TokenScores, Credit]] = []
-    credit_seconds, output = 0.0, None
+    rules = [find_rule(setting.rule) for setting in settings]
+    # Settings do not share generators: each draws as it would in a training of its own.
+    generators = [credit_generators(responses, seed, step) for _ in settings]
     keep_graph = keep_graph and responses.num_sequences <= micro_batch_size
+    output: TokenOutput | None = None
+    score_parts: list[TokenScores] = []
+    credit_parts: list[list[Credit]] = [[] for _ in settings]
+    credit_seconds = 0.0
+
     for start in range(0, responses.num_sequences, micro_batch_size):
-        part = responses.select(range(start, min(start + micro_batch_size, responses.num_sequences)))
+        stop = min(start + micro_batch_size, responses.num_sequences)
+        part = responses.select(range(start, stop))
         inputs = ModelInput.of(part, policy.device)
         tokens = inputs.input_ids[:, part.prompt_length :]
+
+        # The policy's pass, with the recorders of every rule attached, then the critic and the reference.
         with torch.set_grad_enabled(keep_graph):
-            output, final_values, recorders = _forward(policy, inputs, tokens, rule, credit, temperature)
+            with ExitStack() as stack:
+                recorders: list[Recorders] = [
+                    {
+                        name: stack.enter_context(recorder_for(policy, need, setting))
+                        for name, need in rule.needs.items()
+                    }
+                    for rule, setting in zip(rules, settings, strict=True)
+                ]
+                logprobs, entropy = policy.policy_pass(inputs, tokens, temperature)
+            output, final_values = _with_values(policy, inputs, logprobs, entropy)
         ref_logprobs = policy.reference_pass(inputs, tokens, temperature) if reference else None
         scores = _token_scores(part, output, final_values, ref_logprobs)
-        begun = time.perf_counter()
-        streams = generators[start : start + micro_batch_size]
-        rows = {name: recorder.rows(inputs.attention_mask, inputs.input_ids) for name, recorder in recorders.items()}
-        found = policy_credit(policy, part, scores, rows, credit, streams, temperature=temperature)
-        parts.append((scores, found))
-        credit_seconds += time.perf_counter() - begun + sum(recorder.seconds for recorder in recorders.values())
-    scores = join_records([scores for scores, _ in parts])
-    return Scored(scores, join_records([c for _, c in parts]), credit_seconds, output if keep_graph else None)
+        score_parts.append(scores)
+
+        # The credit of every setting, from what its recorders hold.
+        for index, setting in enumerate(settings):
+            begun = time.perf_counter()
+            rows = {
+                name: recorder.rows(inputs.attention_mask, inputs.input_ids)
+                for name, recorder in recorders[index].items()
+            }
+            random = generators[index][start:stop]
+            credit = policy_credit(policy, part, scores, rows, setting, random, temperature=temperature)
+            credit_parts[index].append(credit)
+            recording_seconds = sum(recorder.seconds for recorder in recorders[index].values())
+            credit_seconds += time.perf_counter() - begun + recording_seconds
+
+    return Scored(
+        scores=join_records(score_parts),
+        credits=tuple(join_records(parts) for parts in credit_parts),
+        credit_seconds=credit_seconds,
+        output=output if keep_graph else None,
+    )
 
 
-def _forward(
+def _with_values(
     policy: ActorCritic,
     inputs: ModelInput,
-    tokens: Int64[Tensor, "batch response"],
-    rule: CreditRule,
-    credit: CreditConfig,
-    temperature: float,
-) -> tuple[TokenOutput, Float[Tensor, " batch"] | None, dict[str, AttentionRecorder]]:
-    """The policy's pass with its listeners, and the critic's, whose value after the last token stands apart."""
-    with ExitStack() as stack:
-        recorders = {name: stack.enter_context(recorder_for(policy, need, credit)) for name, need in rule.needs.items()}
-        logprobs, entropy = policy.policy_pass(inputs, tokens, temperature)
-    values = policy.value_pass(inputs, tokens.shape[1])
+    logprobs: Float[Tensor, "batch response"],
+    entropy: Float[Tensor, "batch response"],
+) -> tuple[TokenOutput, Float[Tensor, " batch"] | None]:
+    """Add the critic's pass to the policy's, and separate its value after the last token."""
+    values = policy.value_pass(inputs, logprobs.shape[1])
     if values is None:
-        return TokenOutput(logprobs, entropy, None), None, recorders
-    return TokenOutput(logprobs, entropy, values[:, :-1]), values[:, -1], recorders
+        return TokenOutput(logprobs, entropy, None), None
+    return TokenOutput(logprobs, entropy, values[:, :-1]), values[:, -1]
 
 
 def _token_scores(
@@ -125,18 +181,23 @@ def _token_scores(
     final_values: Float[Tensor, " batch"] | None,
     ref_logprobs: Float[Tensor, "batch response"] | None,
 ) -> TokenScores:
+    """Collect the output of all passes in the record of a rollout: on the CPU, detached, 0 on padding."""
     mask = responses.response_mask.to(output.logprobs.device)
+
+    def on_cpu(tensor: Tensor) -> Tensor:
+        return tensor.detach().float().masked_fill(~mask, 0.0).cpu()
+
     return TokenScores(
-        logprobs=on_cpu(output.logprobs, mask),
-        entropy=on_cpu(output.entropy, mask),
-        ref_logprobs=None if ref_logprobs is None else on_cpu(ref_logprobs, mask),
-        values=None if output.values is None else on_cpu(output.values, mask),
+        logprobs=on_cpu(output.logprobs),
+        entropy=on_cpu(output.entropy),
+        ref_logprobs=None if ref_logprobs is None else on_cpu(ref_logprobs),
+        values=None if output.values is None else on_cpu(output.values),
         final_values=None if final_values is None else final_values.detach().float().cpu(),
     )
 
 
 def recorder_for(policy: ActorCritic, need: AttentionNeed, credit: CreditConfig) -> AttentionRecorder:
-    """A recorder of what a rule needs, on what the credit settings name."""
+    """Make a recorder of the attention that a rule needs; the credit settings name what the rule leaves open."""
     return AttentionRecorder(
         policy.causal_lm,
         layers=credit.layers if need.layers is None else need.layers,
@@ -154,13 +215,15 @@ def policy_credit(
     *,
     temperature: float,
 ) -> Credit:
-    """Credit on the policy's device, with its gradient at hand; the result on the CPU."""
-    moved = to_device(responses, policy.device)
+    """Credit tokens on the policy's device, with the policy's gradient available; the result is on the CPU."""
+    on_device = to_device(responses, policy.device)
 
     def gradient() -> Float[Tensor, "batch response"]:
-        return embedding_gradient(policy, moved, temperature)
+        return embedding_gradient(policy, on_device, temperature)
 
-    found = credit_tokens(moved, to_device(scores, policy.device), credit, rows=rows, random=random, gradient=gradient)
+    found = credit_tokens(
+        on_device, to_device(scores, policy.device), credit, rows=rows, random=random, gradient=gradient
+    )
     return to_device(found, torch.device("cpu"))
 
 
@@ -173,7 +236,7 @@ def credit_tokens(
     random: Sequence[torch.Generator] = (),
     gradient: Callable[[], Float[Tensor, "batch response"]] | None = None,
 ) -> Credit:
-    """Run a credit rule and shape its scores; no model is needed but for rules that look at gradients.
+    """Run a credit rule and shape its scores; only rules that read gradients need a model.
 
     Args:
         responses: all tensors on one device.
@@ -184,7 +247,7 @@ def credit_tokens(
         gradient: see :class:`rl.credit.registry.CreditInput`.
 
     Raises:
-        CreditError: a rule that lacks its attention or returns no scores.
+        CreditError: the attention of a rule is missing, or its scores are invalid.
     """
     rule = find_rule(credit.rule)
     scored = tokens_in_scope(responses, credit.scope)
@@ -198,27 +261,42 @@ def credit_tokens(
         options={**credit.options, "rows": credit.rows},
     )
     found = score_tokens(rule, batch)
-    weights = shape_weights(found, scored, replace(credit, shape="raw") if rule.weighs else credit)
-    return Credit(scores=found, scored=scored, weights=weights)
+    # The scores of a rule that weighs are weights already.
+    shaping = replace(credit, shape="raw") if rule.weighs else credit
+    return Credit(scores=found, scored=scored, weights=shape_weights(found, scored, shaping))
 
 
 def credit_generators(responses: Responses, seed: int, step: int) -> list[torch.Generator]:
-    """One for each response, by problem and number: a rule that draws does the same however the batch is cut."""
-    seen: dict[int, int] = {}
-    out = []
+    """Make one generator for each response, by problem and number within it.
+
+    The draws of a rule are therefore the same for every size of micro-batches.
+    """
+    num_seen: dict[int, int] = {}
+    generators = []
     for group in responses.groups.tolist():
-        out.append(generator(seed, "credit", step, group, seen.get(group, 0)))
-        seen[group] = seen.get(group, 0) + 1
-    return out
+        number = num_seen.get(group, 0)
+        generators.append(generator(seed, "credit", step, group, number))
+        num_seen[group] = number + 1
+    return generators
 
 
 def embedding_gradient(
     policy: ActorCritic, responses: Responses, temperature: float
 ) -> Float[Tensor, "batch response"]:
-    """Norm of the gradient of a response's log-likelihood at the input embedding of each of its tokens.
+    """Compute the norm of the gradient of a response's log-likelihood at the input embedding of each of its tokens.
 
-    The policy gradient of a response is this gradient times its advantage, which is the same for all of its tokens
-    and so changes no ranking among them.
+    The policy gradient of a response is this gradient times its advantage. The advantage is the same for all of its
+    tokens and so changes no ranking among them.
+
+    Args:
+        policy: not wrapped.
+        responses: on any device.
+        temperature: of the rollout.
+
+    Returns:
+        ``[B, R]`` float32, 0 on padding.
+
+    Cost: one forward and one backward pass.
     """
     inputs = ModelInput.of(responses, policy.device)
     tokens = inputs.input_ids[:, responses.prompt_length :]
@@ -229,8 +307,3 @@ def embedding_gradient(
         (gradient,) = torch.autograd.grad(total, embeddings)
     norms = gradient.float().norm(dim=-1)[:, responses.prompt_length :]
     return norms.masked_fill(~responses.response_mask, 0.0)
-
-
-def on_cpu(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Float32, 0 on padding, on the CPU, without a gradient."""
-    return tensor.detach().float().masked_fill(~mask, 0.0).cpu()

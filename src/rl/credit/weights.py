@@ -1,7 +1,7 @@
 """From the scores of a credit rule to what the training uses: weights of tokens, or rewards on tokens.
 
-B responses, R response columns. ``scored`` says which tokens competed; scores elsewhere are ignored. Results are
-detached and in the dtype of the scores.
+Shapes: B responses, R response columns. ``scored`` marks the tokens that compete; scores elsewhere are ignored.
+Results are detached and in the dtype of the scores.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rl.algorithm.advantages import last_tokens, token_rewards
 from rl.algorithm.tensor_checks import require_alike, require_floats, require_mask, require_run
 from rl.config import CreditConfig, Sign
 from rl.errors import ConfigError, CreditError
+from rl.records import Credit
 
 
 def top_share(
@@ -26,16 +27,19 @@ def top_share(
     *,
     largest: bool = True,
 ) -> Bool[Tensor, "batch response"]:
-    r"""The :math:`\lceil q n \rceil` tokens of highest (or lowest) score among the n scored ones of each response.
+    r"""Select the :math:`\lceil q n \rceil` tokens of highest (or lowest) score among the n scored ones of a response.
 
-    Exactly so many: ties go to the earlier token. ``share`` is read as the decimal that it was written as, so 0.07 of
-    100 tokens are 7, although the product of the two floats lies above 7.
+    The number of tokens is exact: a tie goes to the earlier token. ``share`` is read as the decimal that it was written
+    as, so 0.07 of 100 tokens are 7, although the product of the two floats lies above 7.
 
     Args:
         scores: ``[B, R]``, any finite numbers.
         scored: ``[B, R]``, tokens that compete.
         share: q, in (0, 1].
         largest: the highest scores, or the lowest.
+
+    Returns:
+        ``[B, R]`` bool, the selected tokens.
 
     Raises:
         ConfigError: wrong shapes, or a share outside its range.
@@ -51,58 +55,78 @@ def top_share(
     if not 0 < share <= 1:
         raise ConfigError(f"share: must lie in (0, 1], got {share!r}; 0.4 is the paper's")
     scores = _checked(scores, scored, signed=True)
-    columns = torch.arange(scored.shape[1] + 1, dtype=torch.float64)
-    # The share and its product with n are each rounded by at most half an epsilon; what is left decides.
-    sizes = torch.ceil(share * columns * (1 - 4 * torch.finfo(torch.float64).eps)).long().to(scored.device)
-    chosen = torch.arange(scored.shape[1], device=scored.device) < sizes[scored.sum(1)][:, None]
-    ranked = scores.masked_fill(~scored, -math.inf if largest else math.inf)
-    order = torch.argsort(ranked, dim=1, descending=largest, stable=True)
-    return torch.zeros_like(scored).scatter(1, order, chosen)
+    num_columns = scored.shape[1]
+
+    # ceil(q n) for every possible n. The share and its product with n are each rounded by at most half an epsilon, so
+    # a product is lowered by more than these two errors before it is rounded up.
+    possible_n = torch.arange(num_columns + 1, dtype=torch.float64)
+    products = share * possible_n * (1 - 4 * torch.finfo(torch.float64).eps)
+    sizes = torch.ceil(products).long().to(scored.device)
+
+    # Rank r is selected if r < ceil(q n); a stable sort breaks ties by position.
+    num_selected = sizes[scored.sum(1)][:, None]
+    is_selected_rank = torch.arange(num_columns, device=scored.device) < num_selected
+    worst = -math.inf if largest else math.inf
+    order = torch.argsort(scores.masked_fill(~scored, worst), dim=1, descending=largest, stable=True)
+    return torch.zeros_like(scored).scatter(1, order, is_selected_rank)
 
 
 def shape_weights(
     scores: Float[Tensor, "batch response"], scored: Bool[Tensor, "batch response"], credit: CreditConfig
 ) -> Float[Tensor, "batch response"]:
-    """The scores in the shape that the settings name (see :class:`rl.config.CreditConfig`).
+    """Turn scores into weights by the shape that the settings name (see :class:`rl.config.CreditConfig`).
 
-    1 outside ``scored``, and on the whole of a response without a positive score: no answer, no flow, no opinion.
+    The weight is 1 outside ``scored``, and in all of a response without a positive score: without an answer or a flow
+    there is no information about its tokens.
 
     Args:
         scores: ``[B, R]``, not negative.
         scored: ``[B, R]``, tokens that compete.
         credit: ``shape``, and its ``share``, ``strength``, ``floor`` and ``ceiling``.
 
+    Returns:
+        ``[B, R]``, not negative.
+
     Raises:
         ConfigError: wrong shapes.
         CreditError: a negative score, or one that is not finite.
     """
     scores = _checked(scores, scored)
-    one = torch.ones_like(scores)
+    ones = torch.ones_like(scores)
     if credit.shape == "soft":
-        mean = _relative(scores).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp_min(1)
-        shaped = (_relative(scores) / mean).clamp(credit.floor, credit.ceiling)
+        # w = clip(s / mean(s), floor, ceiling), with the mean over the scored tokens.
+        relative = _relative(scores)
+        num_scored = scored.sum(1, keepdim=True).clamp_min(1)
+        mean = relative.sum(1, keepdim=True) / num_scored
+        shaped = (relative / mean).clamp(credit.floor, credit.ceiling)
     elif credit.shape == "raw":
         shaped = scores
+    elif credit.shape == "only_top":
+        chosen = top_share(scores, scored, credit.share)
+        shaped = torch.where(chosen, ones, 0.0)
     else:
         chosen = top_share(scores, scored, credit.share, largest=credit.shape != "bottom_q")
-        inside, outside = (1.0, 0.0) if credit.shape == "only_top" else (credit.strength, 1.0)
-        shaped = torch.where(chosen, inside * one, outside * one)
-    acts = scored & (scores > 0).any(1, keepdim=True)
-    return torch.where(acts, shaped, one)
+        shaped = torch.where(chosen, credit.strength * ones, ones)
+
+    has_positive_score = (scores > 0).any(1, keepdim=True)
+    return torch.where(scored & has_positive_score, shaped, ones)
 
 
 def signed_weights(
     weights: Float[Tensor, "batch response"], advantages: Float[Tensor, "batch response"], sign: Sign
 ) -> Float[Tensor, "batch response"]:
-    r"""The weights as the sign of each token's advantage lets them act.
+    r"""Restrict or invert the weights by the sign of each token's advantage.
 
     ``"all"``: w. ``"non_negative"``: w where :math:`A \ge 0`, 1 elsewhere. ``"asymmetric"``: w where :math:`A \ge 0`,
-    :math:`1/w` elsewhere, so that what is encouraged more is also discouraged less; a weight of 0 stays 0.
+    :math:`1/w` elsewhere, so that a token that is encouraged more is also discouraged less; a weight of 0 stays 0.
 
     Args:
         weights: ``[B, R]``, not negative.
         advantages: ``[B, R]``.
-        sign: which tokens are weighted.
+        sign: the tokens on which weights act.
+
+    Returns:
+        ``[B, R]``, detached.
 
     Raises:
         ConfigError: wrong shapes, or an unknown sign.
@@ -116,31 +140,71 @@ def signed_weights(
         raise ConfigError(
             f"sign: must be one of {', '.join(map(repr, get_args(Sign)))}, got {sign!r}; choose one of them"
         )
+
+    is_negative = advantages < 0
     if sign == "all":
         return weights
     if sign == "non_negative":
-        return torch.where(advantages < 0, torch.ones_like(weights), weights)
-    # The inverse of a number below the normal range would be infinite.
-    inverse = torch.where(weights < torch.finfo(weights.dtype).tiny, weights, weights.reciprocal())
-    return torch.where(advantages < 0, inverse, weights)
+        return torch.where(is_negative, torch.ones_like(weights), weights)
+    # The inverse of a number below the normal range would be infinite, so such a weight stays.
+    is_tiny = weights < torch.finfo(weights.dtype).tiny
+    inverse = torch.where(is_tiny, weights, weights.reciprocal())
+    return torch.where(is_negative, inverse, weights)
 
 
 def mean_one(
     weights: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
-    """The weights of each response over their mean, so that no rule is a larger step in disguise; 0 on padding.
+    """Divide the weights of each response by their mean over ``mask``, so that a rule does not change the step size.
 
     Args:
         weights: ``[B, R]``, not negative.
-        mask: ``[B, R]``, action tokens; a response whose weights are all 0 keeps them.
+        mask: ``[B, R]``, tokens of the mean; a response whose weights are all 0 keeps them.
+
+    Returns:
+        ``[B, R]``, 0 outside ``mask``.
 
     Raises:
         ConfigError: wrong shapes.
         CreditError: a negative weight, or one that is not finite.
     """
-    kept = _relative(_checked(weights, mask, names=("weights", "mask")))
-    mean = kept.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
-    return kept / torch.where(mean > 0, mean, torch.ones_like(mean))
+    relative = _relative(_checked(weights, mask, names=("weights", "mask")))
+    num_tokens = mask.sum(1, keepdim=True).clamp_min(1)
+    mean = relative.sum(1, keepdim=True) / num_tokens
+    return relative / torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def loss_weights(
+    credit: Credit,
+    advantages: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    settings: CreditConfig,
+) -> Float[Tensor, "batch response"]:
+    """Combine credit weights and advantages into the factor of each token's policy loss.
+
+    The sign rule is applied first. With ``mean_one`` the weights of the tokens that competed are then divided by their
+    mean; the other tokens keep weight 1, so the mean over the response is 1 as well.
+
+    Args:
+        credit: of the batch.
+        advantages: ``[B, R]``, whitened where the run whitens.
+        mask: ``[B, R]``, action tokens.
+        settings: ``sign`` and ``mean_one``.
+
+    Returns:
+        ``[B, R]``, on the device and in the dtype of the advantages.
+
+    Raises:
+        ConfigError: wrong shapes, or an unknown sign.
+        CreditError: a negative weight.
+    """
+    unsigned = credit.weights.to(advantages.device, advantages.dtype)
+    weights = signed_weights(unsigned, advantages, settings.sign)
+    if not settings.mean_one:
+        return weights
+    scored = credit.scored.to(advantages.device)
+    normalised = torch.where(scored, mean_one(weights, scored), weights)
+    return normalised.masked_fill(~mask, 0.0)
 
 
 def redistribute(
@@ -149,16 +213,20 @@ def redistribute(
     scored: Bool[Tensor, "batch response"],
     mask: Bool[Tensor, "batch response"],
 ) -> Float[Tensor, "batch response"]:
-    r"""The verdict spread over the scored tokens in proportion to their scores.
+    r"""Spread the outcome reward over the scored tokens in proportion to their scores.
 
     :math:`r_t = R\, s_t / \sum_u s_u`, which sums to R up to rounding. A response without a positive score keeps its
-    verdict on the last action token.
+    reward on the last action token. Tokens after the last scored one, such as the end token, receive no reward; the
+    entry points ``"advantage"`` and ``"potential"`` leave the outcome where it is.
 
     Args:
-        rewards: ``[B]``, one verdict per response.
+        rewards: ``[B]``, the outcome reward of each response.
         scores: ``[B, R]``, not negative.
         scored: ``[B, R]``, tokens that compete; action tokens only.
         mask: ``[B, R]``, action tokens.
+
+    Returns:
+        ``[B, R]``, 0 on padding.
 
     Raises:
         ConfigError: wrong shapes, a mask with gaps, scored padding, or rewards that are not finite.
@@ -167,7 +235,8 @@ def redistribute(
     outcome = token_rewards(rewards, mask)
     shares = _shares(scores, scored, mask)
     spread_out = (shares * rewards.detach()[:, None]).to(outcome.dtype)
-    return torch.where((shares > 0).any(1, keepdim=True), spread_out, outcome)
+    has_share = (shares > 0).any(1, keepdim=True)
+    return torch.where(has_share, spread_out, outcome)
 
 
 def potential_rewards(
@@ -178,7 +247,7 @@ def potential_rewards(
     scale: float,
     discount: float,
 ) -> Float[Tensor, "batch response"]:
-    r"""Potential-based shaping: rewards for score collected, which leave the optimal policy unchanged.
+    r"""Compute potential-based shaping rewards from the cumulative score; they leave the optimal policy unchanged.
 
     :math:`F_t = \gamma \Phi_{t+1} - \Phi_t` with :math:`\Phi_t = c \sum_{u<t} s_u / \sum_u s_u`, and 0 after the last
     action token. With :math:`\gamma = 1` each response sums to 0, so its return at the first token is unchanged. 0 in
@@ -190,6 +259,9 @@ def potential_rewards(
         mask: ``[B, R]``, action tokens.
         scale: c, height of the potential.
         discount: gamma, that of the advantages.
+
+    Returns:
+        ``[B, R]``, to be added to the token rewards.
 
     Raises:
         ConfigError: wrong shapes, a mask with gaps, scored padding, or a setting outside its range.
@@ -207,25 +279,30 @@ def potential_rewards(
         raise ConfigError(f"scale: must be finite and at least 0, got {scale!r}; 1 is the default")
     if not 0 <= discount <= 1:
         raise ConfigError(f"discount: must lie in [0, 1], got {discount!r}; use that of the advantages")
-    collected = scale * _shares(scores, scored, mask).cumsum(1)
-    after = torch.where(mask & ~last_tokens(mask), collected, 0.0)
-    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
-    return discount * after - before
+
+    # Phi_{t+1} includes the token at t; after the last action token the potential is 0.
+    cumulative = scale * _shares(scores, scored, mask).cumsum(1)
+    next_potential = torch.where(mask & ~last_tokens(mask), cumulative, 0.0)
+    # Phi_t is Phi_{t+1} of the column before, and 0 at the first token.
+    potential = torch.cat([torch.zeros_like(next_potential[:, :1]), next_potential[:, :-1]], 1)
+    return discount * next_potential - potential
 
 
 def _shares(scores: Tensor, scored: Tensor, mask: Tensor) -> Tensor:
-    """Each token's part of the total score of its response; 0 throughout where there is none."""
+    """Compute each token's share of the total score of its response; 0 in a response whose total is 0."""
     scores = _relative(_checked(scores, scored))
-    require_floats("scores", scores, mask.shape)  # and with it that of scored
-    if bool((scored & ~mask).any()):
-        row = int((scored & ~mask).any(1).nonzero()[0])
+    # This checks the shape of ``scored`` too, which is that of the scores.
+    require_floats("scores", scores, mask.shape)
+    scored_padding = scored & ~mask
+    if bool(scored_padding.any()):
+        row = int(scored_padding.any(1).nonzero()[0])
         raise ConfigError(f"scored: must lie within mask, got padding in response {row}; use scored & mask")
     total = scores.sum(1, keepdim=True)
     return scores / torch.where(total > 0, total, torch.ones_like(total))
 
 
 def _relative(scores: Tensor) -> Tensor:
-    """Over the highest of the response: sums of the largest and the smallest floats stay in range."""
+    """Divide by the highest score of each response, so that sums of very large or very small floats stay in range."""
     if scores.shape[1] == 0:
         return scores
     highest = scores.amax(1, keepdim=True)
@@ -235,16 +312,21 @@ def _relative(scores: Tensor) -> Tensor:
 def _checked(
     scores: Tensor, scored: Tensor, *, signed: bool = False, names: tuple[str, str] = ("scores", "scored")
 ) -> Tensor:
-    """The scores, detached, 0 outside ``scored``; finite, and not negative unless ``signed``."""
-    require_mask(names[1], scored)
-    require_floats(names[0], scores, scored.shape)
+    """Return the scores, detached and 0 outside ``scored``, after checking them; negative ones need ``signed``."""
+    scores_name, scored_name = names
+    require_mask(scored_name, scored)
+    require_floats(scores_name, scores, scored.shape)
     scores = torch.where(scored, scores.detach(), 0.0)
-    wrong = ~torch.isfinite(scores) | ((scores < 0) & (not signed))
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
-        rule = "be finite" if signed else "be finite and at least 0"
+
+    invalid = ~torch.isfinite(scores)
+    rule = "be finite"
+    if not signed:
+        invalid = invalid | (scores < 0)
+        rule = "be finite and at least 0"
+    if bool(invalid.any()):
+        row, column = invalid.nonzero()[0].tolist()
         raise CreditError(
-            f"{names[0]}: must {rule} wherever {names[1]} is True, got {float(scores[row, column])} for token {column} "
-            f"of response {row}; leave that token out, or map to a non-negative range (exp, abs, clamp)"
+            f"{scores_name}: must {rule} wherever {scored_name} is True, got {float(scores[row, column])} for token "
+            f"{column} of response {row}; leave that token out, or map to a non-negative range (exp, abs, clamp)"
         )
     return scores

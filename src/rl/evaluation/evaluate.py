@@ -1,4 +1,4 @@
-"""How good a policy is on problems it never saw."""
+"""Evaluate a policy on problems that it was not trained on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rl.errors import ConfigError
-from rl.evaluation.significance import Z_95
+from rl.evaluation.significance import Z_95, wilson_interval
 from rl.policy.sampling import evaluating, generate
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge
 from rl.seeds import generator
@@ -19,7 +21,6 @@ from rl.tasks.base import SPLITS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from rl.evaluation.significance import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,13 @@ class Evaluation:
 
     Attributes:
         reward: mean reward; accuracy, where the task pays 1 for right and 0 for wrong.
-        low, high: its interval: Wilson's where every problem has one verdict of 0 or 1, else normal over the problems.
+        low: lower end of its interval: Wilson's where every problem has one reward of 0 or 1, else normal.
+        high: upper end of its interval.
         best_of: mean over problems of the best of their samples (pass@k for 0/1 rewards).
-        num_problems, samples: n and k.
-        answer_share, truncated_share: of all responses.
+        num_problems: n.
+        samples: k, responses to each problem.
+        answer_share: share of the responses with an answer.
+        truncated_share: share of the responses that were cut off.
         response_tokens: mean length.
         responses: a record for each response: problem, completion, reward.
     """
@@ -48,9 +52,12 @@ class Evaluation:
     responses: list[dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
-        """The figures without the responses, for JSON; an end of the interval that is unknown is None."""
-        figures = {name: value for name, value in asdict(self).items() if name != "responses"}
-        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        """Return the figures without the responses, for JSON; an end of the interval that is unknown is None."""
+        figures: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name != "responses":
+                figures[name] = value if math.isfinite(value) else None
+        return figures
 
     def __repr__(self) -> str:
         return (
@@ -74,7 +81,7 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Let a model answer fresh problems and ask the task for its verdicts.
+    """Generate responses to fresh problems and reward them.
 
     Args:
         model: any causal LM, adapters included.
@@ -88,70 +95,114 @@ def evaluate(
         max_response_tokens: responses are cut off there.
         batch_size: responses at a time.
         seed: of the sampling; the same problems get the same noise.
-        progress: called with responses done and to do.
+        progress: called with the numbers of finished and of all responses.
 
     Raises:
         ConfigError: a number out of range.
         RewardError: the task failed.
     """
-    for name, value in (
-        ("num_problems", num_problems), ("samples", samples), ("max_prompt_tokens", max_prompt_tokens),
-        ("max_response_tokens", max_response_tokens), ("batch_size", batch_size),
-    ):  # fmt: skip
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}: must be at least 1, got {value}; see rl.evaluate for the defaults")
-    _check(samples, temperature, split)
+    _check_counts(
+        num_problems=num_problems,
+        samples=samples,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        batch_size=batch_size,
+    )
+    _check_sampling(samples, temperature, split)
     encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens)
-    each = [(sample, copy) for sample in draw_samples(task, split, range(num_problems)) for copy in range(samples)]
-    rows: list[dict[str, Any]] = []
-    totals = torch.zeros(3)
-    for start in range(0, len(each), batch_size):
-        part = each[start : start + batch_size]
+
+    # One entry for each response: its problem, and its number among the responses to that problem.
+    planned = []
+    for sample in draw_samples(task, split, range(num_problems)):
+        for number in range(samples):
+            planned.append((sample, number))
+
+    records: list[dict[str, Any]] = []
+    num_answered = torch.zeros(())
+    num_truncated = torch.zeros(())
+    num_tokens = torch.zeros(())
+    for start in range(0, len(planned), batch_size):
+        part = planned[start : start + batch_size]
+        # A noise stream is a function of the problem and the number, so the batch size changes no response.
         noise = None
         if temperature > 0:
-            noise = [generator(seed, "evaluation", split, sample.index, copy) for sample, copy in part]
+            noise = [generator(seed, "evaluation", split, sample.index, number) for sample, number in part]
         with evaluating(model):
             generated = generate(
-                model, [encoder.ids(sample) for sample, _ in part], noise, ending=encoder.ending,
-                max_new_tokens=max_response_tokens, temperature=temperature or 1.0,
-            )  # fmt: skip
+                model,
+                [encoder.ids(sample) for sample, _ in part],
+                noise,
+                ending=encoder.ending,
+                max_new_tokens=max_response_tokens,
+                temperature=temperature or 1.0,
+            )
         responses = judge(task, tokenizer, [sample for sample, _ in part], generated)
-        totals += torch.stack([
-            responses.answer.any(1).sum(), responses.truncated.sum(), responses.response_mask.sum()
-        ])  # fmt: skip
-        rows += [
-            {
-                "index": sample.index,
-                "prompt": sample.prompt,
-                "answer": sample.answer,
-                "completion": text,
-                "reward": reward,
-            }
-            for (sample, _), text, reward in zip(part, responses.completions, responses.rewards.tolist(), strict=True)
-        ]
+
+        num_answered += responses.answer.any(1).sum()
+        num_truncated += responses.truncated.sum()
+        num_tokens += responses.response_mask.sum()
+        rewards_of_part = responses.rewards.tolist()
+        for (sample, _), completion, reward in zip(part, responses.completions, rewards_of_part, strict=True):
+            records.append(
+                {
+                    "index": sample.index,
+                    "prompt": sample.prompt,
+                    "answer": sample.answer,
+                    "completion": completion,
+                    "reward": reward,
+                }
+            )
         if progress is not None:
-            progress(len(rows), len(each))
-    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(num_problems, samples)
-    # A finite task starts again from its first problem: what is seen twice is no more evidence than once.
-    low, high = _interval(rewards, distinct=len({json.dumps(row["prompt"]) for row in rows}))
-    answered, truncated, tokens = (totals / len(rows)).tolist()
+            progress(len(records), len(planned))
+
+    rewards = torch.tensor([record["reward"] for record in records], dtype=torch.float64)
+    rewards = rewards.view(num_problems, samples)
+    # A finite task starts again from its first problem, and a repeated problem is no new evidence.
+    num_distinct = len({json.dumps(record["prompt"]) for record in records})
+    low, high = _interval(rewards, num_distinct)
     return Evaluation(
-        float(rewards.mean()), low, high, float(rewards.max(1).values.mean()), num_problems, samples, answered,
-        truncated, tokens, rows,
-    )  # fmt: skip
+        reward=float(rewards.mean()),
+        low=low,
+        high=high,
+        best_of=float(rewards.max(1).values.mean()),
+        num_problems=num_problems,
+        samples=samples,
+        answer_share=float(num_answered / len(records)),
+        truncated_share=float(num_truncated / len(records)),
+        response_tokens=float(num_tokens / len(records)),
+        responses=records,
+    )
 
 
-def _interval(rewards: torch.Tensor, distinct: int) -> tuple[float, float]:
-    if rewards.shape[1] == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
-        return wilson_interval(float(rewards.mean()) * distinct, distinct)
+def _interval(rewards: Float[Tensor, "problems samples"], num_distinct: int) -> tuple[float, float]:
+    """Compute a 95 % interval of the mean reward over ``num_distinct`` different problems."""
+    is_binary = bool(((rewards == 0) | (rewards == 1)).all())
+    if rewards.shape[1] == 1 and is_binary:
+        return wilson_interval(float(rewards.mean()) * num_distinct, num_distinct)
+
+    # Means that are all 0 or all 1 have no spread, but the interval of the mean is not empty.
     means = rewards.mean(1)
-    if bool((means == means[0]).all()) and float(means[0]) in (0.0, 1.0):  # no spread is no certainty
-        return wilson_interval(float(means[0]) * distinct, distinct)
-    half = Z_95 * float(means.std()) / math.sqrt(distinct) if distinct > 1 else math.inf
-    return float(means.mean()) - half, float(means.mean()) + half
+    first = float(means[0])
+    if bool((means == means[0]).all()) and first in (0.0, 1.0):
+        return wilson_interval(first * num_distinct, num_distinct)
+
+    # The normal approximation needs at least two problems.
+    half = math.inf
+    if num_distinct > 1:
+        half = Z_95 * float(means.std()) / math.sqrt(num_distinct)
+    mean = float(means.mean())
+    return mean - half, mean + half
 
 
-def _check(samples: int, temperature: float, split: str) -> None:
+def _check_counts(**counts: int) -> None:
+    """Check that every argument is an integer of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}; see rl.evaluate for the defaults")
+
+
+def _check_sampling(samples: int, temperature: float, split: str) -> None:
+    """Check the arguments that exclude each other before anything is generated."""
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature: must be finite and at least 0, got {temperature}; 0 is greedy decoding")
     if temperature == 0 and samples > 1:

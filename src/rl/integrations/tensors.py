@@ -1,8 +1,9 @@
-"""Token credit for other trainers, as functions of tensors alone: the part of an adapter that knows no engine.
+"""Compute token credit for other trainers with functions of tensors, independent of any engine.
 
-Written for verl 0.9, whose batches hold prompts padded on the left beside responses padded on the right, and tested on
-fabricated tensors of that form; it was **not run inside verl**, which pins other versions of its dependencies. A
-registered estimator of verl does not receive the batch, so the place for credit is a subclass of its trainer::
+The functions were written for verl 0.9, whose batches hold prompts padded on the left beside responses padded on the
+right. They are tested on constructed tensors of that form. They were **not run inside verl**, which pins other versions
+of its dependencies. A registered estimator of verl does not receive the batch, so credit enters in a subclass of its
+trainer::
 
     def _compute_advantage(self, batch, *args, **kwargs):
         batch = super()._compute_advantage(batch, *args, **kwargs)
@@ -14,9 +15,11 @@ registered estimator of verl does not receive the batch, so the place for credit
         tensors["advantages"] = scale_advantages(tensors["advantages"], mask, credit, config)
         return batch
 
-Rules that read attention need ``rows``: a worker that has the model makes them with a
-:class:`flowgraph.AttentionRecorder` around its log-probability pass (and sends on ``credit.weights``, as small as the
-advantages). Rules without, such as ``entropy``, run where the advantages are computed.
+Rules that read attention need ``rows``: a worker that has the model records them with a
+:class:`flowgraph.AttentionRecorder` around its log-probability pass, and sends ``credit.weights``, which have the shape
+of the advantages. Rules without attention, such as ``entropy``, run where the advantages are computed.
+
+Letters of the shapes: B sequences, P prompt columns, R response columns.
 """
 
 from __future__ import annotations
@@ -35,16 +38,16 @@ from rl.algorithm.tensor_checks import require_alike, require_run
 from rl.config import CreditConfig
 from rl.credit.registry import CreditRule, find_rule
 from rl.credit.scoring import credit_tokens
-from rl.credit.weights import mean_one, signed_weights
+from rl.credit.weights import loss_weights
 from rl.errors import ConfigError, CreditError
 from rl.policy.sampling import Generated
 from rl.records import CharSpan, Credit, Messages, Responses, Sample, TokenScores
 from rl.rollouts.rollout import judge
 
 FindAnswer = Callable[[str], CharSpan | None]
-"""A completion -> the characters that state its answer, or None."""
+"""Maps a completion to the characters that state its answer, or to None."""
 
-_KEYS = ("prompts", "responses", "attention_mask", "response_mask")
+_BATCH_KEYS = ("prompts", "responses", "attention_mask", "response_mask")
 
 
 def read_responses(
@@ -57,53 +60,71 @@ def read_responses(
     rewards: Float[Tensor, " batch"] | None = None,
     end_ids: Sequence[int] | None = None,
 ) -> Responses:
-    """The batch of another engine as this package's record, with question and answer found among its tokens.
+    """Convert the batch of another engine to this package's record, and find question and answer among its tokens.
 
     Args:
         batch: ``prompts`` ``[B, P]`` and ``responses`` ``[B, R]`` (ids), ``attention_mask`` ``[B, P + R]``,
             ``response_mask`` ``[B, R]``; numbers or bools.
-        prompts: text or chat messages of each sequence, as they were before tokenisation.
-        tokenizer: of the model.
-        find_answer: where a completion states its answer; for example :func:`rl.tasks.answers.find_answer`.
+        prompts: text or chat messages of each sequence, before tokenisation.
+        tokenizer: tokenizer of the model.
+        find_answer: finds the answer in a completion; for example :func:`rl.tasks.answers.find_answer`.
         groups: ``[B]``, responses of one prompt share a number.
-        rewards: ``[B]``, for rules that look at them; None: 0.
+        rewards: ``[B]``, for rules that read them; None: 0.
         end_ids: ids that end a response; None: the tokenizer's.
 
+    Returns:
+        The batch on the CPU.
+
     Raises:
-        ConfigError: other shapes, prompts that are not those of the ids, an empty response, or one that holds tokens
-            which the policy did not choose (tools, environments).
+        ConfigError: other shapes, prompts that differ from those of the ids, an empty response, or one that holds
+            tokens which the policy did not choose (tools, environments).
         RewardError: ``find_answer`` raised.
 
-    Cost: every response is decoded once.
+    Cost: every response is decoded once, and every distinct prompt is encoded once.
     """
-    ids, mask, response_mask = _checked(batch, len(prompts))
-    width = batch["prompts"].shape[1]
-    samples = [Sample(int(group), prompt, "") for group, prompt in zip(groups.tolist(), prompts, strict=True)]
-    ends: list[Any] = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
-    _check_prompts(samples, ids[:, :width], mask[:, :width], tokenizer, ends[0])
-    last = ids[:, width:].gather(1, response_mask.sum(1, keepdim=True) - 1).squeeze(1)
-    truncated = ~torch.isin(last, torch.tensor(ends, dtype=ids.dtype))
-    generated = Generated(ids, mask, width, response_mask, truncated)
-    responses = judge(_Regions(find_answer), tokenizer, samples, generated)
-    rewards = torch.zeros(len(ids)) if rewards is None else rewards.detach().float().cpu()
-    return replace(responses, rewards=rewards)
+    ids, mask, response_mask = _read_batch(batch, len(prompts))
+    prompt_length = batch["prompts"].shape[1]
+    ends: list[Any] = [tokenizer.eos_token_id]
+    if end_ids is not None:
+        ends = list(end_ids)
+
+    # Credit falls on other tokens where the engine encoded a prompt in another way.
+    samples = []
+    for group, prompt in zip(groups.tolist(), prompts, strict=True):
+        samples.append(Sample(index=int(group), prompt=prompt, answer=""))
+    _check_prompts(samples, ids[:, :prompt_length], mask[:, :prompt_length], tokenizer, ends[0])
+
+    # A response is truncated where its last token does not end it.
+    last_column = response_mask.sum(1, keepdim=True) - 1
+    last_token = ids[:, prompt_length:].gather(1, last_column).squeeze(1)
+    truncated = ~torch.isin(last_token, torch.tensor(ends, dtype=ids.dtype))
+
+    generated = Generated(ids, mask, prompt_length, response_mask, truncated)
+    responses = judge(_AnswerFinder(find_answer), tokenizer, samples, generated)
+    if rewards is None:
+        rewards = torch.zeros(len(ids))
+    return replace(responses, rewards=rewards.detach().float().cpu())
 
 
 def usable_rule(credit: CreditConfig) -> CreditRule:
-    """The rule of these settings, if an engine that owns its losses and its model can serve it.
+    """Return the rule of these settings, if it can run inside another trainer.
 
     Raises:
-        CreditError: no such rule, or one that needs a backward pass or a task's own knowledge.
-        ConfigError: credit is to enter elsewhere than at the advantages.
+        CreditError: an unknown rule, or one that needs a backward pass or a task that knows its decisive tokens.
+        ConfigError: credit enters elsewhere than at the advantages.
     """
     rule = find_rule(credit.rule)
     if credit.entry != "advantage":
         raise ConfigError(
-            f"credit.entry: must be 'advantage' in another trainer, which keeps its rewards to itself, got "
+            f"credit.entry: must be 'advantage' in another trainer, whose token rewards are out of reach, got "
             f"{credit.entry!r}; use entry='advantage', or rl.PPOTrainer"
         )
-    if rule.gradient or rule.needs_oracle:
-        need = "a backward pass of its own" if rule.gradient else "a task that knows its decisive tokens"
+    need = None
+    if rule.gradient:
+        need = "a backward pass of its own"
+    elif rule.needs_oracle:
+        need = "a task that knows its decisive tokens"
+    if need is not None:
         raise CreditError(
             f"credit: must be a rule that another trainer can serve, got {rule.name!r}, which needs {need}; use "
             "another rule, or rl.PPOTrainer"
@@ -126,7 +147,10 @@ def token_credit(
         scores: log-probabilities and entropies of the policy that wrote them, 0 on padding.
         credit: rule, shape and scope.
         rows: attention by the names that ``usable_rule(credit).needs`` lists.
-        random: a generator for each response, for rules that draw.
+        random: a generator for each response, for rules that draw random numbers.
+
+    Returns:
+        Scores, scope and weights ``[B, R]``.
 
     Raises:
         ConfigError, CreditError: as :func:`usable_rule`; a rule that lacks its attention or returns no scores.
@@ -147,13 +171,17 @@ def scale_advantages(
     credit: Credit,
     config: CreditConfig,
 ) -> Float[Tensor, "batch response"]:
-    r"""Each token's advantage times its weight, :math:`A_t w_t`; to be called after whitening.
+    r"""Multiply each token's advantage by its weight, :math:`A_t w_t`; call it after whitening.
 
     Args:
         advantages: ``[B]`` or ``[B, R]``.
         mask: ``[B, R]``, response tokens.
-        credit: of :func:`token_credit`.
-        config: its ``sign`` says on which advantages the weights act, its ``mean_one`` whether they average 1.
+        credit: the result of :func:`token_credit`.
+        config: ``sign`` chooses the advantages on which weights act, ``mean_one`` normalises the weights of the tokens
+            that competed to mean 1.
+
+    Returns:
+        ``[B, R]``.
 
     Raises:
         ConfigError: another shape.
@@ -164,72 +192,98 @@ def scale_advantages(
         >>> scale_advantages(torch.tensor([-2.0]), every, credit, CreditConfig()).tolist()
         [[-3.0, -2.0, -2.0]]
     """
-    weights = credit.weights.to(advantages.device, advantages.dtype)
-    if advantages.shape == weights.shape[:1]:
-        advantages = advantages[:, None].expand(weights.shape)
-    weights = signed_weights(weights, advantages, config.sign)
-    if config.mean_one:
-        weights = mean_one(weights, mask.to(weights.device).bool())
-    return advantages * weights
+    shape = credit.weights.shape
+    if advantages.shape == shape[:1]:
+        advantages = advantages[:, None].expand(shape)
+    return advantages * loss_weights(credit, advantages, mask.to(advantages.device).bool(), config)
 
 
 @dataclass
-class _Regions:
-    """A task without problems or verdicts of its own, those being the engine's: it only knows where answers stand."""
+class _AnswerFinder:
+    """A task that only finds answers: problems and rewards come from the engine.
+
+    Attributes:
+        finder: maps a completion to the characters of its answer.
+        name: name of the task.
+        size: number of problems; None, as the task has none of its own.
+    """
 
     finder: FindAnswer
     name: str = "regions"
     size: int | None = None
 
     def find_answer(self, completion: str) -> CharSpan | None:
+        """Return the characters that state the answer."""
         return self.finder(completion)
 
     def sample(self, split: str, index: int) -> Sample:
+        """Return an empty problem."""
         return Sample(index, "", "")
 
     def reward(self, sample: Sample, completion: str) -> float:
+        """Return 0: the engine has the rewards."""
         return 0.0
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:
+        """Return None: the decisive tokens are not known."""
         return None
 
 
-def _checked(
-    batch: Mapping[str, Tensor], count: int
+def _read_batch(
+    batch: Mapping[str, Tensor], num_sequences: int
 ) -> tuple[Int64[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"], Bool[Tensor, "batch response"]]:
-    """Ids and both masks on the CPU."""
-    missing = [key for key in _KEYS if key not in batch]
-    if missing:
-        raise ConfigError(
-            f"batch: must hold {', '.join(_KEYS)}, got none of the name {missing[0]!r}; pass the tensors of the rollout"
-        )
-    prompts, responses, mask, response_mask = (batch[key].detach().cpu() for key in _KEYS)
-    shapes = {"prompts": (count, prompts.shape[-1]), "responses": (count, responses.shape[-1])}
-    shapes["attention_mask"] = (count, prompts.shape[-1] + responses.shape[-1])
-    shapes["response_mask"] = shapes["responses"]
-    for key, shape in shapes.items():
-        if tuple(batch[key].shape) != shape:
+    """Check the tensors of a batch; return ids and both masks on the CPU."""
+    for key in _BATCH_KEYS:
+        if key not in batch:
             raise ConfigError(
-                f"{key}: must have shape {shape}, got {tuple(batch[key].shape)}; pass tensors of {count} sequences, "
-                "prompts padded on the left and responses on the right"
+                f"batch: must hold {', '.join(_BATCH_KEYS)}, got none of the name {key!r}; "
+                "pass the tensors of the rollout"
             )
-    mask, response_mask, width = mask.bool(), response_mask.bool(), prompts.shape[1]
-    if bool((mask[:, 1:width] < mask[:, : width - 1]).any()):
+    _check_shapes(batch, num_sequences)
+
+    prompts = batch["prompts"].detach().cpu()
+    responses = batch["responses"].detach().cpu()
+    mask = batch["attention_mask"].detach().cpu().bool()
+    response_mask = batch["response_mask"].detach().cpu().bool()
+    prompt_length = prompts.shape[1]
+
+    # Padding of prompts on the left: the mask never falls from 1 to 0.
+    prompt_mask = mask[:, :prompt_length]
+    if bool((prompt_mask[:, 1:] < prompt_mask[:, :-1]).any()):
         raise ConfigError(
             "attention_mask: must have the padding of prompts on the left, got some after a token; pad there"
         )
-    if not torch.equal(mask[:, width:], response_mask):
+    if not torch.equal(mask[:, prompt_length:], response_mask):
         raise ConfigError(
             "response_mask: must be the attention mask of the response, got one that leaves some of its tokens out; "
             "responses with tokens of tools or environments are not supported, so train on single turns"
         )
     require_run(response_mask)
-    if not bool(response_mask.any(1).all()):
-        row = int((~response_mask.any(1)).nonzero()[0])
+    has_token = response_mask.any(1)
+    if not bool(has_token.all()):
+        row = int((~has_token).nonzero()[0])
         raise ConfigError(
             f"response_mask: must hold a token of every response, got none of response {row}; leave it out"
         )
     return torch.cat([prompts, responses], 1).long(), mask, response_mask
+
+
+def _check_shapes(batch: Mapping[str, Tensor], num_sequences: int) -> None:
+    """Check that all tensors of a batch describe the same sequences and columns."""
+    prompt_length = batch["prompts"].shape[-1]
+    response_length = batch["responses"].shape[-1]
+    expected = {
+        "prompts": (num_sequences, prompt_length),
+        "responses": (num_sequences, response_length),
+        "attention_mask": (num_sequences, prompt_length + response_length),
+        "response_mask": (num_sequences, response_length),
+    }
+    for key, shape in expected.items():
+        if tuple(batch[key].shape) != shape:
+            raise ConfigError(
+                f"{key}: must have shape {shape}, got {tuple(batch[key].shape)}; pass tensors of {num_sequences} "
+                "sequences, prompts padded on the left and responses on the right"
+            )
 
 
 def _check_prompts(
@@ -239,17 +293,19 @@ def _check_prompts(
     tokenizer: PreTrainedTokenizerBase,
     end_id: int,
 ) -> None:
-    """The engine read each prompt as we do; credit would fall on other tokens otherwise."""
-    known: dict[str, list[int]] = {}
+    """Check that the engine encoded every prompt as this package does."""
+    # The responses of a group share a prompt, which is encoded once. Messages are not hashable, their text is.
+    encoded_prompts: dict[str, list[int]] = {}
     for row, sample in enumerate(samples):
-        name = repr(sample.prompt)
-        if name not in known:
+        text = repr(sample.prompt)
+        if text not in encoded_prompts:
             encoded = encode(tokenizer, sample.prompt, [end_id])
-            known[name] = encoded.input_ids[: encoded.prompt_length].tolist()
-        theirs = ids[row][mask[row]].tolist()
-        if theirs != known[name]:
+            encoded_prompts[text] = encoded.input_ids[: encoded.prompt_length].tolist()
+        expected = encoded_prompts[text]
+        found = ids[row][mask[row]].tolist()
+        if found != expected:
             raise ConfigError(
-                f"prompts: must be what the ids of sequence {row} say, got {len(theirs)} ids where "
-                f"{type(tokenizer).__name__} makes {len(known[name])} of {name[:60]}; where the engine passes options "
+                f"prompts: must be the text of the ids of sequence {row}, got {len(found)} ids where "
+                f"{type(tokenizer).__name__} makes {len(expected)} of {text[:60]}; where the engine passes options "
                 "to the chat template or truncates, render the prompts to text beforehand and give both that text"
             )

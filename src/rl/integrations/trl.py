@@ -1,4 +1,7 @@
-"""Token credit inside TRL's GRPO trainer: its rollouts, rewards and losses, our weights on its advantages."""
+"""Add token credit to TRL's GRPO trainer: its rollouts, rewards and losses, with credit weights on its advantages.
+
+Letters of the shapes: B sequences of one process, P prompt columns, R response columns.
+"""
 
 from __future__ import annotations
 
@@ -17,142 +20,179 @@ from rl.credit.registry import AttentionNeed
 from rl.errors import ConfigError
 from rl.integrations.tensors import FindAnswer, read_responses, scale_advantages, token_credit, usable_rule
 from rl.policy.sampling import evaluating
-from rl.records import Credit, Responses, TokenScores, join_records, to_device
+from rl.records import Credit, Responses, TokenScores, to_device
 from rl.seeds import generator
-from rl.tasks.answers import find_answer as stated_answer
+from rl.tasks.answers import find_answer as find_stated_answer
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _GRPOTrainer
 else:
     _GRPOTrainer = object
 
-OLDEST = "1.16"
-"""The oldest TRL this was written against; the methods that are overridden are not part of its public interface."""
+MIN_TRL_VERSION = "1.16"
+"""The oldest supported TRL. The overridden methods are not part of its public interface."""
 
 
 class TokenCredit(_GRPOTrainer):
-    """What :func:`flow_grpo_trainer` puts in front of TRL's trainer.
+    """The methods that :func:`flow_grpo_trainer` adds to TRL's trainer.
 
     Args:
-        *args: as the trainer's.
-        credit: a credit rule's name or settings; ``entry`` must be ``"advantage"``.
-        find_answer: where a completion states its answer; credit without an answer is 1.
-        **kwargs: as the trainer's.
+        *args: arguments of the trainer.
+        credit: name or settings of a credit rule; ``entry`` must be ``"advantage"``.
+        find_answer: finds the answer in a completion; weights are 1 where none is found.
+        **kwargs: arguments of the trainer.
+
+    Attributes:
+        credit: the credit settings.
+        credit_rule: their rule.
+        find_answer: finds the answer in a completion.
 
     Raises:
         ConfigError: an entry point other than the advantages; tools, environments, images or sharded weights.
-        CreditError: no such rule, or one that needs a backward pass or a task's own knowledge.
+        CreditError: an unknown rule, or one that needs a backward pass or a task that knows its decisive tokens.
     """
 
     def __init__(
         self,
         *args: Any,
         credit: str | CreditConfig = "flow",
-        find_answer: FindAnswer = stated_answer,
+        find_answer: FindAnswer = find_stated_answer,
         **kwargs: Any,
     ) -> None:
         self.credit = CreditConfig(rule=credit) if isinstance(credit, str) else credit
-        self.credit_rule, self.find_answer = usable_rule(self.credit), find_answer
-        self._verdicts: Tensor = torch.empty(0)
+        self.credit_rule = usable_rule(self.credit)
+        self.find_answer = find_answer
+        self._rewards: Tensor = torch.empty(0)
         super().__init__(*args, **kwargs)
-        _refuse(self)
+        _check_supported(self)
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's rewards, remembered for rules that look at them: of this process, weighted and summed."""
+        """Compute TRL's rewards, and keep the weighted sums of this process for rules that read rewards."""
         rewards = super()._calculate_rewards(inputs, *args, **kwargs)
+        # TRL gathers the rewards of all processes: rows are sequences, columns reward functions.
         first = self.accelerator.process_index * len(inputs)
-        mine = rewards[first : first + len(inputs)] * self.reward_weights.to(rewards.device)
-        self._verdicts = mine.nansum(1)
+        own = rewards[first : first + len(inputs)]
+        weighted = own * self.reward_weights.to(rewards.device)
+        # NaN marks a reward function that does not apply to a sequence.
+        self._rewards = weighted.nansum(1)
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch with advantages of shape ``[B, R]``, each times the credit of its token.
+        """Make TRL's batch, with advantages of shape ``[B, R]``: each one times the credit weight of its token.
 
-        An evaluation's batch stays as it is: its loss is a figure to compare, and teaches nothing.
+        A batch of an evaluation keeps its advantages, so that its loss is comparable to TRL's.
         """
         output = super()._generate_and_score_completions(inputs)
         if not self._policy.training:
             return output
-        began = time.perf_counter()
+
+        started = time.perf_counter()
         credit = self._token_credit(inputs, output)
         mask = output["completion_mask"].bool()
         output["advantages"] = scale_advantages(output["advantages"], mask, credit, self.credit)
-        metrics = self._metrics["train"]
-        metrics["credit/weight_mean"].append(float(credit.weights[mask].mean()) if bool(mask.any()) else 1.0)
-        metrics["credit/raised_share"].append(float((credit.weights[mask] > 1).float().sum() / mask.sum().clamp(min=1)))
-        metrics["credit/seconds"].append(time.perf_counter() - began)
+        self._log_credit(credit.weights[mask], time.perf_counter() - started)
         return output
 
+    def _log_credit(self, weights: Float[Tensor, " tokens"], seconds: float) -> None:
+        """Add mean weight, share of raised tokens and time to TRL's metrics; no tokens give 1 and 0."""
+        mean = 1.0
+        raised_share = 0.0
+        if weights.numel() > 0:
+            mean = float(weights.mean())
+            raised_share = float((weights > 1).float().sum() / weights.numel())
+        metrics = self._metrics["train"]
+        metrics["credit/weight_mean"].append(mean)
+        metrics["credit/raised_share"].append(raised_share)
+        metrics["credit/seconds"].append(seconds)
+
     def _token_credit(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> Credit:
-        """Credit of every sequence; 1 throughout for those that TRL masked (``mask_truncated_completions``)."""
+        """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``)."""
         mask = output["completion_mask"].bool()
+        credit = Credit(
+            scores=torch.zeros(mask.shape),
+            scored=torch.zeros(mask.shape, dtype=torch.bool),
+            weights=torch.ones(mask.shape),
+        )
+        credit = to_device(credit, mask.device)
+
         kept = mask.any(1).nonzero().flatten().tolist()
         size = self.args.per_device_train_batch_size
-        parts = [self._part(inputs, output, kept[start : start + size]) for start in range(0, len(kept), size)]
-        credit = Credit(torch.zeros(mask.shape), torch.zeros(mask.shape, dtype=torch.bool), torch.ones(mask.shape))
-        credit = to_device(credit, mask.device)
-        if parts:
-            found = join_records(parts)
-            credit.scores[kept], credit.scored[kept], credit.weights[kept] = found.scores, found.scored, found.weights
+        for start in range(0, len(kept), size):
+            rows = kept[start : start + size]
+            part = self._credit_of_rows(inputs, output, rows)
+            credit.scores[rows] = part.scores
+            credit.scored[rows] = part.scored
+            credit.weights[rows] = part.weights
         return credit
 
-    def _part(self, inputs: list[dict[str, Any]], output: dict[str, Any], rows: list[int]) -> Credit:
-        """Credit of some sequences: one forward pass without gradient, heard by the recorders of the rule."""
+    def _credit_of_rows(self, inputs: list[dict[str, Any]], output: dict[str, Any], rows: list[int]) -> Credit:
+        """Compute the credit of some sequences from one forward pass without gradient, which the rule records."""
+        # Numbers over all processes: they tell groups apart and seed the rules that draw.
         first = self.accelerator.process_index * len(inputs)
         numbers = [first + row for row in rows]
         responses = read_responses(
-            _tensors(output, rows), [inputs[row]["prompt"] for row in rows], self._tokenizer,
-            find_answer=self.find_answer, groups=torch.tensor([number // self.num_generations for number in numbers]),
-            rewards=self._verdicts[rows], end_ids=self.eos_token_ids,
-        )  # fmt: skip
+            _select_tensors(output, rows),
+            [inputs[row]["prompt"] for row in rows],
+            self._tokenizer,
+            find_answer=self.find_answer,
+            groups=torch.tensor([number // self.num_generations for number in numbers]),
+            rewards=self._rewards[rows],
+            end_ids=self.eos_token_ids,
+        )
         responses = to_device(responses, output["completion_ids"].device)
-        seed, step = self.args.seed, self.state.global_step
-        random = [generator(seed, "credit", step, number) for number in numbers]
-        ids, mask = responses.input_ids, responses.attention_mask
+        random = [generator(self.args.seed, "credit", self.state.global_step, number) for number in numbers]
+
+        ids = responses.input_ids
+        mask = responses.attention_mask
         with torch.no_grad(), evaluating(self._policy), ExitStack() as stack:
-            heard = {name: stack.enter_context(self._recorder(need)) for name, need in self.credit_rule.needs.items()}
+            recorders = {}
+            for name, need in self.credit_rule.needs.items():
+                recorders[name] = stack.enter_context(self._recorder(need))
             scores = self._token_scores(responses)
-            attention = {name: recorder.rows(mask, ids) for name, recorder in heard.items()}
+            attention = {name: recorder.rows(mask, ids) for name, recorder in recorders.items()}
         return token_credit(responses, scores, self.credit, rows=attention, random=random)
 
     @property
     def _policy(self) -> Any:
-        """The model without distributed wrappers."""
+        """Return the model without distributed wrappers."""
         return self.model
 
     def _recorder(self, need: AttentionNeed) -> AttentionRecorder:
-        credit = self.credit
+        """Return a recorder of the attention that a rule needs, by default that of the credit settings."""
         return AttentionRecorder(
             self._policy,
-            layers=credit.layers if need.layers is None else need.layers,
-            heads=credit.heads if need.heads is None else need.heads,
+            layers=self.credit.layers if need.layers is None else need.layers,
+            heads=self.credit.heads if need.heads is None else need.heads,
         )
 
     def _token_scores(self, responses: Responses) -> TokenScores:
-        """Log-probabilities and entropies as TRL computes them in its loss, at its temperature."""
+        """Compute log-probabilities and entropies as TRL does in its loss, at its temperature."""
         logprobs, entropy, _ = self._get_per_token_logps_and_entropies(
-            self._policy, responses.input_ids, responses.attention_mask.long(), responses.response_length,
+            self._policy,
+            responses.input_ids,
+            responses.attention_mask.long(),
+            responses.response_length,
             compute_entropy=True,
-        )  # fmt: skip
-        return TokenScores(
-            logprobs=_masked(logprobs, responses.response_mask), entropy=_masked(entropy, responses.response_mask)
         )
+        mask = responses.response_mask
+        return TokenScores(logprobs=_zero_outside(logprobs, mask), entropy=_zero_outside(entropy, mask))
 
 
 def flow_grpo_trainer(base: type | None = None) -> type[TokenCredit]:
-    """TRL's ``GRPOTrainer`` with token credit; see :class:`TokenCredit` for the two arguments it adds.
+    """Return TRL's ``GRPOTrainer`` with token credit; :class:`TokenCredit` describes the two added arguments.
 
-    Weights act on what TRL made of the rewards, so its advantages, losses (all loss types), vLLM rollouts and metrics
-    stay what they are; with weights of 1 a run is TRL's to the last bit. It costs one forward pass more for each
-    rollout, because TRL skips the old-policy pass where it can. Not supported, and refused: tools and environments,
-    images, DeepSpeed and FSDP. vLLM and Liger kernels were not tried.
+    Weights act on TRL's advantages. Its rewards, losses (all loss types), vLLM rollouts and metrics stay as they are;
+    with weights of 1 a run is bit-identical to TRL's. Tools and environments, images, DeepSpeed and FSDP are not
+    supported and refused. vLLM and Liger kernels were not tried.
 
     Args:
-        base: a subclass of ``trl.GRPOTrainer`` of your own; None: TRL's.
+        base: a subclass of ``trl.GRPOTrainer``; None: TRL's own class.
 
     Raises:
         MissingExtraError: TRL is not installed, or too old.
-        ConfigError: ``base`` is no GRPO trainer.
+        ConfigError: ``base`` is not a subclass of GRPOTrainer.
+
+    Cost: one more forward pass for each rollout, because TRL skips the old-policy pass where it can.
 
     Example:
         trainer = flow_grpo_trainer()(
@@ -160,8 +200,9 @@ def flow_grpo_trainer(base: type | None = None) -> type[TokenCredit]:
             peft_config=lora, credit=CreditConfig(rule="flow", strength=1.5),
         )
     """
-    grpo = _grpo()
-    base = grpo if base is None else base
+    grpo = _grpo_trainer()
+    if base is None:
+        base = grpo
     if not (isinstance(base, type) and issubclass(base, grpo)):
         raise ConfigError(f"base: must be a subclass of trl.GRPOTrainer, got {base!r}; leave it out for TRL's own")
     return _with_credit(base)
@@ -169,10 +210,12 @@ def flow_grpo_trainer(base: type | None = None) -> type[TokenCredit]:
 
 @cache
 def _with_credit(base: type) -> type[TokenCredit]:
+    """Create the class once for each base, so that equal calls give the same class."""
     return type(f"Flow{base.__name__}", (TokenCredit, base), {"__doc__": TokenCredit.__doc__})
 
 
-def _grpo() -> type:
+def _grpo_trainer() -> type:
+    """Return TRL's trainer class, if a supported TRL is installed."""
     from packaging.version import Version
 
     try:
@@ -181,37 +224,42 @@ def _grpo() -> type:
         raise MissingExtraError(
             "trl: must be installed for this trainer, got no such package; pip install trl"
         ) from error
-    if Version(trl.__version__) < Version(OLDEST):
-        raise MissingExtraError(f"trl: must be {OLDEST} or newer, got {trl.__version__}; pip install -U trl")
+    if Version(trl.__version__) < Version(MIN_TRL_VERSION):
+        raise MissingExtraError(f"trl: must be {MIN_TRL_VERSION} or newer, got {trl.__version__}; pip install -U trl")
     return trl.GRPOTrainer
 
 
-def _refuse(trainer: Any) -> None:
-    """What would put credit on wrong tokens, or was never tried."""
-    reasons = {
-        "tools": (bool(trainer.tools), "no tools or environments, whose tokens the policy did not choose"),
-        "processing_class": (trainer._is_vlm, "a tokenizer: credit does not know where images stand"),
-        "args": (
-            trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
-            "a launch without DeepSpeed and FSDP: attention is read off the model's own layers",
-        ),
-    }
-    for name, (wrong, rule) in reasons.items():
-        if wrong:
-            raise ConfigError(f"{name}: must be {rule}, got some; use trl.GRPOTrainer without credit, or rl.PPOTrainer")
+def _check_supported(trainer: Any) -> None:
+    """Refuse settings under which credit would fall on wrong tokens, or which were not tried."""
+    if trainer.tools:
+        raise _unsupported("tools", "no tools or environments, whose tokens the policy did not choose")
+    if trainer._is_vlm:
+        raise _unsupported("processing_class", "a tokenizer: the positions of images are unknown to credit")
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise _unsupported("args", "a launch without DeepSpeed and FSDP: attention is read off the model's own layers")
 
 
-def _tensors(output: dict[str, Any], rows: list[int]) -> dict[str, Tensor]:
-    """The rollout under the names that :func:`rl.integrations.tensors.read_responses` knows."""
-    mask = output["completion_mask"]
-    chosen = mask * output["tool_mask"] if "tool_mask" in output else mask
+def _unsupported(name: str, rule: str) -> ConfigError:
+    """Return the error of a setting that credit does not support."""
+    return ConfigError(f"{name}: must be {rule}, got some; use trl.GRPOTrainer without credit, or rl.PPOTrainer")
+
+
+def _select_tensors(output: dict[str, Any], rows: list[int]) -> dict[str, Tensor]:
+    """Return some sequences of TRL's rollout under the names of :func:`rl.integrations.tensors.read_responses`."""
+    completion_mask = output["completion_mask"]
+    attention_mask = torch.cat([output["prompt_mask"], completion_mask], 1)
+    # The policy did not choose the tokens that the tool mask excludes.
+    response_mask = completion_mask
+    if "tool_mask" in output:
+        response_mask = completion_mask * output["tool_mask"]
     return {
         "prompts": output["prompt_ids"][rows],
         "responses": output["completion_ids"][rows],
-        "attention_mask": torch.cat([output["prompt_mask"], mask], 1)[rows],
-        "response_mask": chosen[rows],
+        "attention_mask": attention_mask[rows],
+        "response_mask": response_mask[rows],
     }
 
 
-def _masked(values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> Tensor:
+def _zero_outside(values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> Tensor:
+    """Set padding to 0: its values are arbitrary."""
     return values.float().masked_fill(~mask, 0.0)

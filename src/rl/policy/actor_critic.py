@@ -97,7 +97,8 @@ class ActorCritic(nn.Module):
 
         # The adapters' weights are a function of the seed; the caller's generator keeps its state.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # torch.manual_seed would also reseed the caller's CUDA generators.
+            torch.default_generator.manual_seed(seed)
             self.peft, self.policy_name, self.reference_name = _with_adapters(model, lora)
             if critic:
                 self.peft.add_adapter(VALUE, _peft_config(lora, self.causal_lm))

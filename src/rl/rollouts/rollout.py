@@ -1,4 +1,4 @@
-"""From problems to responses with their regions and rewards: the one place where text and token positions meet."""
+"""From problems to responses with their regions and rewards; text meets token positions here and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flowgraph import EncodedText, FlowgraphError, NoAnswerError, encode, find_question, find_regions
 from rl.errors import PolicyError, RewardError, TaskError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHOWN_PROBLEMS = 5
+"""Problems that a message lists by number."""
 
 
 class PromptEncoder:
@@ -30,10 +32,14 @@ class PromptEncoder:
         tokenizer: of the model.
         model: its context length is read.
         max_prompt_tokens: longer prompts are refused.
-        max_response_tokens: room that must be left for the response.
+        max_response_tokens: tokens of the context that must be left for the response.
+
+    Attributes:
+        tokenizer: of the model.
+        ending: the tokens that end a response.
 
     Raises:
-        PolicyError: the context has no room for a response.
+        PolicyError: the context is too short for a prompt and a response.
     """
 
     def __init__(
@@ -43,14 +49,17 @@ class PromptEncoder:
         max_prompt_tokens: int,
         max_response_tokens: int,
     ) -> None:
-        self.tokenizer, self.ending = tokenizer, Ending.of(model, tokenizer)
-        self._vocabulary = vocabulary_size(model)
-        config = model.config.get_text_config(decoder=True)
-        context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        self._limit, self._rule = max_prompt_tokens, f"max_prompt_tokens={max_prompt_tokens}"
+        self.tokenizer = tokenizer
+        self.ending = Ending.of(model, tokenizer)
+        self._vocabulary_size = vocabulary_size(model)
+
+        # The limit is the smaller of the budget and what the context leaves; messages name the one that applies.
+        self._limit = max_prompt_tokens
+        self._limit_origin = f"max_prompt_tokens={max_prompt_tokens}"
+        context = _context_length(model)
         if context is not None and context - max_response_tokens < max_prompt_tokens:
             self._limit = context - max_response_tokens
-            self._rule = f"the model's context of {context} minus max_response_tokens={max_response_tokens}"
+            self._limit_origin = f"the model's context of {context} minus max_response_tokens={max_response_tokens}"
         if self._limit < 1:
             raise PolicyError(
                 f"max_response_tokens: must leave room for a prompt, got {max_response_tokens} with a context of "
@@ -58,50 +67,65 @@ class PromptEncoder:
             )
 
     def ids(self, sample: Sample) -> list[int]:
-        """Token ids of a problem's prompt.
+        """Encode the prompt of a problem.
 
         Raises:
-            PolicyError: it is longer than allowed, or holds a token that the model does not know.
+            PolicyError: the prompt is too long, or holds a token without an embedding in the model.
         """
         ids = self._encoded(sample)
         if len(ids) > self._limit:
             raise PolicyError(
-                f"prompt: sample {sample.index} must have at most {self._limit} tokens ({self._rule}), got "
+                f"prompt: sample {sample.index} must have at most {self._limit} tokens ({self._limit_origin}), got "
                 f"{len(ids)}; raise the limit, or leave the problem out"
             )
-        if max(ids) >= self._vocabulary:
+        # An id beyond the embeddings would fail inside the model, on a GPU without a readable message.
+        if max(ids) >= self._vocabulary_size:
             raise PolicyError(
                 f"tokenizer: must be that of the model, got id {max(ids)} in sample {sample.index}, and the model has "
-                f"{self._vocabulary} embeddings; load both from one folder, or call model.resize_token_embeddings"
+                f"{self._vocabulary_size} embeddings; load both from one folder, or call model.resize_token_embeddings"
             )
         return ids
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Refuse problems that would stop a run when their turn comes.
+        """Refuse problems whose prompts are too long, before a run reaches them.
 
         Raises:
-            PolicyError: prompts that are too long: how many, and which.
+            PolicyError: the message has the number of such prompts and lists the first.
         """
         lengths = {sample.index: len(self._encoded(sample)) for sample in samples}
-        over = [index for index, length in lengths.items() if length > self._limit]
-        if over:
-            shown = ", ".join(map(str, over[:_SHOWN_PROBLEMS])) + (", ..." if len(over) > _SHOWN_PROBLEMS else "")
+        too_long = [index for index, length in lengths.items() if length > self._limit]
+        if too_long:
+            shown = ", ".join(str(index) for index in too_long[:_SHOWN_PROBLEMS])
+            if len(too_long) > _SHOWN_PROBLEMS:
+                shown += ", ..."
             raise PolicyError(
-                f"prompt: every problem must have at most {self._limit} tokens ({self._rule}), got {len(over)} of "
-                f"{len(lengths)} that are longer, up to {max(lengths.values())} (numbers {shown}); raise the limit, or "
-                "leave them out"
+                f"prompt: every problem must have at most {self._limit} tokens ({self._limit_origin}), got "
+                f"{len(too_long)} of {len(lengths)} that are longer, up to {max(lengths.values())} (numbers {shown}); "
+                "raise the limit, or leave them out"
             )
 
     def _encoded(self, sample: Sample) -> list[int]:
+        """Encode a prompt as it is in front of a response, which some tokenizers encode differently."""
         encoded = encode(self.tokenizer, sample.prompt, [self.ending.end_ids[0]])
         return encoded.input_ids[: encoded.prompt_length].tolist()
 
 
+def _context_length(model: PreTrainedModel) -> int | None:
+    """Read the model's longest sequence under either of its names; None where it has no limit."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
 def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]:
-    """Problems of a task by number.
+    """Draw problems of a task by number.
+
+    Args:
+        task: see :class:`rl.tasks.base.Task`.
+        split: ``"train"`` or ``"eval"``.
+        indices: numbers of the problems.
 
     Raises:
-        TaskError: the task raised, or returned something that is not the problem asked for.
+        TaskError: the task raised, or returned something else than the problem of that number.
     """
     samples = []
     for index in indices:
@@ -109,12 +133,14 @@ def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]
             sample = task.sample(split, index)
         except FlowgraphError:
             raise
-        except Exception as error:  # a task is someone's code: name the problem on which it fails
+        except Exception as error:
+            # A task is user code and may raise anything; the message names the problem.
             raise TaskError(
                 f"task: must have a problem for every number, got {type(error).__name__}: {error} for number {index} "
-                f"of {split!r}; mend the task"
+                f"of {split!r}; correct the task"
             ) from error
-        if not isinstance(sample, Sample) or sample.index != index:  # responses are grouped by this number
+        # Responses are grouped by this number.
+        if not isinstance(sample, Sample) or sample.index != index:
             got = f"number {sample.index}" if isinstance(sample, Sample) else f"a {type(sample).__name__}"
             raise TaskError(
                 f"task: must return a Sample with the number asked for, got {got} for number {index} of {split!r}; "
@@ -136,44 +162,72 @@ def sample_responses(
     step: int,
     batch_size: int | None = None,
 ) -> Generated:
-    """``group_size`` responses to each problem, those of one problem side by side.
+    """Sample ``group_size`` responses to each problem; those of one problem are adjacent.
 
     The noise of response k to problem i of a step is a function of (seed, step, i, k) alone.
+
+    Args:
+        model: a causal LM.
+        encoder: of the prompts.
+        samples: the problems.
+        group_size: responses to each problem.
+        max_response_tokens: responses are cut off there.
+        temperature: positive.
+        seed: of the noise.
+        step: part of that seed.
+        batch_size: responses at a time; None: all at once.
+
+    Raises:
+        PolicyError: a prompt that the encoder refuses.
     """
-    prompts = [ids for sample in samples for ids in [encoder.ids(sample)] * group_size]
-    noise = [generator(seed, "sampling", step, sample.index, copy) for sample in samples for copy in range(group_size)]
+    prompts: list[list[int]] = []
+    noise: list[torch.Generator] = []
+    for sample in samples:
+        ids = encoder.ids(sample)
+        for copy in range(group_size):
+            prompts.append(ids)
+            noise.append(generator(seed, "sampling", step, sample.index, copy))
+
+    # Noise belongs to the sequence, so the size of a part changes no response.
     size = batch_size or len(prompts)
-    parts = [
-        generate(
-            model, prompts[start : start + size], noise[start : start + size], ending=encoder.ending,
-            max_new_tokens=max_response_tokens, temperature=temperature,
+    parts = []
+    for start in range(0, len(prompts), size):
+        part = generate(
+            model,
+            prompts[start : start + size],
+            noise[start : start + size],
+            ending=encoder.ending,
+            max_new_tokens=max_response_tokens,
+            temperature=temperature,
         )
-        for start in range(0, len(prompts), size)
-    ]  # fmt: skip
+        parts.append(part)
     return join(parts, encoder.ending.pad_id)
 
 
 def join(parts: Sequence[Generated], pad_id: int) -> Generated:
-    """Batches of different widths as one."""
+    """Join batches of different widths: prompts are padded on the left, responses on the right."""
     if len(parts) == 1:
         return parts[0]
-    prompt = max(part.prompt_length for part in parts)
-    response = max(part.response_mask.shape[1] for part in parts)
+    prompt_length = max(part.prompt_length for part in parts)
+    response_length = max(part.response_mask.shape[1] for part in parts)
 
-    def widen(part: Generated, tensor: Tensor, fill: Any) -> Tensor:
-        sides = (prompt - part.prompt_length, response - part.response_mask.shape[1])
-        return torch.nn.functional.pad(tensor, sides, value=fill)
-
+    input_ids: list[Tensor] = []
+    attention_masks: list[Tensor] = []
+    response_masks: list[Tensor] = []
+    for part in parts:
+        # Prompts end at one column, and responses start at the next, in every part.
+        left = prompt_length - part.prompt_length
+        right = response_length - part.response_mask.shape[1]
+        input_ids.append(pad(part.input_ids, (left, right), value=pad_id))
+        attention_masks.append(pad(part.attention_mask, (left, right), value=False))
+        response_masks.append(pad(part.response_mask, (0, right), value=False))
     return Generated(
-        torch.cat([widen(part, part.input_ids, pad_id) for part in parts]),
-        torch.cat([widen(part, part.attention_mask, False) for part in parts]),
-        prompt,
-        torch.cat([
-            torch.nn.functional.pad(part.response_mask, (0, response - part.response_mask.shape[1]), value=False)
-            for part in parts
-        ]),
-        torch.cat([part.truncated for part in parts]),
-    )  # fmt: skip
+        input_ids=torch.cat(input_ids),
+        attention_mask=torch.cat(attention_masks),
+        prompt_length=prompt_length,
+        response_mask=torch.cat(response_masks),
+        truncated=torch.cat([part.truncated for part in parts]),
+    )
 
 
 def judge(
@@ -182,83 +236,97 @@ def judge(
     samples: Sequence[Sample],
     generated: Generated,
 ) -> Responses:
-    """Read the responses as text, find question and answer among their tokens, and ask the task for its verdict.
+    """Read the responses as text, find question and answer among their tokens, and let the task reward them.
 
     Args:
         task: see :class:`rl.tasks.base.Task`.
         tokenizer: of the model.
-        samples: one for each sequence; the responses to one problem side by side.
-        generated: what the policy wrote.
+        samples: one for each sequence; the responses to one problem are adjacent.
+        generated: the responses of the policy.
 
     Raises:
-        RewardError: the task raised, or returned something that is no finite number or no span of the text.
+        RewardError: the task raised, or returned a reward that is not a finite number or a span outside the text.
+
+    Cost: one encoding and one decoding of each sequence.
     """
-    P, shape = generated.prompt_length, generated.input_ids.shape
-    question, answer = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    prompt_length = generated.prompt_length
+    question = torch.zeros(generated.input_ids.shape, dtype=torch.bool)
+    answer = torch.zeros(generated.input_ids.shape, dtype=torch.bool)
     oracle = torch.zeros_like(generated.response_mask)
-    knows = False
-    completions = []
+    has_oracle = False
+    completions: list[str] = []
+
     for row, sample in enumerate(samples):
-        ids = generated.input_ids[row, P:][generated.response_mask[row]].tolist()
+        # Each token gets the characters that it stands for in the text of prompt and response.
+        ids = generated.input_ids[row, prompt_length:][generated.response_mask[row]].tolist()
         encoded = encode(tokenizer, sample.prompt, ids)
-        start = P - encoded.prompt_length
-        text = encoded.response_text
-        completions.append(text)
-        found = _call(task.find_answer, sample, text, text)
-        asked, answered = _regions(encoded, None if found is None else _span("find_answer", found, sample, text))
-        question[row, start : start + len(asked)] = asked
-        answer[row, start : start + len(answered)] = answered
-        decisive = _call(task.oracle, sample, text, sample, text)
+        completion = encoded.response_text
+        completions.append(completion)
+
+        # Question and answer: spans of the text, then masks over the columns behind the left padding.
+        found = _call(task.find_answer, sample, completion, completion)
+        span = None if found is None else _checked_span("find_answer", found, sample, completion)
+        question_tokens, answer_tokens = _regions(encoded, span)
+        first = prompt_length - encoded.prompt_length
+        columns = slice(first, first + encoded.num_tokens)
+        question[row, columns] = question_tokens
+        answer[row, columns] = answer_tokens
+
+        # Decisive tokens, where the task marks them.
+        decisive = _call(task.oracle, sample, completion, sample, completion)
         if decisive is not None:
-            knows = True
-            spans = [_span("oracle", span, sample, text) for span in _listed(decisive, sample)]
+            has_oracle = True
+            spans = [_checked_span("oracle", span, sample, completion) for span in _checked_list(decisive, sample)]
             oracle[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
-    rewards = checked_rewards(
-        lambda chosen, texts: [task.reward(sample, text) for sample, text in zip(chosen, texts, strict=True)],
-        samples, completions, name=f"task {task.name!r}",
-    )  # fmt: skip
-    groups = torch.tensor([sample.index for sample in samples], dtype=torch.int64)
+
+    # Rewards come last: the check of their number and range needs all completions.
+    def reward_all(chosen: list[Sample], texts: list[str]) -> list[float]:
+        return [task.reward(sample, text) for sample, text in zip(chosen, texts, strict=True)]
+
     return Responses(
         samples=tuple(samples),
         completions=tuple(completions),
         input_ids=generated.input_ids,
         attention_mask=generated.attention_mask,
-        prompt_length=P,
+        prompt_length=prompt_length,
         response_mask=generated.response_mask,
         truncated=generated.truncated,
-        groups=groups,
-        rewards=rewards,
+        groups=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        rewards=checked_rewards(reward_all, samples, completions, name=f"task {task.name!r}"),
         question=question,
         answer=answer,
-        oracle=oracle if knows else None,
+        oracle=oracle if has_oracle else None,
     )
 
 
 def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
-    """Question and answer as token masks; an answer without a visible character is none."""
-    nothing = torch.zeros(encoded.num_tokens, dtype=torch.bool)
+    """Find question and answer as token masks; the answer is empty without a span with a visible character."""
+    no_answer = torch.zeros(encoded.num_tokens, dtype=torch.bool)
     if span is None or span[0] == span[1]:
-        return find_question(encoded), nothing
+        return find_question(encoded), no_answer
+    # A span without a visible character is not an answer.
     try:
         regions = find_regions(encoded, answer=span)
     except NoAnswerError:
-        return find_question(encoded), nothing
+        return find_question(encoded), no_answer
     return regions.question, regions.answer
 
 
-def _span(method: str, span: Any, sample: Sample, text: str) -> CharSpan:
-    """What a task says of a place in the text, believed only where the text has such a place."""
-    pair: tuple[Any, ...] = tuple(span) if isinstance(span, list | tuple) else ()
-    whole = len(pair) == 2 and all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
-    if not whole or not 0 <= pair[0] <= pair[1] <= len(text):
+def _checked_span(method: str, span: Any, sample: Sample, text: str) -> CharSpan:
+    """Check a span that a task returned: two integers in order, within the text."""
+    is_pair = isinstance(span, list | tuple) and len(span) == 2
+    # bool is a subclass of int, and is not a position.
+    is_span = is_pair and all(isinstance(end, int) and not isinstance(end, bool) for end in span)
+    if not is_span or not 0 <= span[0] <= span[1] <= len(text):
         raise RewardError(
             f"task: {method} must return spans (start, end) within the completion of {len(text)} characters, got "
             f"{span!r} for sample {sample.index} and {text[:80]!r}; count characters of the completion, end excluded"
         )
-    return pair[0], pair[1]
+    return span[0], span[1]
 
 
-def _listed(spans: Any, sample: Sample) -> list[Any]:
+def _checked_list(spans: Any, sample: Sample) -> list[Any]:
+    """Check that a task returned a list or a tuple of spans."""
     if not isinstance(spans, list | tuple):
         raise RewardError(
             f"task: oracle must return a list of spans or None, got {type(spans).__name__} for sample {sample.index}; "
@@ -268,20 +336,22 @@ def _listed(spans: Any, sample: Sample) -> list[Any]:
 
 
 def _covered(encoded: EncodedText, spans: Sequence[CharSpan]) -> Bool[Tensor, " tokens"]:
-    """Tokens with a character in any of the spans of the response."""
+    """Mark the tokens with a character in any of the spans of the response."""
     mask = torch.zeros(encoded.num_tokens, dtype=torch.bool)
-    for index, (start, end) in enumerate(encoded.spans):
-        low, high = start - encoded.response_start, end - encoded.response_start
-        mask[index] = any(low < stop and begin < high for begin, stop in spans)
+    for index, (token_start, token_end) in enumerate(encoded.spans):
+        # Spans of the task count from the first character of the response.
+        start = token_start - encoded.response_start
+        end = token_end - encoded.response_start
+        mask[index] = any(start < span_end and span_start < end for span_start, span_end in spans)
     return mask
 
 
 def _call(method: Callable[..., Any], sample: Sample, completion: str, *arguments: Any) -> Any:
-    """A task is someone's code: name the problem on which it fails."""
+    """Call a method of a task, which is user code and may raise anything; the error names the problem."""
     try:
         return method(*arguments)
     except Exception as error:
         raise RewardError(
             f"task: {getattr(method, '__qualname__', method)} must serve every completion, got "
-            f"{type(error).__name__}: {error} for sample {sample.index} and {completion[:80]!r}; mend the task"
+            f"{type(error).__name__}: {error} for sample {sample.index} and {completion[:80]!r}; correct the task"
         ) from error

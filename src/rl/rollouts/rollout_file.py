@@ -1,19 +1,18 @@
-"""The rollout file: an experience with its readable tokens in one safetensors file, checked as it is read.
+"""The rollout file: an experience with its readable tokens in one safetensors file, checked when it is read.
 
-A run keeps some for the token-credit report, and a checkpoint inside a step holds one as its rollout buffer. Nothing is
-ever unpickled.
+A run keeps some rollouts for the token-credit report, and a checkpoint inside a step holds one as its rollout buffer.
+Files are never unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -24,29 +23,73 @@ from rl.records import Credit, Experience, Responses, Sample, TokenScores
 PathLike = str | os.PathLike[str]
 Tokens = Sequence[Sequence[str]]
 
-FORMAT, FORMAT_VERSION = "flowgraph-rollout", 1
+FORMAT = "flowgraph-rollout"
+FORMAT_VERSION = 1
 _UTF8_LENGTH = 4
-"""A character has at most four bytes, so at most four tokens share one."""
-_TENSORS = {
-    "responses": (
-        {"input_ids": "iBT", "attention_mask": "bBT", "response_mask": "bBR", "truncated": "bB", "groups": "iB"}
-        | {"rewards": "fB", "question": "bBT", "answer": "bBT", "oracle": "bBR"}
-    ),
-    "scores": dict.fromkeys(("logprobs", "entropy", "ref_logprobs", "values"), "fBR") | {"final_values": "fB"},
-    "credit": {"scores": "fBR", "scored": "bBR", "weights": "fBR"},
-    "": {"advantages": "fBR", "returns": "fBR", "loss_mask": "bBR", "policy_weights": "fBR", "ratio": "fBR"},
-}
-"""Tensors of the file by their record: kind (float, bool, int64) and dimensions (batch, all tokens, response)."""
-_OPTIONAL = {"responses.oracle", "scores.ref_logprobs", "scores.values", "scores.final_values", "returns", "ratio"}
+"""Bytes of the longest character, and so the most tokens that share one."""
+_REPLACEMENT = "\ufffd"
+"""A decoder writes this character for bytes that are not a complete character."""
+
+
+@dataclass(frozen=True)
+class _TensorField:
+    """A tensor of the file.
+
+    Attributes:
+        record: the part of the experience that holds it; empty for the experience itself.
+        name: its field in that record.
+        kind: ``"float"``, ``"bool"`` or ``"int64"``.
+        dimensions: of B responses, R response columns and T columns in all.
+        optional: whether the record may hold None instead.
+    """
+
+    record: str
+    name: str
+    kind: str
+    dimensions: str
+    optional: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name of the tensor in the file."""
+        if self.record:
+            return f"{self.record}.{self.name}"
+        return self.name
+
+
+_RATIO = _TensorField("", "ratio", "float", "BR", optional=True)
+_EXPERIENCE_FIELDS = (
+    _TensorField("responses", "input_ids", "int64", "BT"),
+    _TensorField("responses", "attention_mask", "bool", "BT"),
+    _TensorField("responses", "response_mask", "bool", "BR"),
+    _TensorField("responses", "truncated", "bool", "B"),
+    _TensorField("responses", "groups", "int64", "B"),
+    _TensorField("responses", "rewards", "float", "B"),
+    _TensorField("responses", "question", "bool", "BT"),
+    _TensorField("responses", "answer", "bool", "BT"),
+    _TensorField("responses", "oracle", "bool", "BR", optional=True),
+    _TensorField("scores", "logprobs", "float", "BR"),
+    _TensorField("scores", "entropy", "float", "BR"),
+    _TensorField("scores", "ref_logprobs", "float", "BR", optional=True),
+    _TensorField("scores", "values", "float", "BR", optional=True),
+    _TensorField("scores", "final_values", "float", "B", optional=True),
+    _TensorField("credit", "scores", "float", "BR"),
+    _TensorField("credit", "scored", "bool", "BR"),
+    _TensorField("credit", "weights", "float", "BR"),
+    _TensorField("", "advantages", "float", "BR"),
+    _TensorField("", "returns", "float", "BR", optional=True),
+    _TensorField("", "loss_mask", "bool", "BR"),
+    _TensorField("", "policy_weights", "float", "BR"),
+)
 
 
 class Rollout(NamedTuple):
-    """What :func:`load_rollout` gives back.
+    """A rollout that was read by :func:`load_rollout`.
 
     Attributes:
         experience: the rollout.
         tokens: B lists of R readable token strings.
-        info: what the writer said of it, for example ``title``, ``subtitle`` and ``settings``.
+        info: JSON values of the writer, for example ``title``, ``subtitle`` and ``settings``.
         ratio: ``[B, R]`` new over old probability, or None.
     """
 
@@ -57,13 +100,21 @@ class Rollout(NamedTuple):
 
 
 def token_texts(tokenizer: Any, input_ids: Int64[Tensor, "batch tokens"]) -> list[list[str]]:
-    """The readable text of every token; pass the response columns, ``input_ids[:, prompt_length:]``.
+    """Read the text of every token; pass the response columns, ``input_ids[:, prompt_length:]``.
 
-    A token's text is what it adds to the decoded text after its predecessor. Tokens that share one character (an
-    emoji split into bytes) leave it to the first of them and are empty; what has no text gets its vocabulary name.
+    A token's text is what it adds to the decoded text after its predecessor. If several tokens share one character (an
+    emoji split into bytes), the first of them has it and the others are empty. A token without text gets its vocabulary
+    name.
+
+    Args:
+        tokenizer: of the model.
+        input_ids: ``[B, T]`` token ids.
+
+    Returns:
+        B lists of T strings.
 
     Raises:
-        InvalidInputError: no table of token ids.
+        InvalidInputError: ``input_ids`` is not a table of token ids.
 
     Cost: about two decodings for each distinct pair of neighbours.
     """
@@ -72,29 +123,68 @@ def token_texts(tokenizer: Any, input_ids: Int64[Tensor, "batch tokens"]) -> lis
             f"input_ids: must be a [batch, tokens] tensor of token ids, got {tuple(input_ids.shape)} "
             f"{input_ids.dtype}; pass responses.input_ids[:, responses.prompt_length:]"
         )
-    known: dict[tuple[int, ...], str] = {}
+    decoder = _TokenDecoder(tokenizer)
+    return [decoder.texts(row) for row in input_ids.tolist()]
 
-    def decode(*ids: int) -> str:
-        if ids not in known:
-            known[ids] = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return known[ids]
 
-    def pieces(ids: list[int]) -> Iterator[str]:
-        at, before = 0, []  # before: the tokens of the preceding character, without which a decoder may strip a space
-        while at < len(ids):
-            for end in range(at + 1, min(at + _UTF8_LENGTH, len(ids)) + 1):
-                head, whole = decode(*before) if before else "", decode(*before, *ids[at:end])
-                text = whole.removeprefix(head) if whole.startswith(head) else decode(*ids[at:end])
-                if "\ufffd" not in text:
-                    break
-            before = ids[at:end]
-            if not text or "\ufffd" in text:
-                text, end, before = str(tokenizer.convert_ids_to_tokens(ids[at]) or f"<{ids[at]}>"), at + 1, []
-            yield text
-            yield from [""] * (end - at - 1)
-            at = end
+class _TokenDecoder:
+    """Decodes tokens one by one, with a cache over all rows.
 
-    return [list(pieces(row)) for row in input_ids.tolist()]
+    Attributes:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._cache: dict[tuple[int, ...], str] = {}
+
+    def texts(self, ids: list[int]) -> list[str]:
+        """Read one sequence, character by character."""
+        texts: list[str] = []
+        # The tokens of the character before: without them a decoder may strip a leading space.
+        before: list[int] = []
+        position = 0
+        while position < len(ids):
+            num_tokens, text = self._next_character(before, ids[position : position + _UTF8_LENGTH])
+            before = ids[position : position + num_tokens]
+            if not text or _REPLACEMENT in text:
+                # A special token without text, or bytes that form no character: show the token by itself.
+                num_tokens = 1
+                text = self._vocabulary_name(ids[position])
+                before = []
+            texts.append(text)
+            texts.extend([""] * (num_tokens - 1))
+            position += num_tokens
+        return texts
+
+    def _next_character(self, before: list[int], following: list[int]) -> tuple[int, str]:
+        """Find the fewest following tokens that decode to complete characters, and the text that they add."""
+        num_tokens = 0
+        text = ""
+        for num_tokens in range(1, len(following) + 1):
+            text = self._added_text(before, following[:num_tokens])
+            if _REPLACEMENT not in text:
+                break
+        return num_tokens, text
+
+    def _added_text(self, before: list[int], ids: list[int]) -> str:
+        """Decode tokens behind others, and remove the text of the others."""
+        head = self._decode(before) if before else ""
+        joined = self._decode(before + ids)
+        if joined.startswith(head):
+            return joined.removeprefix(head)
+        return self._decode(ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        """Decode tokens, special ones included."""
+        key = tuple(ids)
+        if key not in self._cache:
+            self._cache[key] = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._cache[key]
+
+    def _vocabulary_name(self, token_id: int) -> str:
+        """Name a token as its vocabulary does, or by its id."""
+        return str(self.tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>")
 
 
 def save_rollout(
@@ -107,91 +197,131 @@ def save_rollout(
 ) -> Path:
     """Write a rollout, its token strings and JSON about it to one safetensors file, atomically.
 
+    Args:
+        path: of the file.
+        experience: the rollout.
+        tokens: B lists of R readable token strings; see :func:`token_texts`.
+        info: JSON values about the rollout.
+        ratio: ``[B, R]`` new over old probability.
+
+    Returns:
+        The path of the file.
+
     Raises:
-        InvalidInputError: info or the metadata of a sample is no JSON.
+        InvalidInputError: info or the metadata of a sample is not JSON.
         OutputError: the path cannot be written.
     """
     from safetensors.torch import save
 
-    responses = experience.responses
-    samples = [{item.name: getattr(sample, item.name) for item in fields(Sample)} for sample in responses.samples]
-    record = {
-        "tokens": [list(row) for row in tokens],
-        "info": dict(info),
-        "prompt_length": responses.prompt_length,
-        "completions": list(responses.completions),
-        "samples": [sample | {"metadata": dict(sample["metadata"])} for sample in samples],
+    metadata = {
+        "format": FORMAT,
+        "version": str(FORMAT_VERSION),
+        "record": _record_text(experience.responses, tokens, info),
     }
-    try:
-        text = json.dumps(record, ensure_ascii=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(
-            f"info, samples: must be JSON values without NaN or infinity, got others ({error}); "
-            "use text, finite numbers, lists and mappings"
-        ) from error
-    found = {}
-    for part, names in _TENSORS.items():
-        for name in names:
-            value = ratio if name == "ratio" else getattr(getattr(experience, part) if part else experience, name)
-            if value is not None:
-                found[_key(part, name)] = value.detach().cpu().clone().contiguous()  # none may share memory
-    content = save(found, {"format": FORMAT, "version": str(FORMAT_VERSION), "record": text})
+    parts: dict[str, Any] = {
+        "responses": experience.responses,
+        "scores": experience.scores,
+        "credit": experience.credit,
+        "": experience,
+    }
+    # The tensors of all records under flat names; a record without an optional tensor leaves its name out.
+    tensors: dict[str, Tensor] = {}
+    for field in _EXPERIENCE_FIELDS:
+        value = getattr(parts[field.record], field.name)
+        if value is not None:
+            tensors[field.key] = _own_copy(value)
+    if ratio is not None:
+        tensors[_RATIO.key] = _own_copy(ratio)
+
+    content = save(tensors, metadata)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
 
 
 def load_rollout(path: PathLike) -> Rollout:
-    """Read what :func:`save_rollout` wrote; the file is checked, never executed.
+    """Read a file of :func:`save_rollout`; its content is checked and never executed.
+
+    Args:
+        path: of the file.
 
     Raises:
         CheckpointError: missing, truncated, foreign, inconsistent, or of another version.
     """
+    # The JSON record first: it gives the number of responses that all tensors must have.
     tensors, record = _read(path)
     try:
         tokens = [[_text(token) for token in row] for row in record["tokens"]]
         completions = tuple(_text(text) for text in record["completions"])
         samples = tuple(Sample(**sample) for sample in record["samples"])
-        prompt_length, info = int(record["prompt_length"]), dict(record["info"])
+        prompt_length = int(record["prompt_length"])
+        info = dict(record["info"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"path: must hold a complete rollout record, got {path} ({error!r}); write it again"
         ) from error
+
     _check_tensors(path, tensors, len(samples), prompt_length)
-    shape = tuple(tensors["responses.response_mask"].shape)
-    if len(completions) != shape[0] or len(tokens) != shape[0] or {len(row) for row in tokens} != {shape[1]}:
+    # Every response must have its text and the text of each of its columns.
+    num_responses, num_columns = tensors["responses.response_mask"].shape
+    right_rows = len(completions) == num_responses and len(tokens) == num_responses
+    if not right_rows or {len(row) for row in tokens} != {num_columns}:
         raise CheckpointError(
-            f"path: must hold text for {shape[0]} responses of {shape[1]} tokens, got another number in {path}; "
-            "write it again"
+            f"path: must hold text for {num_responses} responses of {num_columns} tokens, got another number in "
+            f"{path}; write it again"
         )
-    parts = {part: {name: tensors.get(_key(part, name)) for name in names} for part, names in _TENSORS.items()}
-    ratio = parts[""].pop("ratio")
-    responses: Any = parts["responses"]
-    experience: Any = parts[""]
-    return Rollout(
-        Experience(
-            responses=Responses(samples=samples, completions=completions, prompt_length=prompt_length, **responses),
-            scores=TokenScores(**parts["scores"]),  # type: ignore[arg-type]
-            credit=Credit(**parts["credit"]),  # type: ignore[arg-type]
-            **experience,
-        ),
-        tokens,
-        info,
-        ratio,
+
+    # The tensors of each record by the names of its fields; an optional one that is missing is None.
+    parts: dict[str, dict[str, Any]] = {"responses": {}, "scores": {}, "credit": {}, "": {}}
+    for field in _EXPERIENCE_FIELDS:
+        parts[field.record][field.name] = tensors.get(field.key)
+    responses = Responses(samples=samples, completions=completions, prompt_length=prompt_length, **parts["responses"])
+    experience = Experience(
+        responses=responses,
+        scores=TokenScores(**parts["scores"]),
+        credit=Credit(**parts["credit"]),
+        **parts[""],
     )
+    return Rollout(experience, tokens, info, tensors.get(_RATIO.key))
 
 
-def _key(part: str, name: str) -> str:
-    return f"{part}.{name}" if part else name
+def _record_text(responses: Responses, tokens: Tokens, info: Mapping[str, Any]) -> str:
+    """Write everything of a rollout that is not a tensor as JSON."""
+    samples = []
+    for sample in responses.samples:
+        values = {field.name: getattr(sample, field.name) for field in fields(Sample)}
+        values["metadata"] = dict(sample.metadata)
+        samples.append(values)
+    record = {
+        "tokens": [list(row) for row in tokens],
+        "info": dict(info),
+        "prompt_length": responses.prompt_length,
+        "completions": list(responses.completions),
+        "samples": samples,
+    }
+    try:
+        return json.dumps(record, ensure_ascii=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"info, samples: must be JSON values without NaN or infinity, got others ({error}); "
+            "use text, finite numbers, lists and mappings"
+        ) from error
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU: safetensors writes no two tensors that share memory."""
+    return tensor.detach().cpu().clone().contiguous()
 
 
 def _text(value: Any) -> str:
+    """Return a JSON value that must be text."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not text")
     return value
 
 
 def _read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the JSON record, and check the format and its version."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -203,41 +333,46 @@ def _read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"version {metadata.get('version')!r} in {path}; give a file written by save_rollout"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        record = json.loads(metadata["record"])
-        if not isinstance(record, dict):
-            raise ValueError("the record is no mapping")
     except FileNotFoundError:
         raise CheckpointError(f"path: must be an existing rollout file, got {path}; check the name") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"path: must be a complete safetensors file, got {path} ({error}); it is truncated, or no rollout"
+            f"path: must be a complete safetensors file, got {path} ({error}); it is truncated, or not a rollout"
         ) from error
+
+    try:
+        record = json.loads(metadata["record"])
+        if not isinstance(record, dict):
+            raise ValueError("the record is not a mapping")
     except (KeyError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"path: must hold a rollout record, got {path} ({error}); write it again") from error
     return tensors, record
 
 
 def _check_tensors(path: PathLike, tensors: Mapping[str, Tensor], batch: int, prompt_length: int) -> None:
+    """Check the kind and the shape of every tensor, so that a damaged file is refused here and not in an update."""
+    # The response mask gives R; all other shapes follow from B, R and the prompt.
     mask = tensors.get("responses.response_mask")
-    width = mask.shape[-1] if mask is not None and mask.ndim else 0
-    sizes = {"B": batch, "R": width, "T": prompt_length + width}
-    for part, names in _TENSORS.items():
-        for name, (kind, *dimensions) in names.items():
-            key = _key(part, name)
-            tensor = tensors.get(key)
-            if tensor is None and key in _OPTIONAL:
-                continue
-            shape = tuple(sizes[dimension] for dimension in dimensions)
-            right = tensor is not None and tuple(tensor.shape) == shape and kind == _kind(tensor)
-            if not right:
-                got = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-                wanted = {"f": "floating point", "b": "bool", "i": "int64"}[kind]
-                raise CheckpointError(
-                    f"path: tensor {key!r} must be {wanted} of shape {shape}, got {got} in {path}; write it again"
-                )
+    num_columns = 0
+    if mask is not None and mask.ndim:
+        num_columns = mask.shape[-1]
+    sizes = {"B": batch, "R": num_columns, "T": prompt_length + num_columns}
+
+    for field in (*_EXPERIENCE_FIELDS, _RATIO):
+        tensor = tensors.get(field.key)
+        if tensor is None and field.optional:
+            continue
+        shape = tuple(sizes[dimension] for dimension in field.dimensions)
+        if tensor is None or tuple(tensor.shape) != shape or _kind(tensor) != field.kind:
+            got = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            expected = "floating point" if field.kind == "float" else field.kind
+            raise CheckpointError(
+                f"path: tensor {field.key!r} must be {expected} of shape {shape}, got {got} in {path}; write it again"
+            )
 
 
 def _kind(tensor: Tensor) -> str:
-    return "f" if tensor.is_floating_point() else {torch.bool: "b", torch.int64: "i"}.get(tensor.dtype, "?")
+    """Name the kind of a tensor; all floating-point types are one kind."""
+    if tensor.is_floating_point():
+        return "float"
+    return str(tensor.dtype).removeprefix("torch.")

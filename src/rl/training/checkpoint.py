@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run is, in files that plain PEFT reads, written whole or not at all.
+"""Checkpoints: the complete state of a run, in files that plain PEFT reads, written atomically.
 
 ::
 
@@ -10,7 +10,7 @@
         rollout-0.safetensors       only inside a step: the rollout buffer of each process
         state.json                  position, settings, and size and hash of every file above
 
-A folder appears under its name when it is complete, and is loaded only if its list of files holds.
+A folder gets its final name when it is complete, and is loaded only if the size and hash of every file match.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,17 +40,20 @@ if TYPE_CHECKING:
 FORMAT = "flowgraph-rl-checkpoint"
 VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})(?:-(\d{3,}))?")
+_STATE_FILE = "state.json"
+_ADAPTER_FILE = "adapter_model.safetensors"
+_VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 @dataclass
 class Position:
-    """How far a run has come, and the little that it carries from step to step.
+    """The progress of a run, and the values that it carries from step to step.
 
     Attributes:
         step: finished steps.
-        updates: optimiser updates made within the step that is under way.
+        updates: optimiser updates made within the step in progress.
         kl_weight: beta, where it adapts.
-        averages: what was logged so far within the step that is under way.
+        averages: metrics so far within the step in progress.
     """
 
     step: int = 0
@@ -60,14 +63,22 @@ class Position:
 
     @property
     def name(self) -> str:
-        return f"checkpoint-{self.step:06d}" + (f"-{self.updates:03d}" if self.updates else "")
+        """The name of the checkpoint's folder."""
+        if self.updates:
+            return f"checkpoint-{self.step:06d}-{self.updates:03d}"
+        return f"checkpoint-{self.step:06d}"
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, the newest first; unfinished ones have other names."""
-    found = [(match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    order = sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)), reverse=True)
-    return [path for _, path in order]
+    """List the checkpoints of a run, the newest first; unfinished ones have other names."""
+    found: list[tuple[int, int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        match = _NAME.fullmatch(path.name)
+        if match is not None:
+            step, updates = match.groups(default="0")
+            found.append((int(step), int(updates), path))
+    found.sort(key=lambda entry: entry[:2], reverse=True)
+    return [path for _, _, path in found]
 
 
 def write_checkpoint(
@@ -79,9 +90,9 @@ def write_checkpoint(
     *,
     keep: int,
     accelerator: Any,
-    write_buffer: Any = None,
+    write_buffer: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a checkpoint beside its final name, then move it there; the oldest beyond ``keep`` go afterwards.
+    """Write a checkpoint under a temporary name, rename it, and delete the oldest beyond ``keep``.
 
     Args:
         folder: of the run.
@@ -93,12 +104,17 @@ def write_checkpoint(
         accelerator: of the run; its first process writes.
         write_buffer: called with a path in every process, for the rollout buffer.
 
+    Returns:
+        The folder of the checkpoint.
+
     Raises:
-        OutputError: the disk is full or the folder cannot be written; checkpoints from before are untouched.
+        OutputError: the disk is full or the folder cannot be written; earlier checkpoints are unchanged.
     """
     target = folder / position.name
     temporary = folder / f".writing-{position.name}"
     try:
+        # The first process makes the folder before any process writes its buffer there, and the buffers are complete
+        # before their hashes are taken.
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -107,7 +123,7 @@ def write_checkpoint(
             write_buffer(temporary / f"rollout-{accelerator.process_index}.safetensors")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _write_all(temporary, position, policy, optimizer, run)
+            _write_files(temporary, position, policy, optimizer, run)
             _replace(temporary, target)
             for old in find_checkpoints(folder)[keep:]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -115,36 +131,44 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(
             f"output: checkpoint {target.name} must fit into {folder}, got: {error.strerror or error}; make room there "
-            "and resume: the checkpoints from before are whole"
+            "and resume: the earlier checkpoints are complete"
         ) from error
     accelerator.wait_for_everyone()
     return target
 
 
-def _write_all(
-    temporary: Path, position: Position, policy: ActorCritic, optimizer: Optimizer, run: Mapping[str, Any]
+def _write_files(
+    folder: Path, position: Position, policy: ActorCritic, optimizer: Optimizer, run: Mapping[str, Any]
 ) -> None:
-    save_adapter(policy, policy.policy_name, temporary / "policy")
+    """Write all files but the rollout buffers, the list of them last."""
+    save_adapter(policy, policy.policy_name, folder / "policy")
     if policy.value_head is not None:
-        save_adapter(policy, VALUE, temporary / "value")
-        _save(temporary / "value" / "value_head.safetensors", dict(policy.value_head.state_dict()))
-    _save(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer, policy))
-    _save(temporary / "random.safetensors", random_tensors())
-    files = {
-        str(path.relative_to(temporary)): _fingerprint(path) for path in sorted(temporary.rglob("*")) if path.is_file()
-    }
+        save_adapter(policy, VALUE, folder / "value")
+        _save_tensors(folder / "value" / _VALUE_HEAD_FILE, dict(policy.value_head.state_dict()))
+    _save_tensors(folder / "optimizer.safetensors", _optimizer_tensors(optimizer, policy))
+    _save_tensors(folder / "random.safetensors", random_tensors())
+
+    fingerprints = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            fingerprints[str(path.relative_to(folder))] = _fingerprint(path)
     state = {
-        "format": FORMAT, "version": VERSION, "position": asdict(position), "run": dict(run), "files": files,
+        "format": FORMAT,
+        "version": VERSION,
+        "position": asdict(position),
+        "run": dict(run),
+        "files": fingerprints,
         "python_random": python_random(),
-    }  # fmt: skip
-    path = temporary / "state.json"
-    path.write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for written in temporary.rglob("*"):
-        _sync(written)
+    }
+    (folder / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    # The content must be on the disk before the folder gets its final name.
+    for path in folder.rglob("*"):
+        _sync(path)
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    """Move the new folder to its name; one of that name is from before a resume and is the same."""
+    """Rename the new folder; an older one of that name was written before a resume and has the same content."""
     if target.exists():
         old = target.with_name(f".old-{target.name}")
         shutil.rmtree(old, ignore_errors=True)
@@ -157,14 +181,19 @@ def _replace(temporary: Path, target: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, after checking that all of its files are there, whole.
+    """Read the state of a checkpoint, after checking the size and hash of all of its files.
+
+    Args:
+        path: folder of the checkpoint.
 
     Raises:
         CheckpointError: not a checkpoint, incomplete, or of another version.
     """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        kind, version, files = state["format"], state["version"], state["files"]
+        state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
+        kind = state["format"]
+        version = state["version"]
+        files = state["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint: must be a complete folder of this package, got {path} ({error!r}); resume from another"
@@ -184,26 +213,35 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; None where there are no checkpoints.
+    """Find the newest complete checkpoint and its state; None where there are no checkpoints.
+
+    Args:
+        folder: of the run.
 
     Raises:
-        CheckpointError: there are some, and none of them can be used: starting anew would overwrite the run.
+        CheckpointError: there are checkpoints, but all are damaged: a new start would overwrite the run.
     """
-    failure: CheckpointError | None = None
+    first_error: CheckpointError | None = None
     for path in find_checkpoints(folder):
         try:
             return path, read_state(path)
         except CheckpointError as error:
-            failure = failure or error
-    if failure is not None:
+            first_error = first_error or error
+    if first_error is not None:
         raise CheckpointError(
-            f"resume: {folder} must hold a checkpoint that is whole, got none, the newest for this reason: {failure}"
-        ) from failure
+            f"resume: {folder} must hold a complete checkpoint, got damaged ones, the newest for this reason: "
+            f"{first_error}; restore its files, or choose another folder"
+        ) from first_error
     return None
 
 
 def check_run(state: Mapping[str, Any], run: Mapping[str, Any], free: set[str]) -> None:
-    """Refuse to go on under other settings than those of the checkpoint.
+    """Refuse to continue under other settings than those of the checkpoint.
+
+    Args:
+        state: of the checkpoint.
+        run: settings of the run that resumes.
+        free: names of settings that may differ.
 
     Raises:
         CheckpointError: the message lists every difference.
@@ -218,7 +256,16 @@ def check_run(state: Mapping[str, Any], run: Mapping[str, Any], free: set[str]) 
 
 
 def load_checkpoint(path: Path, state: Mapping[str, Any], policy: ActorCritic, optimizer: Optimizer) -> Position:
-    """Bring policy, critic, optimiser and global generators to the state of a checkpoint.
+    """Restore policy, critic, optimiser and global generators from a checkpoint.
+
+    Args:
+        path: folder of the checkpoint.
+        state: of :func:`read_state`.
+        policy: not wrapped; changed in place.
+        optimizer: changed in place.
+
+    Returns:
+        The position of the run.
 
     Raises:
         CheckpointError: the adapters or the optimiser's state do not fit this model.
@@ -226,19 +273,24 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], policy: ActorCritic, o
     load_adapter(policy, policy.policy_name, path / "policy")
     if policy.value_head is not None:
         load_adapter(policy, VALUE, path / "value")
-        policy.value_head.load_state_dict(_load(path / "value" / "value_head.safetensors"))
-    _restore_optimizer(_load(path / "optimizer.safetensors"), optimizer, policy)
-    restore_random(_load(path / "random.safetensors"), state["python_random"])
+        policy.value_head.load_state_dict(_load_tensors(path / "value" / _VALUE_HEAD_FILE))
+    _restore_optimizer(_load_tensors(path / "optimizer.safetensors"), optimizer, policy)
+    restore_random(_load_tensors(path / "random.safetensors"), state["python_random"])
     return Position(**state["position"])
 
 
 def save_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
-    """One adapter as a PEFT folder."""
-    from peft import get_peft_model_state_dict
+    """Write one adapter as a PEFT folder.
 
+    Args:
+        policy: not wrapped.
+        name: of the adapter.
+        folder: made if it is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(policy.peft, adapter_name=name, save_embedding_layers=False)
-    _save(folder / "adapter_model.safetensors", state)
+    _save_tensors(folder / _ADAPTER_FILE, _adapter_tensors(policy, name))
+
+    # PEFT's loader expects an adapter that is not trained; the adapter in memory stays as it is.
     config = policy.peft.peft_config[name]
     before = config.inference_mode
     config.inference_mode = True
@@ -247,64 +299,83 @@ def save_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
 
 
 def load_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
-    """Weights of one adapter from a PEFT folder.
+    """Load the weights of one adapter from a PEFT folder.
+
+    Args:
+        policy: not wrapped; changed in place.
+        name: of the adapter.
+        folder: with ``adapter_model.safetensors``.
 
     Raises:
         CheckpointError: missing, or of other layers or another rank.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     try:
-        state = _load(folder / "adapter_model.safetensors")
+        tensors = _load_tensors(folder / _ADAPTER_FILE)
     except OSError as error:
         raise CheckpointError(
-            f"adapter: must be a PEFT folder, got {folder} ({error}); give the folder that holds "
-            "adapter_model.safetensors"
+            f"adapter: must be a PEFT folder, got {folder} ({error}); give the folder that holds {_ADAPTER_FILE}"
         ) from error
-    expected = get_peft_model_state_dict(policy.peft, adapter_name=name, save_embedding_layers=False)
-    shapes = {key: tuple(value.shape) for key, value in expected.items()}
-    got = {key: tuple(value.shape) for key, value in state.items()}
-    if shapes != got:
-        differing = sorted(shapes.items() ^ got.items())[0]
+
+    expected_shapes = {key: tuple(value.shape) for key, value in _adapter_tensors(policy, name).items()}
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    if shapes != expected_shapes:
+        first_name, _ = sorted(expected_shapes.items() ^ shapes.items())[0]
         raise CheckpointError(
-            f"adapter: must fit the model's LoRA layers, got {folder}, which differs first at {differing[0]}; "
+            f"adapter: must fit the model's LoRA layers, got {folder}, which differs first at {first_name}; "
             "use the base model, rank and targets that it was trained with"
         )
-    set_peft_model_state_dict(policy.peft, state, adapter_name=name)
+    set_peft_model_state_dict(policy.peft, tensors, adapter_name=name)
 
 
 def reference_mark(policy: ActorCritic) -> str:
-    """What the reference is: the base, or an adapter by the hash of its weights; a resumed run must keep it."""
+    """Name the reference: the base, or an adapter by the hash of its weights; a resumed run must keep it."""
     if policy.reference_name is None:
         return "base"
+    tensors = _adapter_tensors(policy, policy.reference_name)
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        content = tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        digest.update(key.encode() + content)
+    return f"adapter {digest.hexdigest()[:16]}"
+
+
+def _adapter_tensors(policy: ActorCritic, name: str) -> dict[str, Tensor]:
+    """Read the weights of one adapter under PEFT's names."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(policy.peft, adapter_name=policy.reference_name, save_embedding_layers=False)
-    found = hashlib.sha256()
-    for key in sorted(state):
-        found.update(key.encode() + state[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return f"adapter {found.hexdigest()[:16]}"
+    return get_peft_model_state_dict(policy.peft, adapter_name=name, save_embedding_layers=False)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file.
+
+    The library's own save_file makes files that only the user can read, and raises an error of its own type on a full
+    disk.
+    """
     from safetensors.torch import save
 
-    content = save({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, {"format": "pt"})
-    path.write_bytes(content)  # its own save_file makes private files, and an error of its own of a full disk
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    path.write_bytes(save(copies, {"format": "pt"}))
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file."""
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
 def _fingerprint(path: Path) -> list[Any]:
+    """Compute the size and the hash of a file."""
     with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        digest = hashlib.file_digest(file, "sha256")
+    return [path.stat().st_size, digest.hexdigest()]
 
 
 def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -312,30 +383,42 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _named(policy: ActorCritic) -> dict[str, torch.nn.Parameter]:
+def _trained_parameters(policy: ActorCritic) -> dict[str, torch.nn.Parameter]:
+    """Collect the trained weights of policy and critic, by name."""
     return policy.policy_parameters() | policy.value_parameters()
 
 
+def _optimizer_state(optimizer: Any) -> dict[torch.nn.Parameter, dict[str, Any]]:
+    """Find the state of an optimiser inside accelerate's wrapper, by weight."""
+    return getattr(optimizer, "optimizer", optimizer).state
+
+
 def _optimizer_tensors(optimizer: Any, policy: ActorCritic) -> dict[str, Tensor]:
-    """State of every weight by the weight's name, so that the order of groups does not matter."""
-    state = getattr(optimizer, "optimizer", optimizer).state
-    return {
-        f"{key}/{name}": torch.as_tensor(value)
-        for name, parameter in _named(policy).items()
-        for key, value in state.get(parameter, {}).items()
-    }
+    """Read the state of every weight by the weight's name, so that the order of groups does not matter."""
+    state = _optimizer_state(optimizer)
+    tensors = {}
+    for name, parameter in _trained_parameters(policy).items():
+        for key, value in state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value)
+    return tensors
 
 
 def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Any, policy: ActorCritic) -> None:
-    state = getattr(optimizer, "optimizer", optimizer).state
-    parameters = _named(policy)
+    """Restore the state of every weight; before the first update there is none."""
+    state = _optimizer_state(optimizer)
+    parameters = _trained_parameters(policy)
     names = {key.split("/", 1)[1] for key in tensors}
     if tensors and names != parameters.keys():
+        first_name = sorted(names ^ parameters.keys())[0]
         raise CheckpointError(
             f"resume: the optimiser must have stepped on the weights that are trained now, got another state of "
-            f"{sorted(names ^ parameters.keys())[0]}; keep the advantage estimator and the adapter of the run"
+            f"{first_name}; keep the advantage estimator and the adapter of the run"
         )
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
-        state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+        if kind == "step":
+            # Adam keeps its counter on the CPU.
+            state[parameter][kind] = value.clone()
+        else:
+            state[parameter][kind] = value.to(parameter.device, copy=True)

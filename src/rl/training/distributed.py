@@ -1,4 +1,4 @@
-"""What the processes of a run must agree on; with one process each of these is the plain thing."""
+"""What the processes of a run must agree on; with one process every function here is the plain computation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from rl.training.metrics import Averages
 
 
 def make_accelerator(output: Path | None, trackers: Sequence[str] = (), device: str | None = None) -> Any:
-    """The accelerator of a run, on the device that it finds or on the CPU.
+    """Make the accelerator of a run, on the device that it finds or on the CPU.
+
+    Args:
+        output: folder of the run, for trackers.
+        trackers: names of accelerate's trackers.
+        device: ``"cpu"``; None takes the device that accelerate finds.
 
     Raises:
         ConfigError: another device, which the launcher chooses.
@@ -27,26 +32,31 @@ def make_accelerator(output: Path | None, trackers: Sequence[str] = (), device: 
             f"device: must be 'cpu' or left out for training, got {device!r}; accelerate takes the GPU it finds, so "
             "choose one with CUDA_VISIBLE_DEVICES or `accelerate launch --gpu_ids`"
         )
-    return Accelerator(cpu=device == "cpu", log_with=list(trackers) or None, project_dir=output)  # type: ignore[arg-type]
+    log_with: Any = list(trackers) or None
+    return Accelerator(cpu=device == "cpu", log_with=log_with, project_dir=output)
 
 
 def check_accelerator(accelerator: Any, num_prompts: int) -> None:
-    """What a launch can set and this loop cannot follow; each would be a wrong gradient, not an error.
+    """Refuse settings of a launch that the training loop does not support; each would give a wrong gradient silently.
+
+    Args:
+        accelerator: of the run.
+        num_prompts: problems of a step, over all processes.
 
     Raises:
-        ConfigError: problems that cannot be shared out whole, a base that is sharded, gradient accumulation, or
+        ConfigError: problems that do not divide among the processes, a sharded base, gradient accumulation, or
             scaled gradients.
     """
     if num_prompts % accelerator.num_processes:
         raise ConfigError(
             f"num_prompts: must be a multiple of the {accelerator.num_processes} processes, got "
-            f"{num_prompts}; problems are shared out whole"
+            f"{num_prompts}; every process takes the same number of problems"
         )
     kind = accelerator.distributed_type.name
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ConfigError(
-            f"accelerator: must give each process the whole base, got {kind}, which shards it; generation and scoring "
-            "need it whole, so launch with DDP (--multi_gpu), and a smaller or quantised base"
+            f"accelerator: must give each process the entire base, got {kind}, which shards it; generation and scoring "
+            "need all of it, so launch with DDP (--multi_gpu), and a smaller or quantised base"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(
@@ -61,7 +71,7 @@ def check_accelerator(accelerator: Any, num_prompts: int) -> None:
 
 
 def gathered(averages: Averages, accelerator: Any) -> Averages:
-    """Sums over all processes."""
+    """Add the sums and counts of all processes."""
     if accelerator.num_processes == 1:
         return averages
     from accelerate.utils import gather_object
@@ -76,13 +86,29 @@ def gathered(averages: Averages, accelerator: Any) -> Averages:
 def whiten_together(
     advantages: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], accelerator: Any
 ) -> Float[Tensor, "batch response"]:
-    """This process's advantages, whitened over the batch of all processes."""
+    """Whiten this process's advantages over the batch of all processes.
+
+    Args:
+        advantages: ``[B, R]`` of this process.
+        mask: ``[B, R]``, tokens that count.
+        accelerator: of the run.
+
+    Returns:
+        ``[B, R]`` of this process.
+    """
     if accelerator.num_processes == 1:
         return whiten(advantages, mask)
+
+    def gather(tensor: Tensor) -> Tensor:
+        # Processes have responses of different lengths; gathering needs equal shapes.
+        padded = accelerator.pad_across_processes(tensor.to(accelerator.device), dim=1)
+        return accelerator.gather(padded).cpu()
+
+    all_advantages = gather(advantages)
+    all_masks = gather(mask.long()).bool()
+    whitened = whiten(all_advantages, all_masks)
+
+    # Every process has the same number of responses, in the order of the processes.
     count, width = advantages.shape
-    everyone = [
-        accelerator.gather(accelerator.pad_across_processes(tensor.to(accelerator.device), dim=1)).cpu()
-        for tensor in (advantages, mask.long())
-    ]
     first = accelerator.process_index * count
-    return whiten(everyone[0], everyone[1].bool())[first : first + count, :width]
+    return whitened[first : first + count, :width]

@@ -1,17 +1,17 @@
-"""From rewards and scores to what an update learns from: the table of ``PPOConfig`` as one page of choices."""
+"""From rewards and scores to what an update learns from, by the settings of ``PPOConfig``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rl.algorithm.advantages import gae, group_advantages, rloo_advantages, spread, token_rewards, whiten
 from rl.algorithm.losses import kl_estimate
 from rl.config import PPOConfig
-from rl.credit.weights import mean_one, potential_rewards, redistribute, signed_weights
+from rl.credit.weights import loss_weights, potential_rewards, redistribute
 from rl.records import Credit, Experience, Responses, TokenScores
 
 Whitening = Callable[[Tensor, Tensor], Tensor]
@@ -27,10 +27,11 @@ def build_experience(
     kl_weight: float,
     whitening: Whitening = whiten,
 ) -> Experience:
-    """Advantages, returns, masks and weights of a scored rollout.
+    """Compute advantages, returns, masks and weights of a scored rollout.
 
-    Credit acts at one of three places: on the policy loss after whitening (``entry="advantage"``), on where the
-    outcome reward stands (``"reward"``), or as a potential added to the rewards (``"potential"``).
+    Credit acts at one of three places: on the policy loss after whitening (``entry="advantage"``), on the position of
+    the outcome reward (``"reward"``), or as a potential added to the rewards (``"potential"``). Only the first gives
+    weights other than 1.
 
     Args:
         responses: with rewards.
@@ -39,23 +40,32 @@ def build_experience(
         config: of the run.
         kl_weight: beta at this step.
         whitening: over all processes.
+
+    Returns:
+        The experience, detached, on the device of the responses.
     """
     mask = responses.response_mask
-    loss_mask = mask & ~responses.truncated[:, None] if config.truncated == "mask" else mask
+    loss_mask = mask
+    if config.truncated == "mask":
+        loss_mask = mask & ~responses.truncated[:, None]
+
+    # KL estimate k1 = log(pi_old / pi_ref) per token, where the KL belongs to the reward.
     kl = None
     if scores.ref_logprobs is not None and config.kl_in == "reward":
         kl = kl_estimate(scores.logprobs, scores.ref_logprobs, "k1").masked_fill(~mask, 0.0)
+
+    returns = None
     if config.has_critic:
         advantages, returns = _with_critic(responses, scores, credit, config, kl, kl_weight)
         if config.whiten:
             advantages = whitening(advantages, loss_mask)
     else:
-        advantages, returns = _by_group(responses, config, kl, kl_weight), None
+        advantages = _by_group(responses, config, kl, kl_weight)
+
+    # Weights multiply the whitened advantages: whitening afterwards would remove part of their effect.
     weights = torch.ones_like(advantages)
     if config.credit.entry == "advantage":
-        weights = signed_weights(credit.weights, advantages, config.credit.sign)
-        if config.credit.mean_one:
-            weights = mean_one(weights, mask)
+        weights = loss_weights(credit, advantages, mask, config.credit)
     return Experience(
         responses=responses,
         scores=scores,
@@ -75,34 +85,52 @@ def _with_critic(
     kl: Float[Tensor, "batch response"] | None,
     kl_weight: float,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
-    """Token rewards as the entry point has them, and GAE over them."""
-    assert scores.values is not None  # a critic was asked for
+    """Place the token rewards by the entry point, and compute GAE over them: advantages and returns."""
+    # The critic of the run scored every token.
+    assert scores.values is not None
     assert scores.final_values is not None
     mask = responses.response_mask
-    rewards = token_rewards(_outcome(responses, config), mask, kl=kl, kl_weight=kl_weight)
+    outcome = _outcome(responses, config)
+
+    rewards = token_rewards(outcome, mask, kl=kl, kl_weight=kl_weight)
     if config.credit.entry == "reward":
-        spread_out = redistribute(_outcome(responses, config), credit.scores, credit.scored, mask)
-        rewards = spread_out + token_rewards(torch.zeros_like(responses.rewards), mask, kl=kl, kl_weight=kl_weight)
+        # The outcome is spread over the tokens; the KL stays at the token where it arises.
+        spread_out = redistribute(outcome, credit.scores, credit.scored, mask)
+        no_outcome = torch.zeros_like(responses.rewards)
+        rewards = spread_out + token_rewards(no_outcome, mask, kl=kl, kl_weight=kl_weight)
     elif config.credit.entry == "potential":
-        scale, discount = config.credit.potential_scale, config.discount
-        rewards = rewards + potential_rewards(credit.scores, credit.scored, mask, scale=scale, discount=discount)
+        shaping = potential_rewards(
+            credit.scores,
+            credit.scored,
+            mask,
+            scale=config.credit.potential_scale,
+            discount=config.discount,
+        )
+        rewards = rewards + shaping
+
+    # A truncated response may continue with the critic's value after its last token.
     bootstrap = None
     if config.truncated == "bootstrap":
         bootstrap = torch.where(responses.truncated, scores.final_values, 0.0)
     return gae(
-        rewards, scores.values, mask, discount=config.discount, gae_lambda=config.gae_lambda, bootstrap=bootstrap
+        rewards,
+        scores.values,
+        mask,
+        discount=config.discount,
+        gae_lambda=config.gae_lambda,
+        bootstrap=bootstrap,
     )
 
 
 def _outcome(responses: Responses, config: PPOConfig) -> Float[Tensor, " batch"]:
-    """Rewards after the penalty for responses that were cut off; the record keeps the task's own verdict."""
+    """Subtract the penalty for truncated responses; the record keeps the task's own reward."""
     return responses.rewards - config.missing_eos_penalty * responses.truncated.float()
 
 
 def _by_group(
     responses: Responses, config: PPOConfig, kl: Float[Tensor, "batch response"] | None, kl_weight: float
 ) -> Float[Tensor, "batch response"]:
-    """One advantage for a whole response, from the others of its problem."""
+    """Compute one advantage for each response, from the other responses to its problem, and copy it to all tokens."""
     rewards = _outcome(responses, config)
     if kl is not None:
         rewards = rewards - kl_weight * kl.sum(1)
@@ -114,10 +142,12 @@ def _by_group(
 
 
 def zero_variance_share(responses: Responses) -> float:
-    """Share of problems whose responses all got the same reward: they teach a critic-free estimator nothing."""
-    groups = responses.groups.unique()
-    same: list[Bool[Tensor, ""]] = []
-    for group in groups:
+    """Compute the share of problems whose responses all have the same reward.
+
+    Such problems have advantage 0 in a critic-free estimator, and so no gradient.
+    """
+    is_constant: list[Tensor] = []
+    for group in responses.groups.unique():
         rewards = responses.rewards[responses.groups == group]
-        same.append((rewards == rewards[0]).all())
-    return float(torch.stack(same).float().mean())
+        is_constant.append((rewards == rewards[0]).all())
+    return float(torch.stack(is_constant).float().mean())

@@ -1,7 +1,8 @@
-"""What a run shows and writes down: a live line, a JSONL file, and the trackers that accelerate knows."""
+"""The output of a run: a live line, a JSONL file, and the trackers that accelerate knows."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph import MissingExtraError, OutputError, atomic_write
+from rl.errors import ConfigError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SHOWN = (
@@ -22,51 +24,67 @@ SHOWN = (
     ("tokens_per_second", "tokens/s", "{:.0f}"),
     ("credit_overhead_percent", "credit", "{:.1f} %"),
 )
+"""Metrics of the progress line: name in the row, label, format."""
+_SECONDS_BETWEEN_LINES = 10
+"""Without a terminal, a step is shown only so long after the one before."""
 
 
 def check_trackers(names: str | Sequence[str]) -> list[str]:
     """Refuse unknown trackers, and known ones whose package is missing, before any work is done.
 
+    Args:
+        names: of ``TRACKERS``.
+
+    Returns:
+        The names as a list.
+
     Raises:
-        MissingExtraError: with the command that installs it.
+        MissingExtraError: a package is missing; the message has the command that installs it.
         ConfigError: an unknown name.
     """
-    from importlib.util import find_spec
-
-    from rl.errors import ConfigError
-
     names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in TRACKERS:
             raise ConfigError(
                 f"trackers: must be among {', '.join(TRACKERS)}, got {name!r}; metrics.jsonl is always written"
             )
-        if find_spec(name) is None:
+        if importlib.util.find_spec(name) is None:
             raise MissingExtraError(f"trackers: {name!r} needs a package that is not installed; pip install {name}")
     return list(names)
 
 
 class MetricsFile:
-    """One JSON object a step, appended and flushed; after a resume, lines beyond the checkpoint are dropped.
+    """A file with one JSON object a step, appended and flushed; a resume drops the lines beyond the checkpoint.
 
     Args:
         path: of the file.
-        finished: steps that the resumed run has behind it; 0 starts a new file.
+        finished: finished steps of the resumed run; 0 starts a new file.
+
+    Attributes:
+        path: of the file.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
 
     def __init__(self, path: Path, finished: int) -> None:
-        kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= finished] if path.exists() else []
+        kept = []
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= finished]
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; numbers that JSON does not know become null.
+        """Append a row; NaN and infinity become null, because JSON has no such numbers.
 
         Raises:
-            OutputError: the disk is full, or the folder is gone.
+            OutputError: the disk is full, or the folder is missing.
         """
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        clean: dict[str, Any] = {}
+        for name, value in row.items():
+            is_json = not isinstance(value, float) or math.isfinite(value)
+            clean[name] = value if is_json else None
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
@@ -79,7 +97,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file up to the first that is none: a kill may have cut the last line in half."""
+    """Read the rows of a metrics file up to the first invalid line: a kill may have cut the last line in half."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -93,31 +111,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Display:
-    """A live progress line on a terminal, a plain line now and then elsewhere.
+    """A live progress line on a terminal, an occasional plain line elsewhere.
 
     Args:
         total: steps of the run.
-        finished: steps behind it.
+        finished: steps that are finished already.
+        enabled: whether anything is shown.
+
+    Attributes:
+        total: steps of the run.
         enabled: whether anything is shown.
     """
 
     def __init__(self, total: int, finished: int, *, enabled: bool) -> None:
-        self.total, self.enabled = total, enabled
-        self._live = enabled and sys.stderr.isatty()
-        self._last = 0.0
-        self._started, self._finished = time.monotonic(), finished
+        self.total = total
+        self.enabled = enabled
+        self._is_live = enabled and sys.stderr.isatty()
+        self._last_shown = 0.0
+        self._started = time.monotonic()
+        self._finished = finished
         self._progress: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Display:
-        if self._live:
+        if self._is_live:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[line]}"), console=Console(stderr=True),
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[line]}"),
+                console=Console(stderr=True),
+            )
             self._task = self._progress.add_task("training", total=self.total, completed=self._finished, line="")
             self._progress.start()
         return self
@@ -128,18 +156,32 @@ class Display:
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Show a finished step."""
-        line = ", ".join(f"{label} {form.format(row[key])}" for key, label, form in SHOWN if row.get(key) is not None)
+        shown = []
+        for name, label, form in SHOWN:
+            value = row.get(name)
+            if value is not None:
+                shown.append(f"{label} {form.format(value)}")
+        line = ", ".join(shown)
         step = int(row["step"])
+
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
-        elif self.enabled and (time.monotonic() - self._last > 10 or step == self.total):
-            self._last = time.monotonic()
-            rate = (time.monotonic() - self._started) / max(1, step - self._finished)
-            print(f"step {step}/{self.total}: {line}, {rate * (self.total - step):.0f} s left", file=sys.stderr)  # noqa: T201
+        elif self.enabled:
+            self._print_now_and_then(step, line)
 
     def message(self, text: str) -> None:
-        """A message beside the steps."""
+        """Show a message between the steps."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False)
         elif self.enabled:
             print(text, file=sys.stderr)  # noqa: T201
+
+    def _print_now_and_then(self, step: int, line: str) -> None:
+        """Print a line if the last one is some seconds old, and for the last step."""
+        now = time.monotonic()
+        if now - self._last_shown <= _SECONDS_BETWEEN_LINES and step != self.total:
+            return
+        self._last_shown = now
+        seconds_per_step = (now - self._started) / max(1, step - self._finished)
+        seconds_left = seconds_per_step * (self.total - step)
+        print(f"step {step}/{self.total}: {line}, {seconds_left:.0f} s left", file=sys.stderr)  # noqa: T201

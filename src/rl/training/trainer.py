@@ -1,10 +1,10 @@
-"""The PPO loop: collect, learn, finish; everything else is a room of its own."""
+"""The PPO loop: collect a rollout, learn from it, log it, save; the parts are modules of their own."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -45,11 +45,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FREE = {"config.save_every", "config.save_every_updates", "config.keep_checkpoints", "config.report_every"}
-"""Settings that change what is written, never what is learned."""
+"""Settings that a resumed run may change: they decide what is written, not what is learned."""
+_REPORTED_PROBLEMS = 8
+"""Problems of a step that the rollout file for a report holds."""
 
 
 class PPOTrainer:
-    """Train LoRA adapters of a causal LM on a task with verifiable rewards.
+    """The PPO training of LoRA adapters of a causal LM on a task with verifiable rewards.
 
     Args:
         model: a Hugging Face causal LM, or a PEFT model whose LoRA adapter is trained on. Its layers are wrapped.
@@ -58,15 +60,30 @@ class PPOTrainer:
         credit: a credit rule's name or settings; overrides ``config.credit``.
         config: see :class:`PPOConfig`.
         output: folder for metrics, checkpoints and rollouts; None: nothing is written.
-        resume: go on from the newest whole checkpoint in ``output``, to the bit on the CPU; start where there is none.
+        resume: continue from the newest complete checkpoint in ``output``, bit-identical on the CPU; start where there
+            is none.
         allow_changes: resume although settings differ from those of the checkpoint.
         trackers: any of ``"tensorboard"``, ``"wandb"``, ``"trackio"``.
         progress: whether a progress line is shown.
         accelerator: an ``accelerate.Accelerator`` of your own.
 
+    Attributes:
+        config: of the run, with its credit settings.
+        task: the problems and their rewards.
+        tokenizer: of the model.
+        output: folder of the run, or None.
+        accelerator: of the run.
+        model_name: name of the base model.
+        policy: policy and critic on the frozen base.
+        encoder: of the prompts.
+        optimizer: over the trained weights.
+        updater: makes the optimiser steps.
+        position: progress of the run.
+        history: rows of metrics so far.
+
     Raises:
         ConfigError: settings that exclude each other, or do not divide among the processes.
-        TaskError, CreditError, PolicyError: no such task or rule; a model that cannot be trained as asked.
+        TaskError, CreditError, PolicyError: no such task or rule; a model that cannot be trained this way.
         CheckpointError: ``output`` holds a run that is neither resumed nor compatible.
 
     Example:
@@ -93,25 +110,33 @@ class PPOTrainer:
         progress: bool = True,
         accelerator: Any = None,
     ) -> None:
-        self.config = config = _with_credit(config or PPOConfig(), credit)
-        find_rule(config.credit.rule)  # a wrong name ends here, before anything is loaded
-        self.task, self.tokenizer = make_task(task), tokenizer
+        # Everything that can be checked without the model is checked first.
+        config = _with_credit(config or PPOConfig(), credit)
+        find_rule(config.credit.rule)
+        self.config = config
+        self.task = make_task(task)
+        self.tokenizer = tokenizer
         self.output = None if output is None else Path(output)
         trackers = check_trackers(trackers)
         if accelerator is None:
             accelerator = make_accelerator(self.output, trackers)
         check_accelerator(accelerator, config.num_prompts)
         self.accelerator = accelerator
+
+        # Policy, critic and optimiser.
         self.model_name = model_name(model)
         self.policy = ActorCritic(model, config.lora, critic=config.has_critic, seed=config.seed)
         self.encoder = PromptEncoder(
             tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
         )
         self.policy.to(accelerator.device)
-        self.policy.autocast = accelerator.autocast  # rollouts and scoring do not pass through the wrapper
+        # Rollouts and scoring do not pass through the wrapper that applies autocast.
+        self.policy.autocast = accelerator.autocast
         self.optimizer = make_optimizer(self.policy, config)
         wrapped, self.optimizer = accelerator.prepare(self.policy, self.optimizer)
         self.updater = Updater(wrapped, self.policy, self.optimizer, accelerator, config)
+
+        # The state of the run: a new one, or that of a checkpoint.
         self.position = Position(kl_weight=config.kl_weight)
         self.history: list[dict[str, Any]] = []
         self._buffer: Experience | None = None
@@ -119,16 +144,17 @@ class PPOTrainer:
         self._scored: tuple[Responses, TokenOutput] | None = None
         self._reference = reference_mark(self.policy)
         if self.output is not None:
-            self._open(resume, allow_changes)
+            self._open(self.output, resume, allow_changes)
+
+        # Logging; only the first process shows and writes.
         self._trackers = bool(trackers)
         if trackers:
             accelerator.init_trackers("flowgraph-rl", config=flat_settings(config.to_dict()))
-        main = accelerator.is_main_process
-        self._display = Display(config.steps, self.position.step, enabled=progress and main)
-        write = self.output is not None and main
-        self._metrics = (
-            MetricsFile(self.output / "metrics.jsonl", self.position.step) if write and self.output else None
-        )
+        is_main = accelerator.is_main_process
+        self._display = Display(config.steps, self.position.step, enabled=progress and is_main)
+        self._metrics: MetricsFile | None = None
+        if self.output is not None and is_main:
+            self._metrics = MetricsFile(self.output / "metrics.jsonl", self.position.step)
 
     def train(self) -> list[dict[str, Any]]:
         """Run to the last step.
@@ -137,15 +163,16 @@ class PPOTrainer:
             One row of metrics for each step, those from before a resume included.
 
         Raises:
-            RewardError, CreditError: the task or the rule failed; checkpoints from before stay.
+            RewardError, CreditError: the task or the rule failed; earlier checkpoints stay.
             DivergedError: a gradient is not finite.
             OutputError: the disk is full.
-            PolicyError: prompts of a finite task are too long; told before the first step.
+            PolicyError: prompts of a finite task are too long; raised before the first step.
         """
         self._check_prompts()
         with self._display:
             while self.position.step < self.config.steps:
                 self.step()
+        # The last step has a checkpoint already where ``save_every`` divides it.
         if self.config.save_every == 0 or self.position.step % self.config.save_every:
             self.save()
         if self._trackers:
@@ -153,39 +180,63 @@ class PPOTrainer:
         return self.history
 
     def step(self) -> dict[str, Any]:
-        """Collect, learn, log, and write what is due: for loops of your own.
+        """Collect, learn, log, and write the files that are due: for loops of your own.
 
         Returns:
             The step's row of metrics.
         """
-        buffer = self._buffer = self.collect() if self._buffer is None else self._buffer
-        self.learn(buffer)
-        self._finish(buffer)
+        # A run that resumes inside a step has its rollout already.
+        if self._buffer is None:
+            self._buffer = self.collect()
+        experience = self._buffer
+        self.learn(experience)
+        self._finish(experience)
         self._buffer = None
         return self.history[-1]
 
     def collect(self) -> Experience:
-        """The first half of a step: let the policy answer the next problems, and say what is to be learned from it."""
-        config, step = self.config, self.position.step
+        """Make the first half of a step: respond to the next problems, score the responses, compute advantages.
+
+        Returns:
+            The experience of this process, detached, on the CPU.
+        """
+        config = self.config
+        step = self.position.step
+        clock = Clock()
+
+        # Problems are numbered over all steps and processes; this process takes a contiguous range of them.
         share = config.num_prompts // self.accelerator.num_processes
         first = step * config.num_prompts + self.accelerator.process_index * share
-        clock = Clock()
         samples = draw_samples(self.task, "train", range(first, first + share))
-        with self.policy.merged() if self._merges else nullcontext(), self.policy.autocast():
+        with self._generation_weights(), self.policy.autocast():
             generated = sample_responses(
-                self.policy.causal_lm, self.encoder, samples, group_size=config.group_size,
-                max_response_tokens=config.max_response_tokens, temperature=config.temperature, seed=config.seed,
-                step=step, batch_size=config.generation_batch_size,
-            )  # fmt: skip
+                self.policy.causal_lm,
+                self.encoder,
+                samples,
+                group_size=config.group_size,
+                max_response_tokens=config.max_response_tokens,
+                temperature=config.temperature,
+                seed=config.seed,
+                step=step,
+                batch_size=config.generation_batch_size,
+            )
         clock.stop("generation_seconds")
-        each = [sample for sample in samples for _ in range(config.group_size)]
-        responses = judge(self.task, self.tokenizer, each, generated)
+
+        sample_of_response = [sample for sample in samples for _ in range(config.group_size)]
+        responses = judge(self.task, self.tokenizer, sample_of_response, generated)
         clock.stop("judging_seconds")
+
         scored = score_rollout(
-            self.policy, responses, config.credit, temperature=config.temperature,
-            micro_batch_size=config.micro_batch_size, seed=config.seed, step=step, reference=self._wants_reference,
+            self.policy,
+            responses,
+            config.credit,
+            temperature=config.temperature,
+            micro_batch_size=config.micro_batch_size,
+            seed=config.seed,
+            step=step,
+            reference=config.kl_weight > 0,
             keep_graph=self._learns_in_one_pass,
-        )  # fmt: skip
+        )
         experience = build_experience(
             responses,
             scored.scores,
@@ -196,181 +247,255 @@ class PPOTrainer:
         )
         clock.stop("scoring_seconds")
         clock.seconds["credit_seconds"] = scored.credit_seconds
+
         self.position.averages = {"clock": clock.seconds}
         self._ratios = torch.ones_like(experience.advantages)
-        self._scored = None if scored.output is None else (experience.responses, scored.output)
+        self._scored = None
+        if scored.output is not None:
+            self._scored = (experience.responses, scored.output)
         return experience
 
     def learn(self, experience: Experience) -> None:
-        """The second half of a step: its optimiser updates, from the one that is due on."""
-        config, position = self.config, self.position
+        """Make the second half of a step: its optimiser updates that are not made yet.
+
+        Args:
+            experience: of :meth:`collect`.
+        """
+        config = self.config
+        position = self.position
         factor = learning_rate_factor(config, position.step)
-        for group, base in zip(self.optimizer.param_groups, learning_rates(config), strict=False):
-            group["lr"] = base * factor
+        for group, base_rate in zip(self.optimizer.param_groups, learning_rates(config), strict=False):
+            group["lr"] = base_rate * factor
+
+        # Metrics continue from those of the updates before a resume.
         averages = Averages(**position.averages.get("updates", {}))
         clock = Clock(position.averages.get("clock"))
+
+        # Sequences are numbered over all processes; this one has ``share`` of them from ``first`` on.
         share = experience.responses.num_sequences
         first = self.accelerator.process_index * share
-        updates = [rows for epoch in range(config.epochs) for rows in minibatch_order(config, position.step, epoch)]
-        for number, rows in enumerate(updates):
-            if number < position.updates:  # made before the run was stopped
+        minibatches: list[Tensor] = []
+        for epoch in range(config.epochs):
+            minibatches.extend(minibatch_order(config, position.step, epoch))
+
+        for number, sequences in enumerate(minibatches):
+            # These updates were made before the run was stopped.
+            if number < position.updates:
                 continue
-            mine = sorted(row - first for row in rows.tolist() if first <= row < first + share)
+            rows = sorted(index - first for index in sequences.tolist() if first <= index < first + share)
             self.updater.update(
-                experience, mine, kl_weight=position.kl_weight, averages=averages, ratios=self._ratios,
-                output=self._output_of(experience.responses),
-            )  # fmt: skip
+                experience,
+                rows,
+                kl_weight=position.kl_weight,
+                averages=averages,
+                ratios=self._ratios,
+                output=self._take_output(experience.responses),
+            )
             clock.stop("update_seconds")
             position.updates = number + 1
-            position.averages = {"clock": clock.seconds, "updates": {"sums": averages.sums, "counts": averages.counts}}
-            due = config.save_every_updates
-            if due and position.updates % due == 0 and position.updates < len(updates):
+            position.averages = {"clock": clock.seconds, "updates": asdict(averages)}
+
+            # After the last update of a step the step itself is saved, where it is due.
+            interval = config.save_every_updates
+            is_due = interval is not None and position.updates % interval == 0
+            if is_due and position.updates < len(minibatches):
                 self.save()
                 clock.restart()
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this very moment; None without an output folder."""
+        """Write a checkpoint of the present state; None without an output folder.
+
+        Raises:
+            OutputError: the disk is full.
+        """
         if self.output is None:
             return None
-        buffer = self._buffer if self.position.updates else None
-        position = self.position
-        if buffer is not None:  # every process has logged its own sequences; the checkpoint has room for one record
-            logged = gathered(Averages(**position.averages["updates"]), self.accelerator)
-            position = replace(position, averages={**position.averages, "updates": asdict(logged)})
 
-        def write_buffer(path: Path) -> None:
-            assert buffer is not None
-            save_rollout(path, buffer, self._tokens(buffer), {}, ratio=self._ratios)
+        # Inside a step the rollout belongs to the state, and so do the metrics of its updates.
+        position = self.position
+        write_buffer = None
+        if self._buffer is not None and position.updates:
+            write_buffer = partial(self._write_buffer, self._buffer)
+            # Every process has metrics of its own sequences, and the checkpoint holds one record: their sum.
+            total = gathered(Averages(**position.averages["updates"]), self.accelerator)
+            position = replace(position, averages={**position.averages, "updates": asdict(total)})
 
         return write_checkpoint(
-            self.output, position, self.policy, self.optimizer, self._run(), keep=self.config.keep_checkpoints,
-            accelerator=self.accelerator, write_buffer=None if buffer is None else write_buffer,
-        )  # fmt: skip
+            self.output,
+            position,
+            self.policy,
+            self.optimizer,
+            self._run(),
+            keep=self.config.keep_checkpoints,
+            accelerator=self.accelerator,
+            write_buffer=write_buffer,
+        )
 
     def _check_prompts(self) -> None:
-        """Look at all problems that are still to come; an endless task shows its own in its time."""
-        if self.task.size is not None:
-            first, last = (step * self.config.num_prompts for step in (self.position.step, self.config.steps))
-            self.encoder.check(draw_samples(self.task, "train", range(first, min(last, first + self.task.size))))
+        """Check the prompts of all remaining problems of a finite task; those of others are checked when drawn."""
+        if self.task.size is None:
+            return
+        first = self.position.step * self.config.num_prompts
+        last = self.config.steps * self.config.num_prompts
+        # A finite task repeats its problems after one round.
+        last = min(last, first + self.task.size)
+        self.encoder.check(draw_samples(self.task, "train", range(first, last)))
 
     def _finish(self, experience: Experience) -> None:
-        """Log the step, adapt beta, move on, and write what is due."""
-        config, position = self.config, self.position
+        """Log the step, adapt beta, advance the position, and write the files that are due."""
+        config = self.config
+        position = self.position
         updates = Averages(**position.averages.get("updates", {}))
+        averages = gathered(step_averages(updates, experience), self.accelerator)
         row = step_row(
-            position.step + 1, gathered(step_averages(updates, experience), self.accelerator),
-            position.averages["clock"], learning_rate=self.optimizer.param_groups[0]["lr"],
+            position.step + 1,
+            averages,
+            position.averages["clock"],
+            learning_rate=self.optimizer.param_groups[0]["lr"],
             kl_weight=position.kl_weight,
-        )  # fmt: skip
-        if config.kl_target is not None and row.get("kl_reference") is not None:
-            position.kl_weight = adapted_kl_weight(
-                position.kl_weight, row["kl_reference"], config.kl_target, config.num_prompts * config.group_size
-            )
-        position.step, position.updates, position.averages = position.step + 1, 0, {}
+        )
+
+        kl = row.get("kl_reference")
+        if config.kl_target is not None and kl is not None:
+            num_responses = config.num_prompts * config.group_size
+            position.kl_weight = adapted_kl_weight(position.kl_weight, kl, config.kl_target, num_responses)
+
+        position.step += 1
+        position.updates = 0
+        position.averages = {}
+
         self.history.append(row)
         if self._metrics is not None:
             self._metrics.write(row)
         if self._trackers:
-            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=position.step)
+            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            self.accelerator.log(numbers, step=position.step)
         self._display.show(row)
-        if self._metrics is not None and config.report_every and position.step % config.report_every == 0:
-            self._write_rollout(experience)
+
+        report_is_due = config.report_every and position.step % config.report_every == 0
+        if report_is_due and self.output is not None and self.accelerator.is_main_process:
+            self._write_rollout(self.output, experience)
         if config.save_every and position.step % config.save_every == 0:
             self.save()
 
+    def _generation_weights(self) -> AbstractContextManager[None]:
+        """Merge the adapter into the base for generation, where that keeps the policy the same."""
+        if self._merges:
+            return self.policy.merged()
+        return nullcontext()
+
     @property
     def _merges(self) -> bool:
-        """Under autocast a merged weight would be rounded to 16 bits, and most of the update with it."""
+        """Whether the adapter is merged for generation.
+
+        Under autocast a merged weight would be rounded to 16 bits, which loses most of the update.
+        """
         return self.config.merge_for_generation and self.accelerator.mixed_precision == "no"
 
     @property
     def _learns_in_one_pass(self) -> bool:
-        """Where one update follows a rollout, the forward pass that scores it serves the update too.
+        """Whether the forward pass that scores a rollout serves its only update too.
 
         Not with several processes: their wrapper exchanges gradients only of passes that went through it.
         """
         return self.config.epochs * self.config.num_minibatches == 1 and self.accelerator.num_processes == 1
 
-    def _output_of(self, responses: Responses) -> TokenOutput | None:
-        """The pass that scored these responses, once; None where there is none or it was made of others."""
-        scored, self._scored = self._scored, None
-        return scored[1] if scored is not None and scored[0] is responses else None
-
-    @property
-    def _wants_reference(self) -> bool:
-        return self.config.kl_weight > 0
+    def _take_output(self, responses: Responses) -> TokenOutput | None:
+        """Return the pass that scored these responses and release it; None if there is none or it is of others."""
+        scored = self._scored
+        self._scored = None
+        if scored is None:
+            return None
+        scored_responses, output = scored
+        return output if scored_responses is responses else None
 
     def _tokens(self, experience: Experience) -> list[list[str]]:
+        """Read the text of every response token."""
         responses = experience.responses
         return token_texts(self.tokenizer, responses.input_ids[:, responses.prompt_length :])
 
-    def _write_rollout(self, experience: Experience) -> None:
-        """A file for ``flowgraph-rl report``: the first problems of the step."""
-        assert self.output is not None
-        shown = list(range(min(8 * self.config.group_size, experience.responses.num_sequences)))
+    def _write_buffer(self, experience: Experience, path: Path) -> None:
+        """Write the rollout buffer of this process into a checkpoint."""
+        save_rollout(path, experience, self._tokens(experience), {}, ratio=self._ratios)
+
+    def _write_rollout(self, output: Path, experience: Experience) -> None:
+        """Write the first problems of the step to a file for ``flowgraph-rl report``."""
+        num_shown = min(_REPORTED_PROBLEMS * self.config.group_size, experience.responses.num_sequences)
+        shown = list(range(num_shown))
         part = experience.select(shown)
-        folder = self.output / "rollouts"
+        folder = output / "rollouts"
         folder.mkdir(exist_ok=True)
         info = {"step": self.position.step, "model": self.model_name, "task": self.task.name, **self._run()["config"]}
-        save_rollout(
-            folder / f"step-{self.position.step:06d}.safetensors", part, self._tokens(part), info,
-            ratio=self._ratios[shown],
-        )  # fmt: skip
+        path = folder / f"step-{self.position.step:06d}.safetensors"
+        save_rollout(path, part, self._tokens(part), info, ratio=self._ratios[shown])
 
     def _run(self) -> dict[str, Any]:
-        """What a resumed run must share."""
+        """Collect the settings that a resumed run must share."""
         config = self.config.to_dict()
+        # Under a constant rate a longer run has the same beginning.
         if self.config.lr_schedule == "constant":
-            config.pop("steps")  # a longer run has the same beginning
+            config.pop("steps")
+        # The address of an object in the text of a task differs from run to run.
+        task = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.task))
         return {
             "config": config,
-            "task": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.task)),  # where an object lies says nothing of it
+            "task": task,
             "model": self.model_name,
             "reference": self._reference,
             "processes": self.accelerator.num_processes,
         }
 
-    def _open(self, resume: bool, allow_changes: bool) -> None:
-        """Take a new folder, or go on where the newest whole checkpoint of the folder stands."""
-        assert self.output is not None
-        if self.output.exists() and not self.output.is_dir():
-            raise InvalidInputError(f"output: must be a folder, got the file {self.output}; choose another place")
-        if find_checkpoints(self.output) and not resume:
+    def _open(self, output: Path, resume: bool, allow_changes: bool) -> None:
+        """Make a new folder, or continue from the newest complete checkpoint of an existing one."""
+        if output.exists() and not output.is_dir():
+            raise InvalidInputError(f"output: must be a folder, got the file {output}; choose another place")
+        if find_checkpoints(output) and not resume:
             raise CheckpointError(
-                f"output: must be a new folder, got {self.output}, which holds checkpoints; pass resume=True "
+                f"output: must be a new folder, got {output}, which holds checkpoints; pass resume=True "
                 "(--resume) to go on with that run, or choose another folder"
             )
         try:
-            self.output.mkdir(parents=True, exist_ok=True)
+            output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"output: must be a folder that can be made, got {self.output}: {error.strerror}; choose another place"
+                f"output: must be a folder that can be made, got {output}: {error.strerror}; choose another place"
             ) from error
-        found = newest_state(self.output) if resume else None
+
+        found = newest_state(output) if resume else None
         if found is None:
             return
         path, state = found
         if not allow_changes:
             check_run(state, self._run(), _FREE)
         self.position = load_checkpoint(path, state, self.policy, self.optimizer)
+        # The checkpoint holds the sum of the metrics of all processes, so only one process may continue it.
         if not self.accelerator.is_main_process:
-            self.position.averages.pop("updates", None)  # the first process goes on with the sums of all
+            self.position.averages.pop("updates", None)
         if self.position.updates:
-            rollout = load_rollout(path / f"rollout-{self.accelerator.process_index}.safetensors")
-            self._buffer = experience = rollout.experience
-            share = self.config.num_prompts * self.config.group_size // self.accelerator.num_processes
-            if experience.responses.num_sequences != share:
-                raise CheckpointError(
-                    f"resume: num_prompts * group_size must stay inside a step, got {share} responses a process where "
-                    f"{path.name} holds {experience.responses.num_sequences}; change them after a whole step"
-                )
-            self._ratios = torch.ones_like(experience.advantages) if rollout.ratio is None else rollout.ratio
-        metrics = self.output / "metrics.jsonl"
+            self._restore_buffer(path)
+        metrics = output / "metrics.jsonl"
         if metrics.exists():
             self.history = [row for row in read_metrics(metrics) if row["step"] <= self.position.step]
 
+    def _restore_buffer(self, checkpoint: Path) -> None:
+        """Load the rollout buffer of this process, and check that it has the size of a step."""
+        rollout = load_rollout(checkpoint / f"rollout-{self.accelerator.process_index}.safetensors")
+        experience = rollout.experience
+        num_responses = experience.responses.num_sequences
+        share = self.config.num_prompts * self.config.group_size // self.accelerator.num_processes
+        if num_responses != share:
+            raise CheckpointError(
+                f"resume: num_prompts * group_size must stay inside a step, got {share} responses a process where "
+                f"{checkpoint.name} holds {num_responses}; change them after a complete step"
+            )
+        self._buffer = experience
+        self._ratios = torch.ones_like(experience.advantages) if rollout.ratio is None else rollout.ratio
+
 
 def _with_credit(config: PPOConfig, credit: str | CreditConfig | None) -> PPOConfig:
+    """Replace the credit settings, or only their rule where a name is given."""
     if credit is None:
         return config
-    return replace(config, credit=replace(config.credit, rule=credit) if isinstance(credit, str) else credit)
+    if isinstance(credit, str):
+        credit = replace(config.credit, rule=credit)
+    return replace(config, credit=credit)

@@ -1,9 +1,9 @@
-"""One optimiser update: losses over a minibatch, summed over micro-batches and processes as if it were one batch."""
+"""One optimiser update: losses over a minibatch, summed over micro-batches and processes as over one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,27 +20,29 @@ from rl.training.metrics import Averages
 
 
 def learning_rates(config: PPOConfig) -> tuple[float, float]:
-    """Of the policy's adapter, and of the critic; before any schedule."""
-    value = config.value_learning_rate
-    return config.learning_rate, config.learning_rate if value is None else value
+    """Return the learning rates of the policy's adapter and of the critic, before any schedule."""
+    if config.value_learning_rate is None:
+        return config.learning_rate, config.learning_rate
+    return config.learning_rate, config.value_learning_rate
 
 
 def make_optimizer(policy: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
-    """Adam over the policy's weights and, with a critic, over those of the critic as a second group."""
-    groups = [
-        {"params": list(parameters.values()), "lr": rate}
-        for parameters, rate in zip(
-            (policy.policy_parameters(), policy.value_parameters()), learning_rates(config), strict=True
-        )
-        if parameters
-    ]
+    """Make Adam over the policy's weights and, with a critic, over those of the critic as a second group."""
+    policy_rate, value_rate = learning_rates(config)
+    groups = [{"params": list(policy.policy_parameters().values()), "lr": policy_rate}]
+    value_parameters = list(policy.value_parameters().values())
+    if value_parameters:
+        groups.append({"params": value_parameters, "lr": value_rate})
     return torch.optim.Adam(groups, eps=1e-5)
 
 
 def minibatch_order(config: PPOConfig, step: int, epoch: int) -> list[Int64[Tensor, " sequences"]]:
-    """Numbers of the sequences of each update, over all processes; a function of the seed and the place."""
-    total = config.num_prompts * config.group_size
-    order = torch.randperm(total, generator=generator(config.seed, "minibatches", step, epoch))
+    """Draw the sequences of each update, numbered over all processes.
+
+    The order is a function of the seed, the step and the epoch, so a resumed run draws it again.
+    """
+    num_sequences = config.num_prompts * config.group_size
+    order = torch.randperm(num_sequences, generator=generator(config.seed, "minibatches", step, epoch))
     return list(order.chunk(config.num_minibatches))
 
 
@@ -53,46 +55,74 @@ def micro_losses(
     num_tokens: float,
     num_sequences: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "batch response"]]]:
-    """The loss of one micro-batch with the whole minibatch's denominators, and what is logged per token.
+    """Compute the loss of one micro-batch with the denominators of its minibatch, and the metrics of each token.
 
     ``loss = policy + value_coefficient * value + kl_weight * k3 - entropy_coefficient * entropy``; only the first
     is multiplied with the credit weights.
+
+    Args:
+        output: of the forward pass, ``[B, R]`` each.
+        part: the experience of the same sequences.
+        config: of the run.
+        kl_weight: beta of a KL term in the loss.
+        num_tokens: tokens in the loss, of the minibatch in all processes.
+        num_sequences: responses with such a token.
+
+    Returns:
+        The loss, and detached metrics ``[B, R]`` by name.
     """
     device = output.logprobs.device
     mask = part.loss_mask.to(device)
 
     def total(per_token: Tensor) -> Tensor:
         return aggregate(
-            per_token, mask, config.aggregation, num_tokens=num_tokens, num_sequences=num_sequences,
+            per_token,
+            mask,
+            config.aggregation,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
             max_tokens=config.max_response_tokens,
-        )  # fmt: skip
+        )
 
-    old = part.scores.logprobs.to(device)
-    logprobs = torch.where(mask, output.logprobs, 0.0)  # whatever a model says of padding stays there
+    # Policy term. Log-probabilities on padding may be infinite, and would make the gradient NaN.
+    old_logprobs = part.scores.logprobs.to(device)
+    logprobs = torch.where(mask, output.logprobs, 0.0)
     policy = policy_loss(
-        logprobs, old, part.advantages.to(device), clip=config.clip, clip_high=config.clip_high,
-        dual_clip=config.dual_clip, weights=part.policy_weights.to(device),
-    )  # fmt: skip
+        logprobs,
+        old_logprobs,
+        part.advantages.to(device),
+        clip=config.clip,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        weights=part.policy_weights.to(device),
+    )
     loss = total(policy.per_token)
-    seen = {
+    metrics = {
         "policy_loss": policy.per_token,
         "clip_share": policy.clipped.float(),
         "entropy": output.entropy,
-        "kl_old": kl_estimate(logprobs, old, "k3"),
+        "kl_old": kl_estimate(logprobs, old_logprobs, "k3"),
         "ratio": policy.ratio,
     }
+
+    # Value term, with a critic.
     if output.values is not None and part.returns is not None and part.scores.values is not None:
-        returns = part.returns.to(device)
         values = torch.where(mask, output.values, 0.0)
-        per_token = value_loss(values, part.scores.values.to(device), returns, clip=config.value_clip)
-        loss = loss + config.value_coefficient * total(per_token)
-        seen["value_loss"] = per_token
+        value_per_token = value_loss(
+            values, part.scores.values.to(device), part.returns.to(device), clip=config.value_clip
+        )
+        loss = loss + config.value_coefficient * total(value_per_token)
+        metrics["value_loss"] = value_per_token
+
+    # KL term k3, where the KL belongs to the loss.
     if config.kl_in == "loss" and part.scores.ref_logprobs is not None and kl_weight > 0:
-        per_token = kl_estimate(logprobs, part.scores.ref_logprobs.to(device), "k3")
-        loss = loss + kl_weight * total(per_token)
+        kl_per_token = kl_estimate(logprobs, part.scores.ref_logprobs.to(device), "k3")
+        loss = loss + kl_weight * total(kl_per_token)
+
+    # Entropy bonus.
     if config.entropy_coefficient:
         loss = loss - config.entropy_coefficient * total(output.entropy)
-    return loss, {name: value.detach() for name, value in seen.items()}
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 class Updater:
@@ -104,71 +134,110 @@ class Updater:
         optimizer: over policy weights and critic weights, in two groups.
         accelerator: of the run.
         config: of the run.
+
+    Attributes:
+        wrapped: the policy as accelerate prepared it.
+        policy: the same, not wrapped.
+        optimizer: of the run.
+        accelerator: of the run.
+        config: of the run.
     """
 
     def __init__(
         self, wrapped: nn.Module, policy: ActorCritic, optimizer: Any, accelerator: Any, config: PPOConfig
     ) -> None:
-        self.wrapped, self.policy, self.optimizer = wrapped, policy, optimizer
-        self.accelerator, self.config = accelerator, config
+        self.wrapped = wrapped
+        self.policy = policy
+        self.optimizer = optimizer
+        self.accelerator = accelerator
+        self.config = config
 
     def update(
-        self, experience: Experience, rows: Sequence[int], *, kl_weight: float, averages: Averages,
-        ratios: Tensor | None = None, output: TokenOutput | None = None,
-    ) -> bool:  # fmt: skip
-        """One optimiser step on the given sequences of this process; False where no token of any process counts.
+        self,
+        experience: Experience,
+        rows: Sequence[int],
+        *,
+        kl_weight: float,
+        averages: Averages,
+        ratios: Float[Tensor, "batch response"] | None = None,
+        output: TokenOutput | None = None,
+    ) -> bool:
+        """Make one optimiser step on the given sequences of this process.
 
         Args:
             experience: of this process.
-            rows: sequences of the minibatch that are this process's; may be none.
+            rows: the minibatch's sequences in this process; may be empty.
             kl_weight: beta of a KL term in the loss.
-            averages: filled with what is logged.
-            ratios: ``[B, R]``, filled with the importance ratios seen.
-            output: of a forward pass over these very rows with the present weights, where one was made already.
+            averages: the metrics are added to it.
+            ratios: ``[B, R]``; the importance ratios of the given sequences are written to it.
+            output: of a forward pass over the same rows with the present weights, if there is one already.
+
+        Returns:
+            False without a step, if the losses of no process have a token.
 
         Raises:
             DivergedError: the gradient is not finite.
         """
-        config, world = self.config, self.accelerator.num_processes
-        mask = experience.loss_mask[list(rows)]
-        counts = torch.tensor([mask.sum(), mask.any(1).sum()], dtype=torch.float32, device=self.policy.device)
-        num_tokens, num_sequences = self.accelerator.reduce(counts, "sum").tolist()
+        num_tokens, num_sequences = self._counts(experience, rows)
         if not num_tokens:
             return False
+
         parts = self._micro_batches(rows)
         self.optimizer.zero_grad()
         for number, chosen in enumerate(parts):
+            # A process without a sequence in this minibatch runs along with a weight of 0, because every process must
+            # take part in the exchange of gradients. Wrappers average gradients over processes, and the denominators
+            # are those of all processes already, so the average is turned back into a sum.
             part = experience.select(chosen or [0])
-            last = number == len(parts) - 1
-            with _syncing(self.accelerator, self.wrapped, last):
-                inputs = ModelInput.of(part.responses, self.policy.device)
-                tokens = inputs.input_ids[:, part.responses.prompt_length :]
-                made = TokenOutput(*self.wrapped(inputs, tokens, config.temperature)) if output is None else output
-                loss, seen = micro_losses(
-                    made, part, config, kl_weight=kl_weight, num_tokens=num_tokens, num_sequences=num_sequences
+            weight = self.accelerator.num_processes if chosen else 0.0
+            is_last = number == len(parts) - 1
+            with self._gradient_exchange(is_last):
+                part_output = self._forward(part) if output is None else output
+                loss, metrics = micro_losses(
+                    part_output,
+                    part,
+                    self.config,
+                    kl_weight=kl_weight,
+                    num_tokens=num_tokens,
+                    num_sequences=num_sequences,
                 )
-                # Wrappers average gradients over processes; the denominators are those of all of them already. A
-                # process without a sequence in this minibatch runs along with a weight of 0.
-                self.accelerator.backward(loss * (world if chosen else 0.0))
+                self.accelerator.backward(loss * weight)
             if chosen:
-                self._log(seen, part, averages)
+                _add_metrics(averages, metrics, part)
                 if ratios is not None:
-                    ratios[list(chosen)] = seen["ratio"].float().cpu()
+                    ratios[list(chosen)] = metrics["ratio"].float().cpu()
         self._step(averages)
         return True
 
-    def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """At least one, so that every process takes part in every synchronisation."""
-        size = self.config.micro_batch_size
-        return [list(rows[start : start + size]) for start in range(0, len(rows), size)] or [[]]
+    def _counts(self, experience: Experience, rows: Sequence[int]) -> tuple[float, float]:
+        """Count the tokens in the loss and the responses with such a token, over all processes."""
+        mask = experience.loss_mask[list(rows)]
+        own_counts = torch.tensor([mask.sum(), mask.any(1).sum()], dtype=torch.float32, device=self.policy.device)
+        num_tokens, num_sequences = self.accelerator.reduce(own_counts, "sum").tolist()
+        return num_tokens, num_sequences
 
-    def _log(self, seen: dict[str, Tensor], part: Experience, averages: Averages) -> None:
-        mask = part.loss_mask
-        for name, value in seen.items():
-            averages.add(name, value.float().cpu().masked_fill(~mask, 0.0).sum(), mask.sum())
+    def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
+        """Split the rows; there is at least one part, so that every process takes part in every synchronisation."""
+        size = self.config.micro_batch_size
+        parts = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return parts or [[]]
+
+    def _gradient_exchange(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Let processes exchange gradients once for each update, with its last micro-batch."""
+        if is_last:
+            return nullcontext()
+        return self.accelerator.no_sync(self.wrapped)
+
+    def _forward(self, part: Experience) -> TokenOutput:
+        """Run the wrapped policy over the response tokens of some sequences."""
+        inputs = ModelInput.of(part.responses, self.policy.device)
+        tokens = inputs.input_ids[:, part.responses.prompt_length :]
+        return TokenOutput(*self.wrapped(inputs, tokens, self.config.temperature))
 
     def _step(self, averages: Averages) -> None:
-        for name, group in zip(("policy_grad_norm", "value_grad_norm"), self.optimizer.param_groups, strict=False):
+        """Clip the gradients of policy and critic separately, check them, and step."""
+        names = ("policy_grad_norm", "value_grad_norm")
+        for name, group in zip(names, self.optimizer.param_groups, strict=False):
             norm = self.accelerator.clip_grad_norm_(group["params"], self.config.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 raise DivergedError(
@@ -180,6 +249,8 @@ class Updater:
         self.optimizer.step()
 
 
-def _syncing(accelerator: Any, wrapped: nn.Module, last: bool) -> Any:
-    """Gradients are exchanged once for each update, with its last micro-batch."""
-    return nullcontext() if last else accelerator.no_sync(wrapped)
+def _add_metrics(averages: Averages, metrics: dict[str, Tensor], part: Experience) -> None:
+    """Add the metrics of a micro-batch over the tokens in its loss."""
+    mask = part.loss_mask
+    for name, value in metrics.items():
+        averages.add(name, value.float().cpu().masked_fill(~mask, 0.0).sum(), mask.sum())

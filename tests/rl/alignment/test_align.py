@@ -1,28 +1,24 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from flowgraph import MemoryLimitError, MissingExtraError, OutputError
-from rl.alignment.align import align
-from rl.alignment.arms import arm_name, named_arms, parse_arm, split_arms
+from rl import ActorCritic, ConfigError, CreditConfig, CreditError, DivergedError, LoraConfig, PPOConfig, align
+from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, split_arms
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients
 from rl.alignment.multipliers import SCHEMA, Estimate, Products, compare, cosines, jackknife, multipliers, signal_shares
 from rl.alignment.plot import plot_alignment
-from rl.commands.align import align_command
-from rl.config import CreditConfig, LoraConfig, PPOConfig
+from rl.credit.scope import after_answer
 from rl.credit.scoring import score_rollout
-from rl.errors import ConfigError, CreditError
 from rl.evaluation.significance import holm
-from rl.policy.actor_critic import ActorCritic
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
 from rl.training.experience import build_experience
-from tests.fixtures.policies import Digits, alphabet, tiny_policy
+from tests.fixtures.policies import Digits, UnmarkedDigits, alphabet, tiny_policy
 from tests.reference import rl_align as slow
 
 ARMS = [
@@ -95,8 +91,8 @@ def test_uniform_is_exactly_one(measured):
 
 
 def test_constant_weights_have_multiplier_one():
-    constant = ["uniform", "random:strength=1", "random:share=1,strength=3,scope=response"]
-    found = align(tiny_policy(), alphabet(), Digits(), arms=constant, config=SETTINGS, num_batches=3)
+    constant = ["uniform", "random:strength=1", "random:share=1,strength=3"]
+    found = align(tiny_policy(), alphabet(), UnmarkedDigits(), arms=constant, config=SETTINGS, num_batches=3)
     for arm in found.arms:
         assert tuple(arm.multiplier) == pytest.approx((1, 1, 0, 1, 1), abs=1e-9), arm.name
     assert [pair.p_value for pair in found.differences] == [1.0, 1.0]
@@ -104,6 +100,25 @@ def test_constant_weights_have_multiplier_one():
     assert everything.token_share == 1
     assert tuple(everything.signal_share or ()) == pytest.approx((1, 1, 0, 1, 1), abs=1e-9)
     assert (everything.only_rest or everything.cosine).value == 0
+
+
+def test_tokens_after_the_answer_keep_weight_1():
+    """The alignment uses the weights of the training: a soft arm changes nothing behind the answer."""
+    policy = ActorCritic(tiny_policy(), SETTINGS.lora, critic=False)
+    task, tokenizer = Digits(), alphabet()
+    encoder = PromptEncoder(tokenizer, policy.causal_lm, 100, 12)
+    samples = [task.sample("train", k) for k in range(3)]
+    generated = sample_responses(
+        policy.causal_lm, encoder, samples, group_size=2, max_response_tokens=12, temperature=0.9, seed=3, step=0
+    )
+    responses = judge(task, tokenizer, [sample for sample in samples for _ in range(2)], generated)
+    after = after_answer(responses)
+    assert after.any()
+    arms = [parse_arm(text) for text in ("flow:soft", "entropy:soft,mean_one=true", "random:only_top,scope=response")]
+    _, credits = score_arms(policy, responses, arms, SETTINGS, step=0)
+    for credit in credits:
+        assert (credit.weights[after] == 1).all()
+        assert (credit.weights != 1).any()
 
 
 def test_recall_of_known_tokens(measured):
@@ -124,7 +139,7 @@ def test_the_same_seed_gives_the_same_figures_and_micro_batches_change_nothing(m
         assert one.cosine.value == pytest.approx(other.cosine.value, abs=2e-5)
 
 
-def test_the_model_is_given_back_as_it_came():
+def test_the_model_is_restored_afterwards():
     model = tiny_policy().train()
     names = {name: weight.requires_grad for name, weight in model.named_parameters()}
     for _ in range(2):
@@ -133,7 +148,7 @@ def test_the_model_is_given_back_as_it_came():
     assert model.training
 
 
-def test_a_trained_adapter_is_measured_where_it_stands():
+def test_a_trained_adapter_is_measured_as_it_is():
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
@@ -245,8 +260,6 @@ def test_inner_products_are_summed_in_double():
 
 
 def test_a_gradient_that_is_not_finite_is_refused():
-    from rl.errors import DivergedError
-
     policy = ActorCritic(tiny_policy(), SETTINGS.lora, critic=False)
     task, tokenizer = Digits(), alphabet()
     encoder = PromptEncoder(tokenizer, policy.causal_lm, 64, 8)
@@ -328,6 +341,36 @@ def test_json_and_table(measured):
     assert len(measured.differences) == len(ARMS)
 
 
+def test_json_without_a_path_returns_the_text_and_warns(measured):
+    with pytest.warns(DeprecationWarning, match=r"path: must be given, got None; call to_json\(path\)"):
+        text = measured.to_json()
+    assert json.loads(text) == measured.to_dict()
+
+
+def test_json_is_written_to_the_path(measured, tmp_path):
+    path = tmp_path / "alignment.json"
+    assert measured.to_json(path) is None
+    assert json.loads(path.read_text()) == measured.to_dict()
+    measured.to_json(str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["alignment.json"]
+    with pytest.raises(OutputError, match="path: its folder must exist"):
+        measured.to_json(tmp_path / "missing" / "alignment.json")
+
+
+def test_figures_that_are_not_finite_become_none_in_json(measured):
+    endless = replace(measured, reward=float("nan"), seconds={"rollouts": float("inf")})
+    values = endless.to_dict()
+    assert values["reward"] is None
+    assert values["seconds"] == {"rollouts": None}
+
+
+def test_an_alignment_is_unreliable_where_the_interval_of_uniform_contains_0(measured):
+    uniform = measured.arms[0]
+    for low, reliable in ((0.01, True), (0.0, False), (-0.01, False)):
+        changed = replace(uniform, cosine=uniform.cosine._replace(low=low))
+        assert replace(measured, arms=(changed, *measured.arms[1:])).is_reliable is reliable
+
+
 def test_the_picture(measured, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     path = plot_alignment(measured, tmp_path / "alignment.png")
@@ -339,22 +382,3 @@ def test_the_picture(measured, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"needs matplotlib.*flowgraph-llm\[plot\]"):
         plot_alignment(measured, tmp_path / "b.png")
-
-
-def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.policy.loading.load_model", lambda name, dtype: (tiny_policy(), alphabet()))
-    monkeypatch.setattr("rl.tasks.registry.make_task", lambda task, **options: Digits())
-    app = typer.Typer()
-    app.command()(align_command)
-    arguments = ["--arms", "flow:share=0.2,strength=3,random", "--batches", "3", "--out", str(tmp_path / "new" / "out")]
-    arguments += ["--set", "num_prompts=3", "--set", "max_response_tokens=12", "--baselines", "uniform,random"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    assert "flow:share=0.2,strength=3" in result.output
-    assert "p (Holm)" in result.output
-    assert "gradients 3/3" in result.output
-    values = json.loads((tmp_path / "new" / "out" / "alignment.json").read_text())
-    assert {pair["baseline"] for pair in values["differences"]} == {"uniform", "random"}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="out: must be a folder that can be made"):
-        CliRunner().invoke(app, ["--out", str(tmp_path / "file" / "x")], catch_exceptions=False)

@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from flowgraph import HeadSelector
+from rl import AttentionNeed, CreditError, CreditInput, Responses, Sample, TokenScores, credit_rule, rule_names
 from rl.credit import registry
-from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, find_rule, rule_names, score_tokens
-from rl.errors import CreditError
-from rl.records import Responses, Sample, TokenScores
+from rl.credit.registry import find_rule, score_tokens
 
 OWN = [
     "atpo", "correlation", "coupled", "entropy", "fai", "flow", "flow_entropy", "gradient", "max_attention", "oracle",

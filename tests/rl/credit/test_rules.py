@@ -13,10 +13,9 @@ from torch import Tensor
 from flowgraph import AttentionRecorder, AttentionRows, HeadSelector, InvalidInputError, MemoryLimitError
 from flowgraph.attention.attention_rows import WeightedLayer
 from flowgraph.attention.head_aggregation import HeadAggregator
+from rl import AttentionNeed, CreditError, CreditInput, Responses, Sample, TokenScores, rule_names
 from rl.credit import attention_rules as attention_rules
-from rl.credit.registry import AttentionNeed, CreditInput, find_rule, rule_names, score_tokens
-from rl.errors import CreditError
-from rl.records import Responses, Sample, TokenScores
+from rl.credit.registry import find_rule, score_tokens
 from tests.fixtures.tiny import tiny_model
 from tests.reference import rl_credit as reference
 

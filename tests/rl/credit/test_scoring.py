@@ -10,9 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl import ActorCritic, AttentionNeed, CreditConfig, CreditError, CreditInput, LoraConfig, Responses, credit_rule
-from rl.credit.registry import find_rule, rule_names
-from rl.credit.scoring import Scored, embedding_gradient, score_rollout, tokens_in_scope
+from rl import (
+    ActorCritic,
+    AttentionNeed,
+    CreditConfig,
+    CreditError,
+    CreditInput,
+    LoraConfig,
+    Responses,
+    credit_rule,
+    rule_names,
+)
+from rl.credit.registry import find_rule
+from rl.credit.scope import after_answer, tokens_in_scope
+from rl.credit.scoring import Scored, embedding_gradient, score_rollout
 from rl.policy.actor_critic import ModelInput
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
 from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
@@ -153,8 +164,9 @@ def test_the_scope_leaves_the_answer_out_unless_told_otherwise():
     policy = actor()
     responses = rollout(policy)
     assert responses.answer_in_response.any()
-    assert torch.equal(tokens_in_scope(responses, "response"), responses.response_mask)
-    expected = responses.response_mask & ~responses.answer_in_response
+    expected = responses.response_mask & ~after_answer(responses)
+    assert torch.equal(tokens_in_scope(responses, "response"), expected)
+    expected = expected & ~responses.answer_in_response
     assert torch.equal(tokens_in_scope(responses, "reasoning"), expected)
     for scope in ("reasoning", "response"):
         credit = scored(policy, responses, CreditConfig(rule="entropy", scope=scope, strength=3.0)).credit

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rl.config import CreditConfig
-from rl.credit.weights import mean_one, potential_rewards, redistribute, shape_weights, signed_weights, top_share
-from rl.errors import ConfigError, CreditError
+from rl import ConfigError, CreditConfig, CreditError, shape_weights, top_share
+from rl.credit.weights import mean_one, potential_rewards, redistribute, signed_weights
 from tests.reference import rl_math as reference
 
 some = settings(max_examples=60, deadline=None)

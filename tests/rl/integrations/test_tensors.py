@@ -9,6 +9,7 @@ import torch
 
 from flowgraph import AttentionRecorder
 from rl.config import CreditConfig, LoraConfig, PPOConfig
+from rl.credit.scope import after_answer
 from rl.credit.scoring import score_rollout
 from rl.errors import ConfigError, CreditError, RewardError
 from rl.integrations.tensors import read_responses, scale_advantages, token_credit, usable_rule
@@ -81,6 +82,20 @@ def test_credited_advantages_are_those_of_our_own_trainer():
     ours = scale_advantages(experience.advantages, responses.response_mask, found, credit)
     torch.testing.assert_close(ours, experience.advantages * experience.policy_weights, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(ours, experience.advantages, atol=1e-2)
+
+
+@pytest.mark.parametrize("scope", ["reasoning", "response"])
+def test_advantages_after_the_answer_stay_as_they_are(scope):
+    responses = read(made_up())
+    after = after_answer(responses)
+    assert after.sum(1).tolist() == [1, 1, 1, 0]  # the end tokens of the first three
+    zeros = torch.zeros(responses.response_mask.shape)
+    entropy = torch.rand(zeros.shape, generator=torch.Generator().manual_seed(0)).masked_fill(after, 0.0)
+    credit = CreditConfig(rule="entropy", shape="soft", scope=scope, mean_one=True)
+    found = token_credit(responses, TokenScores(zeros, entropy), credit)
+    scaled = scale_advantages(torch.full((4,), 2.0), responses.response_mask, found, credit)
+    assert (scaled[after] == 2).all()
+    assert (scaled[responses.response_mask] != 2).any()
 
 
 def test_uniform_credit_changes_nothing():
@@ -163,7 +178,7 @@ def padded_on_the_right(batch):
         (emptied, "response_mask: must hold a token of every response, got none of response 1"),
         (
             lambda b: {**b, "prompts": b["prompts"].masked_fill(b["prompts"] == 3, 4)},
-            "prompts: must be what the ids of",
+            "prompts: must be the text of the ids of",
         ),
     ],
 )

@@ -31,6 +31,7 @@ from peft import LoraConfig as PeftLora
 from flowgraph import MissingExtraError
 from rl.algorithm.advantages import group_advantages, spread
 from rl.config import CreditConfig, LoraConfig, PPOConfig
+from rl.credit.scope import after_answer
 from rl.credit.scoring import score_rollout
 from rl.errors import ConfigError, CreditError
 from rl.integrations.trl import flow_grpo_trainer
@@ -145,6 +146,18 @@ def test_credited_advantages_are_those_of_our_own_trainer(tmp_path, rule):
     assert not torch.allclose(wanted[mask], plain[mask], atol=1e-2)
 
 
+@pytest.mark.parametrize("rule", ["flow", "entropy", "random"])
+def test_advantages_after_the_answer_stay_those_of_trl(tmp_path, rule):
+    stock = rollout(make(tmp_path))
+    trainer = make(tmp_path, CreditConfig(rule=rule, shape="soft", scope="response", mean_one=True))
+    output = rollout(trainer)
+    plain = stock["advantages"][:, None].expand(output["advantages"].shape)
+    after = after_answer(as_responses(trainer, output))
+    assert after.any()
+    assert torch.equal(output["advantages"][after], plain[after])
+    assert not torch.equal(output["advantages"], plain)
+
+
 def test_rules_that_draw_draw_for_each_sequence(tmp_path):
     output = rollout(make(tmp_path, CreditConfig(rule="random", strength=2.0, scope="response")))
     raised = output["advantages"].abs() > 1.5 * output["advantages"].abs().amin(1, keepdim=True)
@@ -181,7 +194,7 @@ def test_chat_templates_with_options_are_refused_rather_than_misread(tmp_path):
     trainer = make(tmp_path, STRONG)
     original = trainer._tokenize_prompts
     trainer._tokenize_prompts = lambda prompts: original([f"{prompt}a" for prompt in prompts])
-    with pytest.raises(ConfigError, match=r"prompts: must be what the ids of sequence 0 say, got \d+ ids where"):
+    with pytest.raises(ConfigError, match=r"prompts: must be the text of the ids of sequence 0, got \d+ ids where"):
         rollout(trainer)
 
 

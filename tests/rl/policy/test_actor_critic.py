@@ -122,6 +122,12 @@ def test_values_are_zero_at_first_and_do_not_see_the_policys_adapter():
     assert before.abs().max() > 0.01
 
 
+def test_the_seed_leaves_the_generators_of_gpus_alone(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_policy()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
+    ActorCritic(model, LORA, critic=True, seed=5)
+
+
 def test_the_seed_decides_the_first_weights_and_leaves_the_global_generator_alone():
     one, same, other = actor(seed=3), actor(seed=3), actor(seed=4)
     torch.manual_seed(11)

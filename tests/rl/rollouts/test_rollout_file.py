@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowgraph import InvalidInputError, OutputError
-from rl.errors import CheckpointError
+from rl import CheckpointError
 from rl.reports.credit_report import report_file, report_payload
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
 from tests.rl.reports.test_credit_report import HOSTILE, example
@@ -144,7 +144,7 @@ def test_inconsistent_files_are_refused(tmp_path: Path):
         (None, {"samples": [{"index": 1}] * 2}, "must hold a complete rollout record"),
         (None, {"completions": ["only one"]}, "must hold text for 2 responses of 6 tokens, got another number"),
         (None, {"tokens": [["a"] * 6, ["a"] * 5]}, "must hold text for 2 responses of 6 tokens"),
-        (None, {"tokens": [[1] * 6] * 2}, "1 is no text"),
+        (None, {"tokens": [[1] * 6] * 2}, "1 is not text"),
     ]
     for change, record, message in cases:
         with pytest.raises(CheckpointError, match=message):

@@ -97,10 +97,10 @@ def test_bad_patterns():
 
 def test_a_catastrophic_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(answers, "PATTERN_SECONDS", 0.05)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(TaskError, match=r"pattern: must be searched in 0.05 s, got .* avoid repeats within repeats"):
         find_answer("a" * 60 + "b", r"((?:a|aa)+)\1c")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_long_responses_are_searched_at_their_end():
@@ -111,9 +111,9 @@ def test_long_responses_are_searched_at_their_end():
 
 @pytest.mark.parametrize("unit", ["\\boxed{", "{", "}", "<answer>", "</answer>", "\n####", "\\", " "])
 def test_hostile_repetitions_take_no_time(unit: str):
-    started = time.perf_counter()
+    started = time.process_time()
     find_answer(unit * (200_000 // len(unit)))
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 @given(text=st.lists(st.sampled_from(["\\boxed{", "{", "}", "<answer>", "</answer>", "\n#### ", "1", " ", "\\"])))
@@ -195,10 +195,10 @@ def test_mathematical_equality():
 )  # fmt: skip
 def test_hostile_mathematics_is_not_equal_and_takes_no_time(hostile: str):
     equal_math("5", "5.0")  # loads the package
-    started = time.perf_counter()
+    started = time.process_time()
     assert not equal_math("5", hostile)
     assert not equal_math(hostile, "5")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_mathematics_works_outside_the_main_thread_and_in_silence(caplog: pytest.LogCaptureFixture):

@@ -107,31 +107,21 @@ def test_resumed_anywhere_is_never_stopped(whole, tmp_path: Path, name: str):
 
 
 def test_killed_at_any_moment_and_resumed_is_never_stopped(tmp_path: Path):
-    """SIGKILL, at moments of the clock's choice, until the run is through."""
+    """SIGKILL at chosen changes of a file, twice; then the run goes through."""
+    # a checkpoint is about 19 changes, and the run writes 36 of them
     script = (
         "import sys, torch; from pathlib import Path; from dataclasses import replace\n"
         "from tests.rl.training.test_checkpoint import *\n"
+        "from tests.fixtures.kills import kill_at_change\n"
+        "kill_at_change(Path(sys.argv[1]), int(sys.argv[2]))\n"
         "run = trainer(Path(sys.argv[1]), replace(SETTINGS, steps=6), resume=True, task=Digits())\n"
-        "print('ready', flush=True)\n"
         "run.train()\n"
-        "(Path(sys.argv[1]) / 'done').touch()\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    kills = 0
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    for wait in (0.3, 0.5, 600):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().strip() == "ready"
-            try:
-                process.wait(wait)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        if (tmp_path / "done").exists():
-            break
-    assert (tmp_path / "done").exists()
-    assert kills >= 1, "the run was through before the first kill: no evidence"
+    for kill_at in (150, 271, 0):
+        command = [sys.executable, "-c", script, str(tmp_path), str(kill_at)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr
     resumed = trainer(tmp_path, replace(SETTINGS, steps=6), resume=True, task=Digits())
     never = trainer(None, replace(SETTINGS, steps=6), task=Digits())
     never.train()
@@ -186,7 +176,7 @@ def test_an_adapter_of_another_shape_is_refused(whole, tmp_path: Path):
 
 def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = trainer(tmp_path, replace(SETTINGS, save_every_updates=None))
-    real, calls = rl.training.checkpoint._save, []
+    real, calls = rl.training.checkpoint._save_tensors, []
 
     def full(path: Path, tensors: dict[str, Tensor]) -> None:
         calls.append(path)
@@ -195,7 +185,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tmp_path: Path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, tensors)
 
-    monkeypatch.setattr(rl.training.checkpoint, "_save", full)
+    monkeypatch.setattr(rl.training.checkpoint, "_save_tensors", full)
     with pytest.raises(OutputError, match=r"checkpoint-00000\d must fit into .*: No space left on device; make room"):
         run.train()
     left = find_checkpoints(tmp_path)
@@ -248,7 +238,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_started_anew(whole, tmp_path: P
         shutil.copytree(folder / name, tmp_path / name)
         (tmp_path / name / "state.json").write_text("{")
     shutil.copy(folder / "metrics.jsonl", tmp_path)
-    with pytest.raises(CheckpointError, match=r"resume: .* must hold a checkpoint that is whole, got none, .*000002"):
+    with pytest.raises(
+        CheckpointError, match=r"resume: .* must hold a complete checkpoint, got damaged ones, .*000002"
+    ):
         trainer(tmp_path, resume=True)
     assert read_metrics(tmp_path / "metrics.jsonl")
     assert newest_state(tmp_path / "empty") is None

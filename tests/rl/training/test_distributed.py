@@ -98,7 +98,7 @@ def test_the_two_processes_had_different_sequences(two: Path):
         ({"gradient_accumulation_steps": 2}, "accelerator: must have gradient_accumulation_steps=1, got 2"),
         (
             {"distributed_type": SimpleNamespace(name="FSDP")},
-            "must give each process the whole base, got FSDP",
+            "must give each process the entire base, got FSDP",
         ),
         ({"mixed_precision": "fp16"}, "accelerator: must have mixed_precision 'no' or 'bf16', got 'fp16'"),
     ],

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl import Credit, CreditConfig, Experience, PPOConfig, Responses, Sample, TokenScores
+from rl import Credit, CreditConfig, Experience, PPOConfig, Responses, Sample, TokenScores, shape_weights
+from rl.credit.scope import tokens_in_scope
 from rl.training.experience import build_experience, zero_variance_share
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
@@ -44,7 +45,7 @@ def built(responses: Responses | None = None, *, kl_weight: float = 0.0, credit=
     return build_experience(responses or rollout(), scores, given, config, kl_weight=kl_weight)
 
 
-def close(got: Tensor | None, expected: list[list[float]]) -> None:
+def close(got: Tensor | None, expected: list) -> None:
     assert got is not None
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=1e-6)
 
@@ -140,6 +141,23 @@ def test_weights_of_the_policy_loss(credit: dict, expected: list[list[float]]):
     made = built(credit=CreditConfig(rule="uniform", **credit), gae_lambda=1.0)
     close(made.policy_weights, expected)
     assert torch.equal(made.credit.weights, WEIGHTS)
+
+
+@pytest.mark.parametrize("sign", ["all", "non_negative", "asymmetric"])
+@pytest.mark.parametrize("entry", ["advantage", "reward", "potential"])
+def test_tokens_after_the_answer_have_weight_1_at_every_entry_point(entry: str, sign: str):
+    """The first token is reasoning, the second the answer; the third, an end token, scores 0."""
+    answer = torch.zeros(4, 4, dtype=torch.bool)
+    answer[:, 2] = MASK[:, 1]
+    responses = replace(rollout(), answer=answer)
+    scored = tokens_in_scope(responses, "response")
+    credit = CreditConfig(rule="flow", shape="soft", entry=entry, sign=sign, mean_one=True)
+    given = Credit(SCORES, scored, shape_weights(SCORES, scored, credit))
+    config = PPOConfig(credit=credit)
+    scores = TokenScores(LOGPROBS, -LOGPROBS, None, VALUES, torch.zeros(4))
+    made = build_experience(responses, scores, given, config, kl_weight=0.0)
+    close(made.policy_weights[0, 2:], [1.0])
+    close(made.policy_weights[3, 2:], [1.0])
 
 
 def test_a_reward_spread_by_score_keeps_its_sum_and_pays_kl_once():

@@ -15,11 +15,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl import ConfigError, CreditConfig, Experience, LoraConfig, PolicyError, PPOConfig, PPOTrainer, Responses, Sample
+from rl import (
+    ActorCritic,
+    AttentionNeed,
+    ConfigError,
+    CreditConfig,
+    Experience,
+    LoraConfig,
+    PolicyError,
+    PPOConfig,
+    PPOTrainer,
+    Responses,
+    Sample,
+)
 from rl.algorithm.schedules import adapted_kl_weight, learning_rate_factor
-from rl.credit.registry import AttentionNeed
 from rl.credit.scoring import credit_generators, embedding_gradient, recorder_for
-from rl.policy.actor_critic import ActorCritic, ModelInput
+from rl.policy.actor_critic import ModelInput
 from rl.rollouts.rollout import PromptEncoder
 from rl.rollouts.rollout_file import load_rollout
 from rl.tasks.rewards import load_function

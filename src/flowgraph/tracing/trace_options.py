@@ -1,0 +1,92 @@
+"""``TraceOptions``: the choices shared by ``trace`` and ``trace_corpus``, documented and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
+from flowgraph.attention.recorder import AttentionRecorder
+from flowgraph.flow.solve import Absorption, SourceRule, check_options
+from flowgraph.graph.edge_collection import edges_kept
+from flowgraph.graph.edge_rules import EdgeRules
+from flowgraph.propagation.interface import Backend
+
+
+@dataclass(frozen=True, eq=False)
+class TraceOptions:
+    """The choices of a trace: how attention is read, becomes a graph, and how the flow on it is solved.
+
+    Attributes:
+        layers: ``"middle"`` (the middle third), ``"upper"`` (from one third up), ``"all"``, ``"10-19"``, ``"10-"`` or
+            indices.
+        heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a
+            :class:`flowgraph.HeadSelector`.
+        edge_weight: ``"attention"``, or ``"value_norm"``: attention times the norm of the value vector that it reads.
+        preset: ``"default"``, or ``"paper"`` for the choices of arXiv 2606.10646. It fixes the next three, which
+            override it one by one where they are given; see :class:`flowgraph.EdgeRules`.
+        rows: which attention row holds the incoming edges of a token: ``"emission"`` (of a generated token, the row
+            of the position that generated it), ``"emission_all"`` (the same for every token) or ``"literal"`` (its
+            own row).
+        self_attention: ``"drop"``, or ``"renormalize"`` the rest of the row.
+        first_token: ``"exclude"`` or ``"keep"`` the edges from the first token, an attention sink. It is never a
+            question token.
+        source: where the unit of flow enters: ``"uniform"`` over the question tokens, ``"potential"`` (in proportion
+            to h), or a non-negative vector ``[T]``; see :func:`flowgraph.solve`.
+        demand: b, a non-negative vector ``[T]`` of weights of the edges to the virtual sink; default: 1 on answer
+            tokens. It belongs to one text, so ``trace_corpus`` does not offer it.
+        absorption: ``"absorb"`` (no edge leaves an answer token) or ``"pass_through"``; the default depends on
+            ``demand``.
+        damping: factor per hop, in (0, 1].
+        max_edges: ``"all"``, a number (the edges with most flow), or ``"auto"``: all up to a length, then a number
+            per token; see :meth:`flowgraph.FlowGraph.from_rows`.
+        backend: of the solver; see :func:`flowgraph.solve`.
+        max_new_tokens: limit of the response that is generated when none is given.
+    """
+
+    layers: LayerRule = "middle"
+    heads: str | Sequence[int] | HeadSelector = "mean"
+    edge_weight: str = "attention"
+    preset: str = "default"
+    rows: str | None = None
+    self_attention: str | None = None
+    first_token: str | None = None
+    source: SourceRule | Tensor = "uniform"
+    demand: Tensor | None = None
+    absorption: Absorption | None = None
+    damping: float = 1.0
+    max_edges: int | str = "auto"
+    backend: Backend = "auto"
+    max_new_tokens: int = 256
+
+    @cached_property
+    def rules(self) -> EdgeRules:
+        """The preset with the rules that override it.
+
+        Raises:
+            InvalidInputError: an unknown preset or rule.
+        """
+        return EdgeRules.preset(
+            self.preset,
+            rows=self.rows,
+            self_attention=self.self_attention,
+            first_token=self.first_token,
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse every invalid choice that can be found without a forward pass; the length of a text is not needed.
+
+        Raises:
+            InvalidInputError: a choice outside its stated range, or outside the model.
+            CaptureError: the architecture cannot be captured correctly.
+        """
+        # The rules are checked when they are built.
+        _ = self.rules
+        check_options(self.backend, self.source, self.absorption, self.damping)
+        # Any number of tokens will do: only the option itself is checked.
+        edges_kept(self.max_edges, 2)
+        # The recorder checks layers, heads and edge_weight against the model when it is built.
+        AttentionRecorder(model, layers=self.layers, heads=self.heads, edge_weight=self.edge_weight)

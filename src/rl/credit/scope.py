@@ -1,0 +1,51 @@
+"""Which tokens of a response compete for credit."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from rl.config import Scope
+from rl.records import Responses
+
+
+def tokens_in_scope(responses: Responses, scope: Scope) -> Bool[Tensor, "batch response"]:
+    """Select the tokens that a credit rule may judge; all other tokens keep weight 1.
+
+    ``"reasoning"`` covers the response up to its answer, without the answer, whose throughput is large by construction.
+    ``"response"`` covers the same tokens and the answer.
+
+    Neither scope covers the tokens after the answer, such as a closing tag and the end token. They cannot influence an
+    answer that stands before them, so a score of 0 says nothing about them, and the floor of the soft shape on every
+    end token would teach a wrong length. In a response without an answer, both scopes cover every token that the
+    policy chose.
+
+    Args:
+        responses: B responses of R columns.
+        scope: ``"reasoning"`` or ``"response"``.
+
+    Returns:
+        ``[B, R]`` bool, False on padding.
+    """
+    in_scope = responses.response_mask & ~after_answer(responses)
+    if scope == "reasoning":
+        in_scope = in_scope & ~responses.answer_in_response
+    return in_scope
+
+
+def before_answer(responses: Responses) -> Bool[Tensor, "batch response"]:
+    """Select the response tokens that an answer token follows, the answer left out; none without an answer."""
+    answer = responses.answer_in_response
+    return responses.response_mask & _is_followed_by(answer) & ~answer
+
+
+def after_answer(responses: Responses) -> Bool[Tensor, "batch response"]:
+    """Select the response tokens behind the last answer token; none without an answer."""
+    answer = responses.answer_in_response
+    has_answer = answer.any(1, keepdim=True)
+    return responses.response_mask & has_answer & ~_is_followed_by(answer)
+
+
+def _is_followed_by(tokens: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:
+    """Mark every column at which, or after which, one of the given tokens stands."""
+    return tokens.long().flip(1).cumsum(1).flip(1) > 0
