@@ -16,8 +16,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
 import flowgraph as fg
+from flowgraph import plot_steps, plot_throughput, save_figure
 from flowgraph.demo import PROMPT, load_demo_model
-from flowgraph.plots.trace_plots import plot_steps, plot_throughput, save_figure
 from flowgraph.steps.step_flow import step_flow
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"

@@ -119,17 +119,18 @@ def installed_version(folder: Path, package: str) -> str | None:
 def check_versions(folder: Path, constraints: Path, target: str) -> None:
     """Refuse packages that were put into an environment by hand in another version than the constraints name.
 
-    The constraints that the environment was made with count; newer ones are installed by the next step of make.
+    What the environment was made with passes too: the next step of make replaces it after new constraints.
 
     Raises:
         SetupError: another version of a package in ``CHECKED``.
     """
     record = folder / RECORD
-    allowed = pins((record if record.is_file() else constraints).read_text())
+    former = pins(record.read_text()) if record.is_file() else {}
+    current = pins(constraints.read_text())
     for package in CHECKED:
         found = installed_version(folder, package)
-        wanted = allowed.get(package, set())
-        if found is not None and wanted and found not in wanted:
+        wanted = current.get(package, set())
+        if found is not None and wanted and found not in wanted | former.get(package, set()):
             expected = sorted(wanted)[0]
             raise SetupError(
                 f"{package}: must be {expected} as {constraints} says, got {found} in {folder}; install that "
@@ -220,9 +221,11 @@ def run(options: argparse.Namespace) -> None:
         check_python(options.target)
     if options.action == "check":
         return
-    limits = ["--constraint", str(constraints), "--build-constraint", str(constraints)] if constraints else []
+    limits = ["--constraint", str(constraints)] if constraints else []
     if not folder.exists():
-        make_environment(folder, limits[:2])
+        make_environment(folder, limits)
+    if constraints and "--no-build-isolation" not in options.arguments:
+        limits += ["--build-constraint", str(constraints)]
     run_pip(folder, [options.arguments[0], *limits, *options.arguments[1:]])
     if constraints:
         shutil.copyfile(str(constraints), str(folder / RECORD))

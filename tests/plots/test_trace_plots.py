@@ -1,102 +1,39 @@
-"""Figures: what is drawn is what the trace says, token text never breaks one, nothing global changes."""
+"""Figures of traces: what is drawn agrees with the trace, and token text never breaks a figure."""
 
-import sys
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
-from matplotlib.container import BarContainer
 from matplotlib.patches import PathPatch
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-from flowgraph.comparison.compare import compare
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MissingExtraError, OutputError
-from flowgraph.flow.solve import solve
-from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.pages.palette import PALETTE
-from flowgraph.plots.drawing import drawable, families
-from flowgraph.plots.trace_plots import (
-    _root_ticks,
-    plot_comparison,
+from flowgraph import (
+    FlowGraph,
+    FlowTrace,
+    InfeasibleFlowError,
+    InvalidInputError,
     plot_potentials,
     plot_steps,
     plot_throughput,
     save_figure,
+    solve,
 )
+from flowgraph.pages.palette import PALETTE
+from flowgraph.plots.drawing import drawable
+from flowgraph.plots.trace_plots import _root_ticks
 from flowgraph.steps.step_flow import step_flow
-from flowgraph.tracing.flow_trace import FlowTrace
-
-WORDS = ("Tom", " has", " 3", " apples", ".", "\n", "So", " 7")
-HOSTILE = (
-    "$x_1$", "$", "\\frac{", "_", "\N{RED APPLE}", "中文", "\N{HEBREW LETTER SHIN}", "\u202e", "\x00\x1b[31m", "\ud83d",
-    "\u2028", "\n", "\t", "   ", "", "\u0301", "﷽", "<b>", "a" * 300,
-)  # fmt: skip
-
-
-def make(
-    num_tokens: int, question: int = 4, answer: int = 1, texts=WORDS, cut: bool = False, seed: int = 0
-) -> FlowTrace:
-    """Sharp random attention: two tokens of context, the question, the reasoning, the answer."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = 3 * torch.randn(num_tokens, num_tokens, generator=generator, dtype=torch.float64)
-    rows = torch.softmax(scores.masked_fill(torch.ones_like(scores).triu() > 0, -torch.inf), 1).nan_to_num(0)
-    if cut:
-        rows[-answer:] = 0
-    index = torch.arange(num_tokens)
-    asked = (index >= 2) & (index < 2 + question)
-    graph = FlowGraph.from_dense(rows, question=asked, answer=index >= num_tokens - answer)
-    tokens = tuple(texts[i % len(texts)] for i in range(num_tokens))
-    ends = torch.tensor([len(token) for token in tokens]).cumsum(0)
-    return FlowTrace(
-        tokens=tokens,
-        token_ids=index,
-        text="".join(tokens),
-        spans=torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1),
-        generated=index >= 2 + question,
-        graph=graph,
-        flow=solve(graph),
-        provenance={"model": "tiny/$m_1$\x00"},
-    )
-
-
-@cache
-def plain() -> FlowTrace:
-    return make(40, 12, 2)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_global_changes():
-    before = dict(matplotlib.rcParams)
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-    after = dict(matplotlib.rcParams)
-    assert {name for name in before if name != "backend" and before[name] != after[name]} == set()
-
-
-def bars_of(ax) -> dict[float, float]:
-    """Middle and height of every bar."""
-    bars = [bar for group in ax.containers if isinstance(group, BarContainer) for bar in group]
-    return {round(bar.get_x() + bar.get_width() / 2, 6): bar.get_height() for bar in bars}
-
-
-def labels_of(ax) -> list:
-    return [text for text in ax.texts if text.get_text()]
+from tests.fixtures.figures import HOSTILE, bars_of, labels_of, make_trace, plain_trace
 
 
 @pytest.mark.parametrize("scale", ["sqrt", "linear"])
 def test_a_bar_is_the_throughput_of_its_token(scale: str):
-    ax = plot_throughput(plain(), scale=scale)
-    assert bars_of(ax) == {float(t): float(f) for t, f in enumerate(plain().throughput)}
+    ax = plot_throughput(plain_trace(), scale=scale)
+    assert bars_of(ax) == {float(t): float(f) for t, f in enumerate(plain_trace().throughput)}
     assert ax.get_ylim()[0] == 0
-    assert ax.get_ylim()[1] >= plain().throughput.max()
+    assert ax.get_ylim()[1] >= plain_trace().throughput.max()
     assert all(0 <= tick <= 1 for tick in ax.get_yticks())
     legend = ax.get_legend()
     assert legend is not None
@@ -109,7 +46,7 @@ def test_a_bar_is_the_throughput_of_its_token(scale: str):
 
 @pytest.mark.parametrize("num_tokens", [97, 100, 101, 250])
 def test_a_long_text_is_binned_with_its_maximum(num_tokens: int):
-    trace = make(num_tokens, 20)
+    trace = make_trace(num_tokens, 20)
     ax = plot_throughput(trace, max_bars=50)
     width = -(-num_tokens // 50)
     bins = [trace.throughput[start : start + width] for start in range(0, num_tokens, width)]
@@ -128,7 +65,7 @@ def test_the_root_scale_ends_at_1_also_where_sums_round_below(highest: float):
 
 
 def test_labels_name_the_strongest_and_never_overlap():
-    trace = make(120, 30, 2)
+    trace = make_trace(120, 30, 2)
     ax = plot_throughput(trace, top=15)
     ax.figure.draw_without_rendering()
     labels = labels_of(ax)
@@ -148,13 +85,13 @@ def test_labels_name_the_strongest_and_never_overlap():
 
 
 def test_the_strip_under_the_axis_shows_the_regions_token_by_token():
-    ax = plot_throughput(plain())
+    ax = plot_throughput(plain_trace())
     strip = [patch for patch in ax.patches if patch.get_y() < 0]
     assert [(patch.get_x() + 0.5, patch.get_width()) for patch in strip] == [(2, 12), (14, 24), (38, 2)]
 
 
 def test_potentials_are_drawn_on_a_log_scale_and_zeros_are_counted():
-    trace = plain()
+    trace = plain_trace()
     ax = plot_potentials(trace)
     curves = {line.get_label(): line for line in ax.lines}
     h, g = (value.numpy() for value in trace.flow.potentials)
@@ -171,7 +108,7 @@ def test_potentials_beyond_float64_are_drawn_where_they_are():
     links = torch.full((300,), 1e-5, dtype=torch.float64)
     edges = torch.stack([torch.arange(300), torch.arange(1, 301)])
     graph = FlowGraph.from_edges(edges, links, num_nodes=301, question=[0], answer=[300])
-    whole = make(301)
+    whole = make_trace(301)
     trace = FlowTrace(**{**vars(whole), "graph": graph, "flow": solve(graph)})
     assert float(trace.potential[0]) == 0  # 1e-1500
     ax = plot_potentials(trace)
@@ -180,7 +117,7 @@ def test_potentials_beyond_float64_are_drawn_where_they_are():
 
 
 def test_steps_have_the_height_of_their_throughput_and_bands_the_width_of_their_flow():
-    trace = plain()
+    trace = plain_trace()
     steps = step_flow(trace.flow, tokens=trace.tokens, spans=trace.spans, text=trace.text)
     alive = [k for k in range(len(steps.steps)) if steps.throughput[k] > 0]
     ax = plot_steps(trace, min_flow=0.0)
@@ -198,7 +135,7 @@ def test_steps_have_the_height_of_their_throughput_and_bands_the_width_of_their_
 
 
 def test_thin_bands_are_left_out_and_added_up():
-    trace = plain()
+    trace = plain_trace()
     steps = step_flow(trace.flow, tokens=trace.tokens, spans=trace.spans, text=trace.text)
     ax = plot_steps(trace, min_flow=0.05)
     thick = steps.edge_flow >= 0.05
@@ -208,7 +145,7 @@ def test_thin_bands_are_left_out_and_added_up():
 
 
 def test_of_many_steps_the_highest_are_named_without_overlap():
-    ax = plot_steps(make(300, 4, 1, ("Tom", " has.", "\n")))
+    ax = plot_steps(make_trace(300, 4, 1, ("Tom", " has.", "\n")))
     heights = bars_of(ax)
     assert len(heights) > 60
     named = ax.get_xticks()
@@ -217,61 +154,24 @@ def test_of_many_steps_the_highest_are_named_without_overlap():
     assert {x for x, height in heights.items() if height == max(heights.values())} & set(named)
 
 
-def test_a_comparison_shows_both_and_their_difference():
-    comparison = compare(make(40, 12, 2), make(40, 12, 2, seed=5))
-    ax = plot_comparison(comparison)
-    for side in (0, 1):
-        np.testing.assert_array_equal(ax.lines[side].get_ydata(), comparison.throughput[:, side])
-    change = {float(k): float(d) for k, d in enumerate(comparison.difference) if d}
-    assert bars_of(ax) == pytest.approx(change)
-    assert f"total variation {comparison.total_variation:.3f}" in ax.get_title(loc="left")
-    largest = int(comparison.difference.abs().argmax())
-    assert labels_of(ax)[0].get_text() == (
-        f"{drawable(comparison.text(largest))} ({float(comparison.difference[largest]):+.2g})"
-    )
-
-
-def test_equal_traces_have_no_bars():
-    assert bars_of(plot_comparison(compare(plain(), plain()))) == {}
-
-
 @pytest.mark.parametrize("plot", [plot_throughput, plot_potentials, plot_steps])
 @pytest.mark.parametrize("texts", [HOSTILE, HOSTILE[::-1]])
 def test_hostile_tokens_draw_without_a_warning(plot, texts, tmp_path: Path):
-    ax = plot(make(40, 15, 2, texts))
+    ax = plot(make_trace(40, 15, 2, texts))
     for ending in ("png", "svg"):
         save_figure(ax, tmp_path / f"figure.{ending}", dpi=50)
     assert "\x00" not in (tmp_path / "figure.svg").read_text(encoding="utf-8")
 
 
-def test_text_is_shown_as_it_is_or_as_code_points():
-    assert drawable(" apples") == "apples"
-    assert drawable("  ") == "␣␣"
-    assert drawable("$x_1$") == "$x_1$"
-    assert drawable("\n\t") == "⏎⇥"
-    assert drawable("\u202e\x00") == "⟨U+202E⟩<U+0000>"
-    assert drawable("\ud83d") == "⟨U+D83D⟩"
-    assert drawable("\U00100000") == "⟨U+100000⟩"
-    assert drawable("a" * 50, 10) == "a" * 10 + "…"
-    assert drawable("\x00" * 9, 10) == "<U+0000>…"
-    ax = plot_throughput(make(8, 2, 1, ("$x_1$", "$$")))
-    assert not any(text.get_parse_math() for text in labels_of(ax))
-
-
-def test_a_small_set_of_fonts_is_enough_and_is_the_readers():
-    with matplotlib.rc_context({"font.family": ["DejaVu Sans Mono"]}):
-        assert families()[0] == "DejaVu Sans Mono"
-
-
 @pytest.mark.parametrize("num_tokens", [4, 7])
 def test_small_traces_draw(num_tokens: int, tmp_path: Path):
     for plot in (plot_throughput, plot_potentials, plot_steps):
-        path = save_figure(plot(make(num_tokens, 1)), tmp_path / f"{plot.__name__}.png", dpi=40)
+        path = save_figure(plot(make_trace(num_tokens, 1)), tmp_path / f"{plot.__name__}.png", dpi=40)
         assert plt.imread(path).std() > 0.01, "something is drawn"
 
 
 def test_a_trace_without_flow_says_so(tmp_path: Path):
-    trace = make(20, cut=True)
+    trace = make_trace(20, cut=True)
     for plot in (plot_throughput, plot_potentials):
         ax = plot(trace)
         assert "no flow: no question token reaches the answer" in [text.get_text() for text in ax.texts]
@@ -283,42 +183,21 @@ def test_a_trace_without_flow_says_so(tmp_path: Path):
 def test_axes_of_the_caller_are_used_and_new_ones_are_new():
     figure, axes = plt.subplots(3)
     for plot, ax in zip((plot_throughput, plot_potentials, plot_steps), axes, strict=True):
-        assert plot(plain(), ax=ax) is ax
+        assert plot(plain_trace(), ax=ax) is ax
     assert plt.get_fignums() == [figure.number]
-    assert plot_throughput(plain()).figure is not plot_throughput(plain()).figure
-
-
-def test_the_same_figure_is_the_same_file(tmp_path: Path):
-    for plot in (plot_throughput, plot_potentials, plot_steps):
-        for name in ("one", "two"):
-            assert save_figure(plot(plain()), tmp_path / f"{name}.svg") == tmp_path / f"{name}.svg"
-        assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-        assert b"<dc:date>" not in (tmp_path / "one.svg").read_bytes()
+    assert plot_throughput(plain_trace()).figure is not plot_throughput(plain_trace()).figure
 
 
 @pytest.mark.unchecked
-def test_bad_requests(tmp_path: Path):
+def test_bad_requests():
     with pytest.raises(InvalidInputError, match="trace: must be a FlowTrace, got Flow; trace"):
-        plot_throughput(plain().flow)
-    with pytest.raises(InvalidInputError, match=r"comparison: must be a Comparison, got FlowTrace; flowgraph\.compare"):
-        plot_comparison(plain())
+        plot_throughput(plain_trace().flow)
     for name, value in (("top", -1), ("top", 2.5), ("max_bars", 0), ("max_bars", True)):
-        with pytest.raises(InvalidInputError, match=f"{name}: must be a whole number, . or more, got {value!r}; leave"):
-            plot_throughput(plain(), **{name: value})
+        with pytest.raises(InvalidInputError, match=f"{name}: must be an integer of at least ., got {value!r}; omit"):
+            plot_throughput(plain_trace(), **{name: value})
     with pytest.raises(InvalidInputError, match="scale: must be 'sqrt' or 'linear', got 'log'; 'linear'"):
-        plot_throughput(plain(), scale="log")
+        plot_throughput(plain_trace(), scale="log")
     with pytest.raises(InvalidInputError, match=r"min_flow: must lie in \[0, 1\], got -1; 0.01"):
-        plot_steps(plain(), min_flow=-1)
+        plot_steps(plain_trace(), min_flow=-1)
     with pytest.raises(InvalidInputError, match="ax: must be matplotlib axes, got Figure; pass one of"):
-        plot_potentials(plain(), ax=plt.figure())
-    ax = plot_potentials(plain())
-    with pytest.raises(InvalidInputError, match=r"path: must end in one of .*svg.*, got .*figure\.doc'; use \.png"):
-        save_figure(ax, tmp_path / "figure.doc")
-    with pytest.raises(OutputError, match="path: its folder must exist"):
-        save_figure(ax, tmp_path / "none" / "figure.png")
-
-
-def test_without_matplotlib_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "flowgraph-llm\[plot\]"'):
-        plot_throughput(plain())
+        plot_potentials(plain_trace(), ax=plt.figure())

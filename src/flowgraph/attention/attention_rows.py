@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -85,6 +86,16 @@ class RecomputedLayer:
             chosen = aggregator.choose(_all_weights(record), readable, record.num_heads)
         return cls(record, aggregator, chosen)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences and tokens."""
+        return self.record.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the rows."""
+        return self.record.device
+
     def select(self, items: slice | Tensor) -> RecomputedLayer:
         """Return the layer of some sequences of the batch."""
         chosen = None if self.chosen is None else self.chosen[items]
@@ -119,19 +130,45 @@ def _rows_per_step(record: LayerRecord, stop: int) -> int:
     return max(1, min(BLOCK, _SCRATCH_BYTES // bytes_per_row))
 
 
-Layer = WeightedLayer | RecomputedLayer
+class Layer(Protocol):
+    """The rows of one layer of a batch, heads joined."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences and tokens."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the rows."""
+        ...
+
+    def select(self, items: slice | Tensor) -> Layer:
+        """Return the layer of some sequences of the batch."""
+        ...
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
+        """Return the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
+        ...
 
 
-def _mean_block(
-    layers: Sequence[Layer], start: int, stop: int, device: torch.device
+Reduction = Literal["mean", "max"]
+
+
+def _joined_block(
+    layers: Sequence[Layer], start: int, stop: int, device: torch.device, reduction: Reduction
 ) -> Float[Tensor, "batch block stop"]:
-    """Average a block of rows over layers, which may lie on several devices."""
+    """Join a block of rows over layers, which may lie on several devices."""
     with torch.no_grad():
         # The first block may be a view of stored rows, so it is copied before others are added.
         total = layers[0].block(start, stop).to(device, copy=True)
         for layer in layers[1:]:
-            total += layer.block(start, stop).to(device)
-    return total / len(layers)
+            block = layer.block(start, stop).to(device)
+            if reduction == "max":
+                torch.maximum(total, block, out=total)
+            else:
+                total += block
+    return total / len(layers) if reduction == "mean" else total
 
 
 class AttentionRows:
@@ -147,7 +184,10 @@ class AttentionRows:
         layers: indices of the layers averaged.
         attention_mask: ``[batch, tokens]`` bool, False on padding.
         device: where rows are added up: the device of the first chosen layer.
+        normalization: how the rows become capacities, see :class:`flowgraph.EdgeRules`.
     """
+
+    normalization = "attention"
 
     def __init__(
         self,
@@ -157,17 +197,7 @@ class AttentionRows:
         attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
     ) -> None:
-        self.batch_size, self.num_tokens = records[0].shape
-        self.device = records[0].device
-        if attention_mask is None:
-            attention_mask = torch.ones(self.batch_size, self.num_tokens, dtype=torch.int64)
-        if tuple(attention_mask.shape) != (self.batch_size, self.num_tokens):
-            raise InvalidInputError(
-                f"attention_mask: must have shape ({self.batch_size}, {self.num_tokens}) like input_ids, "
-                f"got {tuple(attention_mask.shape)}; pass the mask of the forward pass"
-            )
-        self.attention_mask = attention_mask.to(self.device).bool()
-        self.layers = tuple(layers)
+        self._set_shape(records[0], layers, attention_mask, "mean")
         self._layers: list[Layer] = []
         for record in records:
             if isinstance(record, WeightedLayer):
@@ -178,8 +208,58 @@ class AttentionRows:
 
         # Heads selected by a statistic depend on the complete sequence, so equal prefixes have different rows.
         selects_heads = isinstance(aggregator.heads, HeadSelector)
+        self._share_prefixes(None if selects_heads else input_ids)
+
+    @classmethod
+    def of_layers(
+        cls,
+        layers: Sequence[Layer],
+        indices: Sequence[int],
+        attention_mask: Shaped[Tensor, "batch tokens"] | None,
+        input_ids: Int[Tensor, "batch tokens"] | None,
+        *,
+        reduction: Reduction = "mean",
+    ) -> AttentionRows:
+        """Join layers whose heads are joined already.
+
+        Args:
+            layers: the rows of each layer.
+            indices: index of each layer in the model.
+            attention_mask: 1 on tokens, 0 on padding; None for no padding.
+            input_ids: the ids, where rows depend on earlier tokens only; equal prefixes are then computed once.
+            reduction: ``"mean"`` or ``"max"`` over layers.
+        """
+        rows = cls.__new__(cls)
+        rows._set_shape(layers[0], indices, attention_mask, reduction)
+        rows._layers = list(layers)
+        rows._share_prefixes(input_ids)
+        return rows
+
+    def _set_shape(
+        self,
+        first: Layer | LayerRecord,
+        indices: Sequence[int],
+        attention_mask: Shaped[Tensor, "batch tokens"] | None,
+        reduction: Reduction,
+    ) -> None:
+        """Set the fields that do not depend on how the layers are stored."""
+        self.batch_size, self.num_tokens = first.shape
+        self.device = first.device
+        self._reduction: Reduction = reduction
+        if attention_mask is None:
+            attention_mask = torch.ones(self.batch_size, self.num_tokens, dtype=torch.int64)
+        if tuple(attention_mask.shape) != (self.batch_size, self.num_tokens):
+            raise InvalidInputError(
+                f"attention_mask: must have shape ({self.batch_size}, {self.num_tokens}) like input_ids, "
+                f"got {tuple(attention_mask.shape)}; pass the mask of the forward pass"
+            )
+        self.attention_mask = attention_mask.to(self.device).bool()
+        self.layers = tuple(indices)
+
+    def _share_prefixes(self, input_ids: Int[Tensor, "batch tokens"] | None) -> None:
+        """Prepare to compute the rows of equal prefixes once; None where rows depend on later tokens."""
         self._prefixes: SharedPrefixes | None = None
-        if input_ids is not None and self.batch_size > 1 and not selects_heads:
+        if input_ids is not None and self.batch_size > 1:
             self._prefixes = SharedPrefixes(input_ids, self.attention_mask)
         # The distinct sequences of the latest block and their layers, kept because the next block often has the same.
         self._distinct: list[int] = []
@@ -202,7 +282,7 @@ class AttentionRows:
                 "use .blocks() to read them all"
             )
         layers, distinct_of = self._layers_for(stop)
-        rows = _mean_block(layers, start, stop, self.device)
+        rows = _joined_block(layers, start, stop, self.device, self._reduction)
         if distinct_of is not None:
             rows = rows[distinct_of]
         return rows.mul_(self.attention_mask[:, start:stop, None])
@@ -260,7 +340,7 @@ class AttentionRows:
             )
         layers = [layer.select(slice(item, item + 1)) for layer in self._layers]
         positions = self.attention_mask[item].nonzero().flatten()
-        return SequenceRows(layers, positions, self.device)
+        return SequenceRows(layers, positions, self.device, self._reduction, self.normalization)
 
     def layer_rows(self, item: int = 0) -> Float[Tensor, "layers tokens tokens"]:
         """Compute the rows of one sequence for each chosen layer separately, without its padding.
@@ -303,11 +383,15 @@ class SequenceRows:
         layers: the layers of this sequence alone, padding included.
         positions: position of each token in the padded batch.
         device: where rows are added up.
+        reduction: how layers are joined.
+        normalization: how the rows become capacities, see :class:`flowgraph.EdgeRules`.
     """
 
     layers: Sequence[Layer]
     positions: Int[Tensor, " tokens"]
     device: torch.device
+    reduction: Reduction = "mean"
+    normalization: str = "attention"
 
     @property
     def num_tokens(self) -> int:
@@ -319,7 +403,7 @@ class SequenceRows:
         # Read the block of the padded batch that holds these rows, then drop padding from its rows and columns.
         first = int(self.positions[start])
         last = int(self.positions[stop - 1]) + 1
-        padded = _mean_block(self.layers, first, last, self.device)
+        padded = _joined_block(self.layers, first, last, self.device, self.reduction)
         rows = padded[:, self.positions[start:stop] - first]
         return rows[:, :, self.positions[:stop]]
 

@@ -60,7 +60,7 @@ def capture(
     inner = base_model(model)
     recorder = AttentionRecorder(model, layers=layers, heads=heads, edge_weight=edge_weight)
     input_ids = checked_ids(input_ids)
-    attention_mask = _checked_mask(input_ids, attention_mask)
+    attention_mask = checked_mask(input_ids, attention_mask)
     check_fits(inner, input_ids, attention_mask)
 
     device = next(inner.get_input_embeddings().parameters()).device
@@ -68,13 +68,13 @@ def capture(
     if device.type == "meta":
         device = input_ids.device
     mask_of_pass = attention_mask.to(device)
-    arguments = _forward_arguments(inner, mask_of_pass)
-    with _evaluating(inner), torch.no_grad(), recorder:
+    arguments = forward_arguments(inner, mask_of_pass)
+    with evaluating(inner), torch.no_grad(), recorder:
         inner(input_ids=input_ids.to(device), attention_mask=mask_of_pass, **arguments, use_cache=False)
     return recorder.rows(attention_mask, input_ids)
 
 
-def _forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor | int]:
+def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor | int]:
     """Choose the further arguments of the pass: few logits, and for left padding positions counted from the mask.
 
     Without left padding, a model's own positions are right, whatever number they start from.
@@ -126,7 +126,7 @@ def checked_ids(input_ids: Tensor) -> Int[Tensor, "batch tokens"]:
     return input_ids
 
 
-def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Int[Tensor, "batch tokens"]:
+def checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Int[Tensor, "batch tokens"]:
     """Check that each row of a mask has tokens and pads on one or both sides; return it as 0 and 1."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.int64)
@@ -194,7 +194,7 @@ def check_fits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode for one pass, and restore every module's own training flag."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -58,6 +58,15 @@ class Listener(Protocol):
         ...
 
 
+@runtime_checkable
+class Rewriter(Protocol):
+    """A listener that also changes what an attention layer is given, for instance to stop a gradient."""
+
+    def rewrite(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class AttentionDispatch:
     """A wrapper of transformers' ``AttentionInterface`` that is installed while there are listeners.
 
@@ -109,6 +118,9 @@ class AttentionDispatch:
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
+            for listener in list(cls._listeners):
+                if isinstance(listener, Rewriter) and listener.wants(module):
+                    query, key, value = listener.rewrite(module, query, key, value)
             result = function(module, query, key, value, attention_mask, **options)
             output = result[0]
             for listener in list(cls._listeners):

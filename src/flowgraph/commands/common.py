@@ -41,6 +41,23 @@ Layers = Annotated[str, typer.Option(help="'middle', 'upper', 'all', 'FIRST-LAST
 Heads = Annotated[
     str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or a list of indices like 0,3,5.")
 ]
+Capacity = Annotated[
+    str,
+    typer.Option(
+        help="What an edge weighs: 'attention', 'vtrace_share', 'vtrace', 'sharp', 'sharp_max', 'centred' or "
+        "'value_norm'."
+    ),
+]
+TraceLayers = Annotated[
+    str | None,
+    typer.Option(
+        help="'middle', 'upper', 'all', 'FIRST-LAST', 'FIRST-' or a list like 3,5,7-9. Default: as the capacity has it."
+    ),
+]
+TraceHeads = Annotated[
+    str | None,
+    typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or a list of indices like 0,3,5. Default: mean."),
+]
 Preset = Annotated[str, typer.Option(help="'default' or 'paper' (arXiv 2606.10646).")]
 Rows = Annotated[str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")]
 Source = Annotated[str, typer.Option(help="'uniform' or 'potential'.")]

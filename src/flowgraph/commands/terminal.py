@@ -9,6 +9,7 @@ from rich.text import Text
 from flowgraph.certificate.certify import Certificate
 from flowgraph.pages import signs
 from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
+from flowgraph.steps.step_relevance import StepRelevance
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
 
@@ -18,6 +19,11 @@ NUM_TOKEN_ROWS = 24
 _DIM_BELOW = 0.05
 _REGION_LETTERS = {"question": "Q", "reasoning": "R", "answer": "A", None: ""}
 _BAR_WIDTH = 16
+
+_MAX_STEP_TEXT = 72
+"""Characters of a step that are printed."""
+
+_SMALLEST_END = 0.005
 
 _FOUND_AS = {
     "auto: Boxed()": "in the last box",
@@ -175,6 +181,33 @@ def certificate_table(certificate: Certificate) -> RenderableType:
         table.add_row(mark, check.name, f"{check.residual:.1g}", f"{check.bound:.1g}", statement)
     notes = [Text(f"note: {note}") for note in certificate.notes]
     return Group(Text(head, style="bold"), Text(numbers), table, *notes)
+
+
+def relevance_tree(relevance: StepRelevance) -> RenderableType:
+    """Render what the answer took from which step, and that step from which; negative shares argue against it."""
+    title = Text("relevance of the answer, by steps", style="bold")
+    title.append(
+        f"  (shares of its {relevance.total:.3g} logits over the runner-up; law holds to {relevance.residual:.0e})",
+        style="dim",
+    )
+    lines = [title]
+    for level, step, share in relevance.chain():
+        line = Text("    " * level)
+        line.append(f"{share:+5.0%} ", style="red" if share < 0 else "bold")
+        line.append(signs.visible(" ".join(relevance.steps[step].text.split()))[:_MAX_STEP_TEXT])
+        lines.append(line)
+    ends = Text("ends in: ", style="dim")
+    ends.append(", ".join(f"{name} {share:.0%}" for name, share in _where_it_ends(relevance)), style="dim")
+    return Group(*lines, ends)
+
+
+def _where_it_ends(relevance: StepRelevance) -> list[tuple[str, float]]:
+    """List the shares of the demand that stay at embeddings of each region, and in biases."""
+    shares = {"question": 0.0, "reasoning": 0.0, "answer": 0.0, "template and system": 0.0}
+    for step, absorbed in zip(relevance.steps, relevance.absorbed.tolist(), strict=True):
+        shares[step.region or "template and system"] += absorbed
+    shares["biases"] = float(relevance.bias.sum())
+    return [(name, share) for name, share in shares.items() if abs(share) >= _SMALLEST_END]
 
 
 def _selection(trace: FlowTrace) -> Text:

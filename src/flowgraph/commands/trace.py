@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,17 +11,18 @@ import typer
 
 from flowgraph.commands.common import (
     AllTokens,
+    Capacity,
     Damping,
     Device,
     Dtype,
-    Heads,
     Keep,
-    Layers,
     MaxNewTokens,
     Model,
     Preset,
     Rows,
     Source,
+    TraceHeads,
+    TraceLayers,
     console,
     head_choice,
     layer_choice,
@@ -30,6 +32,7 @@ from flowgraph.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from flowgraph.steps.step_relevance import StepRelevance
     from flowgraph.text.selectors import Selector
     from flowgraph.tracing.flow_trace import FlowTrace
 
@@ -60,8 +63,9 @@ def trace(
     last_line: Annotated[
         bool, typer.Option("--last-line", help="The last line of the response is the answer.")
     ] = False,
-    layers: Layers = "middle",
-    heads: Heads = "mean",
+    capacity: Capacity = "attention",
+    layers: TraceLayers = None,
+    heads: TraceHeads = None,
     preset: Preset = "default",
     rows: Rows = None,
     source: Source = "uniform",
@@ -74,6 +78,10 @@ def trace(
     ] = None,
     keep: Keep = 0.9,
     all_tokens: AllTokens = False,
+    relevance: Annotated[
+        bool,
+        typer.Option("--relevance", help="Also print the conserved relevance of the answer between steps (backward)."),
+    ] = False,
 ) -> None:
     """Trace one answer and print its tokens, backbone and certificate."""
     # Read and check every option before the model is loaded.
@@ -83,8 +91,8 @@ def trace(
         if value is not None and not value.strip():
             raise typer.BadParameter(f"the {name} is empty; give some text")
     chosen_answer = _answer_choice(answer, answer_span, last_line)
-    chosen_layers = layer_choice(layers)
-    chosen_heads = head_choice(heads)
+    chosen_layers = None if layers is None else layer_choice(layers)
+    chosen_heads = None if heads is None else head_choice(heads)
 
     with stages() as progress:
         # The folder is created and checked before the model is loaded.
@@ -108,6 +116,7 @@ def trace(
             given_response,
             question=question,
             answer=chosen_answer,
+            capacity=capacity,
             layers=chosen_layers,
             heads=chosen_heads,
             preset=preset,
@@ -118,7 +127,8 @@ def trace(
             outputs=outputs,
             progress=progress,
         )
-    _report(result, out, keep, all_tokens)
+        found = _relevance(network, result, progress) if relevance else None
+    _report(result, out, keep, all_tokens, found)
 
 
 def demo(
@@ -136,7 +146,8 @@ def demo(
 
         messages = [{"role": "user", "content": PROMPT}]
         result = flowgraph.trace(network, tokenizer, messages, outputs=outputs, progress=progress)
-    _report(result, out, keep, all_tokens)
+        found = _relevance(network, result, progress)
+    _report(result, out, keep, all_tokens, found)
 
 
 def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool = False) -> str | None:
@@ -176,9 +187,23 @@ def _answer_choice(pattern: str | None, span: str | None, last_line: bool) -> st
         raise typer.BadParameter(f"--answer-span must be START:END, got {span!r}; e.g. 120:124") from None
 
 
-def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) -> None:
+def _relevance(model: Any, result: FlowTrace, progress: Callable[[str], None]) -> StepRelevance | None:
+    """Compute the relevance between steps; where the model has no rule for it, say so and go on without."""
+    from flowgraph.errors import CaptureError
+
+    progress("computing the relevance of the answer (one backward pass per hop)")
+    try:
+        return result.relevance(model)
+    except CaptureError as error:
+        typer.echo(f"no relevance: {error}", err=True)
+        return None
+
+
+def _report(
+    result: FlowTrace, out: Path | None, keep: float, all_tokens: bool, relevance: StepRelevance | None = None
+) -> None:
     """Print a trace with its certificate, and write its files; exit code 1 when a check fails."""
-    from flowgraph.commands.terminal import NUM_TOKEN_ROWS, certificate_table, render_trace
+    from flowgraph.commands.terminal import NUM_TOKEN_ROWS, certificate_table, relevance_tree, render_trace
 
     outputs = outputs_in(out)
     with stages() as progress:
@@ -192,6 +217,9 @@ def _report(result: FlowTrace, out: Path | None, keep: float, all_tokens: bool) 
             _write(result, path)
     terminal = console()
     terminal.print(view)
+    if relevance is not None:
+        terminal.print()
+        terminal.print(relevance_tree(relevance))
     terminal.print()
     terminal.print(certificate_table(certificate))
     if outputs:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowgraph.commands.common import (
+    Capacity,
     Damping,
     Device,
     Dtype,
-    Heads,
     Keep,
-    Layers,
     MaxNewTokens,
     Model,
     Preset,
     Rows,
     Source,
+    TraceHeads,
+    TraceLayers,
     console,
     head_choice,
     layer_choice,
@@ -60,8 +61,9 @@ def trace_corpus(
     answer: Annotated[str | None, typer.Option(help="For lines without one: a regular expression.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message in front of text prompts.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: a prompt is the text itself.")] = False,
-    layers: Layers = "middle",
-    heads: Heads = "mean",
+    capacity: Capacity = "attention",
+    layers: TraceLayers = None,
+    heads: TraceHeads = None,
     preset: Preset = "default",
     rows: Rows = None,
     source: Source = "uniform",
@@ -93,8 +95,8 @@ def trace_corpus(
         answer=answer_field,
     )
     scan(file, fields)
-    chosen_layers = layer_choice(layers)
-    chosen_heads = head_choice(heads)
+    chosen_layers = None if layers is None else layer_choice(layers)
+    chosen_heads = None if heads is None else head_choice(heads)
     with stages() as progress:
         network, tokenizer = load_model(model, dtype, device, progress)
 
@@ -110,6 +112,7 @@ def trace_corpus(
                 answer=answer,
                 plain=plain,
                 system=system,
+                capacity=capacity,
                 layers=chosen_layers,
                 heads=chosen_heads,
                 preset=preset,

@@ -70,8 +70,9 @@ class CorpusOptions:
         """List the options that decide a result by name, as text, for the manifest of a run."""
         trace = self.trace
         deciding = {
-            "layers": trace.layers,
-            "heads": trace.heads,
+            "capacity": trace.capacity,
+            "layers": trace.chosen_layers,
+            "heads": trace.heads or "mean",
             "edge_weight": trace.edge_weight,
             "preset": trace.preset,
             "question": self.question,

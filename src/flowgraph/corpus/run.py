@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flowgraph.attention.attention_rows import AttentionRows
-from flowgraph.attention.capture import capture, check_fits
+from flowgraph.attention.capture import check_fits
 from flowgraph.attention.modules import base_model
 from flowgraph.corpus.corpus_options import CorpusOptions
 from flowgraph.corpus.requests import Line
@@ -223,7 +223,7 @@ class Run:
             # A line that fits neither context nor memory must not end a batch of others.
             ids = encoded.input_ids[None]
             check_fits(self.inner, ids, torch.ones_like(ids))
-            require_trace_memory(self.inner, ids.numel(), options.trace.layers, options.trace.max_edges)
+            require_trace_memory(self.inner, ids.numel(), options.trace.chosen_layers, options.trace.max_edges)
         except _LINE_ERRORS as error:
             self.skip(line, error)
             return None
@@ -288,15 +288,8 @@ class Run:
         try:
             # Queries and keys of the batch are held at once, but the edges of one sequence at a time.
             edges = edges_kept(options.max_edges, longest)
-            require_trace_memory(self.inner, ids.numel(), options.layers, max(edges, 1))
-            return capture(
-                self.model,
-                ids,
-                mask,
-                layers=options.layers,
-                heads=options.heads,
-                edge_weight=options.edge_weight,
-            )
+            require_trace_memory(self.inner, ids.numel(), options.chosen_layers, max(edges, 1))
+            return options.capture(self.model, ids, mask)
         except (MemoryLimitError, torch.OutOfMemoryError) as error:
             reason = str(error).splitlines()[0]
             raise MemoryLimitError(

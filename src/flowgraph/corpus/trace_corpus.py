@@ -72,8 +72,9 @@ def trace_corpus(
     answer: str | Selector | None = None,
     plain: bool = False,
     system: str | None = None,
-    layers: LayerRule = "middle",
-    heads: str | Sequence[int] | HeadSelector = "mean",
+    capacity: str = "attention",
+    layers: LayerRule | None = None,
+    heads: str | Sequence[int] | HeadSelector | None = None,
     edge_weight: str = "attention",
     preset: str = "default",
     rows: str | None = None,
@@ -108,6 +109,7 @@ def trace_corpus(
         answer: for lines that name none: a regular expression or a selector. Default: found.
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
+        capacity: what an edge weighs, as for :func:`flowgraph.trace`.
         layers: this argument and those down to ``max_new_tokens`` are those of :func:`flowgraph.trace`, and are
             explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
@@ -145,6 +147,7 @@ def trace_corpus(
     tables = table_format(format)
     options = CorpusOptions(
         trace=TraceOptions(
+            capacity=capacity,
             layers=layers,
             heads=heads,
             edge_weight=edge_weight,

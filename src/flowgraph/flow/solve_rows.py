@@ -152,7 +152,7 @@ def solve_rows(
 
     # C: the matrix itself, or what the rules make of attention rows.
     if rules is None and preset is not None:
-        rules = EdgeRules.preset(preset)
+        rules = EdgeRules.preset(preset, normalization=getattr(rows, "normalization", None))
     if rules is None:
         sweeps = DenseSweeps(propagation_factor, backend)
         capacities = _capacity_matrix(rows)
@@ -160,6 +160,7 @@ def solve_rows(
         sweeps, capacities = _capacities_by_rules(
             rows,
             masks["generated"],
+            masks["answer"],
             propagation_factor,
             rules,
             backend,
@@ -196,6 +197,7 @@ def _capacity_matrix(rows: Any) -> Float[Tensor, "batch tokens tokens"]:
 def _capacities_by_rules(
     rows: Any,
     generated: Bool[Tensor, "batch tokens"],
+    answer: Bool[Tensor, "batch tokens"],
     propagation_factor: Float64[Tensor, "batch tokens"],
     rules: EdgeRules,
     backend: Backend,
@@ -213,7 +215,7 @@ def _capacities_by_rules(
     if rules.first_token == "exclude":
         # The first token has no outgoing edges. With D = 0 the range check does not mistake that for underflow.
         propagation_factor.scatter_(1, first[:, None], 0.0)
-    capacities = EdgeRows(source, rules, generated, first)
+    capacities = EdgeRows(source, rules, generated, first).scaled_for(answer)
 
     # Streamed rows have no gradient, so a matrix that requires one is solved as a matrix, whatever its size.
     differentiable = getattr(rows, "requires_grad", False) and torch.is_grad_enabled()

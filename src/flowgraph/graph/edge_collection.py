@@ -103,7 +103,7 @@ def collect_edges(
     )
 
     first_token = torch.zeros(1, dtype=torch.int64, device=device)
-    edge_rows = EdgeRows(source, rules, generated.to(device)[None], first_token)
+    edge_rows = EdgeRows(source, rules, generated.to(device)[None], first_token).scaled_for(answer[None])
     num_possible = num_tokens * (num_tokens - 1) // 2
     if num_kept == num_possible:
         return _all_edges(edge_rows)

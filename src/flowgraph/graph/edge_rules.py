@@ -16,11 +16,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
+from flowgraph.propagation.block_substitution import BLOCK
 from flowgraph.propagation.row_sources import RowSource
 
 RowRule = Literal["emission", "emission_all", "literal"]
 SelfRule = Literal["drop", "renormalize"]
 FirstTokenRule = Literal["exclude", "keep"]
+Normalization = Literal["attention", "renormalize", "leak", "none"]
 Preset = Literal["default", "paper"]
 
 _ROW_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -41,17 +43,24 @@ class EdgeRules:
             edge k - 1 -> k, like any other.)
         first_token: ``"exclude"``: the edges out of the first token are dropped and rows are renormalised to sum 1,
             which also removes a learned sink; ``"keep"``: attention as it is.
+        normalization: what the rows are, and how they are scaled after the first token is excluded. ``"attention"``:
+            they sum to at most 1, and are renormalised where the first token is excluded; ``"renormalize"``: any
+            non-negative weights, scaled to sum 1; ``"leak"``: any non-negative weights; a row keeps its own sum and all
+            are divided by the largest, so a row that reads nothing sharply passes on little; ``"none"``: as they are.
+            Rows of :func:`flowgraph.capture` state their own.
     """
 
     rows: RowRule = "emission"
     self_attention: SelfRule = "drop"
     first_token: FirstTokenRule = "exclude"
+    normalization: Normalization = "attention"
 
     def __post_init__(self) -> None:
         """Refuse a value outside its fixed set."""
         _require_one_of("rows", self.rows, get_args(RowRule))
         _require_one_of("self_attention", self.self_attention, get_args(SelfRule))
         _require_one_of("first_token", self.first_token, get_args(FirstTokenRule))
+        _require_one_of("normalization", self.normalization, get_args(Normalization))
 
     @classmethod
     def preset(cls, name: str, **changes: str | None) -> EdgeRules:
@@ -79,7 +88,10 @@ class EdgeRules:
         return replace(base, **given)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return f"rows={self.rows}, self_attention={self.self_attention}, first_token={self.first_token}"
+        text = f"rows={self.rows}, self_attention={self.self_attention}, first_token={self.first_token}"
+        if self.normalization != "attention":
+            text += f", normalization={self.normalization}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -93,12 +105,14 @@ class EdgeRows:
         rules: which row belongs to a token, and what is excluded.
         generated: ``[B, T]`` tokens that the model produced.
         first: ``[B]`` position of the first token of each sequence (0 unless padded on the left).
+        scale: ``[B]`` divisor of all rows of a sequence; None where rows are not scaled together.
     """
 
     attention: RowSource
     rules: EdgeRules
     generated: Bool[Tensor, "graphs tokens"]
     first: Int64[Tensor, " graphs"]
+    scale: Float[Tensor, " graphs"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -117,9 +131,15 @@ class EdgeRows:
         # Under emission rows, the first token of the block may take the row before the block.
         first_row = max(start - 1, 0)
         weights = self.attention.block(first_row, stop)
-        sums = check_attention_rows(weights, first_row)
+        is_attention = self.rules.normalization == "attention"
+        sums = check_rows(weights, first_row, at_most_one=is_attention)
         if self.rules.first_token == "exclude":
-            weights, sums = self._without_first(weights)
+            weights = self._without_first(weights)
+            sums = weights.sum(-1)
+        if self.rules.normalization == "renormalize" or (is_attention and self.rules.first_token == "exclude"):
+            smallest_normal = torch.finfo(weights.dtype).tiny
+            weights = weights / sums.clamp_min(smallest_normal)[..., None]
+            sums = (sums > 0).to(sums.dtype)
 
         # The row of each token: its own, or the one before.
         token = torch.arange(start, stop, device=self.device)
@@ -134,22 +154,33 @@ class EdgeRows:
             rest = weights.masked_fill(is_diagonal, 0).sum(-1, keepdim=True)
             smallest_normal = torch.finfo(rest.dtype).tiny
             weights = weights * torch.where(rest > 0, total / rest.clamp_min(smallest_normal), 0)
-        return weights.masked_fill(is_diagonal, 0)
+        weights = weights.masked_fill(is_diagonal, 0)
+        return weights if self.scale is None else weights / self.scale[:, None, None]
 
-    def _without_first(
-        self, weights: Float[Tensor, "graphs rows stop"]
-    ) -> tuple[Float[Tensor, "graphs rows stop"], Float[Tensor, "graphs rows"]]:
-        """Drop the edges out of the first token and scale each row to sum 1; return the rows and their new sums."""
+    def scaled_for(self, answer: Bool[Tensor, "graphs tokens"]) -> EdgeRows:
+        """Return the rows with the divisor that the rules ask for: itself, or the largest row sum under ``"leak"``.
+
+        Only tokens up to the last answer token count: later rows cannot reach the answer.
+
+        Cost: one read of the rows under ``"leak"``.
+        """
+        if self.rules.normalization != "leak":
+            return self
+        largest = torch.zeros(self.generated.shape[0], device=self.device)
+        before_end = answer.to(self.device).flip(-1).cumsum(-1).flip(-1) > 0
+        for start in range(0, self.num_tokens, BLOCK):
+            stop = min(start + BLOCK, self.num_tokens)
+            sums = self.block(start, stop).sum(-1) * before_end[:, start:stop]
+            largest = torch.maximum(largest, sums.amax(-1).to(largest.dtype))
+        return replace(self, scale=torch.where(largest > 0, largest, 1.0))
+
+    def _without_first(self, weights: Float[Tensor, "graphs rows stop"]) -> Float[Tensor, "graphs rows stop"]:
+        """Drop the edges out of the first token."""
         _, num_rows, stop = weights.shape
         # A sequence that starts after this block has no first token in it; its rows are all zero.
         first = self.first.clamp_max(stop - 1)
         column = first[:, None, None].expand(-1, num_rows, 1)
-        weights = weights.scatter(2, column, 0.0)
-
-        sums = weights.sum(-1)
-        smallest_normal = torch.finfo(weights.dtype).tiny
-        weights /= sums.clamp_min(smallest_normal)[..., None]
-        return weights, (sums > 0).to(sums.dtype)
+        return weights.scatter(2, column, 0.0)
 
     def _takes_previous_row(self, token: Int64[Tensor, " block"]) -> Bool[Tensor, "graphs block"]:
         """Find the tokens k that take row k - 1; the first token has no row before it."""
@@ -166,12 +197,15 @@ def row_sum_tolerance(dtype: torch.dtype) -> float:
     return _ROW_SUM_TOLERANCE.get(dtype, _ROW_SUM_TOLERANCE_HALF)
 
 
-def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int) -> Float[Tensor, "graphs block"]:
+def check_rows(
+    weights: Float[Tensor, "graphs block stop"], start: int, *, at_most_one: bool = True
+) -> Float[Tensor, "graphs block"]:
     """Check rows of causal attention; a row may sum to less than 1 (padding, learned sinks).
 
     Args:
         weights: rows of the tokens from ``start`` on, columns from token 0 on.
         start: token of the first row.
+        at_most_one: also refuse rows that sum to more than 1, as attention never does.
 
     Returns:
         The row sums.
@@ -204,7 +238,7 @@ def check_attention_rows(weights: Float[Tensor, "graphs block stop"], start: int
         )
     sums = weights.sum(-1)
     above_one = sums > 1 + row_sum_tolerance(weights.dtype)
-    if bool(above_one.any()):
+    if at_most_one and bool(above_one.any()):
         sequence, row = above_one.nonzero()[0].tolist()
         raise GraphError(
             f"attention: a row must sum to at most 1, got {sums[sequence, row].item():g} in row {start + row}; "

@@ -216,7 +216,7 @@ class FlowGraph(Data):
         else:
             generated_mask = as_mask(generated, num_nodes, "generated")
         if rules is None:
-            rules = EdgeRules.preset(preset)
+            rules = EdgeRules.preset(preset, normalization=getattr(rows, "normalization", None))
 
         # A limit on the edges is applied while the rows are read; the graph records what it lost.
         edges = collect_edges(rows, rules, generated_mask, question_mask, answer_mask, max_edges=max_edges)

@@ -5,7 +5,7 @@ As safe as the page of one trace: no request of any kind, text only as data, one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _LISTED = 8
 
 
 def render_comparison(payload: Mapping[str, Any]) -> str:
-    """A comparison as one HTML page.
+    """Render a comparison as one HTML page.
 
     Args:
         payload: a comparison in the schema ``flowgraph-comparison/1``; see ``docs/compare.md``.
@@ -37,7 +37,7 @@ def render_comparison(payload: Mapping[str, Any]) -> str:
         page_data=_page_data(payload),
         names=[visible(name) for name in payload["names"]],
         notes=[visible(note) for note in payload["notes"]],
-        provenance=list(_both_provenances(payload["provenance"])),
+        provenance=_both_provenances(payload["provenance"]),
         by=payload["by"],
         rule=payload["rule"],
         schema=payload["schema"],
@@ -57,34 +57,47 @@ def write_comparison_html(path: PathLike, payload: Mapping[str, Any]) -> Path:
 
 
 def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """What the script draws; differences are of whole numbers, not of the shortened ones."""
+    """Return what the script draws, with numbers as short as they are shown."""
+    units = [[_unit(unit) for unit in side] for side in payload["units"]]
+    routes = []
+    for route in payload["routes"]:
+        routes.append([route["pairs"], _short(route["first"]), _short(route["second"]), int(route["shared"])])
+
+    # The largest differences are ranked by the exact numbers, not by the short ones.
     change = [difference for _, _, difference in payload["pairs"]]
-    order = sorted(range(len(change)), key=lambda pair: -abs(change[pair]))
+    largest_first = sorted(range(len(change)), key=lambda pair: -abs(change[pair]))
+    gains = [pair for pair in largest_first if change[pair] > NEGLIGIBLE_FLOW]
+    losses = [pair for pair in largest_first if change[pair] < -NEGLIGIBLE_FLOW]
     return {
         "by": payload["by"],
-        "units": [
-            [
-                [unit["text"], unit["region"], unit["start"], unit["stop"], _short(unit["throughput"]), unit["pair"]]
-                for unit in side
-            ]
-            for side in payload["units"]
-        ],
-        "pairs": [[i, j, _short(difference)] for i, j, difference in payload["pairs"]],
-        "gains": [pair for pair in order if change[pair] > NEGLIGIBLE_FLOW][:_LISTED],
-        "losses": [pair for pair in order if change[pair] < -NEGLIGIBLE_FLOW][:_LISTED],
-        "routes": [
-            [route["pairs"], _short(route["first"]), _short(route["second"]), int(route["shared"])]
-            for route in payload["routes"]
-        ],
+        "units": units,
+        "pairs": [[first, second, _short(difference)] for first, second, difference in payload["pairs"]],
+        "gains": gains[:_LISTED],
+        "losses": losses[:_LISTED],
+        "routes": routes,
     }
 
 
+def _unit(unit: Mapping[str, Any]) -> list[Any]:
+    """Return one unit of a text as [text, region, start, stop, throughput, pair]."""
+    return [
+        unit["text"],
+        unit["region"],
+        unit["start"],
+        unit["stop"],
+        _short(unit["throughput"]),
+        unit["pair"],
+    ]
+
+
 def _short(value: float) -> float:
-    """Six significant digits, twice what is shown."""
+    """Round to six significant digits, twice what is shown."""
     return float(f"{value:.6g}")
 
 
-def _both_provenances(both: list[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """(name, in A, in B) for every entry of either."""
-    first, second = (dict(flattened(one)) for one in both)
-    return [(name, first.get(name, "none"), second.get(name, "none")) for name in {**first, **second}]
+def _both_provenances(both: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """List (name, value in A, value in B) for every entry of either, those of A first."""
+    first = dict(flattened(both[0]))
+    second = dict(flattened(both[1]))
+    names = {**first, **second}
+    return [(name, first.get(name, "none"), second.get(name, "none")) for name in names]

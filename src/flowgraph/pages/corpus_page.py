@@ -15,19 +15,32 @@ from flowgraph.files import PathLike, write_text
 from flowgraph.pages.page import asset, flattened, percent, render_page
 from flowgraph.pages.signs import visible
 
+_COLUMNS = [
+    ("line", "line of the input file", "number"),
+    ("trace", "its id; opens the page, or the trace file", "text"),
+    ("answer", "the tokens where flow leaves", "text"),
+    ("tokens", "prompt and response", "number"),
+    ("question", "tokens where flow enters", "number"),
+    ("reasoning", "generated tokens before the answer", "number"),
+    ("mean hops", "steps of a route, on average", "number"),
+    ("alpha", "how much of the flow fits through the attention", "number"),
+    ("backbone edges", "edges of the routes that carry most flow", "number"),
+    ("backbone share", "share of the flow that they carry", "number"),
+]
+"""Name, explanation and sorting of each column."""
 MAX_ROWS = 10_000
-"""Rows that the page shows: beyond this a browser sorts slowly, and the table file is the better tool."""
+"""Most rows in the page: a browser sorts more of them slowly, and the table file is the better tool."""
 _SHOWN = 160
 """Characters of a text that a row shows."""
 
 
 def render_index(rows: Sequence[Mapping[str, Any]], pages: Mapping[int, str], facts: Mapping[str, Any]) -> str:
-    """The traces of a corpus as one HTML page.
+    """Render the traces of a corpus as one HTML page.
 
     Args:
-        rows: one a line, as in the table of traces; those with an error hold nothing else but id and line.
-        pages: where a trace has a page of its own, by line number; relative to this page.
-        facts: what is said about the run, by name.
+        rows: one per line of the input, as in the table of traces; a row with an error holds only id and line besides.
+        pages: path of a trace's own page, relative to this page, by line number.
+        facts: provenance of the run, by name.
 
     Returns:
         The page: a few hundred bytes a row, 10,000 traces and as many errors at most.
@@ -60,29 +73,20 @@ def write_index(
     return write_text(path, render_index(rows, pages, facts))
 
 
-_COLUMNS = [
-    ("line", "line of the input file", "number"),
-    ("trace", "its id; opens the page, or the trace file", "text"),
-    ("answer", "the tokens where flow leaves", "text"),
-    ("tokens", "prompt and response", "number"),
-    ("question", "tokens where flow enters", "number"),
-    ("reasoning", "generated tokens before the answer", "number"),
-    ("mean hops", "steps of a route, on average", "number"),
-    ("alpha", "how much of the flow fits through the attention", "number"),
-    ("backbone edges", "edges of the routes that carry most flow", "number"),
-    ("backbone share", "share of the flow that they carry", "number"),
-]
-
-
 def _cells(row: Mapping[str, Any], page: str | None) -> dict[str, Any]:
-    """One row: what is shown, what it is sorted by, and where it leads."""
-    hops, alpha, share = row["mean_hops"], row["alpha"], row["backbone_share"]
-    numbers = [(f"{row[name]:,}", row[name]) for name in ("tokens", "question", "reasoning")]
-    numbers += [
-        ("no flow" if hops is None else f"{hops:.2f}", hops),
-        ("" if alpha is None else f"{alpha:.2g}", alpha),
-        ("" if row["backbone_edges"] is None else f"{row['backbone_edges']:,}", row["backbone_edges"]),
-        ("" if share is None else percent(share), share),
+    """Return one row of the table: what is shown, what it is sorted by, and where its link leads."""
+    # A trace without flow has neither hops nor a backbone.
+    hops = "no flow"
+    if row["mean_hops"] is not None:
+        hops = f"{row['mean_hops']:.2f}"
+    numbers = [
+        (f"{row['tokens']:,}", row["tokens"]),
+        (f"{row['question']:,}", row["question"]),
+        (f"{row['reasoning']:,}", row["reasoning"]),
+        (hops, row["mean_hops"]),
+        (_number(row["alpha"], ".2g"), row["alpha"]),
+        (_number(row["backbone_edges"], ","), row["backbone_edges"]),
+        ("" if row["backbone_share"] is None else percent(row["backbone_share"]), row["backbone_share"]),
     ]
     return {
         "line": row["line"],
@@ -93,23 +97,39 @@ def _cells(row: Mapping[str, Any], page: str | None) -> dict[str, Any]:
     }
 
 
+def _number(value: float | None, style: str) -> str:
+    """Format a number; the empty text if it is missing."""
+    if value is None:
+        return ""
+    return format(value, style)
+
+
 def _shown(text: str, limit: int = _SHOWN) -> str:
+    """Write a text on one line of at most ``limit`` characters, without invisible characters."""
     text = visible(" ".join(text.split()))
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit - 1]}…"
 
 
 def _summary(traces: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Name, figure and explanation of what stands at the top."""
-    tokens = sum(row["tokens"] for row in traces)
-    flowing = [row for row in traces if row["feasible"]]
-    facts = [("traces", f"{len(traces):,}", "lines with a trace"), ("tokens", f"{tokens:,}", "in all traces")]
-    if flowing:
-        for name, label, note in (
-            ("mean_hops", "mean hops", "median over the traces"),
-            ("backbone_edges", "backbone edges", "median over the traces"),
-        ):
-            middle = statistics.median(row[name] for row in flowing)
-            facts.append((label, f"{middle:,.1f}".removesuffix(".0"), note))
-    if len(flowing) < len(traces):
-        facts.append(("without flow", f"{len(traces) - len(flowing):,}", "no question token reaches the answer"))
+    """List name, figure and explanation of the facts at the top of the page."""
+    num_tokens = sum(row["tokens"] for row in traces)
+    facts = [
+        ("traces", f"{len(traces):,}", "lines with a trace"),
+        ("tokens", f"{num_tokens:,}", "in all traces"),
+    ]
+    feasible = [row for row in traces if row["feasible"]]
+    if feasible:
+        facts.append(("mean hops", _median(feasible, "mean_hops"), "median over the traces"))
+        facts.append(("backbone edges", _median(feasible, "backbone_edges"), "median over the traces"))
+    num_infeasible = len(traces) - len(feasible)
+    if num_infeasible:
+        facts.append(("without flow", f"{num_infeasible:,}", "no question token reaches the answer"))
     return facts
+
+
+def _median(traces: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Format the median of a column with at most one decimal."""
+    middle = statistics.median(row[name] for row in traces)
+    return f"{middle:,.1f}".removesuffix(".0")

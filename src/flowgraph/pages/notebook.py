@@ -1,7 +1,7 @@
 """A trace in a notebook: one HTML fragment without script, readable on white and on black.
 
-All style is inline, because notebook viewers strip style sheets; where they strip that too, the text, the numbers and
-the routes are left. Token text is data: it is escaped, and control characters are shown as symbols.
+All style is inline, because notebook viewers remove style sheets; where they remove that too, the text, the numbers
+and the routes remain. Token text is data: it is escaped, and control characters are shown as symbols.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from flowgraph.pages.palette import PALETTE, rgba
 from flowgraph.pages.signs import visible, visible_name
 
 _MAX_TOKENS = 300
-"""Tokens shown of a longer trace."""
+"""Most tokens shown; a longer trace is shortened."""
 _AROUND = 6
 """Tokens shown on each side of an interesting one."""
 _MAX_CHARACTERS = 80
 """Characters of one token that are shown."""
+_SHARES = {"answer": 0.25, "question": 0.5, "reasoning": 1.0, "context": 1.0}
+"""Regions in the order in which their tokens are chosen, and the part of the tokens shown that may be taken after each.
+Question tokens carry the source, and would take everything if throughput alone decided."""
 _NUM_ROUTES = 3
 _ROUTE_ENDS = 5
 """Tokens shown at each end of a long route."""
@@ -41,7 +44,14 @@ _MARKS = {
 
 @runtime_checkable
 class TraceLike(Protocol):
-    """What the fragment needs of a :class:`flowgraph.FlowTrace`."""
+    """The part of a :class:`flowgraph.FlowTrace` that the fragment reads.
+
+    Attributes:
+        tokens: T texts.
+        graph: with the masks of the regions and the share of the flow that pruning kept.
+        flow: solved on the graph.
+        provenance: how the trace was made; the name of the model is shown.
+    """
 
     @property
     def tokens(self) -> Sequence[str]: ...
@@ -54,16 +64,23 @@ class TraceLike(Protocol):
 
 
 def repr_html(trace: TraceLike) -> str:
-    """The trace as an HTML fragment of at most a few hundred tokens: numbers, text by throughput, widest routes.
+    """Render the trace as an HTML fragment: numbers, text coloured by throughput, and widest routes.
 
-    A longer trace shows the answer and the tokens with most throughput, each with its surroundings; every gap says how
-    many tokens are left out and how strong the strongest of them is.
+    A trace of more than 300 tokens shows the answer and the tokens with most throughput, each with its surroundings;
+    every gap gives the number of tokens left out and the throughput of the strongest of them.
+
+    Args:
+        trace: a trace, with or without a flow.
+
+    Returns:
+        The fragment, a few hundred tokens at most.
 
     Cost: three widest routes, and the tokens shown.
     """
-    parts = [_summary(trace), _text(trace), _legend()]
+    parts = [_summary(trace), _text(trace)]
     if bool(trace.flow.feasible):
-        parts.insert(2, _routes(trace))
+        parts.append(_routes(trace))
+    parts.append(_legend())
     # The classes keep a notebook's MathJax from reading dollar signs in tokens as formulas.
     return (
         '<div class="tex2jax_ignore mathjax_ignore" style="max-width:60em;line-height:1.6;text-align:left">'
@@ -73,12 +90,16 @@ def repr_html(trace: TraceLike) -> str:
 
 
 def _summary(trace: TraceLike) -> str:
-    counts = ", ".join(
-        f"{int(trace.graph[f'{name}_mask'].sum()):,} {name}" for name in ("question", "reasoning", "answer")
-    )
+    """Write model, size, mean number of hops, alpha and the effect of pruning."""
+    sizes = []
+    for name in ("question", "reasoning", "answer"):
+        sizes.append(f"{int(trace.graph[f'{name}_mask'].sum()):,} {name}")
+    counts = ", ".join(sizes)
     model = _visible(str(trace.provenance.get("model") or "a model"))
     lines = [f"<b>FlowTrace</b> of {model}: {len(trace.tokens):,} tokens ({counts}), {trace.graph.num_edges:,} edges"]
+
     if bool(trace.flow.feasible):
+        # A route of k tokens has k - 1 hops, and the throughput sums to the mean number of tokens of a route.
         hops = float(trace.flow.throughput.sum()) - 1
         lines.append(f"mean route {hops:.2f} hops, alpha {float(trace.flow.alpha):.3g}")
     else:
@@ -90,72 +111,100 @@ def _summary(trace: TraceLike) -> str:
 
 
 def _text(trace: TraceLike) -> str:
+    """Write the tokens shown, coloured by throughput, and a note for each gap."""
     throughput = trace.flow.throughput.tolist()
     regions = _regions(trace)
-    passing = [value for value, region in zip(throughput, regions, strict=True) if region != "answer"]
-    scale = max([*passing, 1e-12])  # the answer would dwarf everything else
-    pieces, last = [], 0
+
+    # Full colour is the strongest token outside the answer, which carries all flow and would make the others pale.
+    outside_answer = [value for value, region in zip(throughput, regions, strict=True) if region != "answer"]
+    full = max([*outside_answer, 1e-12])
+
+    pieces = []
+    last = 0
     for start, stop in _windows(throughput, regions):
         pieces.append(_gap(throughput[last:start]))
-        pieces.extend(_token(i, trace.tokens[i], throughput[i], regions[i], scale) for i in range(start, stop))
+        for token in range(start, stop):
+            pieces.append(_token(token, trace.tokens[token], throughput[token], regions[token], full))
         last = stop
     pieces.append(_gap(throughput[last:]))
     style = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;margin:.6em 0"
     return f'<div dir="auto" style="{style}">{"".join(pieces)}</div>'
 
 
-def _token(index: int, token: str, value: float, region: str, scale: float) -> str:
-    strength = _STRONGEST * min(value / scale, 1.0) ** 0.5
-    styles = [f"background-color:{_heat(strength)}" if strength >= 0.005 else "", _MARKS[region]]
-    style = ";".join(filter(None, styles))
-    line = "<br>" * min(token.count("\n"), 2)
-    inside = f'<span title="token {index}, {region}: {_percent(value)}"' + (f' style="{style}"' if style else "")
-    return f"{inside}>{_visible(token)}</span>{line}"
+def _token(index: int, token: str, throughput: float, region: str, full: float) -> str:
+    """Write one token with its throughput as background and as tooltip, and its region as line."""
+    styles = []
+    strength = _STRONGEST * min(throughput / full, 1.0) ** 0.5
+    if strength >= 0.005:
+        styles.append(f"background-color:{_heat(strength)}")
+    if _MARKS[region]:
+        styles.append(_MARKS[region])
+    style = ""
+    if styles:
+        style = f' style="{";".join(styles)}"'
+    title = f"token {index}, {region}: {_percent(throughput)}"
+    line_breaks = "<br>" * min(token.count("\n"), 2)
+    return f'<span title="{title}"{style}>{_visible(token)}</span>{line_breaks}'
 
 
 def _heat(opacity: float) -> str:
+    """Return the colour of flow with this opacity."""
     return rgba(PALETTE["flow"].light, round(opacity, 2))
 
 
-def _gap(values: Sequence[float]) -> str:
-    if not values:
+def _gap(throughput: Sequence[float]) -> str:
+    """Write how many tokens are left out, and the throughput of the strongest; empty if there are none."""
+    if not throughput:
         return ""
-    strongest = f", none above {_percent(max(values))}" if max(values) > 0 else ", none with flow"
-    noun = "token" if len(values) == 1 else "tokens"
-    return f'<div><i style="opacity:.75">[… {len(values):,} {noun} left out{strongest} …]</i></div>'
+    strongest = "none with flow"
+    if max(throughput) > 0:
+        strongest = f"none above {_percent(max(throughput))}"
+    noun = "token" if len(throughput) == 1 else "tokens"
+    return f'<div><i style="opacity:.75">[… {len(throughput):,} {noun} left out, {strongest} …]</i></div>'
 
 
 def _windows(throughput: Sequence[float], regions: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Runs of tokens to show: all, or the strongest of answer, question and the rest with what stands around them."""
-    total = len(throughput)
-    if total <= _MAX_TOKENS:
-        yield 0, total
+    """Yield runs of tokens to show, as [start, stop): all, or the strongest of each region with their surroundings."""
+    num_tokens = len(throughput)
+    if num_tokens <= _MAX_TOKENS:
+        yield 0, num_tokens
         return
-    order = sorted(range(total), key=lambda token: -throughput[token])
-    # Each part gets its share: question tokens carry the source, and would hide the reasoning on merit alone.
+
+    # Region by region, strongest token first, until the share of the region is used up.
+    strongest_first = sorted(range(num_tokens), key=lambda token: -throughput[token])
     shown: set[int] = set()
-    for part, share in (("answer", 0.25), ("question", 0.5), ("reasoning", 1.0), ("context", 1.0)):
-        for token in (token for token in order if regions[token] == part):
-            if part in ("reasoning", "context") and not throughput[token]:
+    for region, share in _SHARES.items():
+        for token in strongest_first:
+            if regions[token] != region:
+                continue
+            if region in ("reasoning", "context") and not throughput[token]:
                 break
-            window = set(range(max(0, token - _AROUND), min(total, token + _AROUND + 1)))
-            if len(shown | window) > share * _MAX_TOKENS:
+            window = range(max(0, token - _AROUND), min(num_tokens, token + _AROUND + 1))
+            extended = shown.union(window)
+            if len(extended) > share * _MAX_TOKENS:
                 break
-            shown |= window
-    tokens = sorted(shown)
-    for before, after in pairwise(tokens):
-        if after - before <= _AROUND:  # the note on a gap takes more room than a few tokens
+            shown = extended
+
+    # A gap of a few tokens is filled, because the note on it would be longer.
+    for before, after in pairwise(sorted(shown)):
+        if after - before <= _AROUND:
             shown.update(range(before, after))
+
     tokens = sorted(shown)
-    starts = [t for t in tokens if t - 1 not in shown]
-    stops = [t + 1 for t in tokens if t + 1 not in shown]
+    starts = [token for token in tokens if token - 1 not in shown]
+    stops = [token + 1 for token in tokens if token + 1 not in shown]
     yield from zip(starts, stops, strict=True)
 
 
 def _routes(trace: TraceLike) -> str:
+    """Write the widest routes; a long one is shortened in its middle."""
     rows = []
     for route in widest_routes(trace.flow, _NUM_ROUTES):
-        names = [f"<bdi>{_visible(visible_name(trace.tokens[t]), 24)}</bdi><sub>{t}</sub>" for t in route.tokens]
+        names = []
+        for token in route.tokens:
+            # <bdi> keeps a right-to-left name from reversing the order of the route.
+            name = _visible(visible_name(trace.tokens[token]), 24)
+            names.append(f"<bdi>{name}</bdi><sub>{token}</sub>")
         if len(names) > 2 * _ROUTE_ENDS + 1:
             middle = f"… {len(names) - 2 * _ROUTE_ENDS} more …"
             names = [*names[:_ROUTE_ENDS], middle, *names[-_ROUTE_ENDS:]]
@@ -164,12 +213,14 @@ def _routes(trace: TraceLike) -> str:
 
 
 def _legend() -> str:
+    """Explain colours and lines."""
     samples = [f'<span style="{_MARKS[name]}">{name}</span>' for name in ("question", "answer", "context")]
     heat = f'<span style="background-color:{_heat(_STRONGEST)}">most throughput outside the answer</span>'
     return f'<div style="font-size:85%">{heat} · {" · ".join(samples)} · reasoning unmarked</div>'
 
 
 def _regions(trace: TraceLike) -> list[str]:
+    """Name the region of each token, "context" outside the three."""
     names = ["context"] * len(trace.tokens)
     for name in ("question", "reasoning", "answer"):
         for token in torch.nonzero(trace.graph[f"{name}_mask"]).flatten().tolist():
@@ -178,13 +229,15 @@ def _regions(trace: TraceLike) -> list[str]:
 
 
 def _visible(text: str, length: int = _MAX_CHARACTERS) -> str:
-    """Escaped text without invisible characters, cut after so many characters."""
+    """Escape a text, replace its invisible characters by signs, and cut it after ``length`` characters."""
     if len(text) > length:
         text = text[:length] + "…"
     return escape(visible(text))
 
 
 def _percent(share: float) -> str:
-    """Three digits, and 100 only when it is all."""
+    """Write a share as a percentage with three digits; a share below 1 by more than rounding is 99.9 %, not 100 %."""
     text = f"{100 * share:.3g}"
-    return f"{'99.9' if text == '100' and share < 1 - 1e-12 else text} %"
+    if text == "100" and share < 1 - 1e-12:
+        return "99.9 %"
+    return f"{text} %"

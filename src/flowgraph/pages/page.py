@@ -94,46 +94,59 @@ def asset(name: str) -> str:
 
 
 def _normal_lines(text: str) -> str:
-    """Text with LF line ends: a browser turns CRLF into LF before it computes the hash of a script."""
+    """Return the text with LF line ends: a browser turns CRLF into LF before it computes the hash of a script."""
     return text.replace("\r\n", "\n")
 
 
 def _content_security_policy(style: str, script: str) -> Markup:
-    """The policy that allows exactly this style sheet and this script, and no request."""
-    sources = {"default-src": "'none'", "script-src": _csp_hash(script), "style-src": _csp_hash(style)}
-    sources |= {"base-uri": "'none'", "form-action": "'none'"}
+    """Return the policy that allows exactly this style sheet and this script, and no request."""
+    sources = {
+        "default-src": "'none'",
+        "script-src": _csp_hash(script),
+        "style-src": _csp_hash(style),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
     return Markup("; ".join(f"{directive} {source}" for directive, source in sources.items()))
 
 
 def _csp_hash(content: str) -> str:
-    """The source expression that lets a browser run exactly this inline content."""
+    """Return the source expression that lets a browser run exactly this inline content."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _embeddable(values: Any) -> str:
-    """JSON that can neither end nor alter the script element around it; lone surrogates stay escaped."""
+    """Write JSON that can neither end nor alter the script element around it; lone surrogates stay escaped."""
     try:
         text = json.dumps(values, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
         raise InvalidInputError(
             f"page_data: must hold JSON values with finite numbers, got an error ({error}); use None for other numbers"
         ) from error
+    # "</script>" and "<!--" have a meaning also inside a string.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def percent(share: float) -> str:
-    """A share as a percentage that says 100 only when it is all."""
+    """Write a share as a percentage with one decimal; a share just below 1 is 99.9 %, not 100 %."""
     text = f"{100 * share:.1f}"
-    return f"{'99.9' if text == '100.0' and share < 1 else text.removesuffix('.0')} %"
+    if text == "100.0" and share < 1:
+        return "99.9 %"
+    return f"{text.removesuffix('.0')} %"
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as visible names with dots, and visible texts."""
+    """Yield nested values as (name with dots, text), both without invisible characters."""
     for name, value in values.items():
+        path = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{name}.")
+            yield from flattened(value, f"{path}.")
+            continue
+        if value is None:
+            text = "none"
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield visible(prefix + str(name)), visible(", ".join(map(str, value)))
+            text = ", ".join(map(str, value))
         else:
-            yield visible(prefix + str(name)), visible("none" if value is None else str(value))
+            text = str(value)
+        yield visible(path), visible(text)

@@ -19,7 +19,12 @@ DARK_GROUND = ("#16171b", "#1e2026")
 
 @dataclass(frozen=True)
 class Colour:
-    """One meaning on light and on dark ground, as ``#rrggbb``."""
+    """The two colours of one meaning, as ``#rrggbb``.
+
+    Attributes:
+        light: on a light background.
+        dark: on a dark background.
+    """
 
     light: str
     dark: str
@@ -40,17 +45,20 @@ PALETTE = {
 }
 
 FLOW_RAMP_ON_DARK = ("#2e1d15", "#562f14", "#7f4401", "#a16004", "#c47e00", "#e29f1e")
-"""Amounts of flow on a dark terminal, from little to much; text is white on the first four steps, then black."""
+"""Amounts of flow on a dark terminal, from low to high; text is white on the first four steps, then black."""
 FIRST_STEP_WITH_BLACK_INK = 4
 
 
 def css_variables() -> str:
-    """The palette and the grounds as CSS variables, ``--question`` and so on, for the theme in force.
+    """Write the palette and the backgrounds as CSS variables, ``--question`` and so on, for the current theme.
 
     Browsers without ``light-dark()`` get the light theme.
     """
-    grounds = {"page": Colour(LIGHT_GROUND[0], DARK_GROUND[0]), "card": Colour(LIGHT_GROUND[1], DARK_GROUND[1])}
-    colours = grounds | PALETTE
+    colours = {
+        "page": Colour(LIGHT_GROUND[0], DARK_GROUND[0]),
+        "card": Colour(LIGHT_GROUND[1], DARK_GROUND[1]),
+        **PALETTE,
+    }
     both = "".join(f"  --{name}: light-dark({colour.light}, {colour.dark});\n" for name, colour in colours.items())
     light = "".join(f"    --{name}: {colour.light};\n" for name, colour in colours.items())
     fallback = f"@supports not (color: light-dark(#000, #fff)) {{\n  :root {{\n{light}  }}\n}}\n"
@@ -58,6 +66,8 @@ def css_variables() -> str:
 
 
 def rgba(colour: str, opacity: float) -> str:
-    """A colour ``#rrggbb`` at some opacity, as CSS writes it."""
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    """Write a colour ``#rrggbb`` with an opacity as CSS."""
+    red = int(colour[1:3], 16)
+    green = int(colour[3:5], 16)
+    blue = int(colour[5:7], 16)
     return f"rgba({red},{green},{blue},{opacity:.3g})"

@@ -1,19 +1,23 @@
-"""One self-contained HTML page of a trace: the text by throughput, its steps as a river, curves, routes, numbers.
+"""One self-contained HTML page of a trace: text by throughput, steps as a flow diagram, curves, routes and numbers.
 
 The page makes no request of any kind and opens from disk; :mod:`flowgraph.pages.page` says why it is safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flowgraph.files import PathLike, write_text
 from flowgraph.pages.page import asset, flattened, percent, render_page
-from flowgraph.pages.pagedata import page_data
 from flowgraph.pages.signs import visible
 
+_MAX_EDGES = 20_000
+"""Most edges between tokens in the page, the strongest of the trace."""
+_MAX_BANDS = 4_000
+"""Most edges between steps in the page, the strongest."""
 STYLES = ("trace.css", "text.css", "steps.css")
 _VENDORED = ("d3-array", "d3-sankey")
 SCRIPTS = (
@@ -33,7 +37,7 @@ SCRIPTS = (
 
 
 def render_html(payload: Mapping[str, Any]) -> str:
-    """A trace as one HTML page.
+    """Render a trace as one HTML page.
 
     Args:
         payload: a trace in the schema ``flowgraph-trace/1``; see :mod:`flowgraph.tracing.payload`. Its ``steps`` may be
@@ -46,11 +50,11 @@ def render_html(payload: Mapping[str, Any]) -> str:
     """
     return render_page(
         asset("trace.html.jinja"),
-        styles=list(map(asset, STYLES)),
+        styles=[asset(name) for name in STYLES],
         scripts=[asset(f"scripts/{name}.js") for name in SCRIPTS],
         libraries=[_with_licence(name) for name in _VENDORED],
         data_id="trace",
-        page_data=page_data(payload),
+        page_data=_page_data(payload),
         **_header(payload),
     )
 
@@ -65,16 +69,15 @@ def write_html(path: PathLike, payload: Mapping[str, Any]) -> Path:
 
 
 def _with_licence(name: str) -> str:
-    """A vendored library with its licence, which has to travel with it."""
+    """Join a vendored library and its licence, which every copy must contain."""
     return f"/* {name}\n{asset(f'vendor/{name}.LICENSE')}*/\n{asset(f'vendor/{name}.min.js')}"
 
 
 def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template itself writes: everything that holds no token text."""
-    summary, backbone = payload["summary"], payload["backbone"]
+    """Return the values of the template: everything on the page that holds no token text."""
+    summary = payload["summary"]
+    backbone = payload["backbone"]
     regions = [token["region"] for token in payload["tokens"]]
-    kept_flow, kept_attention = summary["kept_flow"], summary["kept_attention"]
-    lost = (percent(kept_flow), percent(kept_attention), f"{summary['throughput_error']:.1g}")
     return {
         "model": visible(payload["model"] or "a model"),
         "feasible": payload["feasible"],
@@ -86,7 +89,97 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "alpha": summary["alpha"],
         "backbone_share": backbone and percent(backbone["share"]),
         "backbone_edges": backbone and len(backbone["edges"]),
-        "pruned": lost if min(kept_flow, kept_attention) < 1 else None,
+        "pruned": _pruned(summary),
         "provenance": list(flattened(payload["provenance"])),
         "schema": payload["schema"],
     }
+
+
+def _pruned(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return what pruning kept of flow and attention, and its throughput error; None for a complete graph."""
+    kept_flow = summary["kept_flow"]
+    kept_attention = summary["kept_attention"]
+    if min(kept_flow, kept_attention) >= 1:
+        return None
+    return percent(kept_flow), percent(kept_attention), f"{summary['throughput_error']:.1g}"
+
+
+def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the script draws, with bounded lists and numbers as short as they are shown."""
+    backbone = payload["backbone"]
+    edges = payload["edges"][:_MAX_EDGES]
+    num_left_out = payload["edges_left_out"] + len(payload["edges"]) - len(edges)
+    return {
+        "tokens": list(_tokens(payload["tokens"])),
+        "edges": [[source, target, _short(flow)] for source, target, _, flow in edges],
+        "edges_left_out": num_left_out,
+        "entering": _positive(token["source"] for token in payload["tokens"]),
+        "leaving": _positive(token["absorbed"] for token in payload["tokens"]),
+        "backbone": backbone and {"share": _short(backbone["share"]), "num_edges": len(backbone["edges"])},
+        "routes": [[route["tokens"], _short(route["flow"])] for route in payload["routes"]],
+        "hubs": _roles(payload["hubs"]),
+        "checkpoints": _roles(payload["checkpoints"]),
+        "steps": _steps(payload.get("steps")),
+    }
+
+
+def _tokens(tokens: Iterable[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    """Yield [text, region, generated, h, g, throughput, shares its characters with the token before]."""
+    previous_span = None
+    for token in tokens:
+        # Tokens that split one character have the same span, which the page then shows once.
+        span = (token["start"], token["end"])
+        shares_characters = span == previous_span and span[0] < span[1]
+        yield [
+            token["text"],
+            token["region"],
+            int(token["generated"]),
+            _short(token["h"]),
+            _short(token["g"]),
+            _short(token["throughput"]),
+            int(shares_characters),
+        ]
+        previous_span = span
+
+
+def _positive(values: Iterable[float]) -> list[list[float | None]]:
+    """List [token, share] of the tokens with a positive share."""
+    return [[token, _short(value)] for token, value in enumerate(values) if value > 0]
+
+
+def _steps(steps: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return steps as [start, stop, region, throughput, source, absorbed]; their text is that of their tokens."""
+    if not steps:
+        return None
+    nodes = []
+    for node in steps["nodes"]:
+        numbers = [_short(node[name]) for name in ("throughput", "source", "absorbed")]
+        nodes.append([node["start"], node["stop"], node["region"], *numbers])
+
+    # A route enters a step once, from an earlier step or at its start. So the flow of all edges is
+    # sum(throughput - source), which includes the edges left out.
+    edges = sorted(steps["edges"], key=lambda edge: -edge[2])
+    edge_flow = math.fsum(node["throughput"] - node["source"] for node in steps["nodes"])
+    return {
+        "by": steps["by"],
+        "nodes": nodes,
+        "edges": [[source, target, _short(flow)] for source, target, flow in edges[:_MAX_BANDS]],
+        "num_edges": len(edges) + steps.get("edges_left_out", 0),
+        "edge_flow": _short(edge_flow),
+    }
+
+
+def _roles(roles: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """List hubs or checkpoints as [token, throughput, number of inflows, number of outflows]."""
+    listed = []
+    for role in roles:
+        numbers = [_short(role[name]) for name in ("throughput", "inflows", "outflows")]
+        listed.append([role["token"], *numbers])
+    return listed
+
+
+def _short(value: float | None) -> float | None:
+    """Round to six significant digits, twice what is shown; None for a missing, infinite or undefined number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}")

@@ -1,136 +1,367 @@
-"""What the figures share: colours, frame and regions, and token text as labels that never overlap."""
+"""Axes, colours, labels and saving, shared by all figures.
+
+No function here shows a window or changes a global setting. Token text is data: it is never read as mathematics, and
+what cannot be drawn (control characters, or glyphs that no installed font has) is written as a sign or code point.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from flowgraph.errors import InvalidInputError, MissingExtraError
+from flowgraph.files import PathLike, atomic_write
 from flowgraph.pages.palette import PALETTE
 from flowgraph.pages.signs import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 COLOURS = {name: PALETTE[name].light for name in ("question", "reasoning", "answer", "context")}
-"""Colours of the regions on a white ground."""
+"""Colours of the regions on a white background."""
 INK = "#333333"
+"""Colour of titles, notes and axes."""
 _LENGTH = 18
 """Characters of a token that a label shows."""
 _HEADROOM = 0.45
 """Largest part of the axes that labels may take from the drawing."""
+_LEGEND_COLUMNS = 4
+_GAP = 4
+"""Least distance of a label from the space of its neighbour, in pixels."""
 _OTHER_SCRIPTS = (
-    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC", "Microsoft YaHei",
-    "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Arial Unicode MS",
-)  # fmt: skip
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Noto Emoji",
+    "Arial Unicode MS",
+)
+"""Common fonts for scripts that the default font lacks."""
 
 
-def place_labels(ax: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Write labels, (x, height that its line starts from, text), most important first, into rows above the drawing.
+class Label(NamedTuple):
+    """A text above the drawing, with a line down to what it names.
 
-    The upper limit of the axis grows to make room; the lower one stays. A label that finds no room is left out.
+    Attributes:
+        x: place on the axis, in data units.
+        start: height where its line starts, in data units.
+        text: what it says.
+    """
+
+    x: float
+    start: float
+    text: str
+
+
+class _PlacedLabel(NamedTuple):
+    """A label for which a row was found.
+
+    Attributes:
+        label: the label.
+        artist: its text on the axes.
+        row: its row, counted from the top.
+        centre: middle of its text on the axis, in data units.
+    """
+
+    label: Label
+    artist: Text
+    row: int
+    centre: float
+
+
+def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Return the caller's axes, or new ones in a figure of this size in inches.
+
+    Raises:
+        InvalidInputError: not matplotlib axes.
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot
+        from matplotlib.axes import Axes
+    except ImportError as error:
+        raise MissingExtraError(
+            'figures: need matplotlib, got an environment without it; pip install "flowgraph-llm[plot]"'
+        ) from error
+    if ax is None:
+        return pyplot.subplots(figsize=size, layout="constrained")[1]
+    if not isinstance(ax, Axes):
+        raise InvalidInputError(
+            f"ax: must be matplotlib axes, got {type(ax).__name__}; pass one of plt.subplots()[1], or nothing"
+        )
+    return ax
+
+
+def save_figure(ax: Axes, path: PathLike, *, dpi: int = 160) -> Path:
+    """Write the figure of some axes as PNG, SVG or PDF by the ending of the path, atomically.
+
+    The same drawing gives the same SVG: no date is written, and element names follow from the content.
+
+    Args:
+        ax: any axes of the figure.
+        path: the file; without an ending it is a PNG.
+        dpi: pixels per inch of a PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidInputError: an ending that matplotlib does not write.
+        OutputError: the path cannot be written.
+
+    Example:
+        ``save_figure(plot_throughput(trace), "throughput.svg")``
+    """
+    import matplotlib
+
+    figure = ax.figure
+    kind = Path(path).suffix.removeprefix(".").lower() or "png"
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if kind not in known:
+        raise InvalidInputError(f"path: must end in one of {', '.join(known)}, got {str(path)!r}; use .png or .svg")
+
+    metadata: dict[str, Any] = {}
+    if kind == "svg":
+        metadata = {"Date": None}
+    elif kind == "pdf":
+        metadata = {"CreationDate": None}
+    with atomic_write(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "flowgraph"}):
+        figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata)  # type: ignore[union-attr]
+    return Path(path)
+
+
+def place_labels(ax: Axes, labels: Sequence[Label]) -> None:
+    """Write labels, most important first, into rows above the drawing, so that none overlaps another.
+
+    The upper limit of the axis grows to make room; the lower limit stays. A label that fits into no row is left out.
     """
     if not labels:
         return
-    style: dict[str, Any] = {
-        "fontsize": 8,
-        "fontfamily": families(),
-        "parse_math": False,
-        "ha": "center",
-        "va": "center",
-    }
-    across = ax.get_xaxis_transform()
-    ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # lays the axes out, so that pixels can be measured
-    frame = ax.get_window_extent()
-    texts = [ax.text(x, 1, text, transform=across, **style) for x, _, text in labels]
-    boxes = [text.get_window_extent() for text in texts]
-    height = 1.25 * max(box.height for box in boxes)
-    rows: list[list[tuple[float, float]]] = [[] for _ in range(int(_HEADROOM * frame.height // height))]
-    placed = []
-    for text, box, (x, start, _) in zip(texts, boxes, labels, strict=True):
-        middle = ax.transData.transform((x, 0))[0]
-        left = min(max(middle - box.width / 2, frame.x0), max(frame.x1 - box.width, frame.x0))
-        span = (left - 4, left + box.width + 4)
-        row = next((k for k, taken in enumerate(rows) if all(span[1] <= a or span[0] >= b for a, b in taken)), None)
+
+    # Text has a size only in pixels, and pixels exist only after the axes have been laid out.
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    axes_box = ax.get_window_extent()
+    artists = [_label_text(ax, label) for label in labels]
+    boxes = [artist.get_window_extent() for artist in artists]
+    row_height = 1.25 * max(box.height for box in boxes)
+    num_rows = int(_HEADROOM * axes_box.height // row_height)
+
+    # Each label takes the first row in which it is free of the labels before it.
+    rows: list[list[tuple[float, float]]] = [[] for _ in range(num_rows)]
+    placed: list[_PlacedLabel] = []
+    for label, artist, box in zip(labels, artists, boxes, strict=True):
+        middle = ax.transData.transform((label.x, 0))[0]
+        rightmost = max(axes_box.x1 - box.width, axes_box.x0)
+        left = min(max(middle - box.width / 2, axes_box.x0), rightmost)
+        span = (left - _GAP, left + box.width + _GAP)
+        row = _first_free_row(rows, span)
         if row is None:
-            text.remove()
+            artist.remove()
             continue
         rows[row].append(span)
-        placed.append((text, row, x, start, ax.transData.inverted().transform((left + box.width / 2, 0))[0]))
-    _make_room(ax, (sum(map(bool, rows)) * height + 6) / frame.height)
-    for text, row, x, start, centre in placed:
-        level = 1 - (row + 0.5) * height / frame.height
-        text.set_position((centre, level))
-        text.set_bbox({"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 0.5})
-        foot = (ax.transData.transform((x, start))[1] - frame.y0) / frame.height
-        ax.plot([x, x], [foot, level], color="#BBBBBB", linewidth=0.6, transform=across, zorder=1.5)
+        centre = ax.transData.inverted().transform((left + box.width / 2, 0))[0]
+        placed.append(_PlacedLabel(label, artist, row, centre))
+
+    # The limits change here, so everything after it measures heights anew.
+    num_used = sum(bool(row) for row in rows)
+    _raise_upper_limit(ax, (num_used * row_height + 6) / axes_box.height)
+
+    for label, artist, row, centre in placed:
+        level = 1 - (row + 0.5) * row_height / axes_box.height
+        artist.set_position((centre, level))
+        artist.set_bbox({"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 0.5})
+        foot = (ax.transData.transform((label.x, label.start))[1] - axes_box.y0) / axes_box.height
+        ax.plot(
+            [label.x, label.x],
+            [foot, level],
+            color="#BBBBBB",
+            linewidth=0.6,
+            transform=ax.get_xaxis_transform(),
+            zorder=1.5,
+        )
 
 
-def _make_room(ax: Axes, share: float) -> None:
-    """Raise the upper limit until the drawing leaves this share of the axes free; no tick is above the drawing."""
+def _label_text(ax: Axes, label: Label) -> Text:
+    """Add the text of a label at the upper edge, where its size can be measured."""
+    return ax.text(
+        label.x,
+        1,
+        label.text,
+        transform=ax.get_xaxis_transform(),
+        fontsize=8,
+        fontfamily=font_families(),
+        parse_math=False,
+        ha="center",
+        va="center",
+    )
+
+
+def _first_free_row(rows: Sequence[Sequence[tuple[float, float]]], span: tuple[float, float]) -> int | None:
+    """Find the first row whose spans, in pixels, do not overlap this one; None if there is no such row."""
+    for number, taken in enumerate(rows):
+        if all(span[1] <= left or span[0] >= right for left, right in taken):
+            return number
+    return None
+
+
+def _raise_upper_limit(ax: Axes, share: float) -> None:
+    """Raise the upper limit until the drawing leaves this share of the axes free, without ticks in the free part."""
     low, high = ax.get_ylim()
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+
+    # The axis may have a root scale: the share refers to heights on paper, hence to transformed values.
     scale = ax.yaxis.get_transform()
     bottom, top = scale.transform([low, high])
-    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
-    ax.set_ylim(low, float(scale.inverted().transform([bottom + (top - bottom) / max(1 - share, 1 - _HEADROOM)])[0]))
+    kept = max(1 - share, 1 - _HEADROOM)
+    raised = scale.inverted().transform([bottom + (top - bottom) / kept])[0]
+    ax.set_ylim(low, float(raised))
     ax.set_yticks(ticks)
     ax.spines["left"].set_bounds(low, high)
 
 
-def frame(ax: Axes, title: str) -> None:
-    """Title, legend above the drawing where it covers nothing, and no box."""
+def finish_axes(ax: Axes, title: str) -> None:
+    """Add the title and a legend above the drawing, where it covers nothing, and remove the box."""
     ax.spines[["top", "right"]].set_visible(False)
     legend = ax.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8, borderaxespad=0.2, handlelength=1.4
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=_LEGEND_COLUMNS,
+        frameon=False,
+        fontsize=8,
+        borderaxespad=0.2,
+        handlelength=1.4,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-        text.set_fontfamily(families())
-    rows = -(-len(legend.get_texts()) // 4)
-    ax.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False, fontfamily=families(), pad=8 + 14 * rows)
+        text.set_fontfamily(font_families())
+
+    # The title is above the legend, whose height grows with its rows.
+    num_rows = math.ceil(len(legend.get_texts()) / _LEGEND_COLUMNS)
+    ax.set_title(
+        title,
+        loc="left",
+        fontsize=9,
+        color=INK,
+        parse_math=False,
+        fontfamily=font_families(),
+        pad=8 + 14 * num_rows,
+    )
 
 
 def mark_regions(ax: Axes, regions: Sequence[str]) -> None:
-    """A strip under the axis in the colours of the regions, at token precision, and a pale tint over their width."""
+    """Draw a strip below the axis in the colours of the regions, one token exactly, and a pale tint above it."""
     from matplotlib.patches import Rectangle
 
-    edges = [0, *(i for i in range(1, len(regions)) if regions[i] != regions[i - 1]), len(regions)]
-    for start, stop in pairwise(edges):
-        if regions[start] == "context":
+    changes = [token for token in range(1, len(regions)) if regions[token] != regions[token - 1]]
+    for start, stop in pairwise([0, *changes, len(regions)]):
+        region = regions[start]
+        if region == "context":
             continue
-        colour, across = COLOURS[regions[start]], ax.get_xaxis_transform()
-        box = Rectangle(
-            (start - 0.5, -0.035), stop - start, 0.025, color=colour, linewidth=0, transform=across, clip_on=False
+        strip = Rectangle(
+            (start - 0.5, -0.035),
+            stop - start,
+            0.025,
+            color=COLOURS[region],
+            linewidth=0,
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
         )
-        ax.add_patch(box)
-        ax.axvspan(start - 0.5, stop - 0.5, color=colour, alpha=0.06, linewidth=0, zorder=0)
+        ax.add_patch(strip)
+        ax.axvspan(start - 0.5, stop - 0.5, color=COLOURS[region], alpha=0.06, linewidth=0, zorder=0)
     ax.tick_params(axis="x", pad=8)
 
 
-def families() -> list[str]:
-    """The reader's own fonts, then installed ones for the scripts that those lack."""
+def mark_missing(ax: Axes, places: np.ndarray, height: float, colour: str, label: str) -> None:
+    """Draw a small mark near the lower edge for every place without a point on its curve.
+
+    Args:
+        ax: where.
+        places: integers on the axis.
+        height: share of the height of the axes.
+        colour: of the curve.
+        label: of the legend.
+    """
+    ax.plot(
+        places,
+        np.full(len(places), height),
+        "|",
+        color=colour,
+        markersize=5,
+        clip_on=False,
+        transform=ax.get_xaxis_transform(),
+        label=label,
+    )
+
+
+def font_families() -> list[str]:
+    """List the fonts of the caller's settings, then the installed ones for scripts that those lack."""
     import matplotlib
     from matplotlib import font_manager
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     own = list(matplotlib.rcParams["font.family"])
-    return own + [name for name in _OTHER_SCRIPTS if name in installed and name not in own]
+    others = [name for name in _OTHER_SCRIPTS if name in installed and name not in own]
+    return own + others
 
 
 def drawable(text: str, length: int = _LENGTH) -> str:
-    """One line without a missing glyph: signs for invisible characters, code points for what no font draws."""
+    """Write text as one line without a missing glyph.
+
+    Invisible characters become signs, and characters that no font draws become code points.
+
+    Args:
+        text: any text.
+        length: characters shown; a longer text ends in an ellipsis.
+    """
     from matplotlib import font_manager
 
-    fonts = [font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[f]))) for f in families()]
+    fonts = []
+    for family in font_families():
+        properties = font_manager.FontProperties(family=[family])
+        fonts.append(font_manager.get_font(font_manager.findfont(properties)))
+
     text = text.strip(" ") or "␣" * len(text)
-    parts, size = [], 0
+    parts: list[str] = []
+    size = 0
     for character in text:
         shown = visible(character)
         has_glyphs = all(any(font.get_char_index(ord(part)) for font in fonts) for part in shown)
         if not has_glyphs:
             shown = f"<U+{ord(character):04X}>"
+        # A sign or code point is never cut in its middle.
         if size + len(shown) > length:
             return "".join(parts) + "…"
         parts.append(shown)
         size += len(shown)
     return "".join(parts)
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, in the plural unless it is 1."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}s"
+
+
+def require_count(name: str, value: object, least: int) -> None:
+    """Check that an argument is an integer of at least ``least``; booleans are not accepted.
+
+    Raises:
+        InvalidInputError: any other value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInputError(
+            f"{name}: must be an integer of at least {least}, got {value!r}; omit it for the default"
+        )

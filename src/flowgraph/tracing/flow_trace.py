@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgraph.analysis.backbone import Backbone, backbone
 from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes
+from flowgraph.capacities.capture import capture
+from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import TraceFileError
 from flowgraph.files import PathLike, write_json
@@ -20,7 +22,8 @@ from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
-from flowgraph.steps.step_flow import By, StepFlow, step_flow
+from flowgraph.steps.step_flow import By, StepFlow, split_steps, step_flow
+from flowgraph.steps.step_relevance import StepRelevance, step_relevance
 from flowgraph.tracing.payload import trace_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
@@ -94,6 +97,11 @@ class FlowTrace:
         return self.potential
 
     @property
+    def scores(self) -> Float64[Tensor, " tokens"]:
+        """The score that ranks tokens best for this capacity: h where rows leak, else the throughput."""
+        return self.potential if self.provenance.get("score") == "potential" else self.throughput
+
+    @property
     def question(self) -> Bool[Tensor, " tokens"]:
         """Mask of the tokens where flow enters."""
         return self.graph.question_mask
@@ -139,6 +147,52 @@ class FlowTrace:
             by=by,
             split_question=split_question,
         )
+
+    def relevance(
+        self,
+        model: nn.Module,
+        *,
+        by: By = "auto",
+        target: str | Tensor = "margin",
+        hops: int = 6,
+        split_question: bool = True,
+    ) -> StepRelevance:
+        """Compute the conserved relevance of the answer, joined to steps: one forward and some backward passes.
+
+        Args:
+            model: the model of the trace.
+            by: how the text is split, as for :meth:`steps`.
+            target: ``"margin"``, ``"logprob"``, or token ids to contrast with; see :func:`flowgraph.capture`.
+            hops: largest number of emission hops through generated tokens.
+            split_question: also split the question into steps.
+
+        Raises:
+            CaptureError: the model has a part without a linear rule.
+            InvalidInputError: options outside their range.
+
+        Cost: about 2.7 forward passes, and one backward pass per hop.
+        """
+        rows = capture(
+            model,
+            self.token_ids,
+            capacity="relevance",
+            answer=self.answer,
+            generated=self.generated,
+            target=target,
+            hops=hops,
+        )
+        steps = split_steps(
+            self.tokens,
+            self.spans,
+            self.text,
+            question=self.question,
+            reasoning=self.reasoning,
+            answer=self.answer,
+            by=by,
+            split_question=split_question,
+        )
+        assert isinstance(rows, RelevanceRows)
+        return step_relevance(rows, steps)
 
     def certify(self, **options: Any) -> Certificate:
         """Check every provable property of this flow; see :func:`flowgraph.certify`."""

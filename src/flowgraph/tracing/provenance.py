@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from flowgraph.capacities.registry import find_capacity
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.trace_options import TraceOptions
 
@@ -36,14 +37,17 @@ def provenance_of(
         "architecture": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
+        "capacity": options.capacity,
+        "score": find_capacity(options.capacity).score,
         "layers": list(layers),
-        "heads": str(options.heads),
+        "heads": str(options.heads or "mean"),
         "edge_weight": options.edge_weight,
         "preset": options.preset,
         # The rules that apply, after the overrides of the preset.
         "rows": options.rules.rows,
         "self_attention": options.rules.self_attention,
         "first_token": options.rules.first_token,
+        "normalization": options.rules.normalization,
         "question_selector": regions.question_selector,
         "answer_selector": regions.answer_selector,
         "versions": {"python": platform.python_version(), **package_versions()},

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from flowgraph.attention.capture import capture
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule, resolve_layers
 from flowgraph.attention.modules import attention_modules, base_model, num_layers, text_config
 from flowgraph.errors import InvalidInputError
@@ -39,15 +39,16 @@ def trace(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt: str | list[dict[str, Any]] | None = None,
-    response: str | Sequence[int] | None = None,
+    response: str | Tensor | np.ndarray | Sequence[int] | None = None,
     *,
     question: Any = None,
     answer: Any = None,
     reasoning: Any = None,
-    input_ids: Int[Tensor, " tokens"] | None = None,
+    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
     prompt_length: int | None = None,
-    layers: LayerRule = "middle",
-    heads: str | Sequence[int] | HeadSelector = "mean",
+    capacity: str = "attention",
+    layers: LayerRule | None = None,
+    heads: str | Sequence[int] | HeadSelector | None = None,
     edge_weight: str = "attention",
     preset: str = "default",
     rows: str | None = None,
@@ -78,6 +79,8 @@ def trace(
         reasoning: with ``input_ids``: mask or indices; default: generated tokens before the answer.
         input_ids: prompt and response as ids, instead of text.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
+        capacity: what an edge weighs: ``"attention"``, ``"vtrace_share"``, ``"vtrace"``, ``"sharp"``, ``"sharp_max"``,
+            ``"centred"``, ``"value_norm"`` or a registered one.
         layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices. This argument and those down
             to ``max_new_tokens`` are explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
@@ -111,6 +114,7 @@ def trace(
     report = progress or _ignore
     # One record for the choices, which every stage below reads.
     options = TraceOptions(
+        capacity=capacity,
         layers=layers,
         heads=heads,
         edge_weight=edge_weight,
@@ -148,11 +152,11 @@ def trace(
         request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
     num_tokens = encoded.input_ids.numel()
-    require_trace_memory(inner, num_tokens, layers, max_edges)
+    require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)
 
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
-    attention = capture(model, encoded.input_ids[None], layers=layers, heads=heads, edge_weight=edge_weight)
+    attention = options.capture(model, encoded.input_ids[None])
     provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from jaxtyping import Int64
 from torch import Tensor, nn
 
+from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
 from flowgraph.attention.recorder import AttentionRecorder
+from flowgraph.capacities.capture import capture
+from flowgraph.capacities.registry import find_capacity
+from flowgraph.errors import InvalidInputError
 from flowgraph.flow.solve import Absorption, SourceRule, check_options
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
@@ -21,10 +27,12 @@ class TraceOptions:
     """The choices of a trace: how attention is read, becomes a graph, and how the flow on it is solved.
 
     Attributes:
+        capacity: what an edge weighs: ``"attention"``, or another non-negative one of
+            :func:`flowgraph.capacity_names`, such as ``"vtrace_share"`` or ``"sharp"``.
         layers: ``"middle"`` (the middle third), ``"upper"`` (from one third up), ``"all"``, ``"10-19"``, ``"10-"`` or
-            indices.
+            indices. None: as the capacity has it, ``"middle"`` for attention.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a
-            :class:`flowgraph.HeadSelector`.
+            :class:`flowgraph.HeadSelector`, for attention. None: ``"mean"``.
         edge_weight: ``"attention"``, or ``"value_norm"``: attention times the norm of the value vector that it reads.
         preset: ``"default"``, or ``"paper"`` for the choices of arXiv 2606.10646. It fixes the next three, which
             override it one by one where they are given; see :class:`flowgraph.EdgeRules`.
@@ -47,8 +55,9 @@ class TraceOptions:
         max_new_tokens: limit of the response that is generated when none is given.
     """
 
-    layers: LayerRule = "middle"
-    heads: str | Sequence[int] | HeadSelector = "mean"
+    capacity: str = "attention"
+    layers: LayerRule | None = None
+    heads: str | Sequence[int] | HeadSelector | None = None
     edge_weight: str = "attention"
     preset: str = "default"
     rows: str | None = None
@@ -74,7 +83,24 @@ class TraceOptions:
             rows=self.rows,
             self_attention=self.self_attention,
             first_token=self.first_token,
+            normalization=find_capacity(self.capacity).normalization,
         )
+
+    @property
+    def chosen_layers(self) -> LayerRule:
+        """The layers that are read: those given, or those of the capacity."""
+        if self.layers is not None:
+            return self.layers
+        return find_capacity(self.capacity).defaults.get("layers", "all")
+
+    def capture(
+        self, model: nn.Module, input_ids: Int64[Tensor, "batch tokens"], attention_mask: Tensor | None = None
+    ) -> AttentionRows:
+        """Capture the rows of a batch with these choices."""
+        choices: dict[str, Any] = {"layers": self.layers, "heads": self.heads}
+        if self.edge_weight != "attention":
+            choices["edge_weight"] = self.edge_weight
+        return capture(model, input_ids, attention_mask, capacity=self.capacity, **choices)
 
     def check(self, model: nn.Module) -> None:
         """Refuse every invalid choice that can be found without a forward pass; the length of a text is not needed.
@@ -88,5 +114,10 @@ class TraceOptions:
         check_options(self.backend, self.source, self.absorption, self.damping)
         # Any number of tokens will do: only the option itself is checked.
         edges_kept(self.max_edges, 2)
+        if find_capacity(self.capacity).signed:
+            raise InvalidInputError(
+                f"capacity: must have edges that are not negative, got {self.capacity!r}, which is signed; call "
+                "trace.relevance(model) on a trace, or capture(..., capacity='relevance')"
+            )
         # The recorder checks layers, heads and edge_weight against the model when it is built.
-        AttentionRecorder(model, layers=self.layers, heads=self.heads, edge_weight=self.edge_weight)
+        AttentionRecorder(model, layers=self.chosen_layers, heads=self.heads or "mean", edge_weight=self.edge_weight)

@@ -263,8 +263,9 @@ class _AlignmentRun:
         """
         started = time.perf_counter()
         num_batches = len(batches)
-        dots = torch.zeros(3 * len(self.arms), num_batches, num_batches, dtype=torch.float64)
-        norms = torch.zeros(3 * len(self.arms), num_batches, dtype=torch.float64)
+        num_gradients = 3 * len(self.arms)
+        dots = torch.zeros(num_gradients, num_batches, num_batches, dtype=torch.float64)
+        norms = torch.zeros(num_gradients, num_batches, dtype=torch.float64)
         for number, batch in enumerate(batches):
             # Gradients of the few fields that make up all 3 A gradients; the first is u_b, which is known.
             fields, coefficients = decompose_weights(batch.base, batch.weights, batch.selected)
@@ -277,7 +278,9 @@ class _AlignmentRun:
             with_uniform = inner_products(gradients, uniform)
             gram = inner_products(gradients, gradients)
             dots[:, number] = coefficients @ with_uniform
-            norms[:, number] = ((coefficients @ gram) * coefficients).sum(1).clamp_min(0).sqrt()
+            # Rounding can put the squared norm of a gradient of almost 0 below 0.
+            squared_norms = ((coefficients @ gram) * coefficients).sum(1)
+            norms[:, number] = squared_norms.clamp_min(0).sqrt()
             self.progress("gradients", number + 1, num_batches)
         self.seconds["gradients"] = time.perf_counter() - started
         return [Products(dot, norm) for dot, norm in zip(dots, norms, strict=True)]

@@ -217,15 +217,21 @@ def cosines(arm: Products, uniform: Products) -> Float64[Tensor, " replicates"]:
     gram = uniform.dots
 
     # |T_b|^2 = |sum_c u_c|^2 - 2 <u_b, sum_c u_c> + |u_b|^2, for every replicate (row) and batch b (column).
-    squared_sum = ((keep @ gram) * keep).sum(1, keepdim=True)
-    squared_rest = squared_sum - 2 * keep @ gram + gram.diagonal()
+    with_sum = keep @ gram
+    squared_sum = (with_sum * keep).sum(1, keepdim=True)
+    squared_norms = gram.diagonal()
+    squared_rest = squared_sum - 2 * with_sum + squared_norms
 
     # cos(g_b, T_b) = <g_b, T_b> / (|g_b| |T_b|).
     inner = keep @ arm.dots.T - arm.dots.diagonal()
     lengths = squared_rest.clamp_min(0).sqrt() * arm.norms
     is_defined = lengths > 0
-    cosine = torch.where(is_defined, inner / torch.where(is_defined, lengths, 1.0), 0.0)
-    return (cosine * keep).sum(1) / keep.sum(1)
+    divisor = torch.where(is_defined, lengths, 1.0)
+    cosine = torch.where(is_defined, inner / divisor, 0.0)
+
+    # The mean over the batches of each replicate.
+    num_kept = keep.sum(1)
+    return (cosine * keep).sum(1) / num_kept
 
 
 def multipliers(
@@ -313,7 +319,9 @@ def compare(multiplier: dict[str, Float64[Tensor, " replicates"]], baselines: Se
     pairs: list[tuple[str, str]] = []
     for place, baseline in enumerate(baselines):
         already_compared = {baseline, *baselines[:place]}
-        pairs += [(arm, baseline) for arm in multiplier if arm not in already_compared]
+        for arm in multiplier:
+            if arm not in already_compared:
+                pairs.append((arm, baseline))
 
     estimates = [jackknife(multiplier[arm] - multiplier[baseline]) for arm, baseline in pairs]
     p_values = [two_sided(estimate) for estimate in estimates]

@@ -82,6 +82,7 @@ def correlation(batch: CreditInput) -> Float[Tensor, "batch response"]:
     read_by_answer /= answer.sum(1, keepdim=True).clamp_min(1)
 
     # Sums over the reasoning tokens t after s of 1, y, y², x, xy and x², with x = A[t, s].
+    # The triangle below diagonal ``first - 1`` of a block holds the pairs with t > s.
     sums = torch.zeros(6, *read_by_answer.shape, dtype=torch.float64, device=device)
     for first, rows in _response_blocks(batch, "attention"):
         width = rows.shape[2]
@@ -89,10 +90,11 @@ def correlation(batch: CreditInput) -> Float[Tensor, "batch response"]:
         is_earlier = torch.ones(width - first, width, dtype=torch.float64, device=device).tril(first - 1)
         reader = reasoning[:, first:width].double()
         y = read_by_answer[:, first:width]
+        powers_of_y = torch.stack([reader, reader * y, reader * y.square()], 1)
+        sums_without_x = powers_of_y @ is_earlier
         sums_with_x = torch.stack([reader, reader * y], 1) @ x
-        sums_without_x = torch.stack([reader, reader * y, reader * y.square()], 1) @ is_earlier
-        sums_of_squares = reader[:, None] @ x.square()
-        block_sums = torch.cat([sums_without_x, sums_with_x, sums_of_squares], 1)
+        sums_with_x_squared = reader[:, None] @ x.square()
+        block_sums = torch.cat([sums_without_x, sums_with_x, sums_with_x_squared], 1)
         sums[:, :, :width] += block_sums.transpose(0, 1)
 
     return (_pearson(sums) * reasoning).to(batch.scored.device)
@@ -163,14 +165,19 @@ def coupled(batch: CreditInput) -> Float[Tensor, "batch response"]:
     options = options_of(batch, share=0.4, back=0.5, window=10, near=10, far=50)
     preplan_scores = _reach_change(batch, options["window"])
     anchor_scores = _future_influence(batch, options["near"], options["far"])
-    preplan = top_share(preplan_scores, batch.scored, options["share"]) & (preplan_scores > 0)
-    anchor = top_share(anchor_scores, batch.scored, options["share"]) & (anchor_scores > 0)
+    # A token with score 0 is in neither set, even if fewer tokens than the share have a positive score.
+    top_preplan = top_share(preplan_scores, batch.scored, options["share"])
+    preplan = top_preplan & (preplan_scores > 0)
+    top_anchor = top_share(anchor_scores, batch.scored, options["share"])
+    anchor = top_anchor & (anchor_scores > 0)
 
     # For each column, the column of the last preplan token up to it; -1 where there is none.
-    column = torch.arange(batch.scored.shape[1], device=batch.scored.device).expand(batch.scored.shape)
+    num_columns = batch.scored.shape[1]
+    column = torch.arange(num_columns, device=batch.scored.device).expand(batch.scored.shape)
     nearest_preplan = torch.where(preplan, column, -1).cummax(1).values
-    in_window = (nearest_preplan >= 0) & (column - nearest_preplan <= options["window"])
-    shares_score = anchor & ~preplan & in_window
+    has_preplan = nearest_preplan >= 0
+    in_window = column - nearest_preplan <= options["window"]
+    shares_score = anchor & ~preplan & has_preplan & in_window
 
     # Every sharing anchor loses the part ``back``, and its preplan token gains it: the sum of scores is kept.
     moved = shares_score.float() * options["back"]
@@ -252,35 +259,45 @@ def _future_influence(batch: CreditInput, near: int, far: int) -> Float[Tensor, 
     num_readers = torch.zeros(is_reader.shape, device=device)
     for first, rows in _response_blocks(batch, "global"):
         width = rows.shape[2]
-        reader_column = torch.arange(first, width, device=device)[:, None]
-        distance = reader_column - torch.arange(width, device=device)
-        in_range = ((distance >= near) & (distance <= far)).float()
+        reader = torch.arange(first, width, device=device)
+        read = torch.arange(width, device=device)
+        distance = reader[:, None] - read
+        is_far_enough = distance >= near
+        is_near_enough = distance <= far
+        in_range = (is_far_enough & is_near_enough).float()
         received[:, :width] += (rows * in_range).sum(1)
         num_readers[:, :width] += is_reader[:, first:width] @ in_range
+
+    # The mean over the readers that exist; a token without one has received 0.
     return (received / num_readers.clamp_min(1)).to(batch.scored.device)
 
 
 def _reach_change(batch: CreditInput, window: int) -> Float[Tensor, "batch response"]:
     """Compute the absolute difference of WAAD between a token and the next; see :func:`waad`."""
     rows = recorded(batch, "local")
-    origin = batch.responses.prompt_length
+    prompt_length = batch.responses.prompt_length
 
     # W_t of every response token. All columns count here, because a token's reach includes the prompt.
     reach = torch.zeros(batch.scored.shape, device=rows.device)
-    for start in range(origin, rows.num_tokens, BLOCK):
+    for start in range(prompt_length, rows.num_tokens, BLOCK):
         stop = min(start + BLOCK, rows.num_tokens)
-        reader_position = torch.arange(start, stop, device=rows.device)[:, None]
-        distance = reader_position - torch.arange(stop, device=rows.device)
-        windowed = distance.clamp(0, window).float()
-        reach[:, start - origin : stop - origin] = (rows.block(start, stop) * windowed).sum(-1)
+        reader = torch.arange(start, stop, device=rows.device)
+        read = torch.arange(stop, device=rows.device)
+        distance = reader[:, None] - read
+        windowed_distance = distance.clamp(0, window).float()
+        attention = rows.block(start, stop)
+        columns = slice(start - prompt_length, stop - prompt_length)
+        reach[:, columns] = (attention * windowed_distance).sum(-1)
 
     # |W_t - W_{t+1}|, defined only where t + 1 is a response token too.
     change = torch.zeros_like(reach)
     change[:, :-1] = (reach[:, 1:] - reach[:, :-1]).abs()
-    mask = batch.responses.response_mask
-    has_successor = torch.zeros_like(mask)
-    has_successor[:, :-1] = mask[:, :-1] & mask[:, 1:]
-    return change.to(batch.scored.device) * has_successor.to(batch.scored.device)
+    response_mask = batch.responses.response_mask
+    has_successor = torch.zeros_like(response_mask)
+    has_successor[:, :-1] = response_mask[:, :-1] & response_mask[:, 1:]
+
+    device = batch.scored.device
+    return change.to(device) * has_successor.to(device)
 
 
 def _answer_reading(rows: AttentionRows, item: int, answer: Bool[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
@@ -288,14 +305,20 @@ def _answer_reading(rows: AttentionRows, item: int, answer: Bool[Tensor, " token
     sequence = rows.sequence(item)
     last_layer = replace(sequence, layers=sequence.layers[-1:])
 
-    # Positions without padding, as the single sequence has them.
-    is_answer = answer.to(rows.device)[sequence.positions].double()
-    places = is_answer.nonzero().flatten().tolist()
-    received = torch.zeros(last_layer.num_tokens, dtype=torch.float64, device=rows.device)
-    for start in range(places[0], places[-1] + 1, BLOCK):
-        stop = min(start + BLOCK, places[-1] + 1)
-        received[:stop] += is_answer[start:stop] @ last_layer.block(start, stop)[0].double()
+    # The single sequence has no padding, so its positions are counted without.
+    answer_mask = answer.to(rows.device)[sequence.positions].double()
+    answer_places = answer_mask.nonzero().flatten().tolist()
+    first = answer_places[0]
+    last = answer_places[-1]
 
-    columns = torch.zeros(rows.num_tokens, dtype=torch.float64, device=rows.device)
-    columns[sequence.positions] = received / len(places)
-    return columns
+    # Sum the answer's rows, block by block: other rows of a block have factor 0.
+    received = torch.zeros(last_layer.num_tokens, dtype=torch.float64, device=rows.device)
+    for start in range(first, last + 1, BLOCK):
+        stop = min(start + BLOCK, last + 1)
+        attention = last_layer.block(start, stop)[0].double()
+        received[:stop] += answer_mask[start:stop] @ attention
+
+    # Write the mean back to the positions of the batch, where padding has 0.
+    mean = torch.zeros(rows.num_tokens, dtype=torch.float64, device=rows.device)
+    mean[sequence.positions] = received / len(answer_places)
+    return mean

@@ -148,19 +148,25 @@ def _shuffled(
     Two kinds of weights are no edges of the flow and stay in place: that of the first token, which the flow leaves
     out, and self-attention in the row that a token keeps for itself.
     """
-    tokens = weights.shape[0]
+    num_tokens = weights.shape[0]
     device = weights.device
-    column = torch.arange(tokens, device=device)
+    column = torch.arange(num_tokens, device=device)
     row = column[:, None]
-    movable = (column <= row) & (column > 0)
-    movable &= ~(own_row[:, None] & (column == row))
+    is_causal = column <= row
+    is_own_attention = own_row[:, None] & (column == row)
+    movable = is_causal & (column > 0) & ~is_own_attention
 
     # Sorting puts the movable columns first in random order, then the fixed ones in their own order.
-    random_keys = torch.rand(tokens, tokens, generator=random).to(device)
-    drawn = torch.argsort(torch.where(movable, random_keys, 2.0 + column), stable=True)
+    # Random keys are below 1, keys of fixed columns are 2 or more.
+    random_keys = torch.rand(num_tokens, num_tokens, generator=random).to(device)
+    keys = torch.where(movable, random_keys, 2.0 + column)
+    drawn = torch.argsort(keys, stable=True)
+
     # The places that they go to: the movable columns in order, then the fixed ones.
-    places = torch.argsort((~movable).long(), stable=True)
-    return torch.empty_like(weights).scatter_(1, places, weights.gather(1, drawn))
+    is_fixed = (~movable).long()
+    places = torch.argsort(is_fixed, stable=True)
+    permuted = weights.gather(1, drawn)
+    return torch.empty_like(weights).scatter_(1, places, permuted)
 
 
 def _solved(batch: CreditInput, rows: AttentionRows | _ShuffledRows) -> RowFlow:

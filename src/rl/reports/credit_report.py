@@ -1,4 +1,4 @@
-"""The token-credit report: one HTML page for a rollout, what each token was worth in right and in wrong answers.
+"""The token-credit report: one HTML page that shows the credit of every token of a rollout.
 
 The page is rendered by :func:`flowgraph.render_page`: it makes no request, opens from disk and treats token text as
 data.
@@ -24,31 +24,55 @@ from rl.rollouts.rollout_file import PathLike, Tokens, load_rollout
 
 PAGE_SCHEMA = "flowgraph-credit-report/1"
 _BINS = 30
+"""Bars of the histogram of weights."""
+_FULL_COLOUR = 0.99
+"""Quantile of the sizes that gets the full colour, so that one outlier does not make all others pale."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Quantity:
-    """One number per token, and how the page colours it."""
+    """One number per token, and how the page colours it.
+
+    Attributes:
+        name: in the menu of the page.
+        note: what it means.
+        scale: "signed" about the centre, "ratio" (logarithmic about 1), or "root", "linear" and "falling" from 0.
+        values: ``[B, R]``, the numbers.
+        mask: ``[B, R]``, the tokens that have this number.
+        centre: value without colour.
+    """
 
     name: str
     note: str
-    scale: str  # "signed" about a centre, "ratio" (logarithmic about 1), "root", "linear" or "falling" from 0
+    scale: str
     values: Float[Tensor, "batch response"]
-    where: Bool[Tensor, "batch response"]  # tokens that have this number
+    mask: Bool[Tensor, "batch response"]
     centre: float = 0.0
 
     def described(self) -> dict[str, Any]:
-        """Name, note and scale; full colour from the 99th percentile, so that one outlier does not pale the rest."""
-        values = self.values[self.where].double()
+        """Return name, note and scale; colour is full from ``bound`` on, and ``exceeded`` says on which side."""
+        values = self.values[self.mask].double()
         values = values[torch.isfinite(values)]
         if self.scale == "ratio":
             values = values.clamp(min=1e-6).log()
-        sizes = (values - self.centre).abs()
-        size = sizes.numel()
-        bound = float(sizes.kthvalue(math.ceil(0.99 * size)).values) if size else 0.0
-        exceeded = [bool((side > bound).any()) for side in (self.centre - values, values - self.centre)] if size else []
-        rest = {"centre": self.centre, "bound": _short(bound), "exceeded": exceeded or [False, False]}
-        return {"name": self.name, "note": self.note, "scale": self.scale, **rest}
+
+        bound = 0.0
+        below = False
+        above = False
+        if values.numel():
+            sizes = (values - self.centre).abs()
+            rank = math.ceil(_FULL_COLOUR * sizes.numel())
+            bound = float(sizes.kthvalue(rank).values)
+            below = bool((self.centre - values > bound).any())
+            above = bool((values - self.centre > bound).any())
+        return {
+            "name": self.name,
+            "note": self.note,
+            "scale": self.scale,
+            "centre": self.centre,
+            "bound": _short(bound),
+            "exceeded": [below, above],
+        }
 
 
 def report_payload(
@@ -62,7 +86,7 @@ def report_payload(
     groups: Sequence[int] | None = None,
     right_at: float = 1.0,
 ) -> dict[str, Any]:
-    """All that the page shows, as plain JSON values in the schema ``flowgraph-credit-report/1``.
+    """Collect all that the page shows, as plain JSON values in the schema ``flowgraph-credit-report/1``.
 
     Args:
         experience: the rollout.
@@ -82,11 +106,12 @@ def report_payload(
         InvalidInputError: tokens or ratio of another shape, or an unknown group.
     """
     shape = tuple(experience.responses.response_mask.shape)
+    num_responses, num_columns = shape
     lengths = sorted({len(row) for row in tokens})
-    if shape[0] == 0 or len(tokens) != shape[0] or lengths != [shape[1]]:
+    if num_responses == 0 or len(tokens) != num_responses or lengths != [num_columns]:
         raise InvalidInputError(
-            f"tokens: must be {shape[0]} lists of {shape[1]} strings for at least one response, got {len(tokens)} "
-            f"lists of {lengths}; pass token_texts(tokenizer, input_ids[:, prompt_length:])"
+            f"tokens: must be {num_responses} lists of {num_columns} strings for at least one response, "
+            f"got {len(tokens)} lists of {lengths}; pass token_texts(tokenizer, input_ids[:, prompt_length:])"
         )
     if ratio is not None and tuple(ratio.shape) != shape:
         raise InvalidInputError(f"ratio: must have shape {shape}, got {tuple(ratio.shape)}; give one per token")
@@ -98,15 +123,18 @@ def report_payload(
                 f"groups: must name groups of this rollout, got {list(groups)!r}; there are {sorted(set(numbers))}"
             )
         rows = [row for row, number in enumerate(numbers) if number in groups]
-        experience, tokens = experience.select(rows), [tokens[row] for row in rows]
-        ratio = None if ratio is None else ratio[rows]
+        experience = experience.select(rows)
+        tokens = [tokens[row] for row in rows]
+        if ratio is not None:
+            ratio = ratio[rows]
+
     quantities = list(_quantities(experience, ratio))
     shown = [_response(experience, tokens, quantities, row, right_at) for row in range(len(tokens))]
     return {
         "schema": PAGE_SCHEMA,
         "title": title,
         "subtitle": subtitle,
-        "settings": [[name, _said(value)] for name, value in flattened(settings or {}).items()],
+        "settings": [[name, _as_text(value)] for name, value in flattened(settings or {}).items()],
         "right_at": right_at,
         "quantities": [quantity.described() for quantity in quantities],
         "summary": _summary(experience, right_at),
@@ -139,12 +167,13 @@ def report_file(source: PathLike, out: PathLike) -> Path:
     """Make the page of a rollout file.
 
     Raises:
-        CheckpointError: no rollout file.
+        CheckpointError: not a rollout file.
         OutputError: the page cannot be written.
     """
     rollout = load_rollout(source)
     info = dict(rollout.info)
     title = f"Token credit, step {info.pop('step', '?')}"
+    # What the heading names is not repeated among the settings.
     subtitle = ", ".join(str(info.pop(name)) for name in ("model", "task") if name in info)
     return write_report(
         out, rollout.experience, rollout.tokens, ratio=rollout.ratio, title=title, subtitle=subtitle, settings=info
@@ -165,89 +194,145 @@ def render_report(payload: Mapping[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    """Read a file that stands beside this module."""
+    """Read a file beside this module."""
     return (files(str(__package__)) / name).read_text(encoding="utf-8")
 
 
 def _three_digits(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:.3g}"
+    """Format a number with three digits, or a dash if it is missing."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value:.3g}"
 
 
 def _quantities(experience: Experience, ratio: Tensor | None) -> Iterator[_Quantity]:
-    scores, credit, chosen = experience.scores, experience.credit, experience.responses.response_mask
-    scored, weights = credit.scored, experience.policy_weights
-    yield _Quantity("weight", "1 changes nothing", "signed", credit.weights, scored, 1.0)
-    yield _Quantity("score", "what the rule gave (flow: throughput)", "root", credit.scores, scored)
-    yield _Quantity("advantage", "before the weight", "signed", experience.advantages, chosen)
-    product, update = "advantage \N{MULTIPLICATION SIGN} weight", experience.advantages * weights
-    yield _Quantity(product, "what enters the policy loss", "signed", update, chosen)
-    if not torch.equal(weights[chosen], credit.weights[chosen]):
-        yield _Quantity("loss weight", "weight of the policy loss itself", "signed", weights, chosen, 1.0)
+    """Yield the numbers that this rollout has for its tokens, in the order of the menu."""
+    scores = experience.scores
+    credit = experience.credit
+    weights = experience.policy_weights
+    advantages = experience.advantages
+    response_mask = experience.responses.response_mask
+
+    # From the score of the credit rule to what enters the policy loss.
+    yield _Quantity("weight", "1 changes nothing", "signed", credit.weights, credit.scored, 1.0)
+    yield _Quantity("score", "what the rule gave (flow: throughput)", "root", credit.scores, credit.scored)
+    yield _Quantity("advantage", "before the weight", "signed", advantages, response_mask)
+    product = "advantage \N{MULTIPLICATION SIGN} weight"
+    yield _Quantity(product, "what enters the policy loss", "signed", advantages * weights, response_mask)
+    if not torch.equal(weights[response_mask], credit.weights[response_mask]):
+        yield _Quantity("loss weight", "weight of the policy loss itself", "signed", weights, response_mask, 1.0)
     if ratio is not None:
-        yield _Quantity("ratio", "new over old probability", "ratio", ratio, chosen)
-    yield _Quantity("entropy", "of the distribution it was drawn from, in nats", "linear", scores.entropy, chosen)
-    yield _Quantity("log-probability", "under the policy that wrote it", "falling", scores.logprobs, chosen)
+        yield _Quantity("ratio", "new over old probability", "ratio", ratio, response_mask)
+
+    # What the policy, the reference and the critic computed for the token.
+    drawn_from = "of the distribution it was drawn from, in nats"
+    yield _Quantity("entropy", drawn_from, "linear", scores.entropy, response_mask)
+    yield _Quantity("log-probability", "under the policy that wrote it", "falling", scores.logprobs, response_mask)
     if scores.ref_logprobs is not None:
         kl = scores.logprobs - scores.ref_logprobs
-        yield _Quantity("KL to the reference", "log-probability minus the reference's (k1)", "signed", kl, chosen)
+        note = "log-probability minus the reference's (k1)"
+        yield _Quantity("KL to the reference", note, "signed", kl, response_mask)
     if scores.values is not None:
-        yield _Quantity("value", "the critic's, before the token", "signed", scores.values, chosen)
+        yield _Quantity("value", "the critic's, before the token", "signed", scores.values, response_mask)
     if experience.returns is not None:
-        yield _Quantity("return", "the critic's target", "signed", experience.returns, chosen)
+        yield _Quantity("return", "the critic's target", "signed", experience.returns, response_mask)
 
 
 def _response(
     experience: Experience, tokens: Tokens, quantities: Sequence[_Quantity], row: int, right_at: float
 ) -> dict[str, Any]:
-    responses, chosen = experience.responses, experience.responses.response_mask[row]
-    length = int(chosen.nonzero().max()) + 1 if bool(chosen.any()) else 0
-    masks = [chosen, experience.credit.scored[row], responses.answer_in_response[row], experience.loss_mask[row]]
-    if responses.oracle is not None:
-        masks.append(responses.oracle[row])
-    flags = sum(mask[:length].long() << bit for bit, mask in enumerate(masks))
+    """Return one response with its tokens, their flags and their numbers, without the padding at its end."""
+    responses = experience.responses
+    response_mask = responses.response_mask[row]
+    length = 0
+    if bool(response_mask.any()):
+        length = int(response_mask.nonzero().max()) + 1
+
+    numbers = []
+    for quantity in quantities:
+        values = quantity.values[row, :length].tolist()
+        mask = quantity.mask[row, :length].tolist()
+        numbers.append([_short(value) if has_value else None for value, has_value in zip(values, mask, strict=True)])
+
     reward = float(responses.rewards[row])
     return {
         "row": row,
         "reward": _short(reward),
         "right": reward >= right_at,
         "truncated": bool(responses.truncated[row]),
-        "in_loss": bool(masks[3].any()),
-        "padding": chosen.numel() - length,
+        "in_loss": bool(experience.loss_mask[row].any()),
+        "padding": response_mask.numel() - length,
         "tokens": list(tokens[row][:length]),
-        "flags": torch.as_tensor(flags).tolist(),  # bits: chosen, scored, answer, in the loss, known to be decisive
-        "numbers": [
-            [_short(value) if has else None for value, has in zip(values, where, strict=True)]
-            for values, where in ((q.values[row, :length].tolist(), q.where[row, :length].tolist()) for q in quantities)
-        ],
+        "flags": _flags(experience, row)[:length],
+        "numbers": numbers,
     }
 
 
+def _flags(experience: Experience, row: int) -> list[int]:
+    """Return the masks of each token as bits: chosen, scored, answer, in the loss, known to be decisive."""
+    responses = experience.responses
+    masks = [
+        responses.response_mask[row],
+        experience.credit.scored[row],
+        responses.answer_in_response[row],
+        experience.loss_mask[row],
+    ]
+    if responses.oracle is not None:
+        masks.append(responses.oracle[row])
+
+    flags = torch.zeros_like(masks[0], dtype=torch.int64)
+    for bit, mask in enumerate(masks):
+        flags += mask.long() << bit
+    return flags.tolist()
+
+
 def _groups(responses: Responses, shown: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every prompt with its responses, the best rewarded first."""
     numbers = responses.groups.tolist()
     for number in dict.fromkeys(numbers):
         rows = [row for row, group in enumerate(numbers) if group == number]
-        sample, rewards = responses.samples[rows[0]], responses.rewards[rows]
-        prompt = [["", sample.prompt]] if isinstance(sample.prompt, str) else sample.prompt
+        best_first = sorted(rows, key=lambda row: -float(responses.rewards[row]))
+        sample = responses.samples[rows[0]]
+        rewards = responses.rewards[rows]
         yield {
             "group": number,
             "problem": sample.index,
-            "prompt": [
-                [str(part.get("role", "")), str(part.get("content", ""))] if isinstance(part, Mapping) else part
-                for part in prompt
-            ],
+            "prompt": _messages(sample.prompt),
             "answer": sample.answer,
             "same_reward": bool((rewards == rewards[0]).all()),
-            "responses": [shown[row] for row in sorted(rows, key=lambda row: -float(responses.rewards[row]))],
+            "responses": [shown[row] for row in best_first],
         }
 
 
+def _messages(prompt: Any) -> list[Any]:
+    """Return a prompt as pairs of role and text; a prompt that is no chat has one pair with an empty role."""
+    if isinstance(prompt, str):
+        return [["", prompt]]
+    messages = []
+    for message in prompt:
+        if isinstance(message, Mapping):
+            messages.append([str(message.get("role", "")), str(message.get("content", ""))])
+        else:
+            messages.append(message)
+    return messages
+
+
 def _summary(experience: Experience, right_at: float) -> dict[str, Any]:
-    responses, scored = experience.responses, experience.credit.scored
-    rewards, numbers = responses.rewards.double(), responses.groups
-    groups = [rewards[numbers == number] for number in numbers.unique()]
-    weights, in_loss = experience.credit.weights.double(), experience.loss_mask
-    means = (weights * scored).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp(min=1)
-    raised = (weights > means + 1e-6 * means.abs()) & scored  # float32 weights that are all equal raise none
+    """Compute the figures at the top of the page."""
+    responses = experience.responses
+    scored = experience.credit.scored
+    weights = experience.credit.weights.double()
+    rewards = responses.rewards.double()
+
+    # A group without variance of the reward has no advantage, hence no gradient.
+    groups = [rewards[responses.groups == number] for number in responses.groups.unique()]
+    num_constant = sum(bool((group == group[0]).all()) for group in groups)
+
+    # A token is selected if its weight is above the mean of its response. The tolerance is for float32 weights that
+    # are all equal: their mean may be a rounding below them.
+    num_scored = scored.sum(1, keepdim=True).clamp(min=1)
+    mean_weight = (weights * scored).sum(1, keepdim=True) / num_scored
+    selected = (weights > mean_weight + 1e-6 * mean_weight.abs()) & scored
     return {
         "num_groups": len(groups),
         "num_responses": responses.num_sequences,
@@ -256,35 +341,46 @@ def _summary(experience: Experience, right_at: float) -> dict[str, Any]:
         "reward": _short(float(rewards.mean())),
         "right": _short(float((rewards >= right_at).double().mean())),
         "truncated": _short(float(responses.truncated.double().mean())),
-        "without_variance": _short(sum(bool((group == group[0]).all()) for group in groups) / len(groups)),
+        "without_variance": _short(num_constant / len(groups)),
         "weight": _mean(weights, scored),
-        "loss_weight": _mean(experience.policy_weights.double(), in_loss),
-        "selected": _mean(raised.double(), scored),
+        "loss_weight": _mean(experience.policy_weights.double(), experience.loss_mask),
+        "selected": _mean(selected.double(), scored),
         "histogram": _histogram(weights[scored]),
     }
 
 
 def _mean(values: Tensor, mask: Tensor) -> float | None:
-    return _short(float(values[mask].mean())) if bool(mask.any()) else None
+    """Average the values in a mask; None for an empty mask."""
+    if not bool(mask.any()):
+        return None
+    return _short(float(values[mask].mean()))
 
 
 def _histogram(weights: Float[Tensor, " tokens"]) -> dict[str, Any]:
+    """Count the finite weights in bins of equal width, over a range that contains 0 and 1."""
     weights = weights[torch.isfinite(weights)]
-    low, high = min(0.0, *weights.tolist(), 0.0), max(1.0, *weights.tolist(), 1.0)
-    counts = torch.histc(weights, _BINS, low, high) if weights.numel() else torch.zeros(_BINS)
+    low = min([0.0, *weights.tolist()])
+    high = max([1.0, *weights.tolist()])
+    counts = torch.zeros(_BINS)
+    if weights.numel():
+        counts = torch.histc(weights, _BINS, low, high)
     return {"low": _short(low), "high": _short(high), "counts": [int(count) for count in counts]}
 
 
 def _short(value: float) -> float | None:
-    """Four significant digits; None where there is no number to show. Whole numbers are shorter without a point."""
+    """Round to four significant digits, without a point if the result is an integer; None if it is not finite."""
     if not math.isfinite(value):
         return None
     short = float(f"{value:.4g}")
-    return int(short) if short == int(short) else short
+    if short.is_integer():
+        return int(short)
+    return short
 
 
-def _said(value: Any) -> str:
-    """A setting as text."""
+def _as_text(value: Any) -> str:
+    """Write a setting as text."""
+    if value is None:
+        return "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
-    return "none" if value is None else str(value)
+    return str(value)

@@ -299,7 +299,7 @@ def test_company_and_padding_change_nothing(name: str, model: bool):
         scores(longer, shorter),
         scores(longer, shorter, first=False),
     ):
-        torch.testing.assert_close(padded[: case.length], alone, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(padded[: case.length], alone, atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ANSWER_DIRECTED)

@@ -199,8 +199,6 @@ def test_an_answer_that_breaks_the_scorer_is_not_right():
     assert task.reward(sample, stated("two")) == 0.0
 
 
-# The type checker draws from the global generator too: it looks at one random item of a list.
-@pytest.mark.unchecked
 def test_the_library_warns_and_reseeds_in_private():
     task = Procedural("pool_matrix")
     np.random.seed(7)

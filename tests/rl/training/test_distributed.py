@@ -37,7 +37,9 @@ def launch(folder: Path, processes: int) -> Path:
         command[1:1] = [*launcher, "--master_port", str(port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["processes", str(processes)] * 2
+    # Gloo of torch 2.8 reports its connections in lines of their own.
+    printed = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert " ".join(printed).split() == ["processes", str(processes)] * 2
     return folder
 
 

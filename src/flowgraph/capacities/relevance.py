@@ -1,0 +1,546 @@
+r"""Conserved relevance: a signed flow that one backward pass of the model makes itself.
+
+The backward pass runs with the model's linear parts kept and its non-linear factors held constant
+(:mod:`flowgraph.capacities.linear_rules`). With z the output of a head before the output projection,
+
+.. math::
+    N[t, s] = \sum_{l, h} A[l, h, t, s] \, \langle v[l, h, s], dL/dz[l, h, t] \rangle, \qquad s < t
+
+is the relevance that the reader t passes to the token s. At every token
+
+.. math::
+    d[t] + \sum_{t' > t} N[t', t] = \sum_{s < t} N[t, s] + a[t] + \mathrm{bias}[t]
+
+where d is the demand at the rows that predict the answer, a the relevance absorbed by the token's embedding, and bias
+that absorbed by the biases at its position. The two sides are computed apart, so their difference is a test of the
+whole pass, whatever the architecture. N holds negative values: they argue against the answer.
+
+**Emission arcs.** A generated token k is an input (it absorbs a[k]) and an output of row k - 1. With ``hops > 0`` its
+share is passed on: row k - 1 is seeded with a[k], in the direction of the logit of token k over its rivals, and the
+pass is repeated until little remains. Then the sources are the prompt's embeddings, forced tokens and biases only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from flowgraph.attention.interception import AttentionDispatch
+from flowgraph.attention.modules import attention_modules, text_decoder, uses_attention_interface
+from flowgraph.capacities.linear_rules import LinearRules
+from flowgraph.capacities.tape import MAX_BLOCK, SCRATCH_BYTES, Tape, TapeLayer
+from flowgraph.errors import CaptureError, InvalidInputError
+from flowgraph.memory import require_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Target = Literal["margin", "logprob"]
+
+NUM_RIVALS = 10
+"""A generated token's logit is contrasted with the mean of this many best other tokens."""
+
+FORCED_MARGIN = 0.05
+"""A generated token whose logit exceeds its rivals' mean by less holds its relevance: the model did not choose it."""
+
+CHAIN_REMAINDER = 0.02
+"""Share of the demand below which the chain of emission arcs stops."""
+
+MAX_RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Largest residual of the law, relative to the largest term at any token."""
+
+MAX_RESIDUAL_HALF = 0.1
+"""The same for bfloat16 and float16, whose gradients are rounded to 2**-8 at every layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class RelevanceRows:
+    """The signed capacities N of a batch, and the terms of the law.
+
+    Row t is the position that reads, so the answer's demand stands at the position before each answer token.
+
+    Attributes:
+        matrix: ``[batch, tokens, tokens]`` float32, N[t, s] for s < t, zero elsewhere.
+        demand: ``[batch, tokens]`` d: relevance that enters at the row that predicts an answer token.
+        absorbed: ``[batch, tokens]`` a: relevance that stays at the token's embedding.
+        emitted: ``[batch, tokens]`` relevance that the generated token k passed on to row k - 1; 0 without hops.
+        bias: ``[batch, tokens]`` relevance that stays in biases at the position.
+        forced: ``[batch, tokens]`` bool, generated tokens that hold their relevance: the model did not choose them.
+        generated: ``[batch, tokens]`` bool, tokens that the model produced.
+        attention_mask: ``[batch, tokens]`` bool, False on padding.
+        residual: largest difference between the two sides of the law at a token, relative to its largest term.
+        hops: emission hops made.
+        target: what the demand is the relevance of.
+        layers: indices of the layers summed.
+    """
+
+    matrix: Float[Tensor, "batch tokens tokens"]
+    demand: Float[Tensor, "batch tokens"]
+    absorbed: Float[Tensor, "batch tokens"]
+    emitted: Float[Tensor, "batch tokens"]
+    bias: Float[Tensor, "batch tokens"]
+    forced: Bool[Tensor, "batch tokens"]
+    generated: Bool[Tensor, "batch tokens"]
+    attention_mask: Bool[Tensor, "batch tokens"]
+    residual: float
+    hops: int
+    target: str
+    layers: tuple[int, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def throughput(self) -> Float[Tensor, "batch tokens"]:
+        """Relevance that reaches each position: demand + emission arc + what later readers pass to it."""
+        return self.demand + _shift_left(self.emitted) + self.matrix.sum(1)
+
+    def shares(self, item: int = 0) -> dict[str, float]:
+        """Return where the demand of one sequence ends, as shares that sum to 1.
+
+        ``prompt``: embeddings of the prompt; ``forced``: generated tokens that the model did not choose;
+        ``remainder``: other generated tokens (all of them without hops); ``bias``: biases of the model.
+        """
+        total = float(self.demand[item].sum())
+        absorbed = self.absorbed[item]
+        generated = self.generated[item]
+        forced = self.forced[item]
+        return {
+            "prompt": float(absorbed[~generated].sum()) / total,
+            "forced": float(absorbed[generated & forced].sum()) / total,
+            "remainder": float(absorbed[generated & ~forced].sum()) / total,
+            "bias": float(self.bias[item].sum()) / total,
+        }
+
+    def dense(self) -> Float[Tensor, "batch tokens tokens"]:
+        """Return N[t, s] of the batch."""
+        return self.matrix
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
+        """Return the rows [start, stop) over the columns [0, stop)."""
+        return self.matrix[:, start:stop, :stop]
+
+    def blocks(self, size: int = MAX_BLOCK) -> Iterator[tuple[int, Float[Tensor, "batch block stop"]]]:
+        """Yield all rows in order, as (first row, block)."""
+        for start in range(0, self.num_tokens, size):
+            yield start, self.block(start, min(start + size, self.num_tokens))
+
+    def __repr__(self) -> str:
+        return (
+            f"RelevanceRows({self.batch_size} x {self.num_tokens} tokens, target={self.target}, hops={self.hops}, "
+            f"residual={self.residual:.1e})"
+        )
+
+
+def capture_relevance(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    *,
+    answer: Bool[Tensor, "batch tokens"],
+    generated: Bool[Tensor, "batch tokens"] | None = None,
+    target: Target | Int64[Tensor, "batch tokens"] = "margin",
+    hops: int = 0,
+) -> RelevanceRows:
+    """Run one forward pass and one backward pass per hop; return the conserved relevance of the answer.
+
+    Args:
+        model: the transformers model, in evaluation mode.
+        inputs: arguments of its forward pass, with ``input_ids`` and ``attention_mask``.
+        answer: tokens whose prediction is explained.
+        generated: tokens that the model produced; needed with ``hops``.
+        target: ``"margin"``: logit minus the best other logit; ``"logprob"``: log-probability; or the ids of the
+            tokens to contrast with, of which those at the answer's positions count.
+        hops: largest number of emission hops; 0 leaves the relevance of generated tokens at their embeddings.
+
+    Raises:
+        CaptureError: a part of the model without a rule (with the residual and the module), or one that has no
+            backward pass.
+        InvalidInputError: masks, targets or hops that do not fit.
+
+    Cost: about 2.7 plain forward passes, and one more backward pass per hop; memory of the activations of one pass
+    and one T x T matrix.
+    """
+    if torch.is_inference_mode_enabled():
+        # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
+        with torch.inference_mode(False):
+            return capture_relevance(
+                model,
+                {name: _copied(value) for name, value in inputs.items()},
+                answer=_copied(answer),
+                generated=_copied(generated),
+                target=_copied(target),
+                hops=hops,
+            )
+    ids = inputs["input_ids"]
+    mask = inputs["attention_mask"].bool()
+    generated = torch.zeros_like(answer) if generated is None else generated
+    rows = _predicting_rows(answer | generated, mask)
+    decoder = text_decoder(model)
+    modules = attention_modules(model)
+    _refuse_unsupported(model, modules)
+
+    tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
+    balance = _BalanceRecorder(model, decoder, mask.shape, mask.device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(AttentionDispatch.heard_by(tape))
+        stack.enter_context(LinearRules(model, set(modules.values())))
+        stack.enter_context(balance)
+        tape.listening = True
+        logits, rows = _forward(model, inputs, rows)
+        tape.listening = False
+        passes = _BackwardPasses(balance, rows)
+
+        # Demand of the answer: d[t] = <y[t], dL/dy[t]> at the input y of the output projection.
+        seed = passes.gradient_at_y(_objective(logits, rows, ids, answer, target))
+        demand = passes.demand_of(seed)
+        passes.push(seed)
+
+        emitted = torch.zeros_like(demand)
+        forced = torch.zeros_like(answer)
+        made = 0
+        if hops:
+            gradient, margin = _emission_gradient(passes, logits, rows, ids, generated)
+            forced = generated & (margin < FORCED_MARGIN)
+            chosen = generated & ~forced
+            emitted, made = _run_chain(passes, balance, rows, gradient, margin, chosen, demand, hops)
+
+    matrix = _sum_of_products(tape, mask)
+    residual = _residual_of_law(matrix, demand, emitted, balance.absorbed, balance.bias, mask)
+    result = RelevanceRows(
+        matrix=matrix,
+        demand=demand,
+        absorbed=balance.absorbed - emitted,
+        emitted=emitted,
+        bias=balance.bias,
+        forced=forced,
+        generated=generated,
+        attention_mask=mask,
+        residual=residual,
+        hops=made,
+        target=target if isinstance(target, str) else "contrast",
+        layers=tuple(sorted(tape.layers)),
+    )
+    _require_conserved(model, result)
+    return result
+
+
+class _BalanceRecorder:
+    """Hooks for the terms of the law that stand outside the attention layers: x0, y and biases.
+
+    Attributes:
+        x0: input of the first block, a leaf of the backward pass.
+        y: input of the output projection, at the rows whose logits were computed.
+        absorbed: ``[batch, tokens]`` a[t] = <x0[t], dL/dx0[t]>, summed over the backward passes so far.
+        bias: ``[batch, tokens]`` sum over biases b of <b, dL/d output[t]>.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder: nn.Module, shape: torch.Size, device: torch.device) -> None:
+        self._model = model
+        self._decoder = decoder
+        self._stack = ExitStack()
+        self.x0: Tensor | None = None
+        self.y: Tensor | None = None
+        self.absorbed = torch.zeros(shape, device=device)
+        self.bias = torch.zeros(shape, device=device)
+
+    def __enter__(self) -> _BalanceRecorder:
+        with ExitStack() as stack:
+            first = _first_block(self._decoder)
+            stack.callback(first.register_forward_pre_hook(self._start_at, with_kwargs=True).remove)
+            head = self._model.get_output_embeddings()
+            assert head is not None  # base_model() refuses models without one
+            stack.callback(head.register_forward_pre_hook(self._keep_y).remove)
+            for module in self._model.modules():
+                bias = getattr(module, "bias", None)
+                if module is head:
+                    continue
+                if isinstance(bias, Tensor) and bias.ndim == 1:
+                    stack.callback(module.register_forward_hook(self._watch_bias).remove)
+                elif any(name.endswith("_bias") and p.ndim > 1 for name, p in module.named_parameters(recurse=False)):
+                    # Experts with fused weights: their biases are measured as the block's imbalance.
+                    stack.callback(module.register_forward_pre_hook(self._watch_input).remove)
+                    stack.callback(module.register_forward_hook(self._watch_output).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _start_at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.x0 = hidden.detach().requires_grad_()
+        if args:
+            return (self.x0, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.x0}
+
+    def _keep_y(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.y = args[0]
+
+    def _add_to_bias(self, per_position: Tensor) -> None:
+        # Mixtures of experts flatten the batch; outputs of other shapes hold no positions.
+        if per_position.numel() == self.bias.numel():
+            self.bias += per_position.reshape(self.bias.shape)
+
+    def _watch_bias(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            bias = module.bias.detach().float()  # type: ignore[union-attr,operator]
+            output.register_hook(lambda gradient: self._add_to_bias(gradient.float() @ bias))
+
+    def _watch_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        x = args[0]
+        if not x.requires_grad:
+            return None
+        # A view of its own, so that its gradient is that of this module alone.
+        private = x.view_as(x)
+        value = x.detach().float()
+        private.register_hook(lambda gradient: self._add_to_bias(-(gradient.float() * value).sum(-1)))
+        return (private, *args[1:])
+
+    def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.requires_grad:
+            value = first.detach().float()
+            first.register_hook(lambda gradient: self._add_to_bias((gradient.float() * value).sum(-1)))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _first_block(decoder: nn.Module) -> nn.Module:
+    """Return the first module of the longest numbered list, which is the first decoder layer."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    return max(lists, key=len)[0]
+
+
+def _predicting_rows(
+    tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> Int64[Tensor, " kept"]:
+    """Return the positions whose logits predict one of the tokens, in any sequence of the batch."""
+    if bool((tokens & ~mask).any()):
+        raise InvalidInputError("answer: must mark tokens of the text, got a token of padding; leave padding out")
+    previous_is_text = torch.zeros_like(mask)
+    previous_is_text[:, 1:] = mask[:, :-1]
+    if bool((tokens & ~previous_is_text).any()):
+        raise InvalidInputError(
+            "answer: must be predicted by an earlier token, got the first token of the text; leave the first token out"
+        )
+    return _shift_left(tokens.float()).any(0).nonzero().flatten()
+
+
+def _shift_left(values: Tensor) -> Tensor:
+    """Move what belongs to token k to the row k - 1 that predicts it."""
+    shifted = torch.zeros_like(values)
+    shifted[:, :-1] = values[:, 1:]
+    return shifted
+
+
+def _forward(model: PreTrainedModel, inputs: dict[str, Any], rows: Int64[Tensor, " kept"]) -> tuple[Tensor, Tensor]:
+    """Run the pass; return the logits in float32 and the rows they belong to."""
+    arguments = dict(inputs)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        arguments["logits_to_keep"] = rows
+    logits = model(**arguments, use_cache=False).logits.float()
+    if logits.shape[1] != rows.numel():
+        rows = torch.arange(logits.shape[1], device=rows.device)
+    return logits, rows
+
+
+def _at_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Pick, for each kept row, what belongs to the token it predicts."""
+    return _shift_left(values)[:, rows]
+
+
+def _objective(
+    logits: Float[Tensor, "batch kept vocabulary"],
+    rows: Int64[Tensor, " kept"],
+    ids: Int64[Tensor, "batch tokens"],
+    answer: Bool[Tensor, "batch tokens"],
+    target: Target | Int64[Tensor, "batch tokens"],
+) -> Float[Tensor, ""]:
+    """Sum the target over the answer tokens of all sequences."""
+    predicted = _at_rows(ids, rows)[..., None]
+    chosen = logits.gather(-1, predicted)
+    if isinstance(target, Tensor):
+        contrast = logits.gather(-1, _at_rows(target, rows)[..., None])
+        value = chosen - contrast
+    elif target == "margin":
+        runner_up = logits.scatter(-1, predicted, -torch.inf).amax(-1, keepdim=True)
+        value = chosen - runner_up
+    else:
+        value = chosen - logits.logsumexp(-1, keepdim=True)
+    # Excluded rows may hold infinities of padding: select, do not multiply.
+    return torch.where(_at_rows(answer, rows), value.squeeze(-1), 0.0).sum()
+
+
+class _BackwardPasses:
+    """Backward passes from y to x0 over one recorded forward pass; their results add up on the tape."""
+
+    def __init__(self, balance: _BalanceRecorder, rows: Int64[Tensor, " kept"]) -> None:
+        if balance.x0 is None or balance.y is None or not balance.y.requires_grad:
+            raise CaptureError(
+                "model: its output must depend differentiably on its first block, got a pass without a backward; "
+                "load the model without a kernel that has no backward pass, or use capacity='vtrace'"
+            )
+        self._balance = balance
+        self._rows = rows
+        self.x0 = balance.x0
+        self.y = balance.y
+
+    def gradient_at_y(self, objective: Tensor) -> Tensor:
+        """Return d objective / dy, of the shape of y."""
+        (gradient,) = torch.autograd.grad(objective, self.y, retain_graph=True)
+        return gradient
+
+    def demand_of(self, seed: Tensor) -> Float[Tensor, "batch tokens"]:
+        """Return <y[t], seed[t]> at the rows that the seed belongs to."""
+        per_row = (self.y.detach().float() * seed.float()).sum(-1)
+        demand = torch.zeros_like(self._balance.absorbed)
+        demand[:, self._rows] = per_row
+        return demand
+
+    def push(self, seed: Tensor) -> None:
+        """Propagate a gradient at y through all layers; add to dL/dz, a and the biases."""
+        try:
+            (gradient,) = torch.autograd.grad(self.y, self.x0, seed, retain_graph=True)
+        except RuntimeError as error:
+            raise CaptureError(
+                f"model: its backward pass failed ({str(error).splitlines()[0]}); conserved relevance needs kernels "
+                "with a backward pass, so load the model unquantised or use capacity='vtrace'"
+            ) from error
+        self._balance.absorbed += (self.x0.detach().float() * gradient.float()).sum(-1)
+
+
+def _emission_gradient(
+    passes: _BackwardPasses,
+    logits: Float[Tensor, "batch kept vocabulary"],
+    rows: Int64[Tensor, " kept"],
+    ids: Int64[Tensor, "batch tokens"],
+    generated: Bool[Tensor, "batch tokens"],
+) -> tuple[Tensor, Float[Tensor, "batch tokens"]]:
+    """Return dM_k/dy for every generated token k at row k - 1, and m_k = <y, dM_k/dy> at k.
+
+    M_k is the logit of k minus the mean of its best rivals. The margin to the runner-up alone would be near 0 at near
+    ties, and the seed a[k] / m_k would explode.
+    """
+    predicted = _at_rows(ids, rows)[..., None]
+    chosen = logits.gather(-1, predicted).squeeze(-1)
+    others = logits.scatter(-1, predicted, -torch.inf)
+    num_rivals = min(NUM_RIVALS, logits.shape[-1] - 1)
+    rivals = others.topk(num_rivals, dim=-1).values.mean(-1)
+    contrast = torch.where(_at_rows(generated, rows), chosen - rivals, 0.0)
+    gradient = passes.gradient_at_y(contrast.sum())
+    at_row = passes.demand_of(gradient)
+    margin = torch.zeros_like(at_row)
+    margin[:, 1:] = at_row[:, :-1]
+    return gradient, margin
+
+
+def _run_chain(
+    passes: _BackwardPasses,
+    balance: _BalanceRecorder,
+    rows: Int64[Tensor, " kept"],
+    gradient: Tensor,
+    margin: Float[Tensor, "batch tokens"],
+    chosen: Bool[Tensor, "batch tokens"],
+    demand: Float[Tensor, "batch tokens"],
+    hops: int,
+) -> tuple[Float[Tensor, "batch tokens"], int]:
+    """Pass what generated tokens absorbed on to the rows that emitted them; return it, and the hops made."""
+    emitted = torch.zeros_like(demand)
+    total = demand.sum(-1).abs()
+    for hop in range(hops):
+        # What the chosen tokens hold now, and have not passed on yet.
+        pending = torch.where(chosen, balance.absorbed - emitted, 0.0)
+        if bool((pending.abs().sum(-1) <= CHAIN_REMAINDER * total).all()):
+            return emitted, hop
+        scale = torch.where(chosen, pending / torch.where(chosen, margin, 1.0), 0.0)
+        passes.push(gradient * _at_rows(scale, rows)[..., None].to(gradient.dtype))
+        emitted = emitted + pending
+    return emitted, hops
+
+
+def _sum_of_products(tape: Tape, mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens tokens"]:
+    """Return N[t, s], the sum over layers and heads of A <v, dL/dz>, for s < t."""
+    batch, tokens = mask.shape
+    layers = [layer for layer in tape.layers.values() if layer.reader is not None]
+    require_memory(
+        4 * batch * tokens**2,
+        f"relevance of {batch} x {tokens} tokens",
+        "trace fewer sequences at a time, or a shorter text",
+        mask.device,
+    )
+    matrix = torch.zeros(batch, tokens, tokens, device=mask.device)
+    with torch.no_grad():
+        for start, stop in _row_blocks(layers, tokens, batch):
+            block = matrix[:, start:stop, :stop]
+            for layer in layers:
+                block += layer.products(start, stop).sum(1).to(block.device)
+            # Self edges cancel on both sides of the law, and padding reads nothing.
+            own = torch.arange(stop, device=mask.device)[None] >= torch.arange(start, stop, device=mask.device)[:, None]
+            block.masked_fill_(own, 0.0)
+    return matrix * mask[:, :, None]
+
+
+def _row_blocks(layers: Sequence[TapeLayer], tokens: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of row blocks whose products of all heads fit into the scratch memory."""
+    heads = max((layer.record.num_heads for layer in layers), default=1)
+    step = max(1, min(MAX_BLOCK, SCRATCH_BYTES // (4 * batch * heads * tokens)))
+    for start in range(0, tokens, step):
+        yield start, min(start + step, tokens)
+
+
+def _residual_of_law(
+    matrix: Tensor, demand: Tensor, emitted: Tensor, absorbed: Tensor, bias: Tensor, mask: Tensor
+) -> float:
+    """Return the largest difference of the two sides of the law, relative to the largest term of its sequence."""
+    arriving = demand + _shift_left(emitted) + matrix.sum(1)
+    leaving = matrix.sum(2) + absorbed + bias
+    difference = torch.where(mask, (arriving - leaving).abs(), 0.0).amax(-1)
+    scale = torch.maximum(arriving.abs().amax(-1), demand.abs().amax(-1))
+    return float((difference / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
+
+
+def _require_conserved(model: PreTrainedModel, rows: RelevanceRows) -> None:
+    dtype = next(model.parameters()).dtype
+    bound = MAX_RESIDUAL.get(dtype, MAX_RESIDUAL_HALF)
+    if not rows.residual <= bound:
+        raise CaptureError(
+            f"model: relevance must be conserved at every token, got a residual of {rows.residual:.2g} (at most "
+            f"{bound:g}) in {type(model).__name__}: some part of it has no linear rule; use capacity='vtrace', and "
+            "please report the architecture"
+        )
+
+
+def _refuse_unsupported(model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
+    """Refuse layers that mix tokens without softmax attention, and attention that cannot be rewritten."""
+    num_layers = int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0) or 0)
+    missing = sorted(set(range(num_layers)) - set(modules))
+    if missing:
+        raise CaptureError(
+            f"model: every layer must mix tokens by softmax attention, got none in layers {missing} of "
+            f"{type(model).__name__}; their flow would be missing, so use capacity='attention'"
+        )
+    for module in modules.values():
+        if not uses_attention_interface(type(module)):
+            raise CaptureError(
+                f"model: its attention must go through transformers' AttentionInterface, got {type(module).__name__} "
+                f"of {type(model).__name__}, which bypasses it; use capacity='attention'"
+            )

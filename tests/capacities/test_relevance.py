@@ -1,0 +1,187 @@
+"""Conserved relevance: the law on every family, equality with the reference, the chain, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowgraph import CaptureError, InvalidInputError, capture
+from tests.fixtures.models import FAMILIES, build, family, padded, sequences
+from tests.reference.relevance import llama_relevance
+
+NO_INTERFACE = {"bloom", "mpt", "gpt_neo", "falcon", "falcon_new", "falcon_alibi"}
+MIX_WITHOUT_ATTENTION = {"qwen3_next", "qwen3_5", "granite_hybrid", "jamba", "zamba2", "minimax"}
+NO_RULE = {"longcat_flash", "inkling"}
+CONSERVING = sorted(set(FAMILIES) - NO_INTERFACE - MIX_WITHOUT_ATTENTION - NO_RULE)
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """Mark the last token of each text."""
+    later = mask.flip(-1).cumsum(-1).flip(-1)
+    return (mask == 1) & (later == 1)
+
+
+def with_biases(name: str) -> torch.nn.Module:
+    """Build a family whose biases are not zero."""
+    model = build(name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", CONSERVING)
+def test_relevance_is_conserved_at_every_token(name: str):
+    ids, mask = padded("right")
+    generated = (mask.cumsum(-1) > 6) & (mask == 1)
+    rows = capture(
+        with_biases(name), ids, mask, capacity="relevance", answer=last_token(mask), generated=generated,
+        target="logprob", hops=3,
+    )  # fmt: skip
+    assert rows.residual < 5e-6
+    for item in range(2):
+        assert sum(rows.shares(item).values()) == pytest.approx(1, abs=1e-4)
+    assert not bool(rows.dense().triu().any())
+
+
+@pytest.mark.parametrize("name", sorted(NO_INTERFACE))
+def test_attention_outside_the_interface_is_refused(name: str):
+    ids, mask = padded("right")
+    with pytest.raises(CaptureError, match="model: its attention must go through transformers' AttentionInterface"):
+        capture(family(name), ids, mask, capacity="relevance", answer=last_token(mask))
+
+
+@pytest.mark.parametrize("name", sorted(MIX_WITHOUT_ATTENTION))
+def test_layers_that_mix_tokens_without_attention_are_refused(name: str):
+    ids, mask = padded("right")
+    with pytest.raises(CaptureError, match="model: every layer must mix tokens by softmax attention, got none in"):
+        capture(family(name), ids, mask, capacity="relevance", answer=last_token(mask))
+
+
+@pytest.mark.parametrize("name", sorted(NO_RULE))
+def test_a_part_without_a_rule_is_found_by_the_residual(name: str):
+    ids, mask = padded("right")
+    with pytest.raises(CaptureError, match="model: relevance must be conserved at every token, got a residual of"):
+        capture(family(name), ids, mask, capacity="relevance", answer=last_token(mask))
+
+
+@pytest.mark.parametrize("answer", [[9], [5, 9]])
+def test_llama_equals_the_reference(answer: list[int]):
+    model = build("llama", dtype=torch.float64)
+    ids = sequences()[0][:10]
+    mask = torch.zeros(10, dtype=torch.bool)
+    mask[answer] = True
+    rows = capture(model, ids, capacity="relevance", answer=mask, target="margin")
+    exact = llama_relevance(model, ids, answer)
+    assert torch.allclose(rows.dense()[0].double(), exact.edges.tril(-1), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(rows.demand[0].double(), exact.demand, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(rows.absorbed[0].double(), exact.absorbed, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_sliding", "mixtral"])
+def test_a_padded_batch_gives_each_sequence_its_own_relevance(name: str, side: str):
+    ids, mask = padded(side)
+    model = family(name)
+    both = capture(model, ids, mask, capacity="relevance", answer=last_token(mask))
+    for item, text in enumerate(sequences()):
+        answer = torch.zeros(len(text), dtype=torch.bool)
+        answer[-1] = True
+        alone = capture(model, text, capacity="relevance", answer=answer)
+        kept = mask[item].nonzero().flatten()
+        assert torch.allclose(both.dense()[item][kept][:, kept], alone.dense()[0], rtol=1e-3, atol=1e-6)
+        assert torch.allclose(both.absorbed[item][kept], alone.absorbed[0], rtol=1e-3, atol=1e-6)
+
+
+def test_eager_and_fused_attention_agree():
+    text = sequences()[0]
+    answer = torch.zeros(len(text), dtype=torch.bool)
+    answer[-1] = True
+    fused = capture(build("llama", "sdpa"), text, capacity="relevance", answer=answer)
+    eager = capture(build("llama", "eager"), text, capacity="relevance", answer=answer)
+    assert torch.allclose(fused.dense(), eager.dense(), rtol=1e-4, atol=1e-7)
+
+
+def test_the_chain_passes_generated_relevance_to_the_prompt():
+    text = sequences()[0]
+    answer = torch.zeros(len(text), dtype=torch.bool)
+    answer[-1] = True
+    generated = torch.arange(len(text)) >= 8
+    model = build("qwen3_sliding")
+    plain = capture(model, text, capacity="relevance", answer=answer, target="logprob")
+    chain = capture(model, text, capacity="relevance", answer=answer, generated=generated, target="logprob", hops=6)
+    held = plain.absorbed[0][generated].abs().sum()
+    rest = chain.absorbed[0][generated & ~chain.forced[0]].abs().sum()
+    assert rest < held / 4
+    # What arrives at row k - 1 over the emission arc is what token k passed on.
+    assert torch.allclose(chain.throughput.sum(), chain.demand.sum() + chain.emitted.sum() + chain.dense().sum())
+
+
+def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    model = build("mixtral").train()
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    ids, mask = padded("right")
+    capture(model, ids, mask, capacity="relevance", answer=last_token(mask))
+    with pytest.raises(InvalidInputError):
+        capture(model, ids, mask, capacity="relevance", answer=last_token(mask), target="nothing")
+    assert {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == hooks
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_may_be_off_around_the_call():
+    text = sequences()[0]
+    answer = torch.zeros(len(text), dtype=torch.bool)
+    answer[-1] = True
+    model = family("llama")
+    expected = capture(model, text, capacity="relevance", answer=answer).dense()
+    with torch.no_grad():
+        assert torch.equal(capture(model, text, capacity="relevance", answer=answer).dense(), expected)
+    with torch.inference_mode():
+        again = capture(model, text.clone(), capacity="relevance", answer=answer).dense()
+    assert torch.equal(again, expected)
+
+
+def test_contrast_with_another_token():
+    text = sequences()[0]
+    answer = torch.zeros(len(text), dtype=torch.bool)
+    answer[-1] = True
+    other = text.clone()
+    other[-1] = (int(text[-1]) + 1) % 90
+    model = family("llama")
+    one = capture(model, text, capacity="relevance", answer=answer, target=other)
+    back = capture(model, other, capacity="relevance", answer=answer, target=text)
+    # The contrast of X with Y is minus that of Y with X; the text before the answer is the same.
+    assert torch.allclose(one.dense(), -back.dense(), rtol=1e-4, atol=1e-7)
+
+
+def test_half_precision_is_conserved_within_its_bound():
+    ids, mask = padded("right")
+    rows = capture(build("llama", dtype=torch.bfloat16), ids, mask, capacity="relevance", answer=last_token(mask))
+    assert rows.residual < 0.1
+
+
+TEXT = sequences()[0]
+LAST = torch.arange(len(TEXT)) == len(TEXT) - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "answer: must be given with capacity='relevance'"),
+        ({"answer": LAST, "target": "logit"}, "target: must be 'margin', 'logprob' or token ids, got 'logit'"),
+        ({"answer": LAST, "target": TEXT + 1000}, r"target: must lie in 0\.\.\d+, got"),
+        ({"answer": torch.zeros_like(LAST)}, "answer: must mark at least one token of every sequence, got none"),
+        ({"answer": TEXT[0] == TEXT}, "answer: must be predicted by an earlier token, got the first token"),
+        ({"answer": LAST[:-1]}, r"answer: must have the shape of input_ids \(1, \d+\), got \(1, \d+\)"),
+        ({"answer": LAST, "hops": -1}, "hops: must be at least 0, got -1"),
+        ({"answer": LAST, "hops": 2}, "generated: must be given with hops, got none"),
+        ({"answer": LAST, "heads": "max"}, "heads: does not apply to capacity='relevance', got 'max'"),
+    ],
+)
+def test_bad_input(options: dict, message: str):
+    with pytest.raises(InvalidInputError, match=message):
+        capture(family("llama"), TEXT, capacity="relevance", **options)
