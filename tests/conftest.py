@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
+
+import tests.type_checker  # the import hook looks it up by name
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
@@ -14,9 +18,25 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Checks every argument, result and record of both packages against its annotation, shapes and dtypes included. This has
+# to stand before the first import of either package. JAXTYPING_DISABLE=1 in the environment turns the checks off.
+jaxtyping.install_import_hook(tests.type_checker.checked_modules(), f"{tests.type_checker.__name__}.check_calls")
+
 # The machines that run this are shared: a slow moment is no finding.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Turn the type checks off in tests marked ``unchecked``, which pass values of a wrong type on purpose."""
+    disabled = jaxtyping.config.jaxtyping_disable
+    if item.get_closest_marker("unchecked"):
+        jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        return (yield)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", disabled)
 
 
 @pytest.hookimpl(trylast=True)

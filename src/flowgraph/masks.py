@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowgraph.errors import RegionError
 
 Mask = Bool[Tensor, " tokens"]
-MaskLike = Mask | Sequence[bool] | Sequence[int] | slice
+Indices = Int[Tensor, " indices"] | Int[np.ndarray, " indices"]
+Nothing = Float[Tensor, "0"]
+"""What torch makes of an empty list."""
+MaskLike = Mask | Bool[np.ndarray, " tokens"] | Indices | Nothing | Sequence[bool] | Sequence[int] | slice
 """A region of a text: a bool mask over tokens, token indices, or a slice of token indices."""
 
 

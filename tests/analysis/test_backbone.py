@@ -115,6 +115,7 @@ def test_pruning_follows_the_options_of_the_flow():
     assert prune(flow, keep=1.0).throughput_error.item() < 1e-12
 
 
+@pytest.mark.unchecked
 def test_bad_requests():
     flow = solve(diamond_graph())
     with pytest.raises(InvalidInputError, match=r"keep: must lie in \(0, 1\], got 0"):

@@ -333,6 +333,7 @@ def spoiled(value: float) -> Tensor:
     return attention
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
@@ -377,6 +378,7 @@ def test_tokens_that_are_not_there():
         layered_graph(BOTH_WAYS, question=[0], answer=slice(3, 3))
 
 
+@pytest.mark.unchecked
 def test_unknown_backends():
     with pytest.raises(InvalidInputError, match=r"backend: must be one of .*, got 'cuda'"):
         attention_rollout(BOTH_WAYS, backend="cuda")

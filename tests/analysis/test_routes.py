@@ -93,6 +93,7 @@ def test_hubs_and_checkpoints_worked_by_hand():
     assert [role.token for role in hubs(flow, 2, region="all")] == [0, 3]
 
 
+@pytest.mark.unchecked
 def test_bad_requests():
     flow = diamond()
     with pytest.raises(InvalidInputError, match=r"share: must lie in \(0, 1\], got 1.5"):

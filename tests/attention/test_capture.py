@@ -712,6 +712,7 @@ EMPTY = MASK.clone()
 EMPTY[1] = 0
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [

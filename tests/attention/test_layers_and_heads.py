@@ -38,6 +38,7 @@ def test_layers(choice, num_layers: int, expected):
     assert resolve_layers(choice, num_layers) == list(expected)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
@@ -96,6 +97,7 @@ def test_a_selector_keeps_some_heads(share: float):
         HeadSelector(share=share)
 
 
+@pytest.mark.unchecked
 def test_a_selector_knows_two_statistics():
     with pytest.raises(InvalidInputError, match="statistic must be 'distance' or 'kurtosis'"):
         HeadSelector("entropy")  # type: ignore[arg-type]

@@ -401,6 +401,7 @@ def test_a_batch_is_certified_graph_by_graph():
     assert len(certify_each(solve(graphs[0]))) == 1
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [

@@ -394,6 +394,7 @@ def test_csv_tables_and_a_missing_pyarrow(finished: CorpusSummary, tmp_path: Pat
     assert not (summary.out / "tokens.csv").exists()
 
 
+@pytest.mark.unchecked
 def test_batches_hold_similar_lengths_within_the_budget(tmp_path: Path):
     class Text:
         def __init__(self, num_tokens: int) -> None:
@@ -417,6 +418,7 @@ def test_progress_knows_rate_and_time_left(tmp_path: Path):
     assert CorpusProgress("", 0, 0, 5, 0, 0, 0.0).seconds_left is None
 
 
+@pytest.mark.unchecked
 def test_options_are_checked_before_anything_is_written(tmp_path: Path):
     for options, message in (
         ({"batch_tokens": 0}, "batch_tokens: must be a positive number, got 0"),

@@ -105,6 +105,7 @@ def test_keep_exports_the_backbone_with_the_flow_of_the_whole():
     assert to_igraph(flow, keep=0.5).ecount() == data.num_edges == 2
 
 
+@pytest.mark.unchecked
 def test_a_batch_and_keep_without_a_flow_are_refused():
     batch = Batch.from_data_list([GRAPH, GRAPH])
     for graph in (batch, solve(batch), torch.eye(3)):

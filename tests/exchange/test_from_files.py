@@ -188,6 +188,7 @@ def test_a_file_that_is_not_there(read, tmp_path: Path):
         read(tmp_path)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

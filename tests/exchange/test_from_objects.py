@@ -141,6 +141,7 @@ def edit(change):
     return graph
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
@@ -234,6 +235,7 @@ def test_a_loss_that_nobody_recorded_is_not_known():
     assert "kept_attention" not in to_networkx(back).graph
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -239,6 +239,7 @@ def test_a_batch_in_which_one_graph_leaves_the_range():
 GRAPH = FlowGraph.from_edges(torch.tensor([[0], [1]]), torch.ones(1), num_nodes=2, question=[0], answer=[1])
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -258,6 +259,7 @@ def test_bad_options(options: dict, message: str):
         solve(GRAPH, **options)
 
 
+@pytest.mark.unchecked
 def test_only_flow_graphs_are_solved():
     with pytest.raises(GraphError, match=r"graph: must be a FlowGraph or a Batch of them, got list"):
         solve([GRAPH])  # type: ignore[arg-type]

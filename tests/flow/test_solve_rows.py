@@ -360,6 +360,7 @@ def in_both(masks: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**masks, "question": masks["question"] | (torch.arange(20) == 18)}
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -377,6 +378,7 @@ def test_bad_regions(change: Callable[[dict[str, Tensor]], dict[str, Any]], mess
         solve_rows(attention(20, 2), **change(ends(20, 2)), preset=preset)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -413,6 +415,7 @@ def test_captured_rows_are_no_capacities():
     assert solve_rows(rows.dense(), **masks, preset=None).feasible.tolist() == [True, False, False, True]
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -38,11 +38,13 @@ def test_a_limit_on_a_graph_without_flow_keeps_nothing():
     assert not bool(solve(graph).feasible)
 
 
+@pytest.mark.unchecked
 def test_rows_of_several_sequences_are_no_graph():
     with pytest.raises(GraphError, match=r"rows: must be those of one sequence, got a batch of 2; .* solve_rows"):
         FlowGraph.from_rows(random_attention(5).expand(2, 5, 5), question=[1], answer=[4])
 
 
+@pytest.mark.unchecked
 def test_limits():
     assert edges_kept("all", 100) == edges_kept("auto", 100) == 4950
     assert edges_kept("auto", 4096) == 64 * 4096

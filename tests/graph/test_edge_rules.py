@@ -69,6 +69,7 @@ def broken(row: int, column: int, value: float) -> torch.Tensor:
     return attention
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
@@ -86,6 +87,7 @@ def test_bad_attention(attention: torch.Tensor, message: str, max_edges: int | s
         FlowGraph.from_rows(attention, question=[1], answer=[2], max_edges=max_edges)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("make", "message"),
     [

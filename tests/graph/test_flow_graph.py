@@ -77,6 +77,7 @@ def edges(*pairs: tuple[int, int]) -> torch.Tensor:
     return torch.tensor(pairs).T.contiguous()
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("pairs", "weights", "message"),
     [
@@ -97,6 +98,7 @@ def test_bad_edges(pairs: torch.Tensor, weights: list[float], message: str):
         FlowGraph.from_edges(pairs, torch.tensor(weights), num_nodes=3, question=[0], answer=[2])
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("question", "answer", "reasoning", "message"),
     [
@@ -118,6 +120,7 @@ def test_bad_regions(question, answer, reasoning, message: str):
         )
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [

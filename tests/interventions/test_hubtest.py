@@ -177,6 +177,7 @@ def unreachable() -> FlowTrace:
     return replace(trace, graph=graph, flow=solve(graph))
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
@@ -211,6 +212,7 @@ def test_bad_input_is_refused(options: dict, kind: type[Exception], message: str
         hub_test(tiny_model(), trace_of(), **options)
 
 
+@pytest.mark.unchecked
 def test_traces_that_cannot_be_hub_result():
     with pytest.raises(InvalidInputError, match="trace: must be a FlowTrace or several"):
         hub_test(tiny_model(), [])

@@ -256,6 +256,7 @@ def test_size_limit_names_size_estimate_and_override():
     assert max_flow(graph, max_edges=4).value == 0.5
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
@@ -281,6 +282,7 @@ def test_a_flow_brings_its_own_options():
         max_flow(flow, source=torch.ones(4), demand=torch.ones(4))
 
 
+@pytest.mark.unchecked
 def test_what_is_no_graph():
     with refused("graph: must be a FlowGraph or a Flow, got Tensor", GraphError):
         max_flow(torch.ones(3, 3))  # type: ignore[arg-type]

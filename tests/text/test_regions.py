@@ -155,6 +155,7 @@ class TestFindRegions:
         assert regions.answer[-1]
         assert regions.answer_selector == "LastToken()"
 
+    @pytest.mark.unchecked
     @pytest.mark.parametrize("wrong", [7, 1.5, slice(0, 3), (1, 2, 3), ("a", "b"), ["a"], {"a": 1}, object()])
     def test_no_selector(self, wrong: Any) -> None:
         for name in ("question", "answer"):
@@ -217,6 +218,7 @@ class TestFromMasks:
         mask[:] = False
         assert regions.question.any()
 
+    @pytest.mark.unchecked
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -272,6 +274,7 @@ class TestFromMasks:
 
 
 class TestRecord:
+    @pytest.mark.unchecked
     @pytest.mark.parametrize("name", ["question", "reasoning", "answer", "generated"])
     @pytest.mark.parametrize(
         ("bad", "got"),

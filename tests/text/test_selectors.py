@@ -101,6 +101,7 @@ class TestRegex:
         encoded = answered("7<|im_end|>8")
         assert chosen(encoded, Regex(r".*").select(encoded, "response")) == ["7", "8"]
 
+    @pytest.mark.unchecked
     @pytest.mark.parametrize(
         ("make", "message"),
         [
@@ -284,6 +285,7 @@ class TestTokens:
         with pytest.raises(NoAnswerError, match=r"answer: Tokens\(\[8\]\) must select a visible, non-special"):
             find_regions(encoded, answer=[8])
 
+    @pytest.mark.unchecked
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -184,6 +184,7 @@ def test_a_pruned_trace_says_so():
 MODEL, TOKENIZER = tiny()
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -226,6 +227,7 @@ def test_bad_input_with_text(arguments: tuple, options: dict, error: type[Except
         trace(MODEL, TOKENIZER, *arguments, **options)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("prompt", [["x"], [None], ("x",), 5, b"x", {"role": "user"}, [{}], [{"content": "x"}]])
 @pytest.mark.parametrize("response", [RESPONSE, None])
 def test_what_is_no_prompt(prompt, response: str | None, monkeypatch: pytest.MonkeyPatch):
@@ -241,6 +243,7 @@ def test_messages_without_text_are_refused_before_anything_is_generated(messages
         trace(MODEL, TOKENIZER, messages)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("response", "message"),
     [
@@ -256,6 +259,7 @@ def test_what_is_no_response(response, message: str):
         trace(MODEL, TOKENIZER, chat(), response)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -338,6 +342,7 @@ def test_bad_input_with_ids(options: dict, error: type[Exception], message: str)
         trace(MODEL, **options)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     "options",
     [{"damping": 0}, {"source": "x"}, {"heads": "x"}, {"layers": "9-9"}, {"answer": "(unclosed"}, {"max_edges": -1}],

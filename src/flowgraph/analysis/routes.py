@@ -171,7 +171,7 @@ def _successive_widest(flow: Flow) -> Iterator[Route]:
 
     while True:
         # The widest complete route ends where the route into a token and the token's absorption both allow most.
-        width, arrives_by = _widest_into(residual, source, first_edge, entering)
+        width, arrives_by = _widest_into(residual, source, entering, first_edge)
         last = int(np.argmax(np.minimum(width, absorbed)))
         amount = min(width[last], absorbed[last])
         if amount <= _NEGLIGIBLE:
@@ -195,8 +195,8 @@ def _successive_widest(flow: Flow) -> Iterator[Route]:
 def _widest_into(
     residual: Float64[np.ndarray, " kept"],
     source: Int64[np.ndarray, " kept"],
-    first_edge: Int64[np.ndarray, " tokens+1"],
     entering: Float64[np.ndarray, " tokens"],
+    first_edge: Int64[np.ndarray, " tokens+1"],
 ) -> tuple[Float64[np.ndarray, " tokens"], Int64[np.ndarray, " tokens"]]:
     """Compute the least flow on the widest route into each token, and the last edge of that route."""
     # width[t] = max(src[t], max_s min(width[s], F(s, t))), in token order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -130,6 +130,7 @@ def _rows_per_step(record: LayerRecord, stop: int) -> int:
     return max(1, min(BLOCK, _SCRATCH_BYTES // bytes_per_row))
 
 
+@runtime_checkable
 class Layer(Protocol):
     """The rows of one layer of a batch, heads joined."""
 

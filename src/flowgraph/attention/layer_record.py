@@ -263,7 +263,7 @@ def _mask_rows(mask: Tensor, queries: Tensor) -> Tensor:
     return mask.expand(-1, -1, queries.numel(), -1)
 
 
-def readable_cells(mask: Tensor) -> Bool[Tensor, ...]:
+def readable_cells(mask: Tensor) -> Bool[Tensor, " ..."]:
     """Mark the cells that a bool or additive attention mask allows to be read."""
     if mask.dtype == torch.bool:
         return mask

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError
+from flowgraph.masks import Indices
 
-LayerRule = str | int | range | Sequence[int]
+LayerRule = str | int | range | Sequence[int] | Indices
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _layer_range(text: str, num_layers: int) -> list[int]:
     return _indices(range(first, last + 1), num_layers, "layers")
 
 
-def _indices(values: int | Iterable[int], count: int | None, name: str) -> list[int]:
+def _indices(values: int | Iterable[SupportsIndex], count: int | None, name: str) -> list[int]:
     """Check indices of layers or heads and sort them; without a count, no index is too large."""
     listed = values if isinstance(values, Iterable) else (values,)
     try:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import numpy as np
 from jaxtyping import Bool
@@ -92,7 +93,7 @@ class Check:
     detail: str
 
 
-def check(name: str, residual: float, bound: float, detail: str = "") -> Check:
+def check(name: str, residual: SupportsFloat, bound: float, detail: str = "") -> Check:
     """Compare a residual with its bound; NaN never passes."""
     residual = float(residual) + 0.0  # adding 0 turns -0 into 0
     bound = float(bound)

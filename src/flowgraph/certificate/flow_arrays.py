@@ -159,16 +159,26 @@ class FlowArrays:
 
     def inflow(self, per_edge: Float64[np.ndarray, " edges"]) -> Float64[np.ndarray, " tokens"]:
         """Sum a number per edge over the edges into each token."""
-        return np.bincount(self.head, per_edge, self.f.size)
+        return _sum_at(self.head, per_edge, self.f.size)
 
     def outflow(self, per_edge: Float64[np.ndarray, " edges"]) -> Float64[np.ndarray, " tokens"]:
         """Sum a number per edge over the edges out of each token."""
-        return np.bincount(self.tail, per_edge, self.f.size)
+        return _sum_at(self.tail, per_edge, self.f.size)
 
     def outflow_of_set(self, side: Bool[np.ndarray, " tokens"], per_edge: Float64[np.ndarray, " edges"]) -> float:
         """Sum a number per edge over the edges from a set of tokens to the other tokens."""
         leaves_set = side[self.tail] & ~side[self.head]
         return float(per_edge[leaves_set].sum())
+
+
+def _sum_at(
+    token: Int64[np.ndarray, " edges"],
+    per_edge: Float64[np.ndarray, " edges"],
+    num_tokens: int,
+) -> Float64[np.ndarray, " tokens"]:
+    """Sum a number per edge at one end of each edge."""
+    # bincount returns integers where there is no edge.
+    return np.bincount(token, per_edge, num_tokens).astype(np.float64, copy=False)
 
 
 def _float64(vector: Tensor) -> np.ndarray:

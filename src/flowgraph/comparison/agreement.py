@@ -155,7 +155,7 @@ def rank_correlation(throughput: Float64[Tensor, "matched 2"]) -> float | None:
 
 def hub_overlap(
     flows: Sequence[Flow],
-    is_reasoning: Sequence[Bool[Tensor, " units"]],
+    is_reasoning: Sequence[Bool[Tensor, " _"]],
     pair_of: Sequence[np.ndarray],
 ) -> tuple[float | None, int]:
     """Compare the ten reasoning units with most throughput of each flow.

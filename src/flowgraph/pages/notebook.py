@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -42,6 +42,7 @@ _MARKS = {
 }
 
 
+@runtime_checkable
 class TraceLike(Protocol):
     """The part of a :class:`flowgraph.FlowTrace` that the fragment reads.
 

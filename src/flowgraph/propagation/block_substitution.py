@@ -14,7 +14,7 @@ so nothing cancels, and each entry is accurate to a few units in its last place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -38,6 +38,7 @@ def token_blocks(num_tokens: int, size: int = BLOCK) -> list[slice]:
     return blocks
 
 
+@runtime_checkable
 class BlockRows(Protocol):
     """The rows of C for the tokens ``[start, stop)`` of every graph of a batch.
 
@@ -63,6 +64,7 @@ class BlockRows(Protocol):
 Rows_co = TypeVar("Rows_co", bound=BlockRows, covariant=True)
 
 
+@runtime_checkable
 class BlockOperator(Protocol[Rows_co]):
     """A batch of causal matrices C that can be read in blocks of rows; see :mod:`.operators`.
 

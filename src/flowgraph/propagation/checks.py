@@ -27,7 +27,7 @@ def token_vector(
     shape: torch.Size,
     device: torch.device,
     name: str,
-) -> Float64[Tensor, ...]:
+) -> Float64[Tensor, " ..."]:
     """Check a source or demand that the caller passed, and return it in float64.
 
     Args:

@@ -31,10 +31,10 @@ class ConservedFlow:
         source: share of the unit that enters at each token. Sums to 1 per graph, or to 0 where nothing flows.
     """
 
-    h: Float64[Tensor, ...]
-    g: Float64[Tensor, ...]
-    exponent: Int64[Tensor, ...]
-    source: Float64[Tensor, ...]
+    h: Float64[Tensor, " ..."]
+    g: Float64[Tensor, " ..."]
+    exponent: Int64[Tensor, " ..."]
+    source: Float64[Tensor, " ..."]
 
 
 def conserve(
@@ -42,7 +42,7 @@ def conserve(
     weight: Any,
     *,
     demand: Tensor,
-    question: Bool[Tensor, ...],
+    question: Bool[Tensor, " ..."],
     source: str | Tensor,
 ) -> ConservedFlow:
     r"""Solve :math:`h = b + N^\top h`, spread one unit over the source tokens, solve :math:`g = \mathrm{src}/h + N g`.

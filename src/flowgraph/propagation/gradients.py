@@ -84,7 +84,7 @@ def _saved(ctx: Any) -> tuple[Any, Tensor]:
 
 def _gradient_of_weight(
     ctx: Any,
-    weight: Tensor,
+    weight: Any,
     *,
     at_target: Tensor,
     at_source: Tensor,

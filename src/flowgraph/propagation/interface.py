@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -20,6 +20,7 @@ def in_order(items: Sequence[T], last_first: bool) -> Iterator[T]:
     return reversed(items) if last_first else iter(items)
 
 
+@runtime_checkable
 class Sweeps(Protocol):
     """Both sweeps of the method with N = C D.
 
@@ -34,7 +35,7 @@ class Sweeps(Protocol):
         propagation_factor: D, what each token propagates of its value: the damping, or 0 where it absorbs.
     """
 
-    propagation_factor: Float64[Tensor, ...]
+    propagation_factor: Float64[Tensor, " ..."]
 
     def potential(self, weight: Any, demand: Tensor) -> Tensor:
         """Solve ``h = b + D C^T h``, last token first."""
@@ -45,7 +46,7 @@ class Sweeps(Protocol):
         ...
 
     @property
-    def can_propagate(self) -> Bool[Tensor, ...]:
+    def can_propagate(self) -> Bool[Tensor, " ..."]:
         """Tokens with D > 0 that may have outgoing edges."""
         ...
 
@@ -53,7 +54,7 @@ class Sweeps(Protocol):
         """Sum a vector over each graph."""
         ...
 
-    def maximum(self, x: Int64[Tensor, ...]) -> Int64[Tensor, " graphs"]:
+    def maximum(self, x: Int64[Tensor, " ..."]) -> Int64[Tensor, " graphs"]:
         """Return the maximum of a vector over each graph."""
         ...
 
@@ -65,7 +66,7 @@ class Sweeps(Protocol):
         """Yield the edges into each token, forwards or backwards."""
         ...
 
-    def balanced(self, weight: Any, scale_exponent: Int64[Tensor, ...]) -> Any:
+    def balanced(self, weight: Any, scale_exponent: Int64[Tensor, " ..."]) -> Any:
         """Return ``C[t, s] * 2**(k[t] - k[s])``, exact within the range of float64.
 
         The result is 0 where D is 0: such a weight is never propagated, and its scaled value could overflow.
@@ -76,8 +77,8 @@ class Sweeps(Protocol):
         self,
         weight: Any,
         *,
-        source: Bool[Tensor, ...],
-        target: Bool[Tensor, ...],
+        source: Bool[Tensor, " ..."],
+        target: Bool[Tensor, " ..."],
     ) -> bool:
         """Tell whether any edge with positive weight runs from ``source`` to ``target`` (D is ignored)."""
         ...

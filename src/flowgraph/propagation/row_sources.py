@@ -11,7 +11,7 @@ with the columns ``[0, stop)``: by causality, everything to the right is 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -25,6 +25,7 @@ KEPT_BYTES = 2**28
 """Memory budget of :class:`KeptRows`: 256 MiB."""
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Rows of a batch of causal matrices, computed or fetched on demand."""
 

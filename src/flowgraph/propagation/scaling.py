@@ -25,7 +25,7 @@ _NUM_STEPS = 4
 """Enough steps to carry the smallest positive float64 to infinity, and the largest to 0."""
 
 
-def scaled(x: Tensor, exponent: Int64[Tensor, ...]) -> Float64[Tensor, ...]:
+def scaled(x: Tensor, exponent: Int64[Tensor, " ..."]) -> Float64[Tensor, " ..."]:
     """Return ``x * 2**exponent`` in float64, exact unless the product leaves the range; 0 stays 0.
 
     Example:
@@ -41,7 +41,7 @@ def scaled(x: Tensor, exponent: Int64[Tensor, ...]) -> Float64[Tensor, ...]:
     return product
 
 
-def scale_exponents(sweeps: Sweeps, weight: Any, demand: Tensor) -> Int64[Tensor, ...]:
+def scale_exponents(sweeps: Sweeps, weight: Any, demand: Tensor) -> Int64[Tensor, " ..."]:
     """Compute the exponents k that balance a system.
 
     A token that reaches the demand gets ``k = round(log2 h)``. The other tokens have h = 0. They get the k that keeps

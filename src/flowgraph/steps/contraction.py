@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 from torch_geometric.utils import coalesce, scatter
 
@@ -121,7 +121,7 @@ def _rows_of(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def contract(flow: Flow, step_of_token: Int64[Tensor, " tokens"] | Sequence[int]) -> Contraction:
+def contract(flow: Flow, step_of_token: Int[Tensor, " tokens"] | Sequence[int]) -> Contraction:
     r"""Merge the tokens of each step into one node; the flow between the nodes is exact.
 
     .. math::

@@ -11,13 +11,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.masks import MaskLike, read_mask
 
 Region = Literal["question", "reasoning", "answer"]
-By = str | re.Pattern[str] | Callable[[str], Iterable[tuple[int, int]]] | Sequence[tuple[int, int]]
+By = (
+    str
+    | re.Pattern[str]
+    | Callable[[str], Iterable[tuple[int, int]]]
+    | Sequence[tuple[int, int]]
+    | Int[Tensor, "steps 2"]
+)
 """How to split: a rule's name, a pattern of step starts, a function from text to character spans, or token spans."""
 
 REGIONS: tuple[Region, ...] = ("question", "reasoning", "answer")

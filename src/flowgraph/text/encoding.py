@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -101,7 +102,7 @@ class EncodedText:
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Messages,
-    response: str | Tensor | Sequence[int] | None = None,
+    response: str | Tensor | np.ndarray | Sequence[int] | None = None,
 ) -> EncodedText:
     r"""Tokenise a prompt and a response, and find the characters that every token covers.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -266,7 +267,7 @@ AUTO_ANSWER: dict[str, Selector] = {
 """The selectors of the automatic search for an answer, in this order; the first that finds a token is chosen.
 The keys are the values' names in this module, which :class:`Regions` records as the choice."""
 
-Question = str | Selector | tuple[int, int | None] | Sequence[int] | Tensor | None
+Question = str | Selector | tuple[int, int | None] | Sequence[int] | Tensor | np.ndarray | None
 Answer = Question
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class TextRequest:
     """
 
     prompt: str | list[dict[str, Any]]
-    response: str | Sequence[int] | None = None
+    response: str | Tensor | np.ndarray | Sequence[int] | None = None
     question: Any = None
     answer: Any = None
 

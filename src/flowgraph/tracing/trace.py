@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -38,12 +39,12 @@ def trace(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt: str | list[dict[str, Any]] | None = None,
-    response: str | Sequence[int] | None = None,
+    response: str | Tensor | np.ndarray | Sequence[int] | None = None,
     *,
     question: Any = None,
     answer: Any = None,
     reasoning: Any = None,
-    input_ids: Int[Tensor, " tokens"] | None = None,
+    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
     prompt_length: int | None = None,
     capacity: str = "attention",
     layers: LayerRule | None = None,

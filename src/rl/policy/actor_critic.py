@@ -173,7 +173,7 @@ class ActorCritic(nn.Module):
         logits = self._response_logits(inputs, tokens.shape[1])
         return token_logprobs(logits, tokens, temperature)
 
-    def value_pass(self, inputs: ModelInput, response_length: int) -> Float[Tensor, "batch response+1"] | None:
+    def value_pass(self, inputs: ModelInput, response_length: int) -> Float[Tensor, "batch {response_length}+1"] | None:
         """Compute the critic's value before each response token and after the last.
 
         Args:

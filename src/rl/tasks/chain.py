@@ -55,6 +55,7 @@ class Chain:
     Args:
         num_variables: assignments of a problem, 2 to 26.
         hops: smallest and greatest number of references on the needed chain; drawn uniformly.
+            A list, as YAML has it, is stored as a tuple.
         max_addend: addends are uniform from 1 to this number, at most 9.
         seed: of the stream of problems.
 
@@ -73,7 +74,7 @@ class Chain:
     """
 
     num_variables: int = 6
-    hops: tuple[int, int] = (3, 5)
+    hops: tuple[int, int] | list[int] = (3, 5)
     max_addend: int = 3
     seed: int = 0
     name: str = "chain"

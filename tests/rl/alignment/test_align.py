@@ -289,6 +289,7 @@ def test_arms_as_text():
     ]  # fmt: skip
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
@@ -306,6 +307,7 @@ def test_arms_that_cannot_be_read(text, error, message):
         parse_arm(text)
 
 
+@pytest.mark.unchecked
 def test_bad_input():
     model, tokenizer = tiny_policy(), alphabet()
 

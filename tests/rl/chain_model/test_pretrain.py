@@ -160,6 +160,7 @@ def test_bad_folders_are_refused_before_any_work(tmp_path: Path):
         load_chain_model(tmp_path / "full")
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -126,6 +126,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
         read(tmp_path)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -102,6 +102,7 @@ def test_one_verdict_of_0_or_1_has_wilsons_interval_and_other_rewards_a_normal_o
     assert "responses" not in plain
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

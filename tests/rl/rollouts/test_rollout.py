@@ -140,6 +140,7 @@ def test_a_task_that_raises_is_named_with_the_problem(method: str):
     assert "sample" in str(raised.value)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("value", [None, "1", float("inf"), float("nan"), [1.0], 1j])
 def test_a_verdict_that_is_no_number_is_refused(value):
     with pytest.raises(RewardError, match="must return a"):

@@ -41,6 +41,7 @@ def test_token_texts_join_to_the_text_and_broken_bytes_get_their_names():
     assert "".join(token_texts(tokenizer, torch.tensor([list(whole)]))[0]).encode() == whole
 
 
+@pytest.mark.unchecked
 def test_token_texts_refuse_what_is_no_table_of_ids():
     for wrong in (torch.tensor([1, 2]), torch.tensor([[1.0]]), torch.tensor([[-1]])):
         with pytest.raises(InvalidInputError, match=r"input_ids: must be a \[batch, tokens\] tensor of token ids, got"):

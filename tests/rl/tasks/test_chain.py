@@ -168,6 +168,7 @@ def test_it_is_a_task_whose_options_may_come_from_yaml():
     assert hash(Chain(hops=[2, 3])) == hash(Chain(hops=(2, 3)))
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -189,6 +190,7 @@ def test_bad_options(options: dict, message: str):
         Chain(**options)
 
 
+@pytest.mark.unchecked
 def test_bad_requests():
     with pytest.raises(TaskError, match=r"split: must be one of 'train', 'eval', got 'test'; choose one of them"):
         Chain().sample("test", 0)

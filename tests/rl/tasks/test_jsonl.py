@@ -171,6 +171,7 @@ def test_references_fit_their_equality(tmp_path: Path):
     assert JsonlTask(path, equality="number", reward=lambda s, c: [1.0]).size == 1
 
 
+@pytest.mark.unchecked
 def test_bad_requests(path: Path, tmp_path: Path):
     for options, message in (
         ({"equality": "fuzzy"}, r"equality: must be one of text, number, math, got 'fuzzy'"),

@@ -217,6 +217,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
         Procedural("countdown")
 
 
+@pytest.mark.unchecked
 def test_bad_requests(countdown: Procedural, monkeypatch: pytest.MonkeyPatch):
     for options, message in (
         ({"dataset": "count"}, r"dataset: must be one of ab, .*, got 'count'; choose"),

@@ -105,6 +105,7 @@ def test_a_function_from_a_module():
     assert load_function("rl.tasks.rewards:load_function") is load_function
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("path", ["", "math", "math:", ":sqrt", "math:not a name", 3, None])
 def test_places_of_another_form(path: object):
     with pytest.raises(ConfigError, match=r"reward: must have the form 'package.module:function' or"):
