@@ -61,7 +61,7 @@ def test_the_printed_chain_starts_at_the_answer():
     found = step_relevance(rows, steps_of(len(sequences()[0])))
     head, answer, *_ = repr(found).splitlines()
     assert head.startswith("StepRelevance of 6 steps, demand")
-    assert answer.strip() == repr("part 5")
+    assert answer.strip() == "+100% 'part 5'"
     assert [row["index"] for row in found.table()] == list(range(6))
 
 

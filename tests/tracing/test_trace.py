@@ -360,7 +360,7 @@ def test_masks_shaped_like_a_batch_of_one_are_accepted(example: FlowTrace):
 
 def test_memory_is_estimated_before_the_model_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("flowgraph.memory.available_bytes", lambda device="cpu": 10**6)
-    monkeypatch.setattr("flowgraph.tracing.trace.capture", lambda *a, **k: pytest.fail("the model ran"))
+    monkeypatch.setattr("flowgraph.tracing.trace_options.capture", lambda *a, **k: pytest.fail("the model ran"))
     with pytest.raises(MemoryLimitError, match=r"trace of \d+ tokens over 1 layers: would need about .* GiB"):
         trace(MODEL, TOKENIZER, PROMPT, RESPONSE)
 
@@ -378,7 +378,7 @@ def test_memory_is_estimated_on_the_device_of_the_model(monkeypatch: pytest.Monk
 
 
 def test_outputs_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    monkeypatch.setattr("flowgraph.tracing.trace.capture", lambda *a, **k: pytest.fail("the model ran"))
+    monkeypatch.setattr("flowgraph.tracing.trace_options.capture", lambda *a, **k: pytest.fail("the model ran"))
     with pytest.raises(OutputError, match=r"path: its folder must exist, got .*missing"):
         trace(MODEL, TOKENIZER, PROMPT, RESPONSE, outputs=[tmp_path / "missing" / "t.json"])
     with pytest.raises(OutputError, match=r"path: must name a file, got the folder"):
