@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgraph import CaptureError, InvalidInputError, capture
+from flowgraph import CaptureError, InvalidInputError, RelevanceRows, capture
+from flowgraph.attention.modules import first_block, text_decoder
 from tests.fixtures.models import FAMILIES, build, family, padded, sequences
 from tests.reference.relevance import llama_relevance
 
@@ -33,6 +34,7 @@ def with_biases(name: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:answer. should be what the model prefers")
 @pytest.mark.parametrize("name", CONSERVING)
 def test_relevance_is_conserved_at_every_token(name: str):
     ids, mask = padded("right")
@@ -158,6 +160,43 @@ def test_contrast_with_another_token():
     assert torch.allclose(one.dense(), -back.dense(), rtol=1e-4, atol=1e-7)
 
 
+def with_demand(total: float) -> RelevanceRows:
+    """Rows of three tokens, the last of which answers with this demand."""
+    zeros = torch.zeros(1, 3)
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    return RelevanceRows(
+        matrix=torch.tensor([[[0.0, 0, 0], [2.0, 0, 0], [0, 0, 0]]]),
+        demand=torch.tensor([[0.0, total, 0.0]]),
+        absorbed=torch.tensor([[2.0, total - 2, 0.0]]),
+        emitted=zeros,
+        bias=zeros,
+        forced=nothing,
+        generated=nothing,
+        attention_mask=~nothing,
+        residual=0.0,
+        hops=0,
+        target="margin",
+        layers=(0,),
+    )
+
+
+def test_shares_of_a_tie_are_refused_and_of_a_forced_answer_told():
+    assert with_demand(4).shares()["prompt"] == 1
+    with pytest.raises(InvalidInputError, match=r"answer: must have a demand to take shares of, got 0 .*rivals tie"):
+        with_demand(0).shares()
+    with pytest.warns(UserWarning, match="answer: should be what the model prefers, got a demand of -4"):
+        assert with_demand(-4).shares()["prompt"] == 1
+
+
+def test_the_first_block_is_that_of_the_layers_and_not_of_many_experts():
+    decoder = text_decoder(build("mixtral"))
+    decoder.layers[0].mlp.spare = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(20))
+    assert first_block(decoder) is decoder.layers[0]
+    for name in ("gpt2", "gpt_neox", "opt"):
+        layers = [module for module in text_decoder(family(name)).modules() if isinstance(module, torch.nn.ModuleList)]
+        assert first_block(text_decoder(family(name))) is layers[0][0]
+
+
 def test_half_precision_is_conserved_within_its_bound():
     ids, mask = padded("right")
     rows = capture(build("llama", dtype=torch.bfloat16), ids, mask, capacity="relevance", answer=last_token(mask))
@@ -175,7 +214,7 @@ LAST = torch.arange(len(TEXT)) == len(TEXT) - 1
         ({"answer": LAST, "target": "logit"}, "target: must be 'margin', 'logprob' or token ids, got 'logit'"),
         ({"answer": LAST, "target": TEXT + 1000}, r"target: must lie in 0\.\.\d+, got"),
         ({"answer": torch.zeros_like(LAST)}, "answer: must mark at least one token of every sequence, got none"),
-        ({"answer": TEXT[0] == TEXT}, "answer: must be predicted by an earlier token, got the first token"),
+        ({"answer": TEXT[0] == TEXT}, "answer, generated: must be predicted by an earlier token, got the first token"),
         ({"answer": LAST[:-1]}, r"answer: must have the shape of input_ids \(1, \d+\), got \(1, \d+\)"),
         ({"answer": LAST, "hops": -1}, "hops: must be at least 0, got -1"),
         ({"answer": LAST, "hops": 2}, "generated: must be given with hops, got none"),

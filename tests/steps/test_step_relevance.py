@@ -10,6 +10,8 @@ import torch
 from flowgraph import InvalidInputError, RelevanceRows, Step, capture, step_relevance
 from tests.fixtures.models import build, padded, sequences
 
+pytestmark = pytest.mark.filterwarnings("ignore:answer. should be what the model prefers")
+
 BOUNDS = [0, 3, 4, 9, 12, 15]
 
 

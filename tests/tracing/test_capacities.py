@@ -12,6 +12,8 @@ from flowgraph import InvalidInputError, StepRelevance, capture, load_trace, tra
 from flowgraph.cli import app
 from tests.fixtures.tiny import PROMPT, RESPONSE, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:answer. should be what the model prefers")
+
 FORWARD = ["sharpened", "sharp", "sharp_max", "centred", "vtrace", "vtrace_share", "value_norm"]
 
 

@@ -23,6 +23,7 @@ pass is repeated until little remains. Then the sources are the prompt's embeddi
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +34,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from flowgraph.attention.interception import AttentionDispatch
-from flowgraph.attention.modules import attention_modules, text_decoder, uses_attention_interface
+from flowgraph.attention.modules import (
+    attention_modules,
+    first_block,
+    num_layers,
+    text_decoder,
+    uses_attention_interface,
+)
 from flowgraph.capacities.linear_rules import LinearRules
 from flowgraph.capacities.tape import MAX_BLOCK, SCRATCH_BYTES, Tape, TapeLayer
 from flowgraph.errors import CaptureError, InvalidInputError
@@ -52,6 +59,9 @@ FORCED_MARGIN = 0.05
 
 CHAIN_REMAINDER = 0.02
 """Share of the demand below which the chain of emission arcs stops."""
+
+_SMALLEST_DEMAND = 1e-5
+"""Shares of a demand smaller than this, beside the largest throughput, would be rounding."""
 
 MAX_RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest residual of the law, relative to the largest term at any token."""
@@ -111,13 +121,36 @@ class RelevanceRows:
         """Relevance that reaches each position: demand + emission arc + what later readers pass to it."""
         return self.demand + _shift_left(self.emitted) + self.matrix.sum(1)
 
+    def total_demand(self, item: int = 0) -> float:
+        """Return the demand of one sequence, in the units of the target, to divide by.
+
+        A negative demand means that the model prefers another token: the shares are those of the case against the
+        answer, and a warning says so.
+
+        Raises:
+            InvalidInputError: the demand is 0, or vanishes beside the relevance that cancels in it.
+        """
+        total = float(self.demand[item].sum())
+        if abs(total) <= _SMALLEST_DEMAND * float(self.throughput[item].abs().max()):
+            raise InvalidInputError(
+                f"answer: must have a demand to take shares of, got {total:.2g} with target {self.target!r}: "
+                "the answer and its rivals tie; pass token ids to contrast with as target="
+            )
+        if total < 0:
+            warnings.warn(
+                f"answer: should be what the model prefers, got a demand of {total:.2g} with target {self.target!r}, "
+                "so shares are those of the case against it; pass token ids to contrast with as target=",
+                stacklevel=3,
+            )
+        return total
+
     def shares(self, item: int = 0) -> dict[str, float]:
         """Return where the demand of one sequence ends, as shares that sum to 1.
 
         ``prompt``: embeddings of the prompt; ``forced``: generated tokens that the model did not choose;
         ``remainder``: other generated tokens (all of them without hops); ``bias``: biases of the model.
         """
-        total = float(self.demand[item].sum())
+        total = self.total_demand(item)
         absorbed = self.absorbed[item]
         generated = self.generated[item]
         forced = self.forced[item]
@@ -191,12 +224,17 @@ def capture_relevance(
     mask = inputs["attention_mask"].bool()
     generated = torch.zeros_like(answer) if generated is None else generated
     rows = _predicting_rows(answer | generated, mask)
-    decoder = text_decoder(model)
     modules = attention_modules(model)
     _refuse_unsupported(model, modules)
+    require_memory(
+        4 * mask.numel() * mask.shape[1],
+        f"relevance of {mask.shape[0]} x {mask.shape[1]} tokens",
+        "trace fewer sequences at a time, or a shorter text",
+        mask.device,
+    )
 
     tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
-    balance = _BalanceRecorder(model, decoder, mask.shape, mask.device)
+    balance = _BalanceRecorder(model, mask.shape, mask.device)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(AttentionDispatch.heard_by(tape))
@@ -251,9 +289,8 @@ class _BalanceRecorder:
         bias: ``[batch, tokens]`` sum over biases b of <b, dL/d output[t]>.
     """
 
-    def __init__(self, model: PreTrainedModel, decoder: nn.Module, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, shape: torch.Size, device: torch.device) -> None:
         self._model = model
-        self._decoder = decoder
         self._stack = ExitStack()
         self.x0: Tensor | None = None
         self.y: Tensor | None = None
@@ -262,7 +299,7 @@ class _BalanceRecorder:
 
     def __enter__(self) -> _BalanceRecorder:
         with ExitStack() as stack:
-            first = _first_block(self._decoder)
+            first = first_block(text_decoder(self._model))
             stack.callback(first.register_forward_pre_hook(self._start_at, with_kwargs=True).remove)
             head = self._model.get_output_embeddings()
             assert head is not None  # base_model() refuses models without one
@@ -324,23 +361,19 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _first_block(decoder: nn.Module) -> nn.Module:
-    """Return the first module of the longest numbered list, which is the first decoder layer."""
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    return max(lists, key=len)[0]
-
-
 def _predicting_rows(
     tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
 ) -> Int64[Tensor, " kept"]:
     """Return the positions whose logits predict one of the tokens, in any sequence of the batch."""
     if bool((tokens & ~mask).any()):
-        raise InvalidInputError("answer: must mark tokens of the text, got a token of padding; leave padding out")
+        raise InvalidInputError(
+            "answer, generated: must mark tokens of the text, got a token of padding; leave padding out"
+        )
     previous_is_text = torch.zeros_like(mask)
     previous_is_text[:, 1:] = mask[:, :-1]
     if bool((tokens & ~previous_is_text).any()):
         raise InvalidInputError(
-            "answer: must be predicted by an earlier token, got the first token of the text; leave the first token out"
+            "answer, generated: must be predicted by an earlier token, got the first token of the text; leave it out"
         )
     return _shift_left(tokens.float()).any(0).nonzero().flatten()
 
@@ -481,22 +514,18 @@ def _sum_of_products(tape: Tape, mask: Bool[Tensor, "batch tokens"]) -> Float[Te
     """Return N[t, s], the sum over layers and heads of A <v, dL/dz>, for s < t."""
     batch, tokens = mask.shape
     layers = [layer for layer in tape.layers.values() if layer.reader is not None]
-    require_memory(
-        4 * batch * tokens**2,
-        f"relevance of {batch} x {tokens} tokens",
-        "trace fewer sequences at a time, or a shorter text",
-        mask.device,
-    )
     matrix = torch.zeros(batch, tokens, tokens, device=mask.device)
     with torch.no_grad():
         for start, stop in _row_blocks(layers, tokens, batch):
             block = matrix[:, start:stop, :stop]
             for layer in layers:
                 block += layer.products(start, stop).sum(1).to(block.device)
-            # Self edges cancel on both sides of the law, and padding reads nothing.
-            own = torch.arange(stop, device=mask.device)[None] >= torch.arange(start, stop, device=mask.device)[:, None]
-            block.masked_fill_(own, 0.0)
-    return matrix * mask[:, :, None]
+            # Self edges cancel on both sides of the law.
+            reader = torch.arange(start, stop, device=mask.device)
+            column = torch.arange(stop, device=mask.device)
+            block.masked_fill_(column[None] >= reader[:, None], 0.0)
+    # Padding reads nothing.
+    return matrix.mul_(mask[:, :, None])
 
 
 def _row_blocks(layers: Sequence[TapeLayer], tokens: int, batch: int) -> Iterator[tuple[int, int]]:
@@ -513,9 +542,13 @@ def _residual_of_law(
     """Return the largest difference of the two sides of the law, relative to the largest term of its sequence."""
     arriving = demand + _shift_left(emitted) + matrix.sum(1)
     leaving = matrix.sum(2) + absorbed + bias
-    difference = torch.where(mask, (arriving - leaving).abs(), 0.0).amax(-1)
-    scale = torch.maximum(arriving.abs().amax(-1), demand.abs().amax(-1))
-    return float((difference / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
+    difference = torch.where(mask, (arriving - leaving).abs(), 0.0)
+
+    # Where the demand is 0, so is every term, and no difference is left to compare.
+    largest_term = torch.maximum(arriving.abs(), demand.abs()).amax(-1)
+    smallest_normal = torch.finfo(largest_term.dtype).tiny
+    relative = difference.amax(-1) / largest_term.clamp_min(smallest_normal)
+    return float(relative.max())
 
 
 def _require_conserved(model: PreTrainedModel, rows: RelevanceRows) -> None:
@@ -531,8 +564,7 @@ def _require_conserved(model: PreTrainedModel, rows: RelevanceRows) -> None:
 
 def _refuse_unsupported(model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
     """Refuse layers that mix tokens without softmax attention, and attention that cannot be rewritten."""
-    num_layers = int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0) or 0)
-    missing = sorted(set(range(num_layers)) - set(modules))
+    missing = sorted(set(range(num_layers(model, modules))) - set(modules))
     if missing:
         raise CaptureError(
             f"model: every layer must mix tokens by softmax attention, got none in layers {missing} of "

@@ -29,6 +29,7 @@ from flowgraph.commands.common import (
     load_model,
     outputs_in,
     stages,
+    warnings_on_stderr,
 )
 
 if TYPE_CHECKING:
@@ -188,13 +189,14 @@ def _answer_choice(pattern: str | None, span: str | None, last_line: bool) -> st
 
 
 def _relevance(model: Any, result: FlowTrace, progress: Callable[[str], None]) -> StepRelevance | None:
-    """Compute the relevance between steps; where the model has no rule for it, say so and go on without."""
-    from flowgraph.errors import CaptureError
+    """Compute the relevance between steps; where it is not defined, print why and continue without it."""
+    from flowgraph.errors import CaptureError, InvalidInputError
 
     progress("computing the relevance of the answer (one backward pass per hop)")
     try:
-        return result.relevance(model)
-    except CaptureError as error:
+        with warnings_on_stderr():
+            return result.relevance(model)
+    except (CaptureError, InvalidInputError) as error:
         typer.echo(f"no relevance: {error}", err=True)
         return None
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
-from flowgraph.propagation.block_substitution import BLOCK
+from flowgraph.propagation.block_substitution import token_blocks
 from flowgraph.propagation.row_sources import RowSource
 
 RowRule = Literal["emission", "emission_all", "literal"]
@@ -166,12 +166,14 @@ class EdgeRows:
         """
         if self.rules.normalization != "leak":
             return self
-        largest = torch.zeros(self.generated.shape[0], device=self.device)
+        # Tokens that have an answer token at or after them.
         before_end = answer.to(self.device).flip(-1).cumsum(-1).flip(-1) > 0
-        for start in range(0, self.num_tokens, BLOCK):
-            stop = min(start + BLOCK, self.num_tokens)
-            sums = self.block(start, stop).sum(-1) * before_end[:, start:stop]
-            largest = torch.maximum(largest, sums.amax(-1).to(largest.dtype))
+        largest_of_blocks = []
+        for block in token_blocks(self.num_tokens):
+            sums = self.block(block.start, block.stop).sum(-1)
+            counted = torch.where(before_end[:, block], sums, 0.0)
+            largest_of_blocks.append(counted.amax(-1))
+        largest = torch.stack(largest_of_blocks).amax(0)
         return replace(self, scale=torch.where(largest > 0, largest, 1.0))
 
     def _without_first(self, weights: Float[Tensor, "graphs rows stop"]) -> Float[Tensor, "graphs rows stop"]:

@@ -135,7 +135,7 @@ def step_relevance(rows: RelevanceRows, steps: Sequence[Step], item: int = 0) ->
         item: the sequence.
 
     Raises:
-        InvalidInputError: steps of another text.
+        InvalidInputError: steps of another text, or an answer whose demand is 0.
 
     Cost: one read of the T x T matrix.
     """
@@ -160,7 +160,7 @@ def step_relevance(rows: RelevanceRows, steps: Sequence[Step], item: int = 0) ->
     matrix[position, position - 1] += arc[1:]
 
     # Join: a sum over the tokens of each pair of steps, in units of the demand.
-    total = float(demand.sum())
+    total = rows.total_demand(item)
     member = torch.nn.functional.one_hot(step_of_token, len(steps)).double()
     joined = member.T @ matrix @ member / total
     answer_demand = torch.zeros(num_tokens, dtype=torch.float64)
