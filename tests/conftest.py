@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# With FLOWGRAPH_CHECK_SHAPES=1 in the environment, every argument, result and record of both packages is checked
-# against its annotation, shapes and dtypes included. The hook has to stand before the first import of either package.
-# It is not on by default yet: not all tests have been run with it.
-if os.environ.get("FLOWGRAPH_CHECK_SHAPES") == "1":
+# Every argument, result and record of both packages is checked against its annotation, shapes and dtypes included. The
+# hook has to stand before the first import of either package. FLOWGRAPH_CHECK_SHAPES=0 turns it off.
+if os.environ.get("FLOWGRAPH_CHECK_SHAPES") != "0":
     modules = tests.type_checker.checked_modules()
     jaxtyping.install_import_hook(modules, f"{tests.type_checker.__name__}.check_calls")
 

@@ -29,11 +29,13 @@ def test_a_mask_is_copied():
     assert mask.tolist() == [True, False]
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_an_empty_region_selects_nothing(dtype: torch.dtype):
     assert read_mask(torch.empty(0, dtype=dtype), 3, "reasoning").tolist() == [False] * 3
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("region", "message"),
     [

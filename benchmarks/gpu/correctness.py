@@ -272,8 +272,8 @@ def _check_streamed(context: Context, record: Record) -> None:
     # The matrix is solved one sequence at a time, which is small enough not to stream.
     largest = 0.0
     for item in range(sequences):
-        question = masks["question"][item]
-        answer = masks["answer"][item]
+        question = masks["question"][item : item + 1]
+        answer = masks["answer"][item : item + 1]
         matrix = rows.sequence(item).block(0, tokens)
         held = fg.solve_rows(matrix, question=question, answer=answer, backend="dense")
         largest = max(largest, relative_difference(streamed.throughput[item], held.throughput[0]))

@@ -63,11 +63,14 @@ from .exchange.from_objects import from_networkx as from_networkx
 from .exchange.from_objects import from_pyg as from_pyg
 from .files import atomic_write as atomic_write
 from .flow.flow import Flow as Flow
+from .flow.signed_flow import SignedFlow as SignedFlow
+from .flow.signed_flow import relevance_flow as relevance_flow
 from .flow.solve import solve as solve
 from .flow.solve_rows import RowFlow as RowFlow
 from .flow.solve_rows import solve_rows as solve_rows
 from .graph.edge_rules import EdgeRules as EdgeRules
 from .graph.flow_graph import FlowGraph as FlowGraph
+from .graph.signed_graph import SignedGraph as SignedGraph
 from .interventions.hubtest import HubTest as HubTest
 from .interventions.hubtest import hub_test as hub_test
 from .interventions.knockout import Intervention as Intervention
@@ -103,4 +106,6 @@ from .text.regions import find_question as find_question
 from .text.regions import find_regions as find_regions
 from .tracing.flow_trace import FlowTrace as FlowTrace
 from .tracing.flow_trace import load_trace as load_trace
+from .tracing.relevance_trace import RelevanceTrace as RelevanceTrace
+from .tracing.relevance_trace import load_relevance as load_relevance
 from .tracing.trace import trace as trace

@@ -207,6 +207,7 @@ TEXT = sequences()[0]
 LAST = torch.arange(len(TEXT)) == len(TEXT) - 1
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "message"),
     [

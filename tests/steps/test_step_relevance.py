@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from flowgraph import InvalidInputError, RelevanceRows, Step, capture, step_relevance
+from flowgraph import InvalidInputError, RelevanceRows, SignedFlow, Step, capture, relevance_flow, step_relevance
 from tests.fixtures.models import build, padded, sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:answer. should be what the model prefers")
@@ -32,13 +32,18 @@ def relevance(item: int, side: str) -> RelevanceRows:
     )
 
 
+def flow_of(rows: RelevanceRows, item: int = 0) -> SignedFlow:
+    length = len(sequences()[item])
+    return relevance_flow(rows, question=slice(0, 3), answer=[length - 1], item=item)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("item", [0, 1])
 def test_steps_are_sums_of_tokens_and_conserve(item: int, side: str):
     rows = relevance(item, side)
     length = len(sequences()[item])
     steps = steps_of(length)
-    found = step_relevance(rows, steps, item)
+    found = step_relevance(flow_of(rows, item), steps)
 
     kept = rows.attention_mask[item].nonzero().flatten().tolist()
     total = float(rows.demand[item].sum())
@@ -60,7 +65,7 @@ def test_steps_are_sums_of_tokens_and_conserve(item: int, side: str):
 
 def test_the_printed_chain_starts_at_the_answer():
     rows = relevance(0, "right")
-    found = step_relevance(rows, steps_of(len(sequences()[0])))
+    found = step_relevance(flow_of(rows), steps_of(len(sequences()[0])))
     head, answer, *_ = repr(found).splitlines()
     assert head.startswith("StepRelevance of 6 steps, demand")
     assert answer.strip() == "+100% 'part 5'"
@@ -70,6 +75,6 @@ def test_the_printed_chain_starts_at_the_answer():
 def test_bad_input():
     rows = relevance(0, "right")
     with pytest.raises(InvalidInputError, match="steps: must cover the 24 tokens of the sequence once each, in order"):
-        step_relevance(rows, steps_of(24)[:-1])
+        step_relevance(flow_of(rows), steps_of(24)[:-1])
     with pytest.raises(InvalidInputError, match=r"step: must lie in 0\.\.5, got 9"):
-        step_relevance(rows, steps_of(24)).contributions(9)
+        step_relevance(flow_of(rows), steps_of(24)).contributions(9)

@@ -47,7 +47,7 @@ def test_attention_stays_the_default_bit_for_bit():
 def test_relevance_between_the_steps_of_a_trace():
     model, tokenizer = tiny()
     found = trace(model, tokenizer, PROMPT, RESPONSE)
-    relevance = found.relevance(model, target="logprob", by="sentences")
+    relevance = found.relevance(model, target="logprob").steps("sentences")
     assert isinstance(relevance, StepRelevance)
     assert relevance.residual < 1e-4
     leaving = relevance.flow.sum(1) + relevance.absorbed + relevance.bias
@@ -55,14 +55,23 @@ def test_relevance_between_the_steps_of_a_trace():
     assert any(step.region == "answer" for step in relevance.steps)
 
 
-def test_a_signed_capacity_is_no_graph_of_a_trace():
+def test_other_capacities_refuse_what_they_do_not_have():
     model, tokenizer = tiny()
-    with pytest.raises(InvalidInputError, match="capacity: must have edges that are not negative, got 'relevance'"):
-        trace(model, tokenizer, PROMPT, RESPONSE, capacity="relevance")
     with pytest.raises(InvalidInputError, match=r"capacity: must be one of attention, .*, got 'sharpest'"):
         trace(model, tokenizer, PROMPT, RESPONSE, capacity="sharpest")
     with pytest.raises(InvalidInputError, match="heads: does not apply to capacity='vtrace'"):
         trace(model, tokenizer, PROMPT, RESPONSE, capacity="vtrace", heads="max")
+    with pytest.raises(InvalidInputError, match=r"capacity_options: must be options of .*'sharpened' \(place, power\)"):
+        trace(model, tokenizer, PROMPT, RESPONSE, capacity="sharpened", capacity_options={"strength": 2})
+
+
+def test_options_of_a_capacity_reach_it():
+    model, tokenizer = tiny()
+    options = {"power": 3.0, "place": "post"}
+    found = trace(model, tokenizer, PROMPT, RESPONSE, capacity="sharpened", capacity_options=options)
+    plain = trace(model, tokenizer, PROMPT, RESPONSE, capacity="sharpened")
+    assert not torch.equal(found.scores, plain.scores)
+    assert found.provenance["capacity_options"] == options
 
 
 def test_the_command_line_prints_the_relevance(tmp_path: Path):

@@ -86,6 +86,7 @@ class RelevanceRows:
         generated: ``[batch, tokens]`` bool, tokens that the model produced.
         attention_mask: ``[batch, tokens]`` bool, False on padding.
         residual: largest difference between the two sides of the law at a token, relative to its largest term.
+        bound: largest residual that the dtype of the model allows.
         hops: emission hops made.
         target: what the demand is the relevance of.
         layers: indices of the layers summed.
@@ -100,6 +101,7 @@ class RelevanceRows:
     generated: Bool[Tensor, "batch tokens"]
     attention_mask: Bool[Tensor, "batch tokens"]
     residual: float
+    bound: float
     hops: int
     target: str
     layers: tuple[int, ...]
@@ -271,6 +273,7 @@ def capture_relevance(
         generated=generated,
         attention_mask=mask,
         residual=residual,
+        bound=MAX_RESIDUAL.get(next(model.parameters()).dtype, MAX_RESIDUAL_HALF),
         hops=made,
         target=target if isinstance(target, str) else "contrast",
         layers=tuple(sorted(tape.layers)),
@@ -552,13 +555,11 @@ def _residual_of_law(
 
 
 def _require_conserved(model: PreTrainedModel, rows: RelevanceRows) -> None:
-    dtype = next(model.parameters()).dtype
-    bound = MAX_RESIDUAL.get(dtype, MAX_RESIDUAL_HALF)
-    if not rows.residual <= bound:
+    if not rows.residual <= rows.bound:
         raise CaptureError(
             f"model: relevance must be conserved at every token, got a residual of {rows.residual:.2g} (at most "
-            f"{bound:g}) in {type(model).__name__}: some part of it has no linear rule; use capacity='vtrace', and "
-            "please report the architecture"
+            f"{rows.bound:g}) in {type(model).__name__}: some part of it has no linear rule; use capacity='vtrace', "
+            "and please report the architecture"
         )
 
 

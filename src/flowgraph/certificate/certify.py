@@ -30,9 +30,11 @@ from flowgraph.certificate.checks import (
     zero_flow,
 )
 from flowgraph.certificate.flow_arrays import FlowArrays
+from flowgraph.certificate.law import law
 from flowgraph.certificate.rational import RATIONAL_EDGES, against_fractions, require_rational_size
 from flowgraph.errors import InvalidInputError
 from flowgraph.flow.flow import Flow
+from flowgraph.flow.signed_flow import SignedFlow
 from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
 
 Level = Literal["auto", "fast", "exact", "rational"]
@@ -45,7 +47,8 @@ class Certificate:
     Attributes:
         checks: in the order of the method.
         max_flow_value: V between the flow's source and demand tokens; None where it was not computed.
-        alpha: the largest scaling of the flow that fits the capacities, so alpha <= V; infinite without edge flow.
+        alpha: the largest scaling of the flow that fits the capacities, so alpha <= V; infinite without edge flow, NaN
+            for a signed flow.
         gap: alpha / V in (0, 1]; None without V or without flow. It has no constant lower bound: a small gap
             means that the routes are narrow somewhere, not that the flow is wrong.
         notes: what was not checked, and why.
@@ -91,7 +94,10 @@ class Certificate:
             names = ", ".join(made.name for made in self.failed)
             result = f"{len(self.failed)} of {len(self.checks)} checks FAIL: {names}"
 
-        numbers = f"alpha = {self.alpha:.6g}"
+        if math.isnan(self.alpha):
+            numbers = "no capacities to compare with"
+        else:
+            numbers = f"alpha = {self.alpha:.6g}"
         if self.max_flow_value is not None:
             numbers += f", max flow V = {self.max_flow_value:.6g}"
         if self.gap is not None:
@@ -105,7 +111,7 @@ class Certificate:
 
 
 def certify(
-    flow: Flow,
+    flow: Flow | SignedFlow,
     *,
     level: Level = "auto",
     max_edges: int | None = None,
@@ -120,7 +126,8 @@ def certify(
         \alpha F \le N, \quad \alpha \le V \le \text{any cut}, \quad \alpha f[v] \le M[v].
 
     Args:
-        flow: of one graph; for a batch see :func:`certify_each`.
+        flow: of one graph; for a batch see :func:`certify_each`. Of a :class:`flowgraph.SignedFlow` the law is checked:
+            conservation at every token, across every cut and in total; the options do not apply to it.
         level: ``"fast"``, everything but the max flow; ``"exact"``, with it; ``"rational"``, with it and with every
             number recomputed in exact fractions; ``"auto"``, exact where the graph is small enough, else fast.
         max_edges: size limit; default a million edges for the max flow, 5,000 for fractions.
@@ -148,6 +155,9 @@ def certify(
         >>> certificate.ok, certificate.max_flow_value, round(certificate.gap, 4)
         (True, 0.5, 0.8333)
     """
+    if isinstance(flow, SignedFlow):
+        note = "max flow: not defined for signed weights; see flow.graph.positive() and flow.graph.negative()"
+        return Certificate(tuple(law(flow)), None, math.nan, None, (note,))
     _check_options(flow, level, num_through)
 
     # The statements are about valid graphs: on any other graph, nothing else is checked.

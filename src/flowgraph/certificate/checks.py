@@ -68,6 +68,10 @@ _STATEMENTS = {
     "rational alpha": "alpha is exact, up to rounding",
     "rational alpha <= V": "the exact alpha is at most the exact max flow, without tolerance",
     "rational V": "V is the exact max flow, up to rounding",
+    "demand": "the demand enters at the answer and sums to 1",
+    "balance": "what reaches a token = what it takes + what stays at its embedding and in biases",
+    "ends": "question + context + forced tokens + remainder + biases = 1",
+    "prefix cuts": "what crosses a cut = what enters after it - what ends after it",
 }
 """Every check, in the words of the table."""
 

@@ -25,7 +25,7 @@ def steps(
     by: Annotated[
         str,
         typer.Option(
-            help="auto, lines, sentences, numbered, or a regular expression that matches where a step starts."
+            help="auto, lines, sentences, numbered, words, or a regular expression that matches where a step starts."
         ),
     ] = "auto",
     split_question: Annotated[bool, typer.Option("--split-question", help="Split the question too.")] = False,

@@ -195,7 +195,7 @@ def _relevance(model: Any, result: FlowTrace, progress: Callable[[str], None]) -
     progress("computing the relevance of the answer (one backward pass per hop)")
     try:
         with warnings_on_stderr():
-            return result.relevance(model)
+            return result.relevance(model).steps()
     except (CaptureError, InvalidInputError) as error:
         typer.echo(f"no relevance: {error}", err=True)
         return None

@@ -10,6 +10,7 @@ from torch_geometric.data import Batch
 from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.signed_graph import refuse_signed
 from flowgraph.propagation.checks import token_vector
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.edge_sweeps import EdgeSweeps
@@ -73,6 +74,7 @@ def solve(
         >>> [round(x, 4) for x in flow.throughput.tolist()]
         [1.0, 0.6667, 0.3333, 1.0]
     """
+    refuse_signed(graph, "the conserved flow")
     if not isinstance(graph, FlowGraph):
         raise GraphError(
             f"graph: must be a FlowGraph or a Batch of them, got {type(graph).__name__}; see FlowGraph.from_dense "

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch_geometric.data import Data
 
+from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.errors import GraphError, RegionError
 from flowgraph.graph.edge_collection import collect_edges
 from flowgraph.graph.edge_rules import EdgeRules
@@ -208,6 +209,11 @@ class FlowGraph(Data):
 
         Cost: one read of the rows, or two with a limit; memory O(block x T + E).
         """
+        if isinstance(rows, RelevanceRows):
+            raise GraphError(
+                f"rows: must not be negative, got {rows}, which are signed; use flowgraph.relevance_flow(rows, ...), "
+                "whose graph has a positive and a negative part"
+            )
         num_nodes = rows.shape[-1] if isinstance(rows, Tensor) else rows.num_tokens
         question_mask = as_mask(question, num_nodes, "question")
         answer_mask = as_mask(answer, num_nodes, "answer")
@@ -278,8 +284,8 @@ class FlowGraph(Data):
         num_nodes = int(self.num_nodes or 0)
         try:
             _check_shapes(self.edge_index, self.capacity, num_nodes)
-            _check_edges(self.edge_index, num_nodes)
-            _check_regions(self)
+            check_edges(self.edge_index, num_nodes)
+            check_regions(self)
         except (GraphError, RegionError):
             if raise_on_error:
                 raise
@@ -334,7 +340,7 @@ def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
         )
 
 
-def _check_edges(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> None:
+def check_edges(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> None:
     """Refuse edges outside the graph, backwards, twice, or in another order than by (target, source)."""
     if edge_index.numel() == 0:
         return
@@ -370,7 +376,7 @@ def _check_edges(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> None:
         )
 
 
-def _check_regions(graph: FlowGraph) -> None:
+def check_regions(graph: Data) -> None:
     """Refuse regions that are no masks over the tokens, overlap, or are empty where one token is needed."""
     masks = {name: graph[f"{name}_mask"] for name in REGIONS}
     for name, mask in masks.items():

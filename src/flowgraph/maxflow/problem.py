@@ -17,6 +17,7 @@ from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError,
 from flowgraph.flow.flow import Flow
 from flowgraph.flow.solve import Absorption
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.signed_graph import refuse_signed
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 from flowgraph.maxflow.solvers import igraph_solver, networkx_solver
 from flowgraph.maxflow.verification import MaxFlow, verified_max_flow
@@ -201,6 +202,7 @@ def source_tokens(flow: Flow) -> Bool[Tensor, " tokens"]:
 
 def _check_graph(graph: FlowGraph, max_edges: int, backend: str) -> None:
     """Refuse what is not one graph of at most ``max_edges`` edges."""
+    refuse_signed(graph, "a max flow")
     if not isinstance(graph, FlowGraph):
         raise GraphError(f"graph: must be a FlowGraph or a Flow, got {type(graph).__name__}; see FlowGraph.from_dense")
     if isinstance(graph, Batch):

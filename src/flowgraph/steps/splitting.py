@@ -1,4 +1,4 @@
-"""Find the first tokens of steps: lines, sentences, numbered steps, or a rule of the user's."""
+"""Find the first tokens of steps: lines, sentences, numbered steps, words, or a rule of the user's."""
 
 from __future__ import annotations
 
@@ -208,8 +208,8 @@ def starts_by_rule(
             spans = _checked_spans(rule(text), len(text), "character")
             found.append([low for low, _ in spans])
 
-    # Lines and sentences may be few, but the other rules are about marks that must be there.
-    must_match = region == "reasoning" and rule not in ("lines", "sentences")
+    # Lines, sentences and words may be few, but the other rules are about marks that must be there.
+    must_match = region == "reasoning" and rule not in ("lines", "sentences", "words")
     if must_match and not any(found) and any(text.strip() for text in texts):
         quote = "".join(texts).strip()
         if len(quote) > _MAX_QUOTE:
@@ -469,5 +469,15 @@ def _has_alphanumeric(text: str) -> bool:
     return any(character.isalnum() for character in text)
 
 
-_RULES: dict[str, Callable[[str], list[int]]] = {"lines": _lines, "sentences": _sentences, "numbered": _numbered}
+def _words(text: str) -> list[int]:
+    """Return where words start: runs of characters without blanks."""
+    return [match.start() for match in re.finditer(r"\S+", text)]
+
+
+_RULES: dict[str, Callable[[str], list[int]]] = {
+    "lines": _lines,
+    "sentences": _sentences,
+    "numbered": _numbered,
+    "words": _words,
+}
 """The named rules: from a text to the characters at which its steps start."""

@@ -211,11 +211,11 @@ def split_steps(
         question: mask, indices or slice of the question's tokens.
         reasoning: the same for the reasoning.
         answer: the same for the answer.
-        by: ``"lines"``, ``"sentences"``, ``"numbered"`` (``1.``, ``2)``, ``Step 3:``), or ``"auto"``: numbered if
-            there are at least two numbers, else lines if at least three, else sentences. A regular expression: a step
-            starts where it matches (at group 1 if it has one); blank separators such as ``\n\n`` work as they are. A
-            function from the text of the reasoning to the character spans of its steps; characters between two spans
-            belong to the step before. Token spans ``[(start, stop), ...]``: these steps, as they are.
+        by: ``"lines"``, ``"sentences"``, ``"numbered"`` (``1.``, ``2)``, ``Step 3:``), ``"words"``, or ``"auto"``:
+            numbered if there are at least two numbers, else lines if at least three, else sentences. A regular
+            expression: a step starts where it matches (at group 1 if it has one); blank separators such as ``\n\n``
+            work as they are. A function from the text of the reasoning to the character spans of its steps; characters
+            between two spans belong to the step before. Token spans ``[(start, stop), ...]``: these steps, as they are.
         split_question: split the question by the same rule (under ``"auto"`` by a choice of its own).
 
     Returns:

@@ -4,10 +4,9 @@ Single tokens pass on little once the chain of emission arcs is in, so relevance
 words. Joining tokens is exact: the relevance that step B takes from an earlier step A is
 
 .. math::
-    F(A, B) = \sum_{t \in B, s \in A} N[t, s] + \sum_{k} e[k]
+    F(A, B) = \sum_{t \in B, s \in A} F(s \to t)
 
-where e[k] is the relevance that the generated token k in B passed on to row k - 1 in A. The answer's demand enters at
-the row before each answer token and is drawn as an arc of the answer token, as if it had been emitted.
+with F(s -> t) the edges of a :class:`flowgraph.SignedFlow`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from flowgraph.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from flowgraph.capacities.relevance import RelevanceRows
+    from flowgraph.flow.signed_flow import SignedFlow
     from flowgraph.steps.step_flow import Step
 
 _NUM_SHOWN = 8
@@ -43,6 +42,9 @@ class StepRelevance:
         demand: ``[S]``, share that enters at the step: 1 in all, at the answer.
         absorbed: ``[S]``, share that stays at the embeddings of the step's tokens.
         bias: ``[S]``, share that stays in biases at the step's tokens.
+        pruned_in: ``[S]``, share that the step's tokens take over edges that the token graph leaves out; 0 in a full
+            graph.
+        pruned_out: ``[S]``, share that other tokens take from the step's tokens over such edges.
         total: the demand in the units of the target (logits, or nats).
         residual: of the conservation law, see :class:`flowgraph.RelevanceRows`.
     """
@@ -53,13 +55,15 @@ class StepRelevance:
     demand: Float64[Tensor, " steps"]
     absorbed: Float64[Tensor, " steps"]
     bias: Float64[Tensor, " steps"]
+    pruned_in: Float64[Tensor, " steps"]
+    pruned_out: Float64[Tensor, " steps"]
     total: float
     residual: float
 
     @property
     def throughput(self) -> Float64[Tensor, " steps"]:
-        """Share that reaches each step: demand + what later steps take from it = what it takes + absorbed + bias."""
-        return self.demand + self.flow.sum(0)
+        """Share that reaches each step: its demand and what later steps take from it."""
+        return self.demand + self.flow.sum(0) + self.pruned_out
 
     def contributions(self, step: int, k: int = _NUM_SHOWN) -> list[tuple[int, float]]:
         """Return the steps that a step takes most from, by absolute share, as (step, share).
@@ -125,22 +129,20 @@ class StepRelevance:
         return "\n".join(lines)
 
 
-def step_relevance(rows: RelevanceRows, steps: Sequence[Step], item: int = 0) -> StepRelevance:
+def step_relevance(flow: SignedFlow, steps: Sequence[Step]) -> StepRelevance:
     """Join the tokens of each step in the relevance of one sequence.
 
     Args:
-        rows: from ``capture(..., capacity="relevance")``.
-        steps: steps that cover the tokens of the sequence without padding, as :func:`flowgraph.split_steps` and
-            ``trace.steps().steps`` give them.
-        item: the sequence.
+        flow: from :func:`flowgraph.relevance_flow`.
+        steps: steps that cover its tokens once each, as :func:`flowgraph.split_steps` and ``trace.steps().steps`` give
+            them.
 
     Raises:
-        InvalidInputError: steps of another text, or an answer whose demand is 0.
+        InvalidInputError: steps of another text.
 
-    Cost: one read of the T x T matrix.
+    Cost: one read of the edges.
     """
-    kept = rows.attention_mask[item].nonzero().flatten()
-    num_tokens = kept.numel()
+    num_tokens = flow.demand.numel()
     covered = [token for step in steps for token in range(step.start, step.stop)]
     if covered != list(range(num_tokens)):
         raise InvalidInputError(
@@ -150,28 +152,23 @@ def step_relevance(rows: RelevanceRows, steps: Sequence[Step], item: int = 0) ->
     sizes = torch.tensor([step.stop - step.start for step in steps])
     step_of_token = torch.repeat_interleave(torch.arange(len(steps)), sizes)
 
-    # Edges of the token graph: reads, and the arcs k -> k - 1 of emitted tokens and of the answer.
-    matrix = rows.matrix[item][kept][:, kept].double().cpu()
-    emitted = rows.emitted[item][kept].double().cpu()
-    demand = rows.demand[item][kept].double().cpu()
-    arc = emitted.clone()
-    arc[1:] += demand[:-1]
-    position = torch.arange(1, num_tokens)
-    matrix[position, position - 1] += arc[1:]
+    def joined(per_token: Float64[Tensor, " tokens"]) -> Float64[Tensor, " steps"]:
+        return torch.zeros(len(steps), dtype=torch.float64).index_add_(0, step_of_token, per_token)
 
-    # Join: a sum over the tokens of each pair of steps, in units of the demand.
-    total = rows.total_demand(item)
-    member = torch.nn.functional.one_hot(step_of_token, len(steps)).double()
-    joined = member.T @ matrix @ member / total
-    answer_demand = torch.zeros(num_tokens, dtype=torch.float64)
-    answer_demand[1:] = demand[:-1]
+    # F(A, B): the sum over the edges between two steps; those inside a step are its diagonal.
+    source, target = flow.graph.edge_index
+    between = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+    between.index_put_((step_of_token[target], step_of_token[source]), flow.edge_flow, accumulate=True)
+    within = between.diagonal().clone()
     return StepRelevance(
         steps=tuple(steps),
-        flow=joined - torch.diag(joined.diagonal()),
-        within=joined.diagonal().clone(),
-        demand=member.T @ answer_demand / total,
-        absorbed=member.T @ rows.absorbed[item][kept].double().cpu() / total,
-        bias=member.T @ rows.bias[item][kept].double().cpu() / total,
-        total=total,
-        residual=rows.residual,
+        flow=between - torch.diag(within),
+        within=within,
+        demand=joined(flow.demand),
+        absorbed=joined(flow.absorbed),
+        bias=joined(flow.bias),
+        pruned_in=joined(flow.pruned_in),
+        pruned_out=joined(flow.pruned_out),
+        total=flow.total,
+        residual=flow.residual,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float64, Int64
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from flowgraph.analysis.backbone import Backbone, backbone
 from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes
-from flowgraph.capacities.capture import capture
-from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import TraceFileError
 from flowgraph.files import PathLike, write_json
@@ -22,10 +20,13 @@ from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
-from flowgraph.steps.step_flow import By, StepFlow, split_steps, step_flow
-from flowgraph.steps.step_relevance import StepRelevance, step_relevance
+from flowgraph.steps.step_flow import By, StepFlow, step_flow
 from flowgraph.tracing.payload import trace_payload
+from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The tensors of a trace file with their dtypes and numbers of dimensions; the capacity is described at run time.
 _TENSORS = {
@@ -151,48 +152,49 @@ class FlowTrace:
     def relevance(
         self,
         model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        by: By = "auto",
-        target: str | Tensor = "margin",
+        target: str | Int64[Tensor, " tokens"] = "margin",
+        contrast: str | int | None = None,
         hops: int = 6,
-        split_question: bool = True,
-    ) -> StepRelevance:
-        """Compute the conserved relevance of the answer, joined to steps: one forward and some backward passes.
+        max_edges: int | str = "auto",
+    ) -> RelevanceTrace:
+        """Compute the conserved relevance of the answer of this trace: one forward and some backward passes.
 
         Args:
             model: the model of the trace.
-            by: how the text is split, as for :meth:`steps`.
+            tokenizer: its tokenizer, needed with ``contrast``.
             target: ``"margin"``, ``"logprob"``, or token ids to contrast with; see :func:`flowgraph.capture`.
+            contrast: another answer, as text: the relevance is that of this answer instead of the other one.
             hops: largest number of emission hops through generated tokens.
-            split_question: also split the question into steps.
+            max_edges: ``"auto"``, ``"all"`` or a number; see :func:`flowgraph.relevance_flow`.
+
+        Returns:
+            The relevance, signed and conserved; its ``steps()`` join tokens to lines, sentences or words.
 
         Raises:
             CaptureError: the model has a part without a linear rule.
             InvalidInputError: options outside their range.
 
-        Cost: about 2.7 forward passes, and one backward pass per hop.
+        Cost: see :class:`flowgraph.RelevanceRows`.
         """
-        rows = capture(
+        return relevance_trace(
             model,
-            self.token_ids,
-            capacity="relevance",
-            answer=self.answer,
-            generated=self.generated,
-            target=target,
-            hops=hops,
-        )
-        steps = split_steps(
-            self.tokens,
-            self.spans,
-            self.text,
+            tokenizer,
+            tokens=self.tokens,
+            token_ids=self.token_ids,
+            text=self.text,
+            spans=self.spans,
             question=self.question,
             reasoning=self.reasoning,
             answer=self.answer,
-            by=by,
-            split_question=split_question,
+            generated=self.generated,
+            provenance=self.provenance,
+            target=target,
+            contrast=contrast,
+            hops=hops,
+            max_edges=max_edges,
         )
-        assert isinstance(rows, RelevanceRows)
-        return step_relevance(rows, steps)
 
     def certify(self, **options: Any) -> Certificate:
         """Check every provable property of this flow; see :func:`flowgraph.certify`."""
@@ -318,6 +320,10 @@ def load_trace(path: PathLike) -> FlowTrace:
     """
     # The container: names, dtypes and numbers of dimensions.
     tensors, record = read_record(path)
+    if "kind" in record:
+        raise TraceFileError(
+            f"path: must hold a flow trace, got one of kind {record['kind']!r} in {path}; use load_relevance"
+        )
     require_tensors(path, tensors, {**_TENSORS, "capacity": (_capacity_dtype(tensors), 1)})
 
     # The record and the graph, whose constructor checks edges and regions.

@@ -38,6 +38,7 @@ def provenance_of(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "capacity": options.capacity,
+        "capacity_options": {name: _plain(value) for name, value in (options.capacity_options or {}).items()},
         "score": find_capacity(options.capacity).score,
         "layers": list(layers),
         "heads": str(options.heads or "mean"),
@@ -52,6 +53,13 @@ def provenance_of(
         "answer_selector": regions.answer_selector,
         "versions": {"python": platform.python_version(), **package_versions()},
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value as it is, and the text of anything else."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
 
 
 def model_name(model: PreTrainedModel) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
 from flowgraph.tracing.provenance import provenance_of
+from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
@@ -35,6 +36,26 @@ _WORKING_MEMORY = 2**28
 """Bytes for the row blocks of the capture and of the solver."""
 
 
+@overload
+def trace(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt: str | list[dict[str, Any]] | None = None,
+    response: str | Tensor | np.ndarray | Sequence[int] | None = None,
+    *,
+    capacity: Literal["relevance"],
+    capacity_options: Mapping[str, Any] | None = None,
+    question: Any = None,
+    answer: Any = None,
+    reasoning: Any = None,
+    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    prompt_length: int | None = None,
+    max_edges: int | str = "auto",
+    max_new_tokens: int = 256,
+    outputs: Sequence[PathLike] = (),
+    progress: Progress | None = None,
+) -> RelevanceTrace: ...
+@overload
 def trace(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -47,6 +68,7 @@ def trace(
     input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
     prompt_length: int | None = None,
     capacity: str = "attention",
+    capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
     heads: str | Sequence[int] | HeadSelector | None = None,
     edge_weight: str = "attention",
@@ -63,7 +85,37 @@ def trace(
     max_new_tokens: int = 256,
     outputs: Sequence[PathLike] = (),
     progress: Progress | None = None,
-) -> FlowTrace:
+) -> FlowTrace: ...
+def trace(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt: str | list[dict[str, Any]] | None = None,
+    response: str | Tensor | np.ndarray | Sequence[int] | None = None,
+    *,
+    question: Any = None,
+    answer: Any = None,
+    reasoning: Any = None,
+    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    prompt_length: int | None = None,
+    capacity: str = "attention",
+    capacity_options: Mapping[str, Any] | None = None,
+    layers: LayerRule | None = None,
+    heads: str | Sequence[int] | HeadSelector | None = None,
+    edge_weight: str = "attention",
+    preset: str = "default",
+    rows: str | None = None,
+    self_attention: str | None = None,
+    first_token: str | None = None,
+    source: SourceRule | Tensor = "uniform",
+    demand: Tensor | None = None,
+    absorption: Absorption | None = None,
+    damping: float = 1.0,
+    max_edges: int | str = "auto",
+    backend: Backend = "auto",
+    max_new_tokens: int = 256,
+    outputs: Sequence[PathLike] = (),
+    progress: Progress | None = None,
+) -> FlowTrace | RelevanceTrace:
     """Trace how an answer drew on its question: one forward pass, a graph, an exact flow.
 
     Args:
@@ -80,7 +132,9 @@ def trace(
         input_ids: prompt and response as ids, instead of text.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
         capacity: what an edge weighs: ``"attention"``, ``"vtrace_share"``, ``"vtrace"``, ``"sharp"``, ``"sharp_max"``,
-            ``"centred"``, ``"value_norm"`` or a registered one.
+            ``"centred"``, ``"value_norm"``, a registered one, or ``"relevance"``, which is signed and conserved.
+        capacity_options: options of the capacity, such as ``{"power": 4}`` of ``"sharpened"``, or
+            ``{"contrast": "12"}`` of ``"relevance"``: why this answer and not 12.
         layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices. This argument and those down
             to ``max_new_tokens`` are explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
@@ -100,7 +154,8 @@ def trace(
         progress: called with a line of text at each stage.
 
     Returns:
-        A :class:`FlowTrace`. An answer that no question token reaches is not an error: ``feasible`` is False.
+        A :class:`FlowTrace`. An answer that no question token reaches is not an error: ``feasible`` is False. With
+        ``capacity="relevance"`` a :class:`RelevanceTrace`, whose ``scores`` are signed.
 
     Raises:
         RegionError, NoAnswerError: the regions cannot be found or do not fit.
@@ -115,6 +170,7 @@ def trace(
     # One record for the choices, which every stage below reads.
     options = TraceOptions(
         capacity=capacity,
+        capacity_options=capacity_options,
         layers=layers,
         heads=heads,
         edge_weight=edge_weight,
@@ -151,6 +207,8 @@ def trace(
         check_text_arguments(tokenizer, prompt, reasoning)
         request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
+    if options.is_signed:
+        return _trace_relevance(model, tokenizer, encoded, regions, options, report)
     num_tokens = encoded.input_ids.numel()
     require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)
 
@@ -159,6 +217,35 @@ def trace(
     attention = options.capture(model, encoded.input_ids[None])
     provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
+
+
+def _trace_relevance(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    encoded: EncodedText,
+    regions: Regions,
+    options: TraceOptions,
+    progress: Progress,
+) -> RelevanceTrace:
+    """Compute the relevance of the answer: one forward pass, and a backward pass per hop."""
+    progress(f"computing the relevance of the answer over {encoded.input_ids.numel()} tokens")
+    inner = base_model(model)
+    provenance = provenance_of(inner, tokenizer, regions, (), options)
+    return relevance_trace(
+        model,
+        tokenizer,
+        tokens=tuple(encoded.tokens),
+        token_ids=encoded.input_ids.cpu(),
+        text=encoded.text,
+        spans=torch.tensor(encoded.spans, dtype=torch.int64).view(-1, 2),
+        question=_without_first(regions.question),
+        reasoning=regions.reasoning,
+        answer=regions.answer,
+        generated=regions.generated,
+        provenance=provenance,
+        max_edges=options.max_edges,
+        **(options.capacity_options or {}),
+    )
 
 
 def _ignore(line: str) -> None:

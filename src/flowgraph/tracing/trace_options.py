@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,14 +21,29 @@ from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.propagation.interface import Backend
 
+_CHOICES_OF_THE_FLOW = (
+    "layers",
+    "heads",
+    "edge_weight",
+    "rows",
+    "self_attention",
+    "first_token",
+    "source",
+    "demand",
+    "absorption",
+    "damping",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class TraceOptions:
     """The choices of a trace: how attention is read, becomes a graph, and how the flow on it is solved.
 
     Attributes:
-        capacity: what an edge weighs: ``"attention"``, or another non-negative one of
-            :func:`flowgraph.capacity_names`, such as ``"vtrace_share"`` or ``"sharp"``.
+        capacity: what an edge weighs: ``"attention"``, or another one of :func:`flowgraph.capacity_names`, such as
+            ``"vtrace_share"``, ``"sharp"`` or the signed ``"relevance"``.
+        capacity_options: further options of the capacity by name, as :func:`flowgraph.capture` takes them: ``power``
+            and ``place`` of ``"sharpened"``; ``target``, ``contrast`` and ``hops`` of ``"relevance"``.
         layers: ``"middle"`` (the middle third), ``"upper"`` (from one third up), ``"all"``, ``"10-19"``, ``"10-"`` or
             indices. None: as the capacity has it, ``"middle"`` for attention.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a
@@ -56,6 +71,7 @@ class TraceOptions:
     """
 
     capacity: str = "attention"
+    capacity_options: Mapping[str, Any] | None = None
     layers: LayerRule | None = None
     heads: str | Sequence[int] | HeadSelector | None = None
     edge_weight: str = "attention"
@@ -97,10 +113,15 @@ class TraceOptions:
         self, model: nn.Module, input_ids: Int64[Tensor, "batch tokens"], attention_mask: Tensor | None = None
     ) -> AttentionRows:
         """Capture the rows of a batch with these choices."""
-        choices: dict[str, Any] = {"layers": self.layers, "heads": self.heads}
+        choices: dict[str, Any] = {"layers": self.layers, "heads": self.heads, **(self.capacity_options or {})}
         if self.edge_weight != "attention":
             choices["edge_weight"] = self.edge_weight
         return capture(model, input_ids, attention_mask, capacity=self.capacity, **choices)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the edges may be negative, so that a trace is a :class:`flowgraph.RelevanceTrace`."""
+        return find_capacity(self.capacity).signed
 
     def check(self, model: nn.Module) -> None:
         """Refuse every invalid choice that can be found without a forward pass; the length of a text is not needed.
@@ -114,10 +135,33 @@ class TraceOptions:
         check_options(self.backend, self.source, self.absorption, self.damping)
         # Any number of tokens will do: only the option itself is checked.
         edges_kept(self.max_edges, 2)
-        if find_capacity(self.capacity).signed:
-            raise InvalidInputError(
-                f"capacity: must have edges that are not negative, got {self.capacity!r}, which is signed; call "
-                "trace.relevance(model) on a trace, or capture(..., capacity='relevance')"
-            )
+        self._check_capacity_options()
+        if self.is_signed:
+            self._refuse_choices_of_the_flow()
+            return
         # The recorder checks layers, heads and edge_weight against the model when it is built.
         AttentionRecorder(model, layers=self.chosen_layers, heads=self.heads or "mean", edge_weight=self.edge_weight)
+
+    def _check_capacity_options(self) -> None:
+        """Refuse options that the capacity does not have, or that have an argument of their own."""
+        known = set(find_capacity(self.capacity).defaults) - {"layers", "heads", "edge_weight", "answer", "generated"}
+        if self.is_signed:
+            known.add("contrast")
+        for name, value in (self.capacity_options or {}).items():
+            if name not in known:
+                listed = ", ".join(sorted(known)) or "none"
+                raise InvalidInputError(
+                    f"capacity_options: must be options of capacity={self.capacity!r} ({listed}), got "
+                    f"{name}={value!r:.60}; layers and heads are arguments of their own"
+                )
+
+    def _refuse_choices_of_the_flow(self) -> None:
+        """Refuse choices that a conserved relevance does not have: nothing is aggregated, normalised or solved."""
+        defaults = TraceOptions()
+        for name in _CHOICES_OF_THE_FLOW:
+            value = getattr(self, name)
+            if value is not getattr(defaults, name) and value != getattr(defaults, name):
+                raise InvalidInputError(
+                    f"{name}: does not apply to capacity={self.capacity!r}, got {value!r:.60}; relevance is conserved "
+                    "by itself, so leave it out"
+                )
