@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph.files import PathLike, write_text
+from flowgraph.pages.evidence import colourings, relevance_data
 from flowgraph.pages.page import asset, flattened, percent, render_page
 from flowgraph.pages.signs import visible
 
@@ -18,7 +19,15 @@ _MAX_EDGES = 20_000
 """Most edges between tokens in the page, the strongest of the trace."""
 _MAX_BANDS = 4_000
 """Most edges between steps in the page, the strongest."""
-STYLES = ("trace.css", "text.css", "steps.css")
+RELEVANCE_SCHEMA = "flowgraph-relevance/1"
+"""Schema of a payload that holds a relevance and no flow."""
+_DEMANDS = {
+    "margin": "logit over the best other token",
+    "logprob": "log-probability",
+    "contrast": "logit over that of the other answer",
+}
+"""What the relevance is shares of, in words."""
+STYLES = ("trace.css", "text.css", "steps.css", "evidence.css")
 _VENDORED = ("d3-array", "d3-sankey")
 SCRIPTS = (
     "tokens",
@@ -28,6 +37,7 @@ SCRIPTS = (
     "panel",
     "selection",
     "steps",
+    "evidence",
     "river",
     "routes",
     "search",
@@ -92,7 +102,18 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "pruned": _pruned(summary),
         "provenance": list(flattened(payload["provenance"])),
         "schema": payload["schema"],
+        "relevance": _relevance_header(payload.get("relevance")),
+        "only_relevance": payload["schema"] == RELEVANCE_SCHEMA,
+        "colourings": len(colourings(payload)),
     }
+
+
+def _relevance_header(relevance: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the numbers above the tree of the relevance; None without one."""
+    if not relevance:
+        return None
+    summary = relevance["summary"]
+    return {**summary, "what": _DEMANDS.get(summary["target"], summary["target"])}
 
 
 def _pruned(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -120,6 +141,8 @@ def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
         "hubs": _roles(payload["hubs"]),
         "checkpoints": _roles(payload["checkpoints"]),
         "steps": _steps(payload.get("steps")),
+        "colourings": colourings(payload),
+        "relevance": relevance_data(payload.get("relevance")),
     }
 
 

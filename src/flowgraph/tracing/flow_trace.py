@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from flowgraph.analysis.backbone import Backbone, backbone
 from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes
 from flowgraph.certificate.certify import Certificate, certify
-from flowgraph.errors import TraceFileError
+from flowgraph.errors import InvalidInputError, TraceFileError
 from flowgraph.files import PathLike, write_json
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
-from flowgraph.tracing.payload import trace_payload
+from flowgraph.tracing.payload import finite_or_none, trace_payload
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
@@ -250,16 +250,28 @@ class FlowTrace:
         }
         write_record(path, tensors, record)
 
-    def to_dict(self, *, keep: float = 0.9, max_edges: int = 20_000) -> dict[str, Any]:
+    def to_dict(
+        self,
+        *,
+        keep: float = 0.9,
+        max_edges: int = 20_000,
+        relevance: RelevanceTrace | None = None,
+        beside: Sequence[FlowTrace] = (),
+    ) -> dict[str, Any]:
         """Describe the trace as plain JSON values, in the schema of :mod:`flowgraph.tracing.payload`.
 
         Args:
             keep: share of the flow whose routes make the backbone.
             max_edges: most edges listed, those with most flow first.
+            relevance: the relevance of the same answer (:meth:`relevance`), described under ``"relevance"``.
+            beside: traces of the same tokens with other capacities, whose scores are listed under ``"scores"``.
+
+        Raises:
+            InvalidInputError: a trace of other tokens.
 
         Cost: one backbone search and twenty routes.
         """
-        return trace_payload(
+        payload = trace_payload(
             self.flow,
             tokens=self.tokens,
             text=self.text,
@@ -269,14 +281,56 @@ class FlowTrace:
             keep=keep,
             max_edges=max_edges,
         )
+        if relevance is not None:
+            self._require_same_tokens(relevance, "relevance")
+            payload["relevance"] = relevance.to_dict(max_edges=max_edges)
+        if beside:
+            payload["scores"] = [self._scores_of(other) for other in beside]
+        return payload
 
-    def to_json(self, path: PathLike, *, keep: float = 0.9, max_edges: int = 20_000) -> None:
-        """Write :meth:`to_dict` as a JSON file, atomically."""
-        write_json(path, self.to_dict(keep=keep, max_edges=max_edges))
+    def _require_same_tokens(self, other: FlowTrace | RelevanceTrace, name: str) -> None:
+        if not torch.equal(other.token_ids, self.token_ids):
+            raise InvalidInputError(
+                f"{name}: must be of the tokens of this trace, got a trace of {other.num_tokens} tokens beside "
+                f"{self.num_tokens}, or of other ids; trace the same prompt and response"
+            )
 
-    def to_html(self, path: PathLike, *, keep: float = 0.9) -> None:
-        """Write one self-contained page that needs no network: tokens by throughput, backbone, numbers on hover."""
-        write_html(path, self.to_dict(keep=keep))
+    def _scores_of(self, other: FlowTrace) -> dict[str, Any]:
+        """Describe the scores of another trace of the same tokens."""
+        self._require_same_tokens(other, "beside")
+        kind = other.provenance.get("score", "throughput")
+        return {
+            "capacity": other.provenance.get("capacity", "attention"),
+            "kind": kind,
+            "symbol": "h" if kind == "potential" else "f",
+            "values": [finite_or_none(score) for score in other.scores.tolist()],
+        }
+
+    def to_json(self, path: PathLike, **options: Any) -> None:
+        """Write :meth:`to_dict` as a JSON file, atomically; the options are those of :meth:`to_dict`."""
+        write_json(path, self.to_dict(**options))
+
+    def to_html(
+        self,
+        path: PathLike,
+        *,
+        keep: float = 0.9,
+        relevance: RelevanceTrace | None = None,
+        beside: Sequence[FlowTrace] = (),
+    ) -> None:
+        """Write one self-contained page that needs no network: tokens by throughput, backbone, numbers on hover.
+
+        Args:
+            path: the file.
+            keep: share of the flow whose routes make the backbone.
+            relevance: the relevance of the same answer; the page starts with it, as a tree of steps.
+            beside: traces of the same tokens with other capacities, which the colours of the text can show.
+
+        Raises:
+            OutputError: the path cannot be written.
+            InvalidInputError: a trace of other tokens.
+        """
+        write_html(path, self.to_dict(keep=keep, relevance=relevance, beside=beside))
 
     def _repr_html_(self) -> str:
         """Render the trace for a notebook."""

@@ -19,6 +19,9 @@ Schema ``flowgraph-trace/1``::
                   edges: [[source step, target step, flow]], edges_left_out}, or null without a flow; a node is
                   the tokens start to stop (exclusive), split by the rule that ``by`` names, strongest edges first
     hubs, checkpoints   [{token, throughput, inflows, outflows, score}] of the reasoning tokens
+    relevance     the relevance of the same answer, in the schema of flowgraph.tracing.relevance_payload; only if asked
+                  for
+    scores        [{capacity, kind, symbol, values}]: scores of the tokens by other capacities; only if asked for
     provenance    what was run, with which choices and versions
 """
 

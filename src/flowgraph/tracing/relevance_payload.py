@@ -26,9 +26,10 @@ from torch import Tensor
 
 from flowgraph.flow.signed_flow import SignedFlow
 from flowgraph.graph.flow_graph import REGIONS
+from flowgraph.pages.trace_page import RELEVANCE_SCHEMA
 from flowgraph.steps.step_relevance import StepRelevance
 
-SCHEMA = "flowgraph-relevance/1"
+SCHEMA = RELEVANCE_SCHEMA
 
 
 def relevance_payload(
@@ -74,6 +75,39 @@ def relevance_payload(
         "steps": _steps(steps),
         "step_edges": _step_edges(steps),
         "provenance": dict(provenance),
+    }
+
+
+def page_payload(relevance: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a relevance without a flow in the schema of :mod:`flowgraph.tracing.payload`, for the trace page."""
+    tokens = []
+    for token in relevance["tokens"]:
+        shown = {name: token[name] for name in ("index", "text", "start", "end", "region", "generated")}
+        tokens.append({**shown, "h": None, "g": None, "throughput": 0.0, "source": 0.0, "absorbed": 0.0})
+    return {
+        "schema": SCHEMA,
+        "model": relevance["model"],
+        "text": relevance["text"],
+        "feasible": False,
+        "summary": {
+            "num_tokens": relevance["summary"]["num_tokens"],
+            "num_edges": relevance["summary"]["num_edges"],
+            "mean_hops": None,
+            "alpha": None,
+            "kept_attention": 1.0,
+            "kept_flow": 1.0,
+            "throughput_error": 0.0,
+        },
+        "tokens": tokens,
+        "edges": [],
+        "edges_left_out": 0,
+        "backbone": None,
+        "routes": [],
+        "steps": None,
+        "hubs": [],
+        "checkpoints": [],
+        "relevance": relevance,
+        "provenance": relevance["provenance"],
     }
 
 

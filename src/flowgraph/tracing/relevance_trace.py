@@ -17,9 +17,10 @@ from flowgraph.files import PathLike, write_json
 from flowgraph.flow.signed_flow import SignedFlow, relevance_flow
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.graph.signed_graph import SignedGraph
+from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, split_steps
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
-from flowgraph.tracing.relevance_payload import relevance_payload
+from flowgraph.tracing.relevance_payload import page_payload, relevance_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
 if TYPE_CHECKING:
@@ -151,6 +152,14 @@ class RelevanceTrace:
     def to_json(self, path: PathLike, *, max_edges: int = 20_000) -> None:
         """Write :meth:`to_dict` as a JSON file, atomically."""
         write_json(path, self.to_dict(max_edges=max_edges))
+
+    def to_html(self, path: PathLike) -> None:
+        """Write one self-contained page: the relevance as a tree of steps, and the text coloured by it.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        write_html(path, page_payload(self.to_dict()))
 
     def save(self, path: PathLike) -> None:
         """Write everything to one safetensors file, atomically; :func:`flowgraph.load_relevance` reads it back.

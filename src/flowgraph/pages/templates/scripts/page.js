@@ -97,6 +97,7 @@ function announceFolding() {
 
 function start() {
   // Contents.
+  drawEvidence();
   drawLegend();
   drawText();
   drawRoutes();
@@ -114,6 +115,7 @@ function start() {
 
   // Controls.
   startSlider();
+  startColouring();
   startText();
   startSteps();
   startPlayer();

@@ -86,7 +86,7 @@ function rolesOf(index) {
   }
   const flowRole = flowRoleOf(index);
   if (flowRole) roles.push(flowRole);
-  else if (!roles.length && strongest > 0) roles.push(["relay", "takes flow in and passes it on"]);
+  else if (!roles.length && hasFlow) roles.push(["relay", "takes flow in and passes it on"]);
   return roles;
 }
 
@@ -99,7 +99,7 @@ function rankIn(records, index) {
 function flowRoleOf(index) {
   const { region, h, throughput } = tokens[index];
   if (h === 0) return ["leaf", "a dead end: nothing leads from here to the answer"];
-  if (throughput === 0 && strongest > 0) return ["idle", "no flow from the question arrives here"];
+  if (throughput === 0 && hasFlow) return ["idle", "no flow from the question arrives here"];
   // Only a page with every edge can tell that a token has none in one direction.
   if (page.edges_left_out > 0) return null;
   if (region === "answer" && !outflowsOf(index).length) return ["leaf", "the flow ends here, in the answer"];
@@ -155,8 +155,24 @@ function drawHint() {
   detail.append(make("h3", "", isSteps ? "Strongest bands" : "Strongest edges"), make("ul", "flows pairs", ...rows));
 }
 
+/** The numbers of a token: those of the flow, and every other score. */
+function numbersOf(index) {
+  const { h, g, throughput } = tokens[index];
+  const rows = [];
+  for (const { name, note, signed, values } of colourings) {
+    if (values) rows.push([name, signed ? signedPercent(values[index]) : percent(values[index]), note.split(";")[0]]);
+  }
+  if (!hasFlow && rows.length) return rows;
+  return [
+    ["throughput", percent(throughput), "of the flow passes here"],
+    ["h", potential(h), "influence on the answer"],
+    ["g", potential(g), "influence that arrives"],
+    ...rows,
+  ];
+}
+
 function drawTokenPanel(index) {
-  const { text, region, generated, h, g, throughput, joined } = tokens[index];
+  const { text, region, generated, throughput, joined } = tokens[index];
   const facts = [
     `token ${index}`,
     region ?? "outside question, reasoning and answer",
@@ -169,11 +185,7 @@ function drawTokenPanel(index) {
     make("div", "head", make("bdi", "name", exact(text)), unpinButton()),
     make("p", "hint", facts.join(" · ")),
     roles.length ? make("ul", "rolelist", ...roles) : "",
-    numberList([
-      ["throughput", percent(throughput), "of the flow passes here"],
-      ["h", potential(h), "influence on the answer"],
-      ["g", potential(g), "influence that arrives"],
-    ]),
+    numberList(numbersOf(index)),
     flowList({
       title: "Flow in from",
       className: "in",
@@ -203,5 +215,6 @@ function drawPanel(selection) {
   else if (selection?.route !== undefined && player) drawTokenPanel(routes[player.route].path[player.position]);
   else if (selection?.step !== undefined) drawStepPanel(selection.step);
   else if (selection?.band !== undefined) drawBandPanel(selection.band);
+  else if (selection?.part !== undefined) drawPartPanel(selection.part);
   else drawHint();
 }

@@ -1,4 +1,4 @@
-// What is chosen: {token}, {route}, {step} or {band}. It is shown while pointed at or focused, and kept while pinned.
+// What is chosen: {token}, {route}, {step}, {band} or {part}. It is shown while pointed at or focused, and kept while pinned.
 
 let shown = null;
 let pinned = null;
@@ -52,6 +52,7 @@ function show(selection) {
   if (selection?.token !== undefined) markToken(selection.token);
   if (selection?.route !== undefined) markRoute(selection.route);
   if (selection?.step !== undefined) markStep(selection.step);
+  if (selection?.part !== undefined) markPart(selection.part);
   markRiver(selection);
   drawPanel(selection);
 
@@ -94,7 +95,7 @@ function unpin() {
 
 function isSame(first, second) {
   if (first === null) return false;
-  return ["token", "route", "step", "band"].every((kind) => first[kind] === second[kind]);
+  return ["token", "route", "step", "band", "part"].every((kind) => first[kind] === second[kind]);
 }
 
 function togglePin(selection) {

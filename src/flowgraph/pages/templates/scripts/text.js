@@ -13,15 +13,15 @@ const sections = []; // {region, start, stop, prose, button}; a folded section h
 
 /** Elements of one token, from the space before it to the line breaks after it. */
 function drawToken(index) {
-  const { text, region, throughput, joined } = tokens[index];
+  const { text, region, joined } = tokens[index];
   const element = make("span", "t");
   element.dataset.index = index;
-  setStrength(element, strengthOf(throughput));
+  paintToken(element, index);
   if (!region) element.classList.add("dim");
   if (isHit(index)) element.classList.add("hit");
 
   const place = region ?? "outside the three parts";
-  makeToggle(element, `${exact(text)}, token ${index}, ${place}, throughput ${percent(throughput)}`);
+  makeToggle(element, `${exact(text)}, token ${index}, ${place}, ${spokenScore(index)}`);
   if (index === current) element.tabIndex = 0;
   tokenElements[index] = element;
 
@@ -35,6 +35,20 @@ function drawToken(index) {
   const numBreaks = Math.min(MAX_LINE_BREAKS, text.split("\n").length - 1);
   for (let line = 0; line < numBreaks; line++) after.push(make("br"), make("span", "gap"));
   return [beforeToken(text), element, ...after];
+}
+
+/** Colour a token by its score; a signed score has one colour for each sign. */
+function paintToken(element, index) {
+  const score = scoreOf(index);
+  setStrength(element, strengthOf(score));
+  element.classList.toggle("plus", colouring.signed && score >= 0);
+  element.classList.toggle("minus", colouring.signed && score < 0);
+}
+
+/** The score of a token for a screen reader. */
+function spokenScore(index) {
+  if (colouring.signed) return `${colouring.name} ${signedPercent(scoreOf(index))}`;
+  return `${colouring.values ? colouring.name : "throughput"} ${percent(scoreOf(index))}`;
 }
 
 // --- sections --------------------------------------------------------------------------------------------------
@@ -89,7 +103,7 @@ function drawText() {
 
 /** The button that opens and closes a section: its first words, its tokens and the strongest of them. */
 function foldButton(section) {
-  const largest = largestThroughput(tokens.slice(section.start, section.stop));
+  const largest = largestScore((index) => section.start <= index && index < section.stop);
   const words = shortened(textOf(section.start, Math.min(section.stop, section.start + 40)), 90);
   const about = `tokens ${count(section.start)} to ${count(section.stop - 1)}, strongest ${percent(largest)}`;
   const button = pressable(
@@ -150,18 +164,64 @@ function reveal(index) {
 // --- legend ----------------------------------------------------------------------------------------------------
 
 function drawLegend() {
+  byId("legend").replaceChildren();
   if (!strongest) return;
   const atLeast = strongest > fullColour ? "≥ " : ""; // answer tokens above the end of the scale
-  const scale = colourScale(24, setStrength, [
+  const scale = colouring.signed ? signedScale() : plainScale(atLeast);
+  const curve = shape("svg", { "aria-hidden": "true" });
+  curve.append(shape("path", { d: "M3 16C12 0 34 0 43 16", "stroke-width": 3 }));
+  const entries = [
+    make("span", "key", `${colouring.values ? colouring.name : "throughput"} (square-root scale)`, scale),
+    hasFlow && !colouring.values ? make("span", "key curves", curve, "flow, thicker = more") : null,
+    make("span", "key", make("span", "t dim", "dimmed"), "outside the three parts"),
+  ];
+  byId("legend").append(...entries.filter((entry) => entry !== null));
+}
+
+function plainScale(atLeast) {
+  return colourScale(24, setStrength, [
     ["0 %", "1 / span 6", ""],
     [percent(fullColour / 4), "11 / span 6", ""], // the middle of a square-root scale
     [atLeast + percent(fullColour), "22 / span 6", ""],
   ]);
-  const curve = shape("svg", { "aria-hidden": "true" });
-  curve.append(shape("path", { d: "M3 16C12 0 34 0 43 16", "stroke-width": 3 }));
-  byId("legend").append(
-    make("span", "key", "throughput (square-root scale)", scale),
-    make("span", "key curves", curve, "flow, thicker = more"),
-    make("span", "key", make("span", "t dim", "dimmed"), "outside the three parts"),
-  );
+}
+
+/** Purple for what argues against the answer at the left, no colour in the middle. */
+function signedScale() {
+  const paint = (step, fraction) => {
+    const place = 2 * fraction - 1;
+    setStrength(step, Math.abs(place));
+    step.classList.add(place < 0 ? "minus" : "plus");
+  };
+  return colourScale(24, paint, [
+    [signedPercent(-fullColour), "1 / span 7", ""],
+    ["0 %", "11 / span 5", ""],
+    [signedPercent(fullColour), "20 / span 7", ""],
+  ]);
+}
+
+// --- choice of the score -----------------------------------------------------------------------------------------
+
+/** Colour the text by another score. Curves are edges of the flow, so they are drawn with its colours only. */
+function showColouring(index) {
+  setColouring(colourings[index]);
+  byId("colouring-note").textContent = colouring.note;
+  tokenElements.forEach((element, token) => {
+    paintToken(element, token);
+  });
+  drawLegend();
+  const showsFlow = colouring.values === null;
+  canvas.classList.toggle("absent", !showsFlow);
+  const backboneSlider = document.querySelector(".slider");
+  if (backboneSlider) backboneSlider.hidden = !showsFlow;
+}
+
+function startColouring() {
+  const select = byId("colouring");
+  if (!select) return;
+  colourings.forEach(({ name }, index) => {
+    select.append(new Option(name, String(index)));
+  });
+  select.addEventListener("change", () => showColouring(Number(select.value)));
+  showColouring(0);
 }

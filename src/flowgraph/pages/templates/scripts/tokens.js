@@ -63,16 +63,41 @@ function chip(index) {
 
 // --- colour of tokens ------------------------------------------------------------------------------------------
 
-function largestThroughput(someTokens) {
-  return someTokens.reduce((largest, token) => Math.max(largest, token.throughput), 0);
+/** What the colours of the text can show: {name, note, signed, values}; values null stand for the throughput. */
+const colourings = page.colourings;
+let colouring = colourings[0] ?? { name: "", note: "", signed: false, values: null };
+
+/** The number that colours a token. */
+function scoreOf(index) {
+  return colouring.values ? colouring.values[index] : tokens[index].throughput;
 }
 
-// Answer tokens carry most of the flow and would leave all other tokens pale, so the strongest token outside the
-// answer has the full colour.
-const strongest = largestThroughput(tokens);
-const fullColour = largestThroughput(tokens.filter((token) => token.region !== "answer")) || strongest || 1;
+/** Largest absolute score of the tokens for which `isCounted` holds. */
+function largestScore(isCounted = () => true) {
+  let largest = 0;
+  for (let index = 0; index < tokens.length; index++) {
+    if (isCounted(index)) largest = Math.max(largest, Math.abs(scoreOf(index)));
+  }
+  return largest;
+}
+
+let strongest = 0; // the largest absolute score
+let fullColour = 1; // the score that has the full colour
+
+/** Choose what the colours show. */
+function setColouring(chosen) {
+  colouring = chosen;
+  strongest = largestScore();
+  // Answer tokens carry most and would leave all other tokens pale, so the strongest token outside the answer has the
+  // full colour.
+  fullColour = largestScore((index) => tokens[index].region !== "answer") || strongest || 1;
+}
+setColouring(colouring);
 
 /** Place on the colour scale, 0 to 1: the square root keeps small shares visible. */
-function strengthOf(throughput) {
-  return Math.sqrt(Math.min(1, throughput / fullColour));
+function strengthOf(score) {
+  return Math.sqrt(Math.min(1, Math.abs(score) / fullColour));
 }
+
+/** Whether any flow passes through the graph. */
+const hasFlow = tokens.some((token) => token.throughput > 0);

@@ -1,0 +1,92 @@
+"""The relevance of an answer, and other scores of its tokens, as data of the trace page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MAX_PART_EDGES = 4_000
+"""Most edges between parts in the page, those of largest absolute share."""
+
+_FLOW_NOTE = "share of the unit flow that passes through each token"
+_SCORE_NOTES = {
+    "potential": "potential h: how much of the answer each token reaches, relative to the strongest token",
+    "throughput": "share of the unit flow that passes through each token, on this capacity",
+    "relevance": "share of the answer's relevance that reaches each token; purple argues against the answer",
+}
+
+
+def relevance_data(relevance: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the page draws of a payload in the schema ``flowgraph-relevance/1``; None without one.
+
+    Returns:
+        ``parts`` as [start, stop, region, share, absorbed], ``edges`` between them as [source, target, share],
+        ``roots`` as [part, share] (the answer), and ``ends`` as [name, share].
+    """
+    if not relevance:
+        return None
+    parts = []
+    roots = []
+    for step in relevance["steps"]:
+        parts.append([step["start"], step["stop"], step["region"], _short(step["share"]), _short(step["absorbed"])])
+        if step["demand"] != 0:
+            roots.append([step["index"], _short(step["demand"])])
+    edges = [[source, target, _short(share)] for source, target, share in relevance["step_edges"][:_MAX_PART_EDGES]]
+    return {
+        "parts": parts,
+        "edges": edges,
+        "roots": sorted(roots, key=lambda root: -abs(root[1])),
+        "ends": [[_END_NAMES.get(name, name), _short(share)] for name, share in relevance["ends"].items()],
+    }
+
+
+_END_NAMES = {
+    "question": "question",
+    "context": "other prompt (template, system)",
+    "forced": "tokens the model did not choose",
+    "remainder": "generated tokens",
+    "bias": "biases of the model",
+}
+
+
+def colourings(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List what the colours of the text can show: relevance first, then the flow, then scores of other capacities.
+
+    Returns:
+        ``name``, ``note``, ``signed`` and ``values`` of each; the values of the flow are None, since the page holds
+        them with its tokens.
+    """
+    listed: list[dict[str, Any]] = []
+    relevance = payload.get("relevance")
+    if relevance:
+        values = [_short(token["share"]) for token in relevance["tokens"]]
+        listed.append({"name": "relevance", "note": _SCORE_NOTES["relevance"], "signed": True, "values": values})
+    if payload["feasible"]:
+        capacity = payload["provenance"].get("capacity", "attention")
+        listed.append({"name": f"flow on {capacity}", "note": _FLOW_NOTE, "signed": False, "values": None})
+    for score in payload.get("scores", []):
+        values = _relative(score["values"]) if score["kind"] == "potential" else score["values"]
+        listed.append(
+            {
+                "name": f"{score['capacity']} ({score['symbol']})",
+                "note": _SCORE_NOTES[score["kind"]],
+                "signed": False,
+                "values": [_short(value) for value in values],
+            }
+        )
+    return listed
+
+
+def _relative(values: Sequence[float | None]) -> list[float]:
+    """Divide by the largest finite value, so that potentials of any scale can be drawn."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    largest = max(finite, default=0.0)
+    if largest <= 0:
+        return [0.0 for _ in values]
+    return [min(1.0, (largest if value is None else value) / largest) for value in values]
+
+
+def _short(value: float) -> float:
+    """Round to six significant digits."""
+    return float(f"{value:.6g}")
