@@ -14,6 +14,8 @@ from .analysis.routes import checkpoints as checkpoints
 from .analysis.routes import decompose as decompose
 from .analysis.routes import hubs as hubs
 from .analysis.routes import widest_routes as widest_routes
+from .analysis.specificity import Specificity as Specificity
+from .analysis.specificity import specificity as specificity
 from .attention.attention_rows import AttentionRows as AttentionRows
 from .attention.layers_and_heads import HeadSelector as HeadSelector
 from .attention.recorder import AttentionRecorder as AttentionRecorder

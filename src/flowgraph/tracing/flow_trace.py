@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flowgraph.analysis.backbone import Backbone, backbone
 from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes
+from flowgraph.analysis.specificity import Specificity, specificity
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import InvalidInputError, TraceFileError
 from flowgraph.files import PathLike, write_json
@@ -195,6 +196,10 @@ class FlowTrace:
             hops=hops,
             max_edges=max_edges,
         )
+
+    def specificity(self) -> Specificity:
+        """Measure how much the flow depends on where it enters; see :func:`flowgraph.specificity`."""
+        return specificity(self.flow, generated=self.generated)
 
     def certify(self, **options: Any) -> Certificate:
         """Check every provable property of this flow; see :func:`flowgraph.certify`."""
