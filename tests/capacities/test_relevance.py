@@ -64,10 +64,31 @@ def test_layers_that_mix_tokens_without_attention_are_refused(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(NO_RULE))
-def test_a_part_without_a_rule_is_found_by_the_residual(name: str):
+def test_a_part_without_a_rule_is_found_by_the_residual_and_named(name: str):
     ids, mask = padded("right")
-    with pytest.raises(CaptureError, match="model: relevance must be conserved at every token, got a residual of"):
+    with pytest.raises(
+        CaptureError, match=r"must be conserved at every token, got a residual of .* from model\.layers"
+    ):
         capture(family(name), ids, mask, capacity="relevance", answer=last_token(mask))
+
+
+class Squared(torch.nn.Module):
+    """An activation of the network's own that looks like a plain module."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 0.1 * x.square()
+
+
+def test_the_module_that_breaks_the_law_is_named():
+    model = build("llama")
+    model.model.layers[1].self_attn.o_proj = Squared(model.model.layers[1].self_attn.o_proj)
+    ids, mask = padded("right")
+    with pytest.raises(CaptureError, match=r"from model\.layers\.1\.self_attn\.o_proj \(Squared\), which loses"):
+        capture(model, ids, mask, capacity="relevance", answer=last_token(mask))
 
 
 @pytest.mark.parametrize("answer", [[9], [5, 9]])

@@ -88,6 +88,10 @@ class LinearRules:
         rule = self._norms[key]
         return None if rule is None else rule.apply(module, x, output)
 
+    def inside_blocks(self) -> set[nn.Module]:
+        """Return the modules inside feed-forward blocks: a gated block conserves relevance as a whole only."""
+        return {part for block in self._mlp_blocks() for part in block.modules() if part is not block}
+
     def _mlp_blocks(self) -> list[nn.Module]:
         """List the largest modules that hold an activation or a gate and no attention."""
         blocks: list[nn.Module] = []

@@ -42,6 +42,7 @@ from flowgraph.attention.modules import (
     uses_attention_interface,
 )
 from flowgraph.capacities.linear_rules import LinearRules
+from flowgraph.capacities.module_balance import ModuleBalance
 from flowgraph.capacities.tape import MAX_BLOCK, SCRATCH_BYTES, Tape, TapeLayer
 from flowgraph.errors import CaptureError, InvalidInputError
 from flowgraph.memory import require_memory
@@ -278,7 +279,9 @@ def capture_relevance(
         target=target if isinstance(target, str) else "contrast",
         layers=tuple(sorted(tape.layers)),
     )
-    _require_conserved(model, result)
+    if not result.residual <= result.bound:
+        culprit = _find_culprit(model, modules, inputs, rows, answer, target, result.bound)
+        raise _not_conserved(model, result, culprit)
     return result
 
 
@@ -554,13 +557,45 @@ def _residual_of_law(
     return float(relative.max())
 
 
-def _require_conserved(model: PreTrainedModel, rows: RelevanceRows) -> None:
-    if not rows.residual <= rows.bound:
-        raise CaptureError(
-            f"model: relevance must be conserved at every token, got a residual of {rows.residual:.2g} (at most "
-            f"{rows.bound:g}) in {type(model).__name__}: some part of it has no linear rule; use capacity='vtrace', "
-            "and please report the architecture"
-        )
+def _not_conserved(model: PreTrainedModel, rows: RelevanceRows, culprit: tuple[str, str, float] | None) -> CaptureError:
+    """Describe a pass that breaks the law, with the module that does."""
+    place = type(model).__name__
+    if culprit is not None:
+        name, kind, imbalance = culprit
+        place = f"{name} ({kind}), which loses {imbalance:.2g} of a demand of {float(rows.demand.sum()):.2g}"
+    return CaptureError(
+        f"model: relevance must be conserved at every token, got a residual of {rows.residual:.2g} (at most "
+        f"{rows.bound:g}) from {place}: some part of it has no linear rule; use capacity='vtrace', and please report "
+        "the architecture"
+    )
+
+
+def _find_culprit(
+    model: PreTrainedModel,
+    modules: dict[int, nn.Module],
+    inputs: dict[str, Any],
+    rows: Int64[Tensor, " kept"],
+    answer: Bool[Tensor, "batch tokens"],
+    target: Target | Int64[Tensor, "batch tokens"],
+    bound: float,
+) -> tuple[str, str, float] | None:
+    """Repeat the pass and compare what enters and leaves each module; return the deepest that does not conserve."""
+    tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
+    recorder = _BalanceRecorder(model, answer.shape, answer.device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(AttentionDispatch.heard_by(tape))
+        rules = stack.enter_context(LinearRules(model, set(modules.values())))
+        balance = stack.enter_context(ModuleBalance(model, rules.inside_blocks()))
+        stack.enter_context(recorder)
+        tape.listening = True
+        logits, rows = _forward(model, inputs, rows)
+        tape.listening = False
+        passes = _BackwardPasses(recorder, rows)
+        seed = passes.gradient_at_y(_objective(logits, rows, inputs["input_ids"], answer, target))
+        passes.push(seed)
+        scale = float(passes.demand_of(seed).abs().max())
+    return balance.culprit(bound * scale)
 
 
 def _refuse_unsupported(model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
