@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flowgraph.certificate.certify import Certificate
-from flowgraph.pages import signs
-from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
+from flowgraph.display import signs
+from flowgraph.display.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
 from flowgraph.steps.step_relevance import StepRelevance
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
@@ -162,8 +162,6 @@ def _strongest(trace: FlowTrace, rows: int) -> list[int]:
 
 def certificate_table(certificate: Certificate) -> RenderableType:
     """Render a certificate with one row a check: passed or failed, residual and bound, the statement in words."""
-    # The first two lines of its text are the result and the figures.
-    head, numbers, *_ = str(certificate).split("\n")
     table = Table(box=None, pad_edge=False, show_header=True)
     table.add_column("", overflow="fold")
     table.add_column("check", overflow="fold")
@@ -177,7 +175,8 @@ def certificate_table(certificate: Certificate) -> RenderableType:
             statement.append(f" ({check.detail})", style="dim")
         table.add_row(mark, check.name, f"{check.residual:.1g}", f"{check.bound:.1g}", statement)
     notes = [Text(f"note: {note}") for note in certificate.notes]
-    return Group(Text(head, style="bold"), Text(numbers), table, *notes)
+    head = Text(f"Certificate: {certificate.result}", style="bold")
+    return Group(head, Text(f"  {certificate.figures}"), table, *notes)
 
 
 def relevance_tree(relevance: StepRelevance) -> RenderableType:

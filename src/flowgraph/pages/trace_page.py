@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flowgraph.display.signs import visible
 from flowgraph.files import PathLike, write_text
 from flowgraph.pages.page import asset, flattened, percent, render_page
-from flowgraph.pages.signs import visible
 
 _MAX_EDGES = 20_000
 """Most edges between tokens in the page, the strongest of the trace."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowgraph.comparison.compare import Comparison
+from flowgraph.display.palette import PALETTE
 from flowgraph.errors import InvalidInputError
-from flowgraph.pages.palette import PALETTE
 from flowgraph.plots.drawing import (
     INK,
     Label,

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from flowgraph.display.palette import PALETTE
+from flowgraph.display.signs import visible
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import PathLike, atomic_write
-from flowgraph.pages.palette import PALETTE
-from flowgraph.pages.signs import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

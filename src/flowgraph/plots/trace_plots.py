@@ -1,6 +1,6 @@
 """Figures of a trace, drawn with matplotlib on the caller's axes or on new ones.
 
-Colours are those of :mod:`flowgraph.pages.palette`, which also colours the pages.
+Colours are those of :mod:`flowgraph.display.palette`, which also colours the pages.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from flowgraph.display.palette import PALETTE
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.pages.palette import PALETTE
 from flowgraph.plots.drawing import (
     COLOURS,
     INK,

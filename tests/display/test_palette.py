@@ -9,9 +9,9 @@ import pytest
 import flowgraph
 import rl
 from flowgraph import compare, plot_comparison, plot_potentials, plot_steps, plot_throughput
+from flowgraph.display.palette import DARK_GROUND, FLOW_RAMP_ON_DARK, LIGHT_GROUND, PALETTE, css_variables, rgba
 from flowgraph.pages.comparison_page import write_comparison_html
 from flowgraph.pages.corpus_page import write_index
-from flowgraph.pages.palette import DARK_GROUND, FLOW_RAMP_ON_DARK, LIGHT_GROUND, PALETTE, css_variables, rgba
 from flowgraph.pages.trace_page import write_html
 from flowgraph.tracing.flow_trace import FlowTrace
 from tests.fixtures.browser import browser, open_file  # noqa: F401
