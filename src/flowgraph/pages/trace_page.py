@@ -84,6 +84,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "has_steps": bool(payload.get("steps")),
         "num_tokens": summary["num_tokens"],
         "num_edges": summary["num_edges"],
+        "num_flowing": len(payload["edges"]) + payload["edges_left_out"],
         "counts": [(name, regions.count(name)) for name in ("question", "reasoning", "answer")],
         "mean_hops": summary["mean_hops"],
         "alpha": summary["alpha"],

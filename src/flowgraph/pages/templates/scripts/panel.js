@@ -159,7 +159,7 @@ function drawTokenPanel(index) {
   const { text, region, generated, h, g, throughput, joined } = tokens[index];
   const facts = [
     `token ${index}`,
-    region ?? "outside question, reasoning and answer",
+    region ?? OUTSIDE,
     generated ? "generated" : "prompt",
   ];
   if (joined) facts.push("part of the character before");
@@ -170,9 +170,9 @@ function drawTokenPanel(index) {
     make("p", "hint", facts.join(" · ")),
     roles.length ? make("ul", "rolelist", ...roles) : "",
     numberList([
-      ["throughput", percent(throughput), "of the flow passes here"],
-      ["h", potential(h), "influence on the answer"],
-      ["g", potential(g), "influence that arrives"],
+      ["throughput", percent(throughput), "of the flow passes here: h · g"],
+      ["h", potential(h), "influence on the answer, over all paths"],
+      ["g", potential(g), "influence that arrives from the question"],
     ]),
     flowList({
       title: "Flow in from",

@@ -20,7 +20,7 @@ function drawToken(index) {
   if (!region) element.classList.add("dim");
   if (isHit(index)) element.classList.add("hit");
 
-  const place = region ?? "outside the three parts";
+  const place = region ?? OUTSIDE;
   makeToggle(element, `${exact(text)}, token ${index}, ${place}, throughput ${percent(throughput)}`);
   if (index === current) element.tabIndex = 0;
   tokenElements[index] = element;
@@ -162,6 +162,6 @@ function drawLegend() {
   byId("legend").append(
     make("span", "key", "throughput (square-root scale)", scale),
     make("span", "key curves", curve, "flow, thicker = more"),
-    make("span", "key", make("span", "t dim", "dimmed"), "outside the three parts"),
+    make("span", "key", make("span", "t dim", "dimmed"), "context (chat template)"),
   );
 }
