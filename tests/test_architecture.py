@@ -144,7 +144,7 @@ def imports_of(path: Path) -> set[str]:
 # Stages in the order in which data flows. A stage imports only stages above it; folders of one stage do not
 # import each other. See docs/architecture.md.
 STAGES = [
-    {"errors", "masks", "memory", "files", "demo"},
+    {"errors", "masks", "memory", "files", "demo", "display"},
     {"propagation", "text"},
     {"attention"},
     {"capacities"},

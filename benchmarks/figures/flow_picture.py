@@ -20,6 +20,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # pyright: ignor
 
 import flowgraph as fg
 from benchmarks.figures.plots import IMAGES
+from flowgraph.display.palette import PALETTE
 
 TOKENS = ["3", "4", "Well", "3 + 4", "is", "7"]
 QUESTION, ANSWER = [0, 1], [5]
@@ -34,8 +35,10 @@ CAPACITY = {
     (4, 5): 1 / 2,
 }
 PLACES = {0: (0.0, 0.9), 1: (0.0, -1.3), 2: (3.3, 2.1), 3: (3.3, 0.5), 4: (6.6, -1.3), 5: (9.6, 0.3)}
-# Okabe and Ito's palette: question blue, reasoning grey, answer green, flow vermillion.
-BLUE, GREY, GREEN, VERMILLION = "#0072b2", "#444444", "#009e73", "#d55e00"
+BLUE = PALETTE["question"].light
+GREY = PALETTE["reasoning"].light
+GREEN = PALETTE["answer"].light
+VERMILLION = PALETTE["flow"].light
 HALF_WIDTH, HALF_HEIGHT = 0.85, 0.42
 
 

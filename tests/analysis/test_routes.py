@@ -109,3 +109,19 @@ def test_bad_requests():
     cut = FlowGraph.from_edges(torch.tensor([[0], [1]]), torch.ones(1), num_nodes=3, question=[0], answer=[2])
     with pytest.raises(InfeasibleFlowError, match=r"flow: must be feasible, got none: no question token reaches"):
         hubs(solve(cut))
+
+
+def test_results_print_the_text_of_their_tokens_where_it_is_known():
+    from flowgraph.analysis.routes import with_text
+
+    graph = FlowGraph.from_edges(torch.tensor([[0, 1], [1, 2]]), torch.ones(2), num_nodes=3, question=[0], answer=[2])
+    (route,) = widest_routes(solve(graph), 1)
+    (role,) = hubs(solve(graph), 1)
+    tokens = ("Tom", " has\x1b", " 7")
+    assert repr(route) == "Route(0 -> 1 -> 2, flow=1)"
+    assert repr(with_text(route, tokens)) == r"Route(0 'Tom' -> 1 ' has\x1b' -> 2 ' 7', flow=1)"
+    assert repr(role) == "TokenRole(1, throughput=1, inflows=1, outflows=1, score=1)"
+    assert repr(with_text(role, tokens)) == r"TokenRole(1 ' has\x1b', throughput=1, inflows=1, outflows=1, score=1)"
+    # The text is for the reader: results are equal, and hash alike, with and without it.
+    assert with_text(route, tokens) == route
+    assert hash(with_text(role, tokens)) == hash(role)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from flowgraph.analysis.backbone import prune
+from flowgraph.display.palette import PALETTE, rgba
 from flowgraph.flow.solve import solve
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.pages.notebook import repr_html
-from flowgraph.pages.palette import PALETTE, rgba
 from flowgraph.tracing.flow_trace import FlowTrace
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

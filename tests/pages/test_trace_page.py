@@ -19,7 +19,7 @@ from tests.fixtures.browser import (
     open_file,  # noqa: F401
     token_of,
 )
-from tests.fixtures.pages import HOSTILE, infeasible, make_flow, make_payload
+from tests.fixtures.pages import HOSTILE, infeasible, long_payload, make_flow, make_payload
 
 MENTIONED = (  # names that are never fetched
     "http://www.w3.org/2000/svg",
@@ -266,6 +266,47 @@ def test_the_slider_knows_its_share_where_weak_edges_are_not_listed(visit):
     exact = float((carried * flow.absorbed / flow.throughput.clamp(min=1e-300)).sum())
     assert 0 < size < 100
     assert percent_in(page, "#arc-share", r"^([\d.]+) %") == pytest.approx(100 * exact, abs=0.1)
+
+
+@pytest.mark.browser
+def test_the_first_view_shows_whole_routes_of_a_long_trace(visit):
+    # A chain of 800 hops: no smaller number of edges makes a route from question to answer.
+    page = visit(long_payload(8_000))
+    assert page.locator("#arc-share").inner_text() == "100 % of the flow"
+    assert page.locator(".arcs .all path").count() > 700
+
+
+@pytest.mark.browser
+def test_edges_without_a_whole_route_are_counted_by_their_hops(visit):
+    page, flow = visit(make_payload(40, 12, 3, max_edges=1)), make_flow(40, 12, 3)
+    held = float(flow.edge_flow.sort(descending=True).values[:1].sum() / flow.edge_flow.sum())
+    assert percent_in(page, "#arc-share", r"^([\d.]+) % of all hops") == pytest.approx(100 * held, abs=0.1)
+    assert "on 1 of 777 edges with flow, which alone make no route" in page.locator("#arc-count").inner_text()
+    assert page.locator(".arcs .all path").count() == 1
+
+
+def test_the_numbers_of_edges_are_told_apart():
+    """Every edge of the graph, those that carry flow, and those of the backbone."""
+    payload = make_payload(40, 12, 3)
+    page = " ".join(render_html(payload).split())
+    num_flowing = len(payload["edges"])
+    num_edges = payload["summary"]["num_edges"]
+    num_kept = len(payload["backbone"]["edges"])
+    assert f"of the flow, on {num_kept} of {num_edges} edges, of which {num_flowing} carry flow" in page
+    assert "times this flow is the most that fits through the attention" in page
+
+
+@pytest.mark.browser
+def test_the_quantities_of_a_token_are_explained_beside_their_numbers(visit, payload: dict):
+    page = visit(payload)
+    page.locator('.t[data-index="20"]').click()
+    notes = page.locator(".numbers dd.note").all_inner_texts()
+    assert notes == [
+        "of the flow passes here: h · g",
+        "influence on the answer, over all paths",
+        "influence that arrives from the question",
+    ]
+    assert "context (chat template)" in page.locator("#legend").inner_text()
 
 
 @pytest.mark.browser

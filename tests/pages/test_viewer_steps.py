@@ -25,6 +25,8 @@ def visit(open_file, tmp_path: Path):  # noqa: F811
 
 def steps_of(page):
     page.keyboard.press("2")
+    # The steps are drawn once their holder has been measured, a moment after the view is switched.
+    page.locator(".step").first.wait_for()
     return page.locator(".step")
 
 

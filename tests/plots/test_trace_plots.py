@@ -21,7 +21,7 @@ from flowgraph import (
     save_figure,
     solve,
 )
-from flowgraph.pages.palette import PALETTE
+from flowgraph.display.palette import PALETTE
 from flowgraph.plots.drawing import drawable
 from flowgraph.plots.trace_plots import _root_ticks
 from flowgraph.steps.step_flow import step_flow

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -32,10 +32,16 @@ class Route:
     Attributes:
         tokens: the path, in token order.
         flow: share of the unit flow.
+        text: text of each token, where it is known: ``trace.routes()`` sets it. It takes no part in comparisons.
     """
 
     tokens: tuple[int, ...]
     flow: float
+    text: tuple[str, ...] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        stops = _named(self.tokens, self.text)
+        return f"Route({' -> '.join(stops)}, flow={self.flow:.4g})"
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class TokenRole:
             carries all, n when n carry equal parts.
         outflows: the same for the edges by which its flow continues.
         score: the number by which the list is ranked.
+        text: of the token, where it is known: ``trace.hubs()`` and ``trace.checkpoints()`` set it. It takes no part in
+            comparisons.
     """
 
     token: int
@@ -56,6 +64,36 @@ class TokenRole:
     inflows: float
     outflows: float
     score: float
+    text: str | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        (name,) = _named([self.token], None if self.text is None else [self.text])
+        return (
+            f"TokenRole({name}, throughput={self.throughput:.4g}, inflows={self.inflows:.4g}, "
+            f"outflows={self.outflows:.4g}, score={self.score:.4g})"
+        )
+
+
+_Result = TypeVar("_Result", Route, TokenRole)
+
+
+def with_text(result: _Result, tokens: Sequence[str]) -> _Result:
+    """Return a route or a role with the text of its tokens.
+
+    Args:
+        result: a route or a role of a flow.
+        tokens: the text of each token of that flow.
+    """
+    if isinstance(result, Route):
+        return replace(result, text=tuple(tokens[token] for token in result.tokens))
+    return replace(result, text=tokens[result.token])
+
+
+def _named(tokens: Sequence[int], text: Sequence[str] | None) -> list[str]:
+    """Name tokens by index and, where it is known, by text: 96 ' 7'."""
+    if text is None:
+        return [str(token) for token in tokens]
+    return [f"{token} {shown!r}" for token, shown in zip(tokens, text, strict=True)]
 
 
 def widest_routes(flow: Flow, k: int = 10) -> list[Route]:

@@ -9,6 +9,7 @@ The checks themselves, and the bounds they must meet, are in :mod:`flowgraph.cer
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -32,15 +33,18 @@ from flowgraph.certificate.checks import (
 from flowgraph.certificate.flow_arrays import FlowArrays
 from flowgraph.certificate.law import law
 from flowgraph.certificate.rational import RATIONAL_EDGES, against_fractions, require_rational_size
+from flowgraph.display.fragment import escaped, folded, fragment, table
 from flowgraph.errors import InvalidInputError
 from flowgraph.flow.flow import Flow
 from flowgraph.flow.signed_flow import SignedFlow
 from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
 
 Level = Literal["auto", "fast", "exact", "rational"]
+_MAX_STATEMENT = 400
+"""Characters of a statement, a detail or a note that a notebook shows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """The result of checking one flow.
 
@@ -87,27 +91,61 @@ class Certificate:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
+    @property
+    def result(self) -> str:
+        """Whether all checks hold, or which do not, in one line."""
         if self.ok:
-            result = f"all {len(self.checks)} checks hold"
-        else:
-            names = ", ".join(made.name for made in self.failed)
-            result = f"{len(self.failed)} of {len(self.checks)} checks FAIL: {names}"
+            return f"all {len(self.checks)} checks hold"
+        names = ", ".join(made.name for made in self.failed)
+        return f"{len(self.failed)} of {len(self.checks)} checks FAIL: {names}"
 
+    @property
+    def figures(self) -> str:
+        """Alpha, the max flow V and their ratio, as far as they are known, in one line."""
         if math.isnan(self.alpha):
-            numbers = "no capacities to compare with"
-        else:
-            numbers = f"alpha = {self.alpha:.6g}"
+            return "no capacities to compare with"
+        numbers = f"alpha = {self.alpha:.6g}"
         if self.max_flow_value is not None:
             numbers += f", max flow V = {self.max_flow_value:.6g}"
         if self.gap is not None:
             numbers += f", alpha / V = {self.gap:.4g}"
+        return numbers
 
-        name_width = max((len(made.name) for made in self.checks), default=0)
-        lines = [f"Certificate: {result}", f"  {numbers}"]
-        lines += [_table_row(made, name_width) for made in self.checks]
-        lines += [f"  note: {note}" for note in self.notes]
+    def __str__(self) -> str:
+        """List every check with its residual and its bound."""
+        return "\n".join([*self._headline(), *self._rows(self.checks), *self._noted()])
+
+    def __repr__(self) -> str:
+        """Summarise: the result, the figures and the checks that do not hold; ``print`` lists all of them."""
+        lines = [*self._headline(), *self._rows(self.failed), *self._noted()]
+        if self.ok:
+            lines.append("  print(certificate) lists the checks")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Render the certificate for a notebook: result and figures, with the checks folded below them."""
+        rows = []
+        for made in self.checks:
+            mark = "✓" if made.ok else "<b>✗</b>"
+            statement = escaped(made.statement, _MAX_STATEMENT)
+            if made.detail:
+                statement += f' <span style="opacity:.65">({escaped(made.detail, _MAX_STATEMENT)})</span>'
+            rows.append([mark, escaped(made.name), f"{made.residual:.1g}", f"{made.bound:.1g}", statement])
+        checks = table(["", "check", "residual", "bound", "statement"], rows, left=["", "check", "statement"])
+        notes = "".join(f"<div>note: {escaped(note, _MAX_STATEMENT)}</div>" for note in self.notes)
+        headline = f"<b>Certificate:</b> {escaped(self.result, _MAX_STATEMENT)}; {escaped(self.figures)}"
+        # A failed check must be seen without a click.
+        return fragment(folded(headline, checks, is_open=not self.ok), notes)
+
+    def _headline(self) -> list[str]:
+        return [f"Certificate: {self.result}", f"  {self.figures}"]
+
+    def _rows(self, checks: Sequence[Check]) -> list[str]:
+        name_width = max((len(made.name) for made in checks), default=0)
+        return [_table_row(made, name_width) for made in checks]
+
+    def _noted(self) -> list[str]:
+        return [f"  note: {note}" for note in self.notes]
 
 
 def certify(

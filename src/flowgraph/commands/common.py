@@ -30,7 +30,9 @@ def _check_keep(share: float) -> float:
 # Options that several commands have, with one text of help each.
 TraceFile = Annotated[Path, typer.Argument(help="A trace written by `flowgraph trace` or FlowTrace.save.")]
 Keep = Annotated[float, typer.Option(help="Share of the flow whose routes make the backbone.", callback=_check_keep)]
-AllTokens = Annotated[bool, typer.Option("--all", help="List every token, not only the strongest.")]
+AllTokens = Annotated[bool, typer.Option("--all", help="As --full, with every token, not only the strongest.")]
+Full = Annotated[bool, typer.Option("--full", help="Print everything, not only what fits a screen.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print one line with the result, and no progress.")]
 Model = Annotated[
     str,
     typer.Option(
@@ -108,6 +110,16 @@ def head_choice(text: str) -> str | list[int]:
     if text[:1].isdecimal():
         return numbers("heads", text)
     return text
+
+
+def one_view(*, full: bool, quiet: bool) -> None:
+    """Refuse two options that contradict each other.
+
+    Raises:
+        BadParameter: both are given.
+    """
+    if full and quiet:
+        raise typer.BadParameter("--full and --quiet must not be given together, got both; leave one out")
 
 
 def check_outputs(*paths: Path | None) -> None:
@@ -241,9 +253,21 @@ def console() -> Console:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
-    """Show the current stage beside a spinner on standard error; as plain lines where that is not a terminal."""
+def stages(*, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show the current stage beside a spinner on standard error; as plain lines where that is not a terminal.
+
+    Args:
+        quiet: show nothing.
+    """
     from rich.console import Console
+
+    if quiet:
+
+        def ignore(line: str) -> None:
+            pass
+
+        yield ignore
+        return
 
     console = Console(stderr=True)
     # A spinner would fill a log with control characters.

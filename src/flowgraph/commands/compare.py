@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph.commands.common import check_outputs, console, stages
+from flowgraph.commands.common import Full, Quiet, check_outputs, console, one_view, stages
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
     from rich.text import Text
 
     from flowgraph.comparison.compare import Comparison
 
+_NUM_BRIEF = 3
+"""Rows of each table in the view that fits a screen."""
 _NUM_CHANGES = 6
-_NUM_ROUTES = 6
+"""Rows of each table in the full view."""
 _CONTEXT_TOKENS = 12
 _MAX_STEP_CHARACTERS = 60
 _MAX_ROUTE_CHARACTERS = 24
@@ -33,35 +34,51 @@ def compare(
     ] = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write the side-by-side web page here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the comparison here.")] = None,
+    full: Full = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two traces: of one text (two models, two layer ranges), or of two answers to one question."""
     from flowgraph.comparison.compare import compare
     from flowgraph.tracing.flow_trace import load_trace
 
+    one_view(full=full, quiet=quiet)
     check_outputs(html, json_file)
-    with stages() as progress:
+    with stages(quiet=quiet) as progress:
         progress("comparing")
         comparison = compare(load_trace(first), load_trace(second), by=by)
-    console().print(_render(comparison))
+    console().print(_one_line(comparison) if quiet else _render(comparison, _NUM_CHANGES if full else _NUM_BRIEF))
     if json_file is not None:
         comparison.to_json(json_file)
     if html is not None:
         comparison.to_html(html)
 
 
-def _render(comparison: Comparison) -> RenderableType:
-    """Join the summary, the largest gains and losses in their context, and the routes."""
+def _one_line(comparison: Comparison) -> str:
+    """Say in one line how far the two flows agree."""
+    return (
+        f"{comparison.edge_overlap:.0%} of all hops are shared; throughput: total variation "
+        f"{comparison.total_variation:.3f}"
+    )
+
+
+def _render(comparison: Comparison, num_rows: int) -> RenderableType:
+    """Join the summary, the largest gains and losses in their context, and the routes.
+
+    Args:
+        comparison: what was compared.
+        num_rows: of each table.
+    """
     from rich.console import Group
     from rich.text import Text
 
     return Group(
         *_summary(comparison),
         Text(),
-        _changes(comparison, "more flow in B", gains=True),
+        _changes(comparison, "more flow in B", num_rows, gains=True),
         Text(),
-        _changes(comparison, "less flow in B", gains=False),
+        _changes(comparison, "less flow in B", num_rows, gains=False),
         Text(),
-        _routes(comparison),
+        _routes(comparison, num_rows),
     )
 
 
@@ -109,12 +126,12 @@ def _summary(comparison: Comparison) -> list[Text]:
     return lines
 
 
-def _changes(comparison: Comparison, title: str, *, gains: bool) -> RenderableType:
+def _changes(comparison: Comparison, title: str, num_rows: int, *, gains: bool) -> RenderableType:
     """Tabulate the largest gains or losses of flow in B."""
     from rich.table import Table
     from rich.text import Text
 
-    pairs = comparison.largest(_NUM_CHANGES, gains=gains)
+    pairs = comparison.largest(num_rows, gains=gains)
     if not pairs:
         return Text(f"{title}: nothing")
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, caption_justify="left")
@@ -188,8 +205,9 @@ def _other_text(comparison: Comparison, pair: int) -> str | None:
     return second
 
 
-def _routes(comparison: Comparison) -> Table:
+def _routes(comparison: Comparison, num_rows: int) -> RenderableType:
     """Tabulate the widest routes of both traces."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -197,7 +215,7 @@ def _routes(comparison: Comparison) -> Table:
     for name in ("A", "B", "", "route"):
         justify = "right" if name in ("A", "B") else "left"
         table.add_column(name, justify=justify, overflow="fold")
-    for route in comparison.routes[:_NUM_ROUTES]:
+    for route in comparison.routes[:num_rows]:
         if route.shared:
             kind = "both"
         else:
@@ -207,8 +225,9 @@ def _routes(comparison: Comparison) -> Table:
             kind = f"{'more' if is_in_both else 'only'} in {wider}"
         parts = [_route_part(comparison, pair) for pair in route.pairs]
         table.add_row(f"{route.first:.1%}", f"{route.second:.1%}", kind, Text(" → ", style="dim").join(parts))
-    table.caption = "width: how much flow the route could carry in each; routes overlap, so widths do not add up"
-    return table
+    # A caption of the table would be as narrow as the table.
+    caption = "A, B: how much flow the route could carry in each; routes overlap, so widths do not add up"
+    return Group(table, Text(caption, style="dim italic"))
 
 
 def _route_part(comparison: Comparison, pair: int) -> Text:

@@ -12,6 +12,7 @@ from flowgraph.commands.common import (
     Dtype,
     Layers,
     Model,
+    Quiet,
     check_outputs,
     console,
     layer_choice,
@@ -46,6 +47,7 @@ def hub_test(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write every measurement here.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Mask the top, random and bottom tokens by throughput, and compare what that does to the answer."""
     from flowgraph.files import write_json
@@ -54,7 +56,7 @@ def hub_test(
     shares = _shares(fractions)
     check_outputs(json_file)
     traces = [load_trace(file) for file in files]
-    with stages() as progress:
+    with stages(quiet=quiet) as progress:
         network, _ = load_model(model, dtype, device, progress)
         import flowgraph
 
@@ -74,7 +76,7 @@ def hub_test(
             )
     if json_file is not None:
         write_json(json_file, {**result.to_dict(), "files": [str(file) for file in files], "model": model})
-    _print(result)
+    _print(result, quiet)
 
 
 def _shares(text: str) -> list[float]:
@@ -87,8 +89,12 @@ def _shares(text: str) -> list[float]:
         ) from None
 
 
-def _print(result: HubTest) -> None:
-    """Print the table of a hub test with a heading."""
+def _print(result: HubTest, quiet: bool) -> None:
+    """Print the table of a hub test with a heading; where quiet, the first of its differences in one line."""
+    if quiet:
+        row = [*result.differences, *result.rows][0]
+        console().print(f"{row.arm} at {row.fraction:.3g}: {row.change:+.2f}{_interval(row.change_interval, '+.2f')}")
+        return
     counts = f"{len(result.runs)} runs on {result.num_traces} trace(s)"
     terminal = console()
     terminal.print(f"{counts}: {result.region} tokens masked by {result.score}", highlight=False)

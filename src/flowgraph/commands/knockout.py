@@ -13,6 +13,7 @@ from flowgraph.commands.common import (
     Dtype,
     Layers,
     Model,
+    Quiet,
     TraceFile,
     check_outputs,
     console,
@@ -46,6 +47,7 @@ def knockout(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Mask tokens, edges or routes of a saved trace in the model's attention, and measure the answer again."""
     from flowgraph.files import write_json
@@ -62,7 +64,7 @@ def knockout(
     trace = load_trace(file)
     masked_routes = _routes(trace, ranks)
 
-    with stages() as progress:
+    with stages(quiet=quiet) as progress:
         network, tokenizer = load_model(model, dtype, device, progress)
         import flowgraph
 
@@ -79,7 +81,7 @@ def knockout(
             )
     if json_file is not None:
         write_json(json_file, {"schema": "flowgraph-knockout/1", **result.to_dict()})
-    _print(trace, result, tokenizer)
+    _print(trace, result, tokenizer, quiet)
 
 
 def _edge(text: str) -> tuple[int, int]:
@@ -105,11 +107,13 @@ def _routes(trace: FlowTrace, ranks: list[int]) -> list[Route]:
     return [routes[rank - 1] for rank in ranks]
 
 
-def _print(trace: FlowTrace, result: KnockoutResult, tokenizer: Any) -> None:
-    """Print what was masked, the answer token by token, and the sum."""
+def _print(trace: FlowTrace, result: KnockoutResult, tokenizer: Any, quiet: bool) -> None:
+    """Print what was masked, the answer token by token, and the sum; the sum alone where quiet."""
     terminal = console()
-    terminal.print(_masked(trace, result), highlight=False, markup=False)
-    terminal.print(_answer_table(trace, result, tokenizer))
+    if not quiet:
+        terminal.print(_masked(trace, result), highlight=False, markup=False)
+        terminal.print(_answer_table(trace, result, tokenizer))
+        terminal.print()
     before = float(result.before.sum())
     after = float(result.after.sum())
     if result.flips:
@@ -117,12 +121,12 @@ def _print(trace: FlowTrace, result: KnockoutResult, tokenizer: Any) -> None:
     else:
         outcome = "stay: it does not flip"
     terminal.print(
-        f"\nlog-probability of the answer {before:.4f} -> {after:.4f} ({result.change:+.4f} nats); the most probable "
+        f"log-probability of the answer {before:.4f} -> {after:.4f} ({result.change:+.4f} nats); the most probable "
         f"answer tokens {outcome}",
         highlight=False,
     )
     # Flips are counted against what the model itself would generate.
-    if not bool((result.greedy_before == trace.token_ids[result.answer]).all()):
+    if not quiet and not bool((result.greedy_before == trace.token_ids[result.answer]).all()):
         terminal.print(
             "note: even before, the trace's answer is not the most probable one of this model; it was sampled, given, "
             "or made by another model or precision",

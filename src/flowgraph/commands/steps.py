@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph.commands.common import TraceFile, check_outputs, console
+from flowgraph.commands.common import Full, Quiet, TraceFile, check_outputs, console, one_view
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 _BAR_WIDTH = 12
 _STEP_WIDTH = 72
+_BRIEF_STEP_WIDTH = 34
+"""Characters of a step; the brief ones leave each step on one line of 80 columns."""
 _END_WIDTH = 30
+_NUM_BRIEF_STEPS = 12
+"""Steps listed, those with most throughput, unless all are asked for."""
+_NUM_BRIEF_FLOWS = 5
+_NUM_FLOWS = 12
 
 
 def steps(
@@ -29,21 +35,30 @@ def steps(
         ),
     ] = "auto",
     split_question: Annotated[bool, typer.Option("--split-question", help="Split the question too.")] = False,
-    flows: Annotated[int, typer.Option(min=0, help="How many of the strongest flows to list.")] = 12,
+    flows: Annotated[
+        int | None, typer.Option(min=0, help="How many of the strongest flows to list. Default: 5, with --full 12.")
+    ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the table of steps here.")] = None,
     flows_csv: Annotated[Path | None, typer.Option("--flows-csv", help="Also write the flows here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write steps and flows here.")] = None,
+    full: Full = False,
+    quiet: Quiet = False,
 ) -> None:
     """Print how the flow of a saved trace runs from step to step."""
     from flowgraph.tracing.flow_trace import load_trace
 
+    one_view(full=full, quiet=quiet)
     check_outputs(csv_file, flows_csv, json_file)
     result = load_trace(file).steps(by, split_question=split_question)
     screen = console()
     screen.print(f"{result.num_steps} steps by {result.by}", markup=False, highlight=False)
-    screen.print(_step_table(result))
-    if flows:
-        screen.print(_flow_table(result, flows))
+    num_flows = flows
+    if num_flows is None:
+        num_flows = _NUM_FLOWS if full else _NUM_BRIEF_FLOWS
+    if not quiet:
+        screen.print(_step_table(result, None if full else _NUM_BRIEF_STEPS))
+        if num_flows:
+            screen.print(_flow_table(result, num_flows))
     if csv_file is not None:
         result.to_csv(csv_file)
     if flows_csv is not None:
@@ -52,8 +67,8 @@ def steps(
         result.to_json(json_file)
 
 
-def _step_table(result: StepFlow) -> Table:
-    """Tabulate the steps in the order of the text."""
+def _step_table(result: StepFlow, most: int | None) -> Table:
+    """Tabulate the steps in the order of the text: all, or those with most throughput."""
     from rich.table import Table
 
     from flowgraph.commands.terminal import bar
@@ -66,7 +81,10 @@ def _step_table(result: StepFlow) -> Table:
     table.add_column("")
     table.add_column("step", overflow="fold")
     throughput = result.throughput.tolist()
-    for step in result.steps:
+    strongest_first = sorted(range(len(throughput)), key=lambda index: -throughput[index])
+    listed = sorted(strongest_first[:most])
+    width = _STEP_WIDTH if most is None else _BRIEF_STEP_WIDTH
+    for step in (result.steps[index] for index in listed):
         value = throughput[step.index]
         table.add_row(
             str(step.index),
@@ -74,9 +92,11 @@ def _step_table(result: StepFlow) -> Table:
             f"{step.start}-{step.stop - 1}",
             f"{value:.3f}",
             bar(value, _BAR_WIDTH),
-            _one_line(step.text, _STEP_WIDTH),
+            _one_line(step.text, width),
         )
     table.caption = "throughput: share of the flow from question to answer that visits the step"
+    if len(listed) < result.num_steps:
+        table.caption += f"; {len(listed)} of {result.num_steps} steps, those with most; --full lists all"
     return table
 
 

@@ -1,26 +1,49 @@
-"""A trace and a certificate as terminal output: the text as a heat map, a token table, the routes, the checks."""
+"""A trace and a certificate as terminal output: the text as a heat map, a token table, the routes, the checks.
+
+Each has a brief view, which fits a screen, and a full one.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from flowgraph.certificate.certify import Certificate
-from flowgraph.pages import signs
-from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
+from flowgraph.certificate.checks import Check
+from flowgraph.display import signs
+from flowgraph.display.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
+from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.steps.step_relevance import StepRelevance
+from flowgraph.text.quoting import shortened
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
 
 NUM_TOKEN_ROWS = 24
-"""Rows of the token table, unless all tokens are listed."""
+"""Rows of the token table in the full view, unless all tokens are listed."""
+_MAX_NAME = 24
+"""Characters of a token in a list."""
+_ROUTE_ENDS = 5
+"""Tokens shown at each end of a long route."""
+_MAX_ANSWER = 200
+"""Characters of the answer."""
+_NUM_BRIEF_TOKENS = 6
+_NUM_BRIEF_ROUTES = 3
+_NUM_BRIEF_LINES = 6
+"""Lines of text in the brief view."""
+_BRIEF_WIDTH = 76
+"""Characters of a line of text in the brief view."""
 
 _DIM_BELOW = 0.05
 _REGION_LETTERS = {"question": "Q", "reasoning": "R", "answer": "A", None: ""}
 _BAR_WIDTH = 16
 
 _SMALLEST_END = 0.005
+_NO_FLOW = "No flow: no question token reaches the answer through this graph."
 
 _FOUND_AS = {
     "auto: Boxed()": "in the last box",
@@ -71,17 +94,93 @@ def render_trace(
         parts.append(_backbone(trace, keep))
         parts.append(_routes(trace, num_routes))
     else:
-        message = "No flow: no question token reaches the answer through this graph."
-        parts.append(Text(message, style="bold yellow"))
+        parts.append(Text(_NO_FLOW, style="bold yellow"))
     return Group(*parts)
 
 
-def heat_text(trace: FlowTrace) -> Text:
-    """Render the text, each token on a background that grows brighter with the square root of its throughput."""
+def brief_trace(trace: FlowTrace) -> RenderableType:
+    """Render a trace in some twenty lines: its answer, the end of its text, the strongest tokens and routes."""
+    model = signs.visible(str(trace.provenance.get("model") or "a model"))
+    sizes = ", ".join(f"{name} {int(trace.graph[f'{name}_mask'].sum()):,}" for name in REGIONS)
+    shown = _end_of_text(trace)
+    left_out = Text(f"[… {shown.start:,} tokens before]" if shown.start else "", style="dim")
+    parts: list[RenderableType] = [
+        Text(f"{model}: {trace.num_tokens:,} tokens ({sizes})"),
+        _selection(trace),
+        left_out,
+        heat_text(trace, shown),
+        Text(),
+    ]
+    if not trace.feasible:
+        parts.append(Text(_NO_FLOW, style="bold yellow"))
+        return Group(*parts)
+    parts.append(
+        Text("strongest tokens by throughput, the share of the flow that passes through a token", style="italic")
+    )
+    parts.append(_brief_tokens(trace))
+    parts.append(Text("widest routes", style="italic"))
+    parts.append(_routes(trace, _NUM_BRIEF_ROUTES, is_brief=True))
+    return Group(*parts)
+
+
+def _end_of_text(trace: FlowTrace) -> range:
+    """Choose the tokens of the last few lines of text up to the answer, from the start of the response where it fits.
+
+    The answer stands at the end of most responses, and the reasoning that leads to it stands before it.
+    """
+    answer = trace.answer.nonzero().flatten().tolist()
+    generated = trace.generated.nonzero().flatten().tolist()
+    stop = (answer[-1] if answer else trace.num_tokens - 1) + 1
+    first = generated[0] if generated else 0
+
+    # Walk back from the answer until the lines are full; a line break inside a token ends a line.
+    num_lines = 0
+    num_columns = 0
+    for token in range(stop - 1, first - 1, -1):
+        for place, part in enumerate(reversed(signs.visible(trace.tokens[token]).split("⏎"))):
+            if place > 0:
+                num_lines += math.ceil(num_columns / _BRIEF_WIDTH)
+                num_columns = 1
+            num_columns += cell_len(part)
+        if num_lines + math.ceil(num_columns / _BRIEF_WIDTH) > _NUM_BRIEF_LINES:
+            return range(min(token + 1, stop - 1), stop)
+    return range(first, stop)
+
+
+def _brief_tokens(trace: FlowTrace) -> Table:
+    """Tabulate the few strongest tokens outside the answer, whose own tokens carry everything."""
+    tokens = sorted(_strongest(trace, _NUM_BRIEF_TOKENS, with_answer=False))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("token")
+    table.add_column("throughput", justify="right")
+    table.add_column("bar")
+    table.add_column("region", style="dim")
+    shares = trace.throughput.tolist()
+    regions = token_regions(trace.graph)
+    largest = max([shares[token] for token in tokens], default=1.0)
+    for token in tokens:
+        name = Text(_name(trace.tokens[token]))
+        length = bar(shares[token] / max(largest, 1e-12), _BAR_WIDTH)
+        table.add_row(str(token), name, f"{shares[token]:.1%}", length, regions[token] or "context")
+    return table
+
+
+def heat_text(trace: FlowTrace, shown: range | None = None) -> Text:
+    """Render the text, each token on a background that grows brighter with the square root of its throughput.
+
+    Args:
+        trace: the trace.
+        shown: the tokens to show; None shows all.
+    """
     text = Text(no_wrap=False)
     # The square root spreads small shares, which most tokens have.
     strengths = trace.throughput.sqrt().tolist()
-    for token, region, strength in zip(trace.tokens, token_regions(trace.graph), strengths, strict=True):
+    regions = token_regions(trace.graph)
+    for index in shown if shown is not None else range(trace.num_tokens):
+        token = trace.tokens[index]
+        region = regions[index]
+        strength = strengths[index]
         style = _heat_style(strength)
         if region == "question":
             style = f"underline {style}"
@@ -103,7 +202,7 @@ def _heat_style(strength: float) -> str:
     return f"{ink} on {FLOW_RAMP_ON_DARK[step]}"
 
 
-def token_table(trace: FlowTrace, rows: int | None = NUM_TOKEN_ROWS) -> Table:
+def token_table(trace: FlowTrace, rows: int | None = NUM_TOKEN_ROWS) -> RenderableType:
     """Tabulate the strongest tokens in text order, a third of the rows for the question.
 
     Args:
@@ -141,43 +240,72 @@ def token_table(trace: FlowTrace, rows: int | None = NUM_TOKEN_ROWS) -> Table:
             "" if region == "answer" else bar(value / scale, _BAR_WIDTH),
             f"{float(trace.potential[token]):.3g}",
         )
-    table.caption = (
-        "Q question, R reasoning, A answer; throughput: share of the flow that passes through the token; "
-        "h: its total influence on the answer; answer tokens have no bar"
+    # A caption of the table would be as narrow as the table.
+    caption = Text(
+        "Q question, R reasoning, A answer (without a bar); throughput: share of the flow that passes through the "
+        "token; h: its total influence on the answer, over all paths",
+        style="dim italic",
     )
-    return table
+    return Group(table, caption)
 
 
-def _strongest(trace: FlowTrace, rows: int) -> list[int]:
+def _strongest(trace: FlowTrace, rows: int, *, with_answer: bool = True) -> list[int]:
     """Choose the tokens of the table.
 
     Every question token carries its own share of the source, so without a limit the question would fill the table.
     """
     order: list[int] = trace.throughput.argsort(descending=True, stable=True).tolist()
     is_question = trace.question.tolist()
+    if not with_answer:
+        is_answer = trace.answer.tolist()
+        order = [token for token in order if not is_answer[token]]
     question = [token for token in order if is_question[token]][: rows // 3]
     others = [token for token in order if not is_question[token]][: rows - len(question)]
     return question + others
 
 
+def brief_certificate(certificate: Certificate) -> RenderableType:
+    """Render a certificate in one line, with the checks that do not hold where there are any."""
+    lines: list[RenderableType] = [Text(f"certificate: {certificate.result}")]
+    if not certificate.ok:
+        lines.append(_checks(certificate.failed))
+    return Group(*lines, *_notes(certificate))
+
+
 def certificate_table(certificate: Certificate) -> RenderableType:
     """Render a certificate with one row a check: passed or failed, residual and bound, the statement in words."""
-    # The first two lines of its text are the result and the figures.
-    head, numbers, *_ = str(certificate).split("\n")
+    head = Text(f"Certificate: {certificate.result}", style="bold")
+    figures = Text(f"  {certificate.figures}")
+    meaning = Text("  alpha: so many times this flow fits through the attention; V: the exact max flow", style="dim")
+    return Group(head, figures, meaning, _checks(certificate.checks), *_notes(certificate))
+
+
+def _notes(certificate: Certificate) -> list[Text]:
+    return [Text(f"note: {note}") for note in certificate.notes]
+
+
+def _checks(checks: Sequence[Check]) -> Table:
+    """Tabulate checks with residual and bound."""
     table = Table(box=None, pad_edge=False, show_header=True)
     table.add_column("", overflow="fold")
     table.add_column("check", overflow="fold")
     table.add_column("residual", justify="right", overflow="fold")
     table.add_column("bound", justify="right", overflow="fold")
     table.add_column("statement", overflow="fold")
-    for check in certificate.checks:
+    for check in checks:
         mark = Text("✓", style="green") if check.ok else Text("✗", style="bold red")
         statement = Text(check.statement)
         if check.detail:
             statement.append(f" ({check.detail})", style="dim")
         table.add_row(mark, check.name, f"{check.residual:.1g}", f"{check.bound:.1g}", statement)
-    notes = [Text(f"note: {note}") for note in certificate.notes]
-    return Group(Text(head, style="bold"), Text(numbers), table, *notes)
+    return table
+
+
+def brief_relevance(relevance: StepRelevance) -> RenderableType:
+    """Render in one line where the relevance of the answer ends."""
+    line = Text("relevance of the answer: ")
+    line.append(", ".join(f"{name} {share:.0%}" for name, share in _where_it_ends(relevance)))
+    return line
 
 
 def relevance_tree(relevance: StepRelevance) -> RenderableType:
@@ -206,9 +334,9 @@ def _where_it_ends(relevance: StepRelevance) -> list[tuple[str, float]]:
 
 def _selection(trace: FlowTrace) -> Text:
     """Show the answer and the rule that found it, the first thing to check when a trace looks wrong."""
-    answer = "".join(trace.tokens[token] for token in trace.answer.nonzero().flatten().tolist())
+    answer = shortened(trace.text_of(trace.answer).strip(), _MAX_ANSWER)
     rule = trace.provenance.get("answer_selector", "")
-    line = Text(f"answer: {answer.strip()!r}")
+    line = Text(f"answer: {answer!r}")
     if rule in _FOUND_AS:
         line.append(f" {_FOUND_AS[rule]}", style="dim")
     elif rule:
@@ -230,16 +358,22 @@ def _backbone(trace: FlowTrace, keep: float) -> Text:
     )
 
 
-def _routes(trace: FlowTrace, count: int) -> Table:
+def _routes(trace: FlowTrace, count: int, *, is_brief: bool = False) -> Table:
     """Tabulate the widest routes."""
-    table = Table(title="widest routes", title_justify="left", box=None, pad_edge=False)
+    title = None if is_brief else "widest routes"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=not is_brief)
     table.add_column("flow", justify="right")
     table.add_column("route", overflow="fold")
     for route in trace.routes(count):
-        stops = []
-        for token in route.tokens:
-            # Blank tokens keep their symbol, other tokens lose the space in front.
-            text = visible(trace.tokens[token])
-            stops.append(Text(f"{text.strip() or text!r}[{token}]"))
+        stops = [Text(f"{_name(trace.tokens[token])!r}[{token}]") for token in route.tokens]
+        if len(stops) > 2 * _ROUTE_ENDS + 1:
+            middle = Text(f"{len(stops) - 2 * _ROUTE_ENDS} more", style="dim")
+            stops = [*stops[:_ROUTE_ENDS], middle, *stops[-_ROUTE_ENDS:]]
         table.add_row(f"{route.flow:.1%}", Text(" → ", style="dim").join(stops))
     return table
+
+
+def _name(token: str) -> str:
+    """Name a token in a list: a blank token keeps its sign, another one loses the space in front; both are short."""
+    shown = visible(token)
+    return shortened(shown.strip() or shown, _MAX_NAME)

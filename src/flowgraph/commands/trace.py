@@ -15,10 +15,12 @@ from flowgraph.commands.common import (
     Damping,
     Device,
     Dtype,
+    Full,
     Keep,
     MaxNewTokens,
     Model,
     Preset,
+    Quiet,
     Rows,
     Source,
     TraceHeads,
@@ -31,6 +33,7 @@ from flowgraph.commands.common import (
     stages,
     warnings_on_stderr,
 )
+from flowgraph.commands.views import View
 
 if TYPE_CHECKING:
     from flowgraph.steps.step_relevance import StepRelevance
@@ -83,9 +86,12 @@ def trace(
         bool,
         typer.Option("--relevance", help="Also print the conserved relevance of the answer between steps (backward)."),
     ] = False,
+    full: Full = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Trace one answer and print its tokens, backbone and certificate."""
+    """Trace one answer; print it with its strongest tokens and routes, and check the flow."""
     # Read and check every option before the model is loaded.
+    view = View(full=full, quiet=quiet, all_tokens=all_tokens, relevance=relevance, keep=keep)
     text = _text("prompt", prompt if prompt != "-" else None, prompt_file, read_stdin=True)
     given_response = _text("response", response, response_file)
     for name, value in (("prompt", text), ("response", given_response)):
@@ -95,7 +101,7 @@ def trace(
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
 
-    with stages() as progress:
+    with stages(quiet=quiet) as progress:
         # The folder is created and checked before the model is loaded.
         outputs = outputs_in(out)
         network, tokenizer = load_model(model, dtype, device, progress)
@@ -129,18 +135,21 @@ def trace(
             progress=progress,
         )
         found = _relevance(network, result, progress) if relevance else None
-    _report(result, out, keep, all_tokens, found)
+    _report(result, out, view, found)
 
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("out"),
     keep: Keep = 0.9,
     all_tokens: AllTokens = False,
+    full: Full = False,
+    quiet: Quiet = False,
 ) -> None:
     """Trace a worked answer of SmolLM2-135M-Instruct, and write HTML, JSON and safetensors."""
     from flowgraph.demo import PROMPT, load_demo_model
 
-    with stages() as progress:
+    view = View(full=full, quiet=quiet, all_tokens=all_tokens, keep=keep)
+    with stages(quiet=quiet) as progress:
         outputs = outputs_in(out)
         network, tokenizer = load_demo_model(progress)
         import flowgraph
@@ -148,7 +157,7 @@ def demo(
         messages = [{"role": "user", "content": PROMPT}]
         result = flowgraph.trace(network, tokenizer, messages, outputs=outputs, progress=progress)
         found = _relevance(network, result, progress)
-    _report(result, out, keep, all_tokens, found)
+    _report(result, out, view, found)
 
 
 def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool = False) -> str | None:
@@ -201,32 +210,26 @@ def _relevance(model: Any, result: FlowTrace, progress: Callable[[str], None]) -
         return None
 
 
-def _report(
-    result: FlowTrace, out: Path | None, keep: float, all_tokens: bool, relevance: StepRelevance | None = None
-) -> None:
+def _report(result: FlowTrace, out: Path | None, view: View, relevance: StepRelevance | None = None) -> None:
     """Print a trace with its certificate, and write its files; exit code 1 when a check fails."""
-    from flowgraph.commands.terminal import NUM_TOKEN_ROWS, certificate_table, relevance_tree, render_trace
-
     outputs = outputs_in(out)
-    with stages() as progress:
-        progress("finding the backbone")
+    with stages(quiet=view.quiet) as progress:
+        progress("finding the routes")
         # Everything is computed and written before anything is printed.
-        view = render_trace(result, keep=keep, rows=None if all_tokens else NUM_TOKEN_ROWS)
+        rendered = view.of_trace(result)
         progress("checking the flow")
         certificate = result.certify()
         for path in outputs:
             progress(f"writing {path}")
             _write(result, path)
     terminal = console()
-    terminal.print(view)
+    terminal.print(rendered)
     if relevance is not None:
-        terminal.print()
-        terminal.print(relevance_tree(relevance))
-    terminal.print()
-    terminal.print(certificate_table(certificate))
-    if outputs:
-        names = ", ".join(str(path) for path in outputs)
-        terminal.print(f"\nwrote {names}; open the first in a browser", highlight=False)
+        for part in view.of_relevance(relevance):
+            terminal.print(part)
+    for part in view.of_certificate(certificate):
+        terminal.print(part)
+    view.print_end(terminal, outputs)
     if not certificate.ok:
         raise typer.Exit(1)
 

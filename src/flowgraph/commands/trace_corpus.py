@@ -20,6 +20,7 @@ from flowgraph.commands.common import (
     MaxNewTokens,
     Model,
     Preset,
+    Quiet,
     Rows,
     Source,
     TraceHeads,
@@ -78,6 +79,7 @@ def trace_corpus(
     restart: Annotated[bool, typer.Option("--restart", help="Remove earlier results from the folder.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    quiet: Quiet = False,
 ) -> None:
     """Trace every line of a JSONL file; exit code 1 when a line could not be traced."""
     import flowgraph
@@ -97,11 +99,11 @@ def trace_corpus(
     scan(file, fields)
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
-    with stages() as progress:
+    with stages(quiet=quiet) as progress:
         network, tokenizer = load_model(model, dtype, device, progress)
 
     try:
-        with _reporting() as report:
+        with _reporting(quiet) as report:
             summary = flowgraph.trace_corpus(
                 network,
                 tokenizer,
@@ -136,14 +138,17 @@ def trace_corpus(
 
 
 @contextmanager
-def _reporting() -> Iterator[Callable[[CorpusProgress], None]]:
-    """Show a bar with rates and time left on standard error; lines of text where that is not a terminal."""
+def _reporting(quiet: bool) -> Iterator[Callable[[CorpusProgress], None]]:
+    """Show a bar with rates and time left on standard error; lines of text where that is not a terminal.
+
+    A quiet run shows the lines that were skipped, and no figures.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _ProgressLines(console)
+    if quiet or not console.is_terminal:
+        yield _ProgressLines(console, only_skipped=quiet)
         return
     # Stages contain text of the input, which must not be read as markup.
     columns = (BarColumn(), TextColumn("{task.fields[status]}", markup=False))
@@ -167,12 +172,14 @@ class _ProgressLines:
 
     Attributes:
         console: where the lines are printed.
+        only_skipped: print no figures.
         last: clock reading at the latest figures.
         ended: whether the final figures were printed.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, only_skipped: bool) -> None:
         self.console = console
+        self.only_skipped = only_skipped
         self.last = -_SECONDS_BETWEEN_LINES
         self.ended = False
 
@@ -180,6 +187,8 @@ class _ProgressLines:
         """Print the state if a line is due."""
         if _is_skipped_line(state.stage):
             self._print(state.stage)
+            return
+        if self.only_skipped:
             return
         now = time.monotonic()
         is_finished = state.done + state.failed == state.total

@@ -22,16 +22,24 @@ from flowgraph.comparison.agreement import (
     total_variation,
 )
 from flowgraph.comparison.alignment import SAME_TOKENS, Alignment, Group, align, question_text
+from flowgraph.display.fragment import bar, escaped, fragment, percent, table
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
 from flowgraph.files import PathLike, write_json
 from flowgraph.flow.flow import NEGLIGIBLE_FLOW
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.pages.comparison_page import write_comparison_html
+from flowgraph.text.quoting import shortened
 from flowgraph.tracing.flow_trace import FlowTrace
 
 SCHEMA = "flowgraph-comparison/1"
 _MAX_ANSWER = 24
 """Characters of an answer in a name."""
+_NUM_SHOWN = 6
+"""Largest gains and losses that a notebook shows."""
+_CONTEXT = 16
+"""Characters around a pair that a notebook shows."""
+_MAX_NOTE = 400
+"""Characters of a note, a name or a rule that a notebook shows."""
 
 _SELECTORS = ("question_selector", "answer_selector")
 _TRACE_SETTINGS = (
@@ -241,6 +249,65 @@ class Comparison:
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Render the comparison for a notebook: both traces, how far they agree, and the largest differences."""
+        kind = "groups" if self.by == "characters" else self.by
+        lines = [f"<b>Comparison</b> by {self.by}: {escaped(self.rule, _MAX_NOTE)}"]
+        for letter, name, units, hops in zip("AB", self.names, self.units, self.mean_hops, strict=True):
+            lines.append(
+                f"<b>{letter}</b> {escaped(name, _MAX_NOTE)}: {len(units):,} {kind}, mean route {hops:.2f} hops"
+            )
+        num_shared_routes = sum(route.shared for route in self.routes)
+        lines.append(
+            f"{self.num_matched:,} matched; shared: {percent(self.edge_overlap)} of all hops, "
+            f"{_or_undefined(self.hub_overlap, '.0%')} of the hubs, {num_shared_routes} of the {len(self.routes)} "
+            "widest routes"
+        )
+        lines.append(
+            f"throughput: total variation {self.total_variation:.3f} (0 alike, 1 nothing in common), rank correlation "
+            f"{_or_undefined(self.rank_correlation, '.3f')}"
+        )
+        lines += [f"note: {escaped(note, _MAX_NOTE)}" for note in self.notes]
+        parts = [f"<div>{'<br>'.join(lines)}</div>", self._html_changes(gains=True), self._html_changes(gains=False)]
+        return fragment(*parts)
+
+    def _html_changes(self, gains: bool) -> str:
+        """Tabulate the pairs whose throughput changes most, with the text around them."""
+        title = "more flow in B" if gains else "less flow in B"
+        pairs = self.largest(_NUM_SHOWN, gains=gains)
+        if not pairs:
+            return f"<div>{title}: nothing</div>"
+        # Bars are relative to the largest change of either sign.
+        largest = float(self.difference.abs().max())
+        rows = []
+        for pair in pairs:
+            change = float(self.difference[pair])
+            rows.append(
+                [
+                    self._html_text(pair),
+                    self._html_share(pair, 0),
+                    self._html_share(pair, 1),
+                    f"{100 * change:+.1f}",
+                    bar(abs(change) / largest, "flow" if gains else "less"),
+                ]
+            )
+        return table([title, "A", "B", "B - A, points", ""], rows, left=[title, ""])
+
+    def _html_text(self, pair: int) -> str:
+        """Quote a pair in bold between the texts around it."""
+        before, text, after = self.context(pair, _CONTEXT)
+        shown = f"<b>{escaped(text)}</b>"
+        # A step is long enough to be recognised alone.
+        if self.by != "steps":
+            shown = f"{escaped(before)}{shown}{escaped(after)}"
+        return f'<bdi style="white-space:pre-wrap">{shown}</bdi>'
+
+    def _html_share(self, pair: int, side: int) -> str:
+        """Write the throughput of a pair on one side, or that the side has no such unit."""
+        if int(self.pairs[pair, side]) < 0:
+            return "none"
+        return percent(float(self.throughput[pair, side]))
+
     def _listed(self, gains: bool) -> str:
         """Return the four pairs that change most, each with its difference, in one line."""
         changes = []
@@ -396,11 +463,7 @@ def _name(settings: Mapping[str, Any], differing: Sequence[str], answer: str | N
 
 def _answer(trace: FlowTrace) -> str:
     """Return the text of the answer, shortened to fit a name."""
-    answer_tokens = trace.answer.nonzero().flatten().tolist()
-    text = "".join(trace.tokens[t] for t in answer_tokens).strip()
-    if len(text) <= _MAX_ANSWER:
-        return text
-    return text[: _MAX_ANSWER - 1] + "…"
+    return shortened(trace.text_of(trace.answer).strip(), _MAX_ANSWER)
 
 
 def _ranges(layers: Any) -> str:

@@ -23,6 +23,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.utils import to_networkx as pyg_to_networkx
 
 from flowgraph.analysis.backbone import backbone
+from flowgraph.display.palette import PALETTE, channels
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import PathLike, atomic_write
 from flowgraph.flow.flow import Flow
@@ -42,7 +43,13 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]")
 """Characters that XML 1.0 forbids, or rewrites (carriage return)."""
 _FIRST_CONTROL_PICTURE = 0x2400
 _BREAKS = str.maketrans("\t\n", "␉␊")
-_COLORS = {"question": (31, 119, 180), "reasoning": (255, 127, 14), "answer": (44, 160, 44), NO_REGION: (127, 127, 127)}
+_COLOURS = {
+    "question": PALETTE["question"].light,
+    "reasoning": PALETTE["reasoning"].light,
+    "answer": PALETTE["answer"].light,
+    NO_REGION: PALETTE["context"].light,
+}
+"""Colours of GEXF nodes by region, those of the pages."""
 _MIN_SIZE = 10
 _SIZE_RANGE = 40
 """Sizes of GEXF nodes: the smallest, and how much throughput 1 adds."""
@@ -182,7 +189,7 @@ def write_gexf(graph: Exportable, path: PathLike, *, keep: float | None = None) 
 
 def _appearance(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return colour and size of a node in Gephi; networkx writes what a node has under "viz"."""
-    red, green, blue = _COLORS[node["region"]]
+    red, green, blue = channels(_COLOURS[node["region"]])
     throughput = node.get("throughput", 0.0)
     return {
         "color": {"r": red, "g": green, "b": blue},

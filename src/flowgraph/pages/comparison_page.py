@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowgraph.display.signs import visible
 from flowgraph.files import PathLike, write_text
 from flowgraph.flow.flow import NEGLIGIBLE_FLOW
 from flowgraph.pages.page import asset, flattened, render_page
-from flowgraph.pages.signs import visible
 
 _LISTED = 8
 """Rows of each table of largest differences."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowgraph.display.signs import visible
 from flowgraph.files import PathLike, write_text
 from flowgraph.pages.page import asset, flattened, percent, render_page
-from flowgraph.pages.signs import visible
 
 _COLUMNS = [
     ("line", "line of the input file", "number"),

@@ -7,39 +7,29 @@ and the routes remain. Token text is data: it is escaped, and control characters
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from flowgraph.analysis.routes import widest_routes
+from flowgraph.display.fragment import FULL_OPACITY, REGION_STYLES, escaped, fragment, heat, percent
+from flowgraph.display.signs import visible_name
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
-from flowgraph.pages.palette import PALETTE, rgba
-from flowgraph.pages.signs import visible, visible_name
 
 _MAX_TOKENS = 300
 """Most tokens shown; a longer trace is shortened."""
 _AROUND = 6
 """Tokens shown on each side of an interesting one."""
-_MAX_CHARACTERS = 80
-"""Characters of one token that are shown."""
 _SHARES = {"answer": 0.25, "question": 0.5, "reasoning": 1.0, "context": 1.0}
 """Regions in the order in which their tokens are chosen, and the part of the tokens shown that may be taken after each.
 Question tokens carry the source, and would take everything if throughput alone decided."""
 _NUM_ROUTES = 3
 _ROUTE_ENDS = 5
 """Tokens shown at each end of a long route."""
-_STRONGEST = 0.75
-"""Opacity of the strongest token's colour: at most this much of it is light enough for black text on white, and dark
-enough for white text on black."""
-_MARKS = {
-    "question": f"border-bottom:2px solid {PALETTE['question'].light}",
-    "reasoning": "",
-    "answer": f"outline:2px solid {PALETTE['answer'].light};outline-offset:-1px",
-    "context": "opacity:.65",
-}
 
 
 @runtime_checkable
@@ -61,6 +51,9 @@ class TraceLike(Protocol):
     def flow(self) -> Flow: ...
     @property
     def provenance(self) -> Mapping[str, Any]: ...
+    def text_of(self, mask: Bool[Tensor, " tokens"]) -> str:
+        """Quote the characters of some tokens."""
+        ...
 
 
 def repr_html(trace: TraceLike) -> str:
@@ -81,32 +74,32 @@ def repr_html(trace: TraceLike) -> str:
     if bool(trace.flow.feasible):
         parts.append(_routes(trace))
     parts.append(_legend())
-    # The classes keep a notebook's MathJax from reading dollar signs in tokens as formulas.
-    return (
-        '<div class="tex2jax_ignore mathjax_ignore" style="max-width:60em;line-height:1.6;text-align:left">'
-        + "".join(parts)
-        + "</div>"
-    )
+    return fragment(*parts)
 
 
 def _summary(trace: TraceLike) -> str:
-    """Write model, size, mean number of hops, alpha and the effect of pruning."""
+    """Write model, size, answer, mean number of hops, alpha and the effect of pruning."""
     sizes = []
     for name in ("question", "reasoning", "answer"):
         sizes.append(f"{int(trace.graph[f'{name}_mask'].sum()):,} {name}")
     counts = ", ".join(sizes)
-    model = _visible(str(trace.provenance.get("model") or "a model"))
+    model = escaped(str(trace.provenance.get("model") or "a model"))
     lines = [f"<b>FlowTrace</b> of {model}: {len(trace.tokens):,} tokens ({counts}), {trace.graph.num_edges:,} edges"]
+
+    lines.append(f"answer: <bdi><b>{escaped(trace.text_of(trace.graph.answer_mask).strip())}</b></bdi>")
 
     if bool(trace.flow.feasible):
         # A route of k tokens has k - 1 hops, and the throughput sums to the mean number of tokens of a route.
         hops = float(trace.flow.throughput.sum()) - 1
-        lines.append(f"mean route {hops:.2f} hops, alpha {float(trace.flow.alpha):.3g}")
+        alpha = float(trace.flow.alpha)
+        lines.append(
+            f"mean route {hops:.2f} hops; alpha {alpha:.3g}: so many times this flow fits through the attention"
+        )
     else:
         lines.append("<b>No flow:</b> no question token reaches the answer through this graph.")
     kept = float(trace.graph.kept_flow)
     if kept < 1:
-        lines.append(f"pruned: {_percent(kept)} of the flow kept")
+        lines.append(f"pruned: {percent(kept)} of the flow kept")
     return f"<div>{'<br>'.join(lines)}</div>"
 
 
@@ -134,22 +127,17 @@ def _text(trace: TraceLike) -> str:
 def _token(index: int, token: str, throughput: float, region: str, full: float) -> str:
     """Write one token with its throughput as background and as tooltip, and its region as line."""
     styles = []
-    strength = _STRONGEST * min(throughput / full, 1.0) ** 0.5
+    strength = FULL_OPACITY * min(throughput / full, 1.0) ** 0.5
     if strength >= 0.005:
-        styles.append(f"background-color:{_heat(strength)}")
-    if _MARKS[region]:
-        styles.append(_MARKS[region])
+        styles.append(f"background-color:{heat(strength)}")
+    if REGION_STYLES[region]:
+        styles.append(REGION_STYLES[region])
     style = ""
     if styles:
         style = f' style="{";".join(styles)}"'
-    title = f"token {index}, {region}: {_percent(throughput)}"
+    title = f"token {index}, {region}: {percent(throughput)}"
     line_breaks = "<br>" * min(token.count("\n"), 2)
-    return f'<span title="{title}"{style}>{_visible(token)}</span>{line_breaks}'
-
-
-def _heat(opacity: float) -> str:
-    """Return the colour of flow with this opacity."""
-    return rgba(PALETTE["flow"].light, round(opacity, 2))
+    return f'<span title="{title}"{style}>{escaped(token)}</span>{line_breaks}'
 
 
 def _gap(throughput: Sequence[float]) -> str:
@@ -158,7 +146,7 @@ def _gap(throughput: Sequence[float]) -> str:
         return ""
     strongest = "none with flow"
     if max(throughput) > 0:
-        strongest = f"none above {_percent(max(throughput))}"
+        strongest = f"none above {percent(max(throughput))}"
     noun = "token" if len(throughput) == 1 else "tokens"
     return f'<div><i style="opacity:.75">[… {len(throughput):,} {noun} left out, {strongest} …]</i></div>'
 
@@ -203,20 +191,21 @@ def _routes(trace: TraceLike) -> str:
         names = []
         for token in route.tokens:
             # <bdi> keeps a right-to-left name from reversing the order of the route.
-            name = _visible(visible_name(trace.tokens[token]), 24)
+            name = escaped(visible_name(trace.tokens[token]), 24)
             names.append(f"<bdi>{name}</bdi><sub>{token}</sub>")
         if len(names) > 2 * _ROUTE_ENDS + 1:
             middle = f"… {len(names) - 2 * _ROUTE_ENDS} more …"
             names = [*names[:_ROUTE_ENDS], middle, *names[-_ROUTE_ENDS:]]
-        rows.append(f"<li>{_percent(route.flow)}: {' → '.join(names)}</li>")
+        rows.append(f"<li>{percent(route.flow)}: {' → '.join(names)}</li>")
     return f'<div>Widest routes, with their share of the flow:<ol dir="ltr" style="margin:0">{"".join(rows)}</ol></div>'
 
 
 def _legend() -> str:
     """Explain colours and lines."""
-    samples = [f'<span style="{_MARKS[name]}">{name}</span>' for name in ("question", "answer", "context")]
-    heat = f'<span style="background-color:{_heat(_STRONGEST)}">most throughput outside the answer</span>'
-    return f'<div style="font-size:85%">{heat} · {" · ".join(samples)} · reasoning unmarked</div>'
+    samples = [f'<span style="{REGION_STYLES[name]}">{name}</span>' for name in ("question", "answer", "context")]
+    strongest = f'<span style="background-color:{heat(FULL_OPACITY)}">most throughput outside the answer</span>'
+    notes = "reasoning unmarked; context: chat template, system text and what follows the answer"
+    return f'<div style="font-size:85%">{strongest} · {" · ".join(samples)} · {notes}</div>'
 
 
 def _regions(trace: TraceLike) -> list[str]:
@@ -226,18 +215,3 @@ def _regions(trace: TraceLike) -> list[str]:
         for token in torch.nonzero(trace.graph[f"{name}_mask"]).flatten().tolist():
             names[token] = name
     return names
-
-
-def _visible(text: str, length: int = _MAX_CHARACTERS) -> str:
-    """Escape a text, replace its invisible characters by signs, and cut it after ``length`` characters."""
-    if len(text) > length:
-        text = text[:length] + "…"
-    return escape(visible(text))
-
-
-def _percent(share: float) -> str:
-    """Write a share as a percentage with three digits; a share below 1 by more than rounding is 99.9 %, not 100 %."""
-    text = f"{100 * share:.3g}"
-    if text == "100" and share < 1 - 1e-12:
-        return "99.9 %"
-    return f"{text} %"

@@ -1,7 +1,7 @@
 """Render one self-contained HTML page, which runs its own script and makes no network request.
 
 Every page has the same shell (``page.html.jinja``), the same base style (``page.css``, with the colours of
-:mod:`flowgraph.pages.palette`) and the same script helpers (``signs.js``, ``base.js``).
+:mod:`flowgraph.display.palette`) and the same script helpers (``signs.js``, ``base.js``).
 
 Token text is data: it travels as JSON with every markup character escaped, and scripts write it by ``textContent``
 only. In addition, a Content-Security-Policy names the one script and the one style sheet by their hashes, so that a
@@ -20,9 +20,9 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from flowgraph.display.palette import css_variables
+from flowgraph.display.signs import visible
 from flowgraph.errors import InvalidInputError
-from flowgraph.pages.palette import css_variables
-from flowgraph.pages.signs import visible
 
 _SHELL = "page.html.jinja"
 _SHARED_STYLE = "page.css"

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flowgraph.display.signs import visible
 from flowgraph.files import PathLike, write_text
 from flowgraph.pages.evidence import colourings, relevance_data
 from flowgraph.pages.page import asset, flattened, percent, render_page
-from flowgraph.pages.signs import visible
 
 _MAX_EDGES = 20_000
 """Most edges between tokens in the page, the strongest of the trace."""
@@ -94,6 +94,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "has_steps": bool(payload.get("steps")),
         "num_tokens": summary["num_tokens"],
         "num_edges": summary["num_edges"],
+        "num_flowing": len(payload["edges"]) + payload["edges_left_out"],
         "counts": [(name, regions.count(name)) for name in ("question", "reasoning", "answer")],
         "mean_hops": summary["mean_hops"],
         "alpha": summary["alpha"],

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowgraph.comparison.compare import Comparison
+from flowgraph.display.palette import PALETTE
 from flowgraph.errors import InvalidInputError
-from flowgraph.pages.palette import PALETTE
 from flowgraph.plots.drawing import (
     INK,
+    FigureSize,
     Label,
     axes_or_new,
     counted,
@@ -28,7 +29,9 @@ _MORE = PALETTE["flow"].light
 _LESS = PALETTE["less"].light
 
 
-def plot_comparison(comparison: Comparison, *, ax: Axes | None = None, top: int = 10) -> Axes:
+def plot_comparison(
+    comparison: Comparison, *, ax: Axes | None = None, top: int = 10, size: FigureSize | None = None
+) -> Axes:
     """Draw two throughputs along the aligned text, and their difference, second minus first, as bars.
 
     A unit that only one of the two has breaks the line of the other; a mark at the foot names the one that has it.
@@ -37,6 +40,7 @@ def plot_comparison(comparison: Comparison, *, ax: Axes | None = None, top: int 
         comparison: what :func:`flowgraph.compare` found.
         ax: where; new axes by default.
         top: label this many units, the largest changes first; one that fits nowhere without overlap is left out.
+        size: of a new figure: ``"single"`` or ``"double"`` column of a paper, or width and height in inches.
 
     Returns:
         The axes.
@@ -53,7 +57,7 @@ def plot_comparison(comparison: Comparison, *, ax: Axes | None = None, top: int 
             f"comparison: must be a Comparison, got {type(comparison).__name__}; flowgraph.compare(a, b) makes one"
         )
     require_count("top", top, 0)
-    ax = axes_or_new(ax, (10, 4.5))
+    ax = axes_or_new(ax, (10, 4.5), size)
 
     throughput = comparison.throughput.numpy()
     change = comparison.difference.numpy()

@@ -6,32 +6,46 @@ what cannot be drawn (control characters, or glyphs that no installed font has) 
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from flowgraph.display.palette import PALETTE
+from flowgraph.display.signs import visible
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import PathLike, atomic_write
-from flowgraph.pages.palette import PALETTE
-from flowgraph.pages.signs import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
+    from matplotlib.patches import Patch
     from matplotlib.text import Text
 
 COLOURS = {name: PALETTE[name].light for name in ("question", "reasoning", "answer", "context")}
 """Colours of the regions on a white background."""
 INK = "#333333"
 """Colour of titles, notes and axes."""
+FigureSize = Literal["single", "double"] | tuple[float, float]
+"""One column or both columns of a two-column paper, or width and height in inches."""
+COLUMN_SIZES = {"single": (3.3, 2.2), "double": (6.8, 2.8)}
+"""Width and height in inches of the sizes with a name."""
+HATCHES = {"question": "////", "reasoning": "", "answer": "----", "context": ""}
+"""Hatches of bars: in grey, question and answer have the same lightness."""
+_NARROW = 4.5
+"""Width of axes in inches below which text is smaller."""
+_TEXT_SIZE = 8.0
+_NARROW_TEXT_SIZE = 6.5
 _LENGTH = 18
 """Characters of a token that a label shows."""
 _HEADROOM = 0.45
 """Largest part of the axes that labels may take from the drawing."""
 _LEGEND_COLUMNS = 4
+_SHORTEST_LABEL = 8
+"""Characters to which a label of the legend may be shortened."""
 _GAP = 4
 """Least distance of a label from the space of its neighbour, in pixels."""
 _OTHER_SCRIPTS = (
@@ -81,11 +95,17 @@ class _PlacedLabel(NamedTuple):
     centre: float
 
 
-def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Return the caller's axes, or new ones in a figure of this size in inches.
+def axes_or_new(ax: Axes | None, default: tuple[float, float], size: FigureSize | None = None) -> Axes:
+    """Return the caller's axes, or new ones.
+
+    Args:
+        ax: the caller's axes; None makes new ones. A figure that holds only these axes and has no layout engine gets
+            the constrained layout, so that no text is cut at its edge.
+        default: width and height of a new figure in inches.
+        size: what the caller wants in place of ``default``.
 
     Raises:
-        InvalidInputError: not matplotlib axes.
+        InvalidInputError: not matplotlib axes, a size that is none, or a size for axes that exist.
         MissingExtraError: matplotlib is not installed.
     """
     try:
@@ -96,18 +116,47 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
             'figures: need matplotlib, got an environment without it; pip install "flowgraph-llm[plot]"'
         ) from error
     if ax is None:
-        return pyplot.subplots(figsize=size, layout="constrained")[1]
+        inches = default if size is None else _inches(size)
+        return pyplot.subplots(figsize=inches, layout="constrained")[1]
     if not isinstance(ax, Axes):
         raise InvalidInputError(
             f"ax: must be matplotlib axes, got {type(ax).__name__}; pass one of plt.subplots()[1], or nothing"
         )
+    if size is not None:
+        raise InvalidInputError(
+            f"size: must not be given with ax, whose figure has a size, got {size!r}; "
+            "pass figsize= to plt.subplots, or leave ax out"
+        )
+    figure = ax.figure
+    if figure.get_layout_engine() is None and len(figure.axes) == 1:  # type: ignore[union-attr]
+        figure.set_layout_engine("constrained")  # type: ignore[union-attr]
     return ax
+
+
+def _inches(size: FigureSize) -> tuple[float, float]:
+    """Read a size as width and height in inches."""
+    if isinstance(size, str) and size in COLUMN_SIZES:
+        return COLUMN_SIZES[size]
+    is_pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
+    if is_pair and all(isinstance(side, int | float) and 1 <= side <= 100 for side in size):
+        return float(size[0]), float(size[1])
+    raise InvalidInputError(
+        f"size: must be 'single', 'double' or width and height in inches from 1 to 100, got {size!r}; "
+        "'single' is one column of a paper"
+    )
+
+
+def text_size(ax: Axes) -> float:
+    """Return the size of text in points: smaller in axes as narrow as a column of a paper."""
+    figure_width = float(ax.figure.get_figwidth())  # type: ignore[union-attr]
+    return _NARROW_TEXT_SIZE if ax.get_position().width * figure_width < _NARROW else _TEXT_SIZE
 
 
 def save_figure(ax: Axes, path: PathLike, *, dpi: int = 160) -> Path:
     """Write the figure of some axes as PNG, SVG or PDF by the ending of the path, atomically.
 
-    The same drawing gives the same SVG: no date is written, and element names follow from the content.
+    The same drawing gives the same SVG: no date is written, and element names follow from the content. Fonts are
+    embedded in a PDF as TrueType (Type 42), which publishers ask for and in which text can be searched.
 
     Args:
         ax: any axes of the figure.
@@ -137,7 +186,8 @@ def save_figure(ax: Axes, path: PathLike, *, dpi: int = 160) -> Path:
         metadata = {"Date": None}
     elif kind == "pdf":
         metadata = {"CreationDate": None}
-    with atomic_write(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "flowgraph"}):
+    settings = {"svg.hashsalt": "flowgraph", "pdf.fonttype": 42, "ps.fonttype": 42}
+    with atomic_write(path) as temporary, matplotlib.rc_context(settings):
         figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata)  # type: ignore[union-attr]
     return Path(path)
 
@@ -200,7 +250,7 @@ def _label_text(ax: Axes, label: Label) -> Text:
         1,
         label.text,
         transform=ax.get_xaxis_transform(),
-        fontsize=8,
+        fontsize=text_size(ax),
         fontfamily=font_families(),
         parse_math=False,
         ha="center",
@@ -232,32 +282,98 @@ def _raise_upper_limit(ax: Axes, share: float) -> None:
 
 
 def finish_axes(ax: Axes, title: str) -> None:
-    """Add the title and a legend above the drawing, where it covers nothing, and remove the box."""
+    """Add the title and a legend above the drawing, where they cover nothing and fit its width; remove the box."""
+    points = text_size(ax)
     ax.spines[["top", "right"]].set_visible(False)
-    legend = ax.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=_LEGEND_COLUMNS,
-        frameon=False,
-        fontsize=8,
-        borderaxespad=0.2,
-        handlelength=1.4,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-        text.set_fontfamily(font_families())
+    if points < _TEXT_SIZE:
+        ax.tick_params(labelsize=points)
+        ax.xaxis.label.set_size(points)
+        ax.yaxis.label.set_size(points)
+    # The layout may move the left spine once it is known how much its labels take.
+    figure_width = float(ax.figure.bbox.width)
+    width = figure_width - ax.get_window_extent().x0 - _GAP
+    legend = _fitting_legend(ax, points, width)
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    _wrap_height_label(ax)
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    excess = legend.get_window_extent().x1 - figure_width
+    if excess > 0:
+        width -= excess + _GAP
+        legend = _fitting_legend(ax, points, width)
 
-    # The title is above the legend, whose height grows with its rows.
-    num_rows = math.ceil(len(legend.get_texts()) / _LEGEND_COLUMNS)
-    ax.set_title(
+    # The title is above the legend.
+    dots_per_point = float(ax.figure.dpi) / 72  # type: ignore[union-attr]
+    legend_height = legend.get_window_extent().height / dots_per_point
+    text = ax.set_title(
         title,
         loc="left",
-        fontsize=9,
+        fontsize=points + 1,
         color=INK,
         parse_math=False,
         fontfamily=font_families(),
-        pad=8 + 14 * num_rows,
+        pad=legend_height + 2,
     )
+    extent = text.get_window_extent().width
+    if extent > width:
+        longest = max(len(line) for line in title.split("\n"))
+        room = max(int(longest * width / extent), 1)
+        text.set_text("\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, room)))
+
+
+def _fitting_legend(ax: Axes, points: float, width: float) -> Legend:
+    """Add a legend with as many columns as fit a width in pixels; a label that fits no column is shortened."""
+    labels = ax.get_legend_handles_labels()[1]
+    columns = _LEGEND_COLUMNS
+    while True:
+        legend = ax.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=columns,
+            frameon=False,
+            fontsize=points,
+            borderaxespad=0.2,
+            handlelength=1.4,
+            labelspacing=0.3,
+        )
+        texts = legend.get_texts()
+        for text, label in zip(texts, labels, strict=True):
+            text.set_text(label)
+            text.set_parse_math(False)
+            text.set_fontfamily(font_families())
+        extent = legend.get_window_extent().width
+        longest = max((len(label) for label in labels), default=0)
+        if extent <= width or (columns == 1 and longest <= _SHORTEST_LABEL):
+            return legend
+        if columns > 1:
+            columns -= 1
+            continue
+        room = max(int(longest * width / extent) - 1, _SHORTEST_LABEL)
+        room = min(room, longest - 1)
+        labels = [label if len(label) <= room else label[: room - 1] + "…" for label in labels]
+
+
+def _wrap_height_label(ax: Axes) -> None:
+    """Break the label of the vertical axis at its commas where it is longer than the axis."""
+    label = ax.yaxis.label
+    if label.get_window_extent().height > 0.6 * ax.get_window_extent().height:
+        label.set_text(label.get_text().replace(", ", ",\n"))
+
+
+def thin_ticks(ax: Axes) -> None:
+    """Leave out ticks of the vertical axis whose labels would overlap those of higher ticks; 0 stays."""
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    dots_per_point = float(ax.figure.dpi) / 72  # type: ignore[union-attr]
+    distance = 1.15 * text_size(ax) * dots_per_point
+    kept: list[float] = []
+    heights: list[float] = []
+    # The highest tick says where the scale ends, and 0 where it starts.
+    ticks = sorted(ax.get_yticks(), reverse=True)
+    for tick in [*ticks[:1], *ticks[:0:-1][:1], *ticks[1:-1]]:
+        height = float(ax.transData.transform((0, tick))[1])
+        if all(abs(height - other) >= distance for other in heights):
+            kept.append(float(tick))
+            heights.append(height)
+    ax.set_yticks(sorted(kept))
 
 
 def mark_regions(ax: Axes, regions: Sequence[str]) -> None:
@@ -278,9 +394,17 @@ def mark_regions(ax: Axes, regions: Sequence[str]) -> None:
             transform=ax.get_xaxis_transform(),
             clip_on=False,
         )
+        mark_by_hatch(strip, region)
         ax.add_patch(strip)
         ax.axvspan(start - 0.5, stop - 0.5, color=COLOURS[region], alpha=0.06, linewidth=0, zorder=0)
     ax.tick_params(axis="x", pad=8)
+
+
+def mark_by_hatch(patch: Patch, region: str) -> None:
+    """Hatch a bar or strip in white by its region, so that regions can be told apart in grey."""
+    if HATCHES[region]:
+        patch.set_edgecolor("white")
+        patch.set_hatch(HATCHES[region])
 
 
 def mark_missing(ax: Axes, places: np.ndarray, height: float, colour: str, label: str) -> None:

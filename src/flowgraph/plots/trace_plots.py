@@ -1,6 +1,6 @@
 """Figures of a trace, drawn with matplotlib on the caller's axes or on new ones.
 
-Colours are those of :mod:`flowgraph.pages.palette`, which also colours the pages.
+Colours are those of :mod:`flowgraph.display.palette`, which also colours the pages.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from flowgraph.display.palette import PALETTE
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.pages.palette import PALETTE
 from flowgraph.plots.drawing import (
     COLOURS,
     INK,
+    FigureSize,
     Label,
     axes_or_new,
     counted,
     drawable,
     finish_axes,
     font_families,
+    mark_by_hatch,
     mark_missing,
     mark_regions,
     place_labels,
     require_count,
+    text_size,
+    thin_ticks,
 )
 from flowgraph.steps.step_flow import By, Step, StepFlow, step_flow
 from flowgraph.tracing.flow_trace import FlowTrace
@@ -36,6 +40,14 @@ if TYPE_CHECKING:
 
 _ROOT_TICKS = (0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 _MAX_STEP_LABELS = 40
+_MAX_NARROW_STEP_LABELS = 14
+"""Names of steps below the axis, and those below an axis as narrow as a column of a paper."""
+_STEP_NAME = 26
+_NARROW_STEP_NAME = 10
+"""Characters of such names."""
+_STEP_TEXT_SIZE = 8.0
+_LOW = 3.5
+"""Height of a figure in inches below which names of steps are short."""
 _HALF_BAR = 0.12
 """Half the width of a step's bar; the steps are 1 apart."""
 _NO_ROUTE = "no question token reaches the answer"
@@ -48,6 +60,7 @@ def plot_throughput(
     top: int = 12,
     max_bars: int = 400,
     scale: Literal["sqrt", "linear"] = "sqrt",
+    size: FigureSize | None = None,
 ) -> Axes:
     r"""Draw the throughput along the text: a bar per token, coloured by region, the strongest with their text.
 
@@ -61,6 +74,7 @@ def plot_throughput(
         top: label this many tokens, strongest first; one that fits nowhere without overlap is left out.
         max_bars: most bars to draw.
         scale: of the axis; ``"sqrt"`` keeps small shares visible beside an answer token that takes everything.
+        size: of a new figure: ``"single"`` or ``"double"`` column of a paper, or width and height in inches.
 
     Returns:
         The axes.
@@ -77,7 +91,7 @@ def plot_throughput(
     require_count("max_bars", max_bars, 1)
     if scale not in ("sqrt", "linear"):
         raise InvalidInputError(f"scale: must be 'sqrt' or 'linear', got {scale!r}; 'linear' has even ticks")
-    ax = axes_or_new(ax, (10, 4))
+    ax = axes_or_new(ax, (10, 4), size)
 
     # One bar per bin, as high as its strongest token.
     throughput = trace.throughput.numpy()
@@ -94,7 +108,7 @@ def plot_throughput(
         chosen = np.array([regions[token] == region for token in peak])
         if chosen.any():
             label = f"{region} ({counted(regions.count(region), 'token')})"
-            ax.bar(
+            bars = ax.bar(
                 middle[chosen],
                 throughput[peak[chosen]],
                 drawn_width[chosen],
@@ -102,6 +116,8 @@ def plot_throughput(
                 label=label,
                 linewidth=0,
             )
+            for bar in bars:
+                mark_by_hatch(bar, region)
 
     ax.set_xlim(-0.8, trace.num_tokens - 0.2)
     ax.set_xlabel("token")
@@ -128,10 +144,12 @@ def plot_throughput(
         if height > 0:
             labels.append(Label(float(middle[place]), height, f"{drawable(trace.tokens[token])} ({height:.2g})"))
     place_labels(ax, labels)
+    if scale == "sqrt":
+        thin_ticks(ax)
     return ax
 
 
-def plot_potentials(trace: FlowTrace, *, ax: Axes | None = None) -> Axes:
+def plot_potentials(trace: FlowTrace, *, ax: Axes | None = None, size: FigureSize | None = None) -> Axes:
     """Draw h (influence on the answer) and g (influence from the question) along the text, on a log scale.
 
     A potential of 0 has no place on a log scale: those tokens are a gap in the curve and a mark at the foot of the
@@ -140,6 +158,7 @@ def plot_potentials(trace: FlowTrace, *, ax: Axes | None = None) -> Axes:
     Args:
         trace: what to draw; an infeasible one has potentials too.
         ax: where; new axes by default.
+        size: of a new figure: ``"single"`` or ``"double"`` column of a paper, or width and height in inches.
 
     Returns:
         The axes.
@@ -152,7 +171,7 @@ def plot_potentials(trace: FlowTrace, *, ax: Axes | None = None) -> Axes:
         ``plot_potentials(trace).figure.savefig("potentials.png")``
     """
     _require_trace(trace)
-    ax = axes_or_new(ax, (10, 4))
+    ax = axes_or_new(ax, (10, 4), size)
 
     # The flow stores scaled values: the potentials are h 2^exponent and g 2^-exponent.
     shift = trace.flow.exponent.numpy() * math.log10(2)
@@ -204,7 +223,14 @@ def _label_powers_of_ten(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda power, _: f"$10^{{{power:.0f}}}$"))
 
 
-def plot_steps(trace: FlowTrace, by: By = "auto", *, ax: Axes | None = None, min_flow: float = 0.01) -> Axes:
+def plot_steps(
+    trace: FlowTrace,
+    by: By = "auto",
+    *,
+    ax: Axes | None = None,
+    min_flow: float = 0.01,
+    size: FigureSize | None = None,
+) -> Axes:
     """Draw the steps from left to right, as high as their throughput, and the flow between them as bands.
 
     A band is as wide as its flow where it leaves and arrives, in the units of the axis, so that what enters and leaves
@@ -216,6 +242,7 @@ def plot_steps(trace: FlowTrace, by: By = "auto", *, ax: Axes | None = None, min
         by: how to split the reasoning; see :meth:`flowgraph.FlowTrace.steps`.
         ax: where; new axes by default.
         min_flow: narrowest band drawn, a share of the flow in [0, 1].
+        size: of a new figure: ``"single"`` or ``"double"`` column of a paper, or width and height in inches.
 
     Returns:
         The axes.
@@ -238,7 +265,7 @@ def plot_steps(trace: FlowTrace, by: By = "auto", *, ax: Axes | None = None, min
     # The steps with flow, in order; a step's place on the axis is its place in this list.
     drawn = [step for step in steps.steps if float(steps.throughput[step.index]) > 0]
     heights = [float(steps.throughput[step.index]) for step in drawn]
-    ax = axes_or_new(ax, (min(max(7.0, 0.75 * len(drawn)), 18.0), 5))
+    ax = axes_or_new(ax, (min(max(7.0, 0.75 * len(drawn)), 18.0), 5), size)
     _draw_step_bars(ax, drawn, heights)
 
     # Bands are nested by all flows, drawn or not, so that the drawn ones keep their places.
@@ -270,7 +297,7 @@ def _draw_step_bars(ax: Axes, drawn: Sequence[Step], heights: Sequence[float]) -
     for region, colour in COLOURS.items():
         places = [place for place, step in enumerate(drawn) if (step.region or "context") == region]
         if places:
-            ax.bar(
+            bars = ax.bar(
                 places,
                 [heights[place] for place in places],
                 2 * _HALF_BAR,
@@ -279,19 +306,27 @@ def _draw_step_bars(ax: Axes, drawn: Sequence[Step], heights: Sequence[float]) -
                 linewidth=0,
                 zorder=3,
             )
+            for bar in bars:
+                mark_by_hatch(bar, region)
 
 
 def _name_steps(ax: Axes, drawn: Sequence[Step], heights: Sequence[float]) -> None:
     """Write text and throughput below the highest steps, so far apart that the names do not overlap."""
-    places = _spaced(heights, math.ceil(len(drawn) / _MAX_STEP_LABELS))
-    labels = [f"{drawable(drawn[place].text.strip(), 26)}  {heights[place]:.0%}" for place in places]
+    points = text_size(ax)
+    is_narrow = points < _STEP_TEXT_SIZE
+    most = _MAX_NARROW_STEP_LABELS if is_narrow else _MAX_STEP_LABELS
+    # Slanted names take their length from the height of the drawing.
+    is_low = float(ax.figure.get_figheight()) < _LOW  # type: ignore[union-attr]
+    length = _NARROW_STEP_NAME if is_narrow or is_low else _STEP_NAME
+    places = _spaced(heights, math.ceil(len(drawn) / most))
+    labels = [f"{drawable(drawn[place].text.strip(), length)}  {heights[place]:.0%}" for place in places]
     ax.set_xticks(
         places,
         labels,
         rotation=38,
         ha="right",
         rotation_mode="anchor",
-        fontsize=8,
+        fontsize=points,
         parse_math=False,
         fontfamily=font_families(),
     )

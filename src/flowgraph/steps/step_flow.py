@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from flowgraph.display.fragment import REGION_STYLES, bar, escaped, folded, fragment, one_line, percent, table
 from flowgraph.files import PathLike, write_text
 from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.masks import MaskLike
@@ -35,6 +36,11 @@ _MAX_LISTED = 40
 """Steps in the summary of a StepFlow."""
 _MAX_LINE = 70
 """Characters of a step in the summary."""
+_MAX_CELL = 120
+_MAX_END = 48
+"""Characters of a step in the tables of a notebook, and at an end of a flow."""
+_NUM_FLOWS = 8
+"""Flows that a notebook lists."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,37 @@ class StepFlow(Contraction):
         if self.num_steps > _MAX_LISTED:
             lines.append(f"  ... and {self.num_steps - _MAX_LISTED} more")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Render the steps for a notebook, each with its throughput as a bar, and the strongest flows between them."""
+        throughput = self.throughput.tolist()
+        rows = []
+        for step in self.steps[:_MAX_LISTED]:
+            region = step.region or "context"
+            marked = f'<span style="{REGION_STYLES[region]}">{region}</span>'
+            share = throughput[step.index]
+            rows.append([str(step.index), marked, percent(share), bar(share), one_line(step.text, _MAX_CELL)])
+        parts = [
+            f"<div><b>StepFlow</b>: {self.num_steps} steps by {escaped(self.by)}, "
+            f"{self.edge_flow.numel():,} flows between them</div>",
+            table(["step", "region", "throughput", "", "text"], rows, left=["region", "", "text"]),
+        ]
+        if self.num_steps > _MAX_LISTED:
+            parts.append(f"<div>… and {self.num_steps - _MAX_LISTED:,} more steps</div>")
+
+        # Throughput says where flow passes, the strongest flows say between which steps.
+        flows = []
+        for row in self.flow_table(_NUM_FLOWS):
+            source = self.steps[row["source"]]
+            target = self.steps[row["target"]]
+            ends = [f"{step.index} {one_line(step.text, _MAX_END)}" for step in (source, target)]
+            flows.append([percent(row["flow"]), *ends])
+        if flows:
+            title = f"strongest {len(flows)} flows between steps"
+            parts.append(folded(title, table(["flow", "from", "to"], flows, left=["from", "to"])))
+        note = "throughput: share of the flow from question to answer that visits the step"
+        parts.append(f'<div style="font-size:85%">{note}</div>')
+        return fragment(*parts)
 
 
 def step_flow(

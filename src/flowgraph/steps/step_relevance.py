@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from flowgraph.display.fragment import bar, fragment, one_line
 from flowgraph.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -127,6 +128,19 @@ class StepRelevance:
         for level, step, share in self.chain():
             lines.append(f"{'    ' * level}  {share:+5.0%} {self.steps[step].text.strip()[:_MAX_TEXT]!r}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Render the chain of contributions from the answer down as an indented list for a notebook."""
+        lines = []
+        for level, step, share in self.chain():
+            name = one_line(self.steps[step].text, _MAX_TEXT)
+            size = bar(abs(share), "less" if share < 0 else "flow")
+            lines.append(f'<div style="margin-left:{2 * level}em">{100 * share:+.0f} % {name} {size}</div>')
+        title = (
+            f"<b>StepRelevance</b> of {len(self.steps)} steps, demand {self.total:.3g}, residual {self.residual:.1e}"
+        )
+        note = "share of the demand that the step above takes from each step; purple: it argues against the answer"
+        return fragment(f"<div>{title}</div>", *lines, f'<div style="font-size:85%">{note}</div>')
 
 
 def step_relevance(flow: SignedFlow, steps: Sequence[Step]) -> StepRelevance:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor, nn
 
 from flowgraph.analysis.backbone import Backbone, backbone
-from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes
+from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes, with_text
 from flowgraph.analysis.specificity import Specificity, specificity
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import InvalidInputError, TraceFileError
@@ -22,6 +22,7 @@ from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
+from flowgraph.text.quoting import quote, shortened
 from flowgraph.tracing.payload import finite_or_none, trace_payload
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
@@ -48,6 +49,8 @@ _TENSORS = {
 _CAPACITY_DTYPES = (torch.float32, torch.float64)
 _FLOW_TENSORS = ("h", "g", "exponent", "source", "demand", "absorbing")
 _FLOW_FACTS = ("damping", "source_rule", "absorption", "backend")
+_MAX_ANSWER = 80
+"""Characters of the answer in the summary of a trace."""
 _GRAPH_LOSSES = ("kept_attention", "kept_flow", "throughput_error")
 
 
@@ -118,6 +121,14 @@ class FlowTrace:
         """Mask of the tokens where flow leaves."""
         return self.graph.answer_mask
 
+    def text_of(self, mask: Bool[Tensor, " tokens"]) -> str:
+        """Quote the characters of some tokens, each character once; others between them become " … ".
+
+        Args:
+            mask: the tokens, such as :attr:`answer`.
+        """
+        return quote(mask.nonzero().flatten().tolist(), self.tokens, self.spans.tolist(), self.text)
+
     @property
     def feasible(self) -> bool:
         """Whether any question token reaches the answer."""
@@ -129,15 +140,17 @@ class FlowTrace:
 
     def routes(self, k: int = 10) -> list[Route]:
         """Find the ``k`` widest routes from question to answer; see :func:`flowgraph.widest_routes`."""
-        return widest_routes(self.flow, k)
+        return [with_text(route, self.tokens) for route in widest_routes(self.flow, k)]
 
     def hubs(self, k: int = 10, region: str = "reasoning") -> list[TokenRole]:
         """Find the ``k`` tokens of a region with the highest throughput; see :func:`flowgraph.hubs`."""
-        return hubs(self.flow, k, region)  # type: ignore[arg-type]
+        found = hubs(self.flow, k, region)  # type: ignore[arg-type]
+        return [with_text(role, self.tokens) for role in found]
 
     def checkpoints(self, k: int = 10, region: str = "reasoning") -> list[TokenRole]:
         """Find the ``k`` tokens of a region that gather flow from many places; see :func:`flowgraph.checkpoints`."""
-        return checkpoints(self.flow, k, region)  # type: ignore[arg-type]
+        found = checkpoints(self.flow, k, region)  # type: ignore[arg-type]
+        return [with_text(role, self.tokens) for role in found]
 
     def steps(self, by: By = "auto", *, split_question: bool = False) -> StepFlow:
         """Merge tokens into lines, sentences or numbered steps and keep the flow; see :func:`flowgraph.split_steps`."""
@@ -342,10 +355,13 @@ class FlowTrace:
         return repr_html(self)
 
     def __repr__(self) -> str:
-        """Summarise the trace: sizes, the mean route, the strongest hubs, and what pruning lost."""
+        """Summarise the trace: sizes, the answer, the mean route, the strongest hubs, and what pruning lost."""
         sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
         model = self.provenance.get("model", "a model")
-        lines = [f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges"]
+        lines = [
+            f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges",
+            f"  answer: {self._shown_answer()}",
+        ]
         if self.feasible:
             lines += self._flow_summary()
         else:
@@ -358,6 +374,12 @@ class FlowTrace:
                 f"no throughput changed by more than {self.graph.throughput_error.item():.1g}"
             )
         return "\n".join(lines)
+
+    def _shown_answer(self) -> str:
+        """Quote the answer, a long one by its start, and name the rule that found it where it is known."""
+        shown = repr(shortened(self.text_of(self.answer).strip(), _MAX_ANSWER))
+        selector = self.provenance.get("answer_selector")
+        return f"{shown}, by {selector}" if selector else shown
 
     def _flow_summary(self) -> list[str]:
         """Describe the flow in two lines: mean route and hubs."""

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from flowgraph.analysis.backbone import backbone
-from flowgraph.analysis.routes import checkpoints, hubs, widest_routes
+from flowgraph.analysis.routes import TokenRole, checkpoints, hubs, widest_routes
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.steps.step_flow import step_flow
@@ -119,10 +118,10 @@ def trace_payload(
         "share": kept.share,
         "edges": _edges(graph.edge_index, kept_edges, edge_flow),
     }
-    payload["routes"] = [asdict(route) for route in widest_routes(flow, _NUM_ROUTES)]
+    payload["routes"] = [{"tokens": route.tokens, "flow": route.flow} for route in widest_routes(flow, _NUM_ROUTES)]
     payload["steps"] = steps.to_dict(max_edges=max_edges)
-    payload["hubs"] = [asdict(role) for role in hubs(flow, _NUM_ROLES)]
-    payload["checkpoints"] = [asdict(role) for role in checkpoints(flow, _NUM_ROLES)]
+    payload["hubs"] = _roles(hubs(flow, _NUM_ROLES))
+    payload["checkpoints"] = _roles(checkpoints(flow, _NUM_ROLES))
     return payload
 
 
@@ -174,6 +173,22 @@ def _tokens(flow: Flow, tokens: Sequence[str], spans: Tensor, generated: Tensor)
                 "throughput": throughput,
                 "source": source,
                 "absorbed": absorbed,
+            }
+        )
+    return described
+
+
+def _roles(roles: Sequence[TokenRole]) -> list[dict[str, Any]]:
+    """Describe hubs or checkpoints; their texts are those of the tokens."""
+    described = []
+    for role in roles:
+        described.append(
+            {
+                "token": role.token,
+                "throughput": role.throughput,
+                "inflows": role.inflows,
+                "outflows": role.outflows,
+                "score": role.score,
             }
         )
     return described

@@ -54,13 +54,13 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     axes = figure.subplots()
     axes.axvline(1.0, color="#555555", linewidth=1, linestyle="--")
 
-    # Okabe and Ito's colours can be told apart with any common colour vision; the markers differ as well.
+    # Greys of distinct lightness: colours have the meanings of flowgraph's palette. The markers differ as well.
     weighted = [arm.multiplier for arm in arms]
     only_selected = [arm.only_selected for arm in arms]
     only_rest = [arm.only_rest for arm in arms]
-    _draw(axes, _Series("weighted as trained", weighted, 0.22, "#0072B2", "o"))
-    _draw(axes, _Series("only the selected tokens", only_selected, 0.0, "#D55E00", "^"))
-    _draw(axes, _Series("only the other tokens", only_rest, -0.22, "#009E73", "s"))
+    _draw(axes, _Series("weighted as trained", weighted, 0.22, "#1c1d22", "o"))
+    _draw(axes, _Series("only the selected tokens", only_selected, 0.0, "#6d7079", "^"))
+    _draw(axes, _Series("only the other tokens", only_rest, -0.22, "#a3a6b0", "s"))
 
     axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes.set_xlabel("sample multiplier (1 = uniform; 1.1 = as good as 10 % more rollouts), 95 % interval")

@@ -1,7 +1,8 @@
 // The backbone slider: the strongest edges, and the exact share of the flow whose routes use only these edges.
 
 const slider = byId("arcs"); // absent if there is no flow
-const DEFAULT_EDGES = 60;
+const DEFAULT_EDGES = 60; // edges shown first, or more where fewer make no whole route
+const DEFAULT_SHARE = 0.05; // least flow on whole routes that is shown first, where the page holds so much
 
 /** Ranks of the edges by their source, so that what a token receives is complete before it is propagated. */
 const ranksBySource = edges.map((_, rank) => rank).sort((a, b) => edges[a].source - edges[b].source);
@@ -74,21 +75,39 @@ function onSlider() {
   const numShown = numShownEdges();
   const { routeShare, hopShare, number } = describeEdges(numShown);
   const onlyDrawn = numShown > MAX_CURVES ? `, the strongest ${count(MAX_CURVES)} of them drawn` : "";
-  byId("arc-share").textContent = `${percent(routeShare)} of the flow`;
-  byId("arc-count").textContent = `in routes that stay on ${number}, ${percent(hopShare)} of all hops${onlyDrawn}`;
-  const spoken = `${number}: routes that stay on them carry ${percent(routeShare)} of the flow`;
-  slider.setAttribute("aria-valuetext", spoken);
+  // Edges are shown strongest first, and the strongest alone may form no whole route from question to answer.
+  const isWithoutRoute = numShown > 0 && routeShare === 0;
+  if (isWithoutRoute) {
+    byId("arc-share").textContent = `${percent(hopShare)} of all hops`;
+    byId("arc-count").textContent = `on ${number} with flow, which alone make no route to the answer${onlyDrawn}`;
+    slider.setAttribute("aria-valuetext", `${number}: they carry ${percent(hopShare)} of all hops`);
+  } else {
+    byId("arc-share").textContent = `${percent(routeShare)} of the flow`;
+    byId("arc-count").textContent =
+      `in routes that stay on ${number} with flow, ${percent(hopShare)} of all hops${onlyDrawn}`;
+    const spoken = `${number}: routes that stay on them carry ${percent(routeShare)} of the flow`;
+    slider.setAttribute("aria-valuetext", spoken);
+  }
   drawEdgeCurves();
+}
+
+/** The stop that is shown first: few edges, but enough for whole routes with some of the flow. */
+function firstStop() {
+  const fewest = Math.max(
+    0,
+    stops.findLastIndex((stop) => stop <= DEFAULT_EDGES),
+  );
+  const isDrawable = (stop) => stop <= MAX_CURVES || stop === stops[fewest];
+  const later = stops.slice(fewest).filter(isDrawable);
+  const enough = later.find((stop) => shareOnStrongest(stop) >= DEFAULT_SHARE);
+  return stops.indexOf(enough ?? later.at(-1));
 }
 
 function startSlider() {
   if (!slider) return;
   stops = sliderStops();
   slider.max = stops.length - 1;
-  slider.value = Math.max(
-    0,
-    stops.findLastIndex((stop) => stop <= DEFAULT_EDGES),
-  );
+  slider.value = firstStop();
   slider.addEventListener("input", onSlider);
   onSlider();
 }

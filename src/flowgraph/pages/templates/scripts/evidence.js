@@ -155,7 +155,7 @@ function drawPartPanel(part) {
   text.dir = "auto";
   const parts = [
     make("div", "head", make("span", "name", `${signedPercent(share)} of the answer`), unpinButton()),
-    make("p", "hint", `${region ?? "outside question, reasoning and answer"} · tokens ${start} to ${stop - 1}`),
+    make("p", "hint", `${region ?? OUTSIDE} · tokens ${start} to ${stop - 1}`),
     text,
     numberList([
       ["reaches it", signedPercent(share), "of the answer's relevance"],

@@ -164,9 +164,9 @@ function numbersOf(index) {
   }
   if (!hasFlow && rows.length) return rows;
   return [
-    ["throughput", percent(throughput), "of the flow passes here"],
-    ["h", potential(h), "influence on the answer"],
-    ["g", potential(g), "influence that arrives"],
+    ["throughput", percent(throughput), "of the flow passes here: h · g"],
+    ["h", potential(h), "influence on the answer, over all paths"],
+    ["g", potential(g), "influence that arrives from the question"],
     ...rows,
   ];
 }
@@ -175,7 +175,7 @@ function drawTokenPanel(index) {
   const { text, region, generated, throughput, joined } = tokens[index];
   const facts = [
     `token ${index}`,
-    region ?? "outside question, reasoning and answer",
+    region ?? OUTSIDE,
     generated ? "generated" : "prompt",
   ];
   if (joined) facts.push("part of the character before");

@@ -105,7 +105,7 @@ function drawCard(node, columnWidth) {
   const title = make("b", "", count(step + 1), make("small", "", regionOfStep(step)));
   const card = pressable(`step ${regionOfStep(step)}`, () => onStepClick(step), title, words);
   card.setAttribute("aria-pressed", "false");
-  const place = region ?? "outside the three parts";
+  const place = region ?? OUTSIDE;
   card.setAttribute("aria-label", `Step ${step + 1}, ${place}, throughput ${percent(throughput)}: ${text}`);
   card.dataset.step = step;
   card.style.setProperty("--x", `${(node.x0 + node.x1) / 2}px`);

@@ -101,7 +101,7 @@ function drawStepPanel(step) {
   if (absorbed > 0) rows.push(["ends", percent(absorbed), "is absorbed in this step"]);
 
   const title = `Step ${count(step + 1)} of ${count(steps.nodes.length)}`;
-  const place = region ?? "outside question, reasoning and answer";
+  const place = region ?? OUTSIDE;
   const into = steps.edges.filter((band) => band.target === step);
   const out = steps.edges.filter((band) => band.source === step);
   detail.replaceChildren(

@@ -20,7 +20,7 @@ function drawToken(index) {
   if (!region) element.classList.add("dim");
   if (isHit(index)) element.classList.add("hit");
 
-  const place = region ?? "outside the three parts";
+  const place = region ?? OUTSIDE;
   makeToggle(element, `${exact(text)}, token ${index}, ${place}, ${spokenScore(index)}`);
   if (index === current) element.tabIndex = 0;
   tokenElements[index] = element;
@@ -173,7 +173,7 @@ function drawLegend() {
   const entries = [
     make("span", "key", `${colouring.values ? colouring.name : "throughput"} (square-root scale)`, scale),
     hasFlow && !colouring.values ? make("span", "key curves", curve, "flow, thicker = more") : null,
-    make("span", "key", make("span", "t dim", "dimmed"), "outside the three parts"),
+    make("span", "key", make("span", "t dim", "dimmed"), "context (chat template)"),
   ];
   byId("legend").append(...entries.filter((entry) => entry !== null));
 }

@@ -65,9 +65,12 @@ def css_variables() -> str:
     return f":root {{\n{both}}}\n{fallback}"
 
 
+def channels(colour: str) -> tuple[int, int, int]:
+    """Read a colour ``#rrggbb`` as red, green and blue from 0 to 255."""
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
 def rgba(colour: str, opacity: float) -> str:
     """Write a colour ``#rrggbb`` with an opacity as CSS."""
-    red = int(colour[1:3], 16)
-    green = int(colour[3:5], 16)
-    blue = int(colour[5:7], 16)
+    red, green, blue = channels(colour)
     return f"rgba({red},{green},{blue},{opacity:.3g})"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from flowgraph.display.signs import visible, visible_name
 from flowgraph.pages.page import render_page
-from flowgraph.pages.signs import visible, visible_name
 from tests.fixtures.browser import browser, open_file  # noqa: F401
 
 TEMPLATE = """{% extends "page.html.jinja" %}{% block body %}<p id="shown"></p>{% endblock %}"""

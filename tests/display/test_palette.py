@@ -9,9 +9,9 @@ import pytest
 import flowgraph
 import rl
 from flowgraph import compare, plot_comparison, plot_potentials, plot_steps, plot_throughput
+from flowgraph.display.palette import DARK_GROUND, FLOW_RAMP_ON_DARK, LIGHT_GROUND, PALETTE, css_variables, rgba
 from flowgraph.pages.comparison_page import write_comparison_html
 from flowgraph.pages.corpus_page import write_index
-from flowgraph.pages.palette import DARK_GROUND, FLOW_RAMP_ON_DARK, LIGHT_GROUND, PALETTE, css_variables, rgba
 from flowgraph.pages.trace_page import write_html
 from flowgraph.tracing.flow_trace import FlowTrace
 from tests.fixtures.browser import browser, open_file  # noqa: F401
@@ -156,8 +156,7 @@ def test_no_other_place_defines_a_colour_with_a_hue():
     sources = [
         path for package in packages for ending in ("css", "js", "jinja") for path in package.rglob(f"*.{ending}")
     ]
-    pages = Path(write_html.__code__.co_filename).parent
-    sources += [path for path in pages.rglob("*.py") if path.stem != "palette"]
+    sources += [path for package in packages for path in package.rglob("*.py") if path.stem != "palette"]
     assert len(sources) > 25
     strange = {}
     for path in sources:

@@ -1,0 +1,1 @@
+"""What every display shares: colours with one meaning, signs for invisible characters, notebook fragments."""
