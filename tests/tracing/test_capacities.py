@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowgraph import InvalidInputError, StepRelevance, capture, load_trace, trace
+from flowgraph import InvalidInputError, StepRelevance, capture, load_relevance, load_trace, trace, trace_corpus
 from flowgraph.cli import app
 from tests.fixtures.tiny import PROMPT, RESPONSE, tiny
 
@@ -84,3 +85,31 @@ def test_the_command_line_prints_the_relevance(tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "relevance of the answer, by steps" in result.output
     assert "ends in: " in result.output
+
+
+def test_a_corpus_takes_no_signed_capacity(tmp_path: Path):
+    model, tokenizer = tiny()
+    with pytest.raises(InvalidInputError, match="capacity: must have edges that are not negative in a corpus, got"):
+        trace_corpus(model, tokenizer, tmp_path / "in.jsonl", tmp_path / "out", capacity="relevance")
+
+
+def test_the_command_line_traces_relevance_alone_or_beside(tmp_path: Path):
+    model, tokenizer = tiny()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = ["trace", PROMPT, "--response", RESPONSE, "--model", str(folder), "--plain"]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, [*command, "--capacity", "relevance", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "relevance of the answer, by steps" in result.output
+    assert load_relevance(out / "trace.safetensors").certify().ok
+    assert "Where the answer came from" in (out / "trace.html").read_text()
+
+    out = tmp_path / "beside"
+    options = ["--relevance", "--beside", "sharp", "--beside", "vtrace", "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 0, result.output
+    payload = json.loads((out / "trace.json").read_text())
+    assert [score["capacity"] for score in payload["scores"]] == ["sharp", "vtrace"]
+    assert payload["relevance"]["schema"] == "flowgraph-relevance/1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,9 +36,12 @@ from flowgraph.commands.common import (
 from flowgraph.commands.views import View
 
 if TYPE_CHECKING:
-    from flowgraph.steps.step_relevance import StepRelevance
     from flowgraph.text.selectors import Selector
     from flowgraph.tracing.flow_trace import FlowTrace
+    from flowgraph.tracing.relevance_trace import RelevanceTrace
+
+_DEMO_CAPACITIES = ("vtrace_share", "sharp")
+"""Capacities whose scores the page of the demo can show beside the flow."""
 
 
 def trace(
@@ -84,8 +87,15 @@ def trace(
     all_tokens: AllTokens = False,
     relevance: Annotated[
         bool,
-        typer.Option("--relevance", help="Also print the conserved relevance of the answer between steps (backward)."),
+        typer.Option(
+            "--relevance",
+            help="Also compute the conserved relevance of the answer (backward passes); print it by steps.",
+        ),
     ] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Another capacity whose scores the page can show; may be repeated.", show_default=False),
+    ] = None,
     full: Full = False,
     quiet: Quiet = False,
 ) -> None:
@@ -115,6 +125,7 @@ def trace(
         elif system:
             raise typer.BadParameter("--system needs a chat template; write it into the prompt")
         import flowgraph
+        from flowgraph import RelevanceTrace
 
         result = flowgraph.trace(
             network,
@@ -134,8 +145,12 @@ def trace(
             outputs=outputs,
             progress=progress,
         )
+        if isinstance(result, RelevanceTrace):
+            _report_relevance(result, outputs, view, progress)
+            return
         found = _relevance(network, result, progress) if relevance else None
-    _report(result, out, view, found)
+        others = _beside(network, result, beside, progress)
+    _report(result, out, view, found, others)
 
 
 def demo(
@@ -157,7 +172,8 @@ def demo(
         messages = [{"role": "user", "content": PROMPT}]
         result = flowgraph.trace(network, tokenizer, messages, outputs=outputs, progress=progress)
         found = _relevance(network, result, progress)
-    _report(result, out, view, found)
+        others = _beside(network, result, _DEMO_CAPACITIES, progress)
+    _report(result, out, view, found, others)
 
 
 def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool = False) -> str | None:
@@ -197,20 +213,48 @@ def _answer_choice(pattern: str | None, span: str | None, last_line: bool) -> st
         raise typer.BadParameter(f"--answer-span must be START:END, got {span!r}; e.g. 120:124") from None
 
 
-def _relevance(model: Any, result: FlowTrace, progress: Callable[[str], None]) -> StepRelevance | None:
-    """Compute the relevance between steps; where it is not defined, print why and continue without it."""
+def _relevance(model: Any, result: FlowTrace, progress: Callable[[str], None]) -> RelevanceTrace | None:
+    """Compute the relevance of the answer; where it is not defined, print why and continue without it."""
     from flowgraph.errors import CaptureError, InvalidInputError
 
     progress("computing the relevance of the answer (one backward pass per hop)")
     try:
         with warnings_on_stderr():
-            return result.relevance(model).steps()
+            return result.relevance(model)
     except (CaptureError, InvalidInputError) as error:
         typer.echo(f"no relevance: {error}", err=True)
         return None
 
 
-def _report(result: FlowTrace, out: Path | None, view: View, relevance: StepRelevance | None = None) -> None:
+def _beside(
+    model: Any, result: FlowTrace, capacities: Sequence[str] | None, progress: Callable[[str], None]
+) -> list[FlowTrace]:
+    """Trace the same tokens and regions with other capacities."""
+    import flowgraph
+
+    others = []
+    for capacity in capacities or ():
+        progress(f"tracing with the capacity {capacity}")
+        other = flowgraph.trace(
+            model,
+            input_ids=result.token_ids,
+            prompt_length=int((~result.generated).sum()),
+            question=result.question,
+            reasoning=result.reasoning,
+            answer=result.answer,
+            capacity=capacity,
+        )
+        others.append(other)
+    return others
+
+
+def _report(
+    result: FlowTrace,
+    out: Path | None,
+    view: View,
+    relevance: RelevanceTrace | None = None,
+    beside: Sequence[FlowTrace] = (),
+) -> None:
     """Print a trace with its certificate, and write its files; exit code 1 when a check fails."""
     outputs = outputs_in(out)
     with stages(quiet=view.quiet) as progress:
@@ -221,11 +265,11 @@ def _report(result: FlowTrace, out: Path | None, view: View, relevance: StepRele
         certificate = result.certify()
         for path in outputs:
             progress(f"writing {path}")
-            _write(result, path)
+            _write(result, path, relevance, beside)
     terminal = console()
     terminal.print(rendered)
     if relevance is not None:
-        for part in view.of_relevance(relevance):
+        for part in view.of_relevance(relevance.steps()):
             terminal.print(part)
     for part in view.of_certificate(certificate):
         terminal.print(part)
@@ -234,11 +278,38 @@ def _report(result: FlowTrace, out: Path | None, view: View, relevance: StepRele
         raise typer.Exit(1)
 
 
-def _write(result: FlowTrace, path: Path) -> None:
+def _report_relevance(
+    result: RelevanceTrace, outputs: Sequence[Path], view: View, progress: Callable[[str], None]
+) -> None:
+    """Print a relevance trace with its certificate, and write its files; exit code 1 when a check fails."""
+    from flowgraph.commands.terminal import relevance_tree
+
+    certificate = result.certify()
+    for path in outputs:
+        progress(f"writing {path}")
+        if path.suffix == ".html":
+            result.to_html(path)
+        elif path.suffix == ".json":
+            result.to_json(path)
+        else:
+            result.save(path)
+    terminal = console()
+    if not view.quiet:
+        terminal.print(relevance_tree(result.steps()))
+    for part in view.of_certificate(certificate):
+        terminal.print(part)
+    view.print_end(terminal, outputs)
+    if not certificate.ok:
+        raise typer.Exit(1)
+
+
+def _write(
+    result: FlowTrace, path: Path, relevance: RelevanceTrace | None = None, beside: Sequence[FlowTrace] = ()
+) -> None:
     """Write a trace in the format of the suffix."""
     if path.suffix == ".html":
-        result.to_html(path)
+        result.to_html(path, relevance=relevance, beside=beside)
     elif path.suffix == ".json":
-        result.to_json(path)
+        result.to_json(path, relevance=relevance, beside=beside)
     else:
         result.save(path)

@@ -55,6 +55,11 @@ class CorpusOptions:
             CaptureError: the architecture cannot be captured correctly.
         """
         self.trace.check(model)
+        if self.trace.is_signed:
+            raise InvalidInputError(
+                f"capacity: must have edges that are not negative in a corpus, got {self.trace.capacity!r}; trace each "
+                "text by itself, or use 'vtrace_share'"
+            )
         for pattern in (self.question, self.answer):
             if isinstance(pattern, str):
                 Regex(pattern)
@@ -71,6 +76,7 @@ class CorpusOptions:
         trace = self.trace
         deciding = {
             "capacity": trace.capacity,
+            "capacity_options": dict(sorted((trace.capacity_options or {}).items())),
             "layers": trace.chosen_layers,
             "heads": trace.heads or "mean",
             "edge_weight": trace.edge_weight,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,7 @@ def trace_corpus(
     plain: bool = False,
     system: str | None = None,
     capacity: str = "attention",
+    capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
     heads: str | Sequence[int] | HeadSelector | None = None,
     edge_weight: str = "attention",
@@ -109,7 +110,8 @@ def trace_corpus(
         answer: for lines that name none: a regular expression or a selector. Default: found.
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
-        capacity: what an edge weighs, as for :func:`flowgraph.trace`.
+        capacity: what an edge weighs, as for :func:`flowgraph.trace`; not a signed one.
+        capacity_options: options of the capacity by name.
         layers: this argument and those down to ``max_new_tokens`` are those of :func:`flowgraph.trace`, and are
             explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
@@ -148,6 +150,7 @@ def trace_corpus(
     options = CorpusOptions(
         trace=TraceOptions(
             capacity=capacity,
+            capacity_options=capacity_options,
             layers=layers,
             heads=heads,
             edge_weight=edge_weight,
