@@ -48,6 +48,14 @@ Capacity = Annotated[
         "'value_norm'."
     ),
 ]
+CompositionText = Annotated[
+    str | None,
+    typer.Option(
+        "--composition",
+        help="How edges become scores: 'flowtracer', 'cage', 'vtrace', 'hops', 'one_hop', 'katz' or 'rollout', with "
+        "options after a colon, like hops:k=3. Default: as the capacity has it.",
+    ),
+]
 TraceLayers = Annotated[
     str | None,
     typer.Option(
@@ -108,6 +116,40 @@ def head_choice(text: str) -> str | list[int]:
     if text[:1].isdecimal():
         return numbers("heads", text)
     return text
+
+
+def composition_choice(text: str | None) -> tuple[str | None, dict[str, Any] | None]:
+    """Read "hops:k=3,normalize=false" as a name and its options; the library checks both.
+
+    Raises:
+        BadParameter: an option that is not NAME=VALUE with a number, true or false.
+    """
+    if text is None:
+        return None, None
+    name, colon, listed = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in listed.split(",") if colon else []:
+        option, equals, value = part.strip().partition("=")
+        read = _option_value(value.strip())
+        if not option or not equals or read is None:
+            raise typer.BadParameter(
+                f"--composition must be NAME or NAME:OPTION=VALUE,... with numbers, true or false, got {text[:80]!r}; "
+                "e.g. hops:k=3"
+            )
+        options[option.strip()] = read
+    return name, options or None
+
+
+def _option_value(text: str) -> bool | int | float | str | None:
+    """Read a truth value, a number or a name; None for nothing."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
 
 
 def check_outputs(*paths: Path | None) -> None:

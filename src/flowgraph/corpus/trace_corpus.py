@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,8 @@ def trace_corpus(
     max_edges: int | str = "auto",
     backend: Backend = "auto",
     max_new_tokens: int = 256,
+    composition: str | None = None,
+    composition_options: Mapping[str, Any] | None = None,
     keep: float = 0.9,
     batch_tokens: int = 512,
     html: bool = False,
@@ -124,6 +126,8 @@ def trace_corpus(
         max_edges: ``"auto"``, ``"all"`` or a number.
         backend: of the solver.
         max_new_tokens: limit of a generated response.
+        composition: how edges become the scores of the tokens, as for :func:`flowgraph.trace`.
+        composition_options: its options by name.
         keep: share of the flow whose routes make the backbone.
         batch_tokens: most tokens, padding included, of one forward pass; a longer line runs alone.
         html: also write a page for each trace.
@@ -161,6 +165,8 @@ def trace_corpus(
             max_edges=max_edges,
             backend=backend,
             max_new_tokens=max_new_tokens,
+            composition=composition,
+            composition_options=composition_options,
         ),
         question=question,
         answer=answer,

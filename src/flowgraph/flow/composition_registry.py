@@ -106,6 +106,7 @@ def composition(
         InvalidInputError: the name is taken, or the function has no docstring.
 
     Example:
+        >>> import torch
         >>> import flowgraph as fg
         >>> @fg.composition("throughput after damping", defaults={"damping": 0.5})
         ... def damped(graph, *, damping):

@@ -62,6 +62,7 @@ class FlowTrace:
         graph: the attention-induced DAG.
         flow: the solved flow on it.
         provenance: model, layers, heads, rules, selectors and versions; plain JSON values.
+        composed: the scores of the composition that was asked for; None where the capacity decides what ranks tokens.
 
     Make one with :func:`flowgraph.trace`, or read one with :func:`flowgraph.load_trace`.
     """
@@ -74,6 +75,7 @@ class FlowTrace:
     graph: FlowGraph
     flow: Flow
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    composed: Float64[Tensor, " tokens"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +100,9 @@ class FlowTrace:
 
     @property
     def scores(self) -> Float64[Tensor, " tokens"]:
-        """The score that ranks tokens best for this capacity: h where rows leak, else the throughput."""
+        """The scores of the trace's composition; without one, h where rows leak, else the throughput."""
+        if self.composed is not None:
+            return self.composed
         return self.potential if self.provenance.get("score") == "potential" else self.throughput
 
     @property
@@ -228,6 +232,8 @@ class FlowTrace:
             "source": flow.source,
             "demand": flow.demand,
         }
+        if self.composed is not None:
+            tensors["composed"] = self.composed
         # Facts that are not tensors. The flow is stored too, so that loading need not solve it again.
         record = {
             "tokens": list(self.tokens),
@@ -266,6 +272,7 @@ class FlowTrace:
             provenance=self.provenance,
             keep=keep,
             max_edges=max_edges,
+            scores=self.composed,
         )
 
     def to_json(self, path: PathLike, *, keep: float = 0.9, max_edges: int = 20_000) -> None:
@@ -289,6 +296,9 @@ class FlowTrace:
             lines += self._flow_summary()
         else:
             lines.append("  no flow: no question token reaches the answer through this graph")
+        composition = self.provenance.get("composition")
+        if self.composed is not None and isinstance(composition, Mapping):
+            lines.append(f"  scores composed by {composition.get('name')}")
         # Conservation holds on any pruned graph, so only this line shows what pruning lost.
         if self.graph.kept_flow.item() < 1:
             lines.append(
@@ -318,7 +328,8 @@ def load_trace(path: PathLike) -> FlowTrace:
     """
     # The container: names, dtypes and numbers of dimensions.
     tensors, record = read_record(path)
-    require_tensors(path, tensors, {**_TENSORS, "capacity": (_capacity_dtype(tensors), 1)})
+    optional = {"composed": (torch.float64, 1)} if "composed" in tensors else {}
+    require_tensors(path, tensors, {**_TENSORS, **optional, "capacity": (_capacity_dtype(tensors), 1)})
 
     # The record and the graph, whose constructor checks edges and regions.
     try:
@@ -340,6 +351,7 @@ def load_trace(path: PathLike) -> FlowTrace:
         graph=graph,
         flow=_restored_flow(path, graph, tensors, flow_facts),
         provenance=provenance,
+        composed=_restored_scores(path, tensors),
     )
 
 
@@ -375,10 +387,20 @@ def _require_token_lengths(path: PathLike, tensors: dict[str, Tensor], num_token
     for name in _TENSORS:
         if name not in ("edge_index", "spans") and tensors[name].numel() != num_tokens:
             lengths_agree = False
+    if "composed" in tensors and tensors["composed"].numel() != num_tokens:
+        lengths_agree = False
     if not lengths_agree:
         raise TraceFileError(
             f"path: every token vector must have {num_tokens} entries, got others in {path}; write it again"
         )
+
+
+def _restored_scores(path: PathLike, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Return the stored scores of a composition; None for a trace without one."""
+    scores = tensors.get("composed")
+    if scores is not None and not bool(torch.isfinite(scores).all()):
+        raise TraceFileError(f"path: composed must be finite, got NaN or infinity in {path}; write it again")
+    return scores
 
 
 def _restored_flow(path: PathLike, graph: FlowGraph, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Flow:

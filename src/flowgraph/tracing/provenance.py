@@ -6,7 +6,10 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from flowgraph.capacities.registry import find_capacity
+from flowgraph.flow.compositions import ComposedScores
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.trace_options import TraceOptions
 
@@ -52,6 +55,14 @@ def provenance_of(
         "answer_selector": regions.answer_selector,
         "versions": {"python": platform.python_version(), **package_versions()},
     }
+
+
+def composition_record(composed: ComposedScores) -> dict[str, Any]:
+    """Describe a composition as plain JSON values: its name, all of its options, and its residual."""
+    options = {}
+    for name, value in composed.options.items():
+        options[name] = value.tolist() if isinstance(value, Tensor) else value
+    return {"name": composed.name, "options": options, "residual": composed.residual}
 
 
 def model_name(model: PreTrainedModel) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.capacities.capture import capture
 from flowgraph.capacities.registry import find_capacity
 from flowgraph.errors import InvalidInputError
+from flowgraph.flow.compositions import Composition, find_composition
 from flowgraph.flow.solve import Absorption, SourceRule, check_options
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
@@ -53,6 +54,9 @@ class TraceOptions:
             per token; see :meth:`flowgraph.FlowGraph.from_rows`.
         backend: of the solver; see :func:`flowgraph.solve`.
         max_new_tokens: limit of the response that is generated when none is given.
+        composition: how edges become the scores of the tokens: one of :func:`flowgraph.composition_names`, such as
+            ``"cage"``. None: as the capacity has it, the throughput or the potential.
+        composition_options: options of the composition by name; see :func:`flowgraph.compose`.
     """
 
     capacity: str = "attention"
@@ -70,6 +74,8 @@ class TraceOptions:
     max_edges: int | str = "auto"
     backend: Backend = "auto"
     max_new_tokens: int = 256
+    composition: str | None = None
+    composition_options: Mapping[str, Any] | None = None
 
     @cached_property
     def rules(self) -> EdgeRules:
@@ -93,6 +99,23 @@ class TraceOptions:
             return self.layers
         return find_capacity(self.capacity).defaults.get("layers", "all")
 
+    @cached_property
+    def chosen_composition(self) -> tuple[Composition, dict[str, Any]] | None:
+        """The composition with all of its options, checked; None where the capacity decides what ranks tokens.
+
+        Raises:
+            InvalidInputError: no such composition or option, or a value outside its range.
+        """
+        if self.composition is None:
+            if self.composition_options:
+                raise InvalidInputError(
+                    f"composition_options: must come with a composition, got {self.composition_options!r:.80} alone; "
+                    "name one, e.g. composition='hops'"
+                )
+            return None
+        chosen = find_composition(self.composition)
+        return chosen, chosen.complete(self.composition_options or {})
+
     def capture(
         self, model: nn.Module, input_ids: Int64[Tensor, "batch tokens"], attention_mask: Tensor | None = None
     ) -> AttentionRows:
@@ -109,8 +132,9 @@ class TraceOptions:
             InvalidInputError: a choice outside its stated range, or outside the model.
             CaptureError: the architecture cannot be captured correctly.
         """
-        # The rules are checked when they are built.
+        # The rules and the composition are checked when they are built.
         _ = self.rules
+        _ = self.chosen_composition
         check_options(self.backend, self.source, self.absorption, self.damping)
         # Any number of tokens will do: only the option itself is checked.
         edges_kept(self.max_edges, 2)
