@@ -153,7 +153,7 @@ class Layer(Protocol):
         ...
 
 
-Reduction = Literal["mean", "max"]
+Reduction = Literal["mean", "max", "sum"]
 
 
 def _joined_block(
@@ -228,7 +228,7 @@ class AttentionRows:
             indices: index of each layer in the model.
             attention_mask: 1 on tokens, 0 on padding; None for no padding.
             input_ids: the ids, where rows depend on earlier tokens only; equal prefixes are then computed once.
-            reduction: ``"mean"`` or ``"max"`` over layers.
+            reduction: ``"mean"``, ``"max"`` or ``"sum"`` over layers.
         """
         rows = cls.__new__(cls)
         rows._set_shape(layers[0], indices, attention_mask, reduction)

@@ -69,7 +69,7 @@ class SharpenedLayer:
                 return weights.mean(1).pow(self.power)
             return weights.amax(1).pow(self.power)
 
-        return _in_steps(self.record, joined, start, stop)
+        return in_steps(self.record, joined, start, stop)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class CentredLayer:
         total = torch.zeros(batch, tokens, device=record.device)
         for start in range(0, tokens, MAX_BLOCK):
             stop = min(start + MAX_BLOCK, tokens)
-            rows = _in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
+            rows = in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
             total[:, :stop] += (rows * readable[:, start:stop, None]).sum(1)
         # Token s is read by itself and by all later tokens of its text.
         readers = readable.long().flip(-1).cumsum(-1).flip(-1)
@@ -114,7 +114,7 @@ class CentredLayer:
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         """Recompute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
         record = self.record
-        mean = _in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
+        mean = in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
         # Cells that causality or a window closes have weight 0, and stay 0.
         return (mean - self.received[:, None, :stop]).clamp_min(0)
 
@@ -153,14 +153,14 @@ class VtraceLayer:
         def joined(first: int, last: int) -> Tensor:
             return self.tape.products(first, last).sum(1).clamp_min(0)
 
-        rows = _in_steps(self.tape.record, joined, start, stop)
+        rows = in_steps(self.tape.record, joined, start, stop)
         if self.share_power is None:
             return rows
         total = rows.sum(-1, keepdim=True)
         return (rows / total.clamp_min(torch.finfo(rows.dtype).tiny)).pow(self.share_power)
 
 
-def _in_steps(record: LayerRecord, block: _BlockOfLayer, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
+def in_steps(record: LayerRecord, block: _BlockOfLayer, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
     """Fill a block in steps of a few rows, since the weights of all heads are large."""
     batch = record.shape[0]
     rows = torch.zeros(batch, stop - start, stop, device=record.device)

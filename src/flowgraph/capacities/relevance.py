@@ -223,7 +223,7 @@ def capture_relevance(
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"].bool()
     generated = torch.zeros_like(answer) if generated is None else generated
-    rows = _predicting_rows(answer | generated, mask)
+    rows = predicting_rows(answer | generated, mask)
     modules = attention_modules(model)
     _refuse_unsupported(model, modules)
     require_memory(
@@ -241,12 +241,12 @@ def capture_relevance(
         stack.enter_context(LinearRules(model, set(modules.values())))
         stack.enter_context(balance)
         tape.listening = True
-        logits, rows = _forward(model, inputs, rows)
+        logits, rows = forward_logits(model, inputs, rows)
         tape.listening = False
         passes = _BackwardPasses(balance, rows)
 
         # Demand of the answer: d[t] = <y[t], dL/dy[t]> at the input y of the output projection.
-        seed = passes.gradient_at_y(_objective(logits, rows, ids, answer, target))
+        seed = passes.gradient_at_y(objective_of(logits, rows, ids, answer, target))
         demand = passes.demand_of(seed)
         passes.push(seed)
 
@@ -361,9 +361,7 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _predicting_rows(
-    tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
-) -> Int64[Tensor, " kept"]:
+def predicting_rows(tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Int64[Tensor, " kept"]:
     """Return the positions whose logits predict one of the tokens, in any sequence of the batch."""
     if bool((tokens & ~mask).any()):
         raise InvalidInputError(
@@ -385,7 +383,9 @@ def _shift_left(values: Tensor) -> Tensor:
     return shifted
 
 
-def _forward(model: PreTrainedModel, inputs: dict[str, Any], rows: Int64[Tensor, " kept"]) -> tuple[Tensor, Tensor]:
+def forward_logits(
+    model: PreTrainedModel, inputs: dict[str, Any], rows: Int64[Tensor, " kept"]
+) -> tuple[Tensor, Tensor]:
     """Run the pass; return the logits in float32 and the rows they belong to."""
     arguments = dict(inputs)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -401,7 +401,7 @@ def _at_rows(values: Tensor, rows: Tensor) -> Tensor:
     return _shift_left(values)[:, rows]
 
 
-def _objective(
+def objective_of(
     logits: Float[Tensor, "batch kept vocabulary"],
     rows: Int64[Tensor, " kept"],
     ids: Int64[Tensor, "batch tokens"],

@@ -165,7 +165,7 @@ def trace(
 
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
-    attention = options.capture(model, encoded.input_ids[None])
+    attention = options.capture(model, encoded.input_ids[None], answer=regions.answer[None])
     provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 

@@ -117,10 +117,16 @@ class TraceOptions:
         return chosen, chosen.complete(self.composition_options or {})
 
     def capture(
-        self, model: nn.Module, input_ids: Int64[Tensor, "batch tokens"], attention_mask: Tensor | None = None
+        self,
+        model: nn.Module,
+        input_ids: Int64[Tensor, "batch tokens"],
+        attention_mask: Tensor | None = None,
+        answer: Tensor | None = None,
     ) -> AttentionRows:
-        """Capture the rows of a batch with these choices."""
+        """Capture the rows of a batch with these choices; ``answer`` is for capacities that explain certain tokens."""
         choices: dict[str, Any] = {"layers": self.layers, "heads": self.heads}
+        if "answer" in find_capacity(self.capacity).defaults:
+            choices["answer"] = answer
         if self.edge_weight != "attention":
             choices["edge_weight"] = self.edge_weight
         return capture(model, input_ids, attention_mask, capacity=self.capacity, **choices)
