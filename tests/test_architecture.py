@@ -34,6 +34,8 @@ PUBLIC = {
     "Contraction",
     "CorpusProgress",
     "CorpusSummary",
+    "Edge",
+    "EdgeParts",
     "EdgeRules",
     "EncodedText",
     "CorpusFields",

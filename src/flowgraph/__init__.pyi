@@ -107,6 +107,8 @@ from .text.encoding import encode as encode
 from .text.regions import Regions as Regions
 from .text.regions import find_question as find_question
 from .text.regions import find_regions as find_regions
+from .tracing.edge import Edge as Edge
+from .tracing.edge import EdgeParts as EdgeParts
 from .tracing.flow_trace import FlowTrace as FlowTrace
 from .tracing.flow_trace import load_trace as load_trace
 from .tracing.trace import trace as trace

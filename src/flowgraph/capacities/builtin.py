@@ -121,7 +121,7 @@ def gradient_positive(batch: CapacityInput) -> GradientRows:
 
 @capacity(
     "relevance",
-    defaults={"answer": None, "generated": None, "target": "margin", "hops": 0},
+    defaults={"answer": None, "generated": None, "target": "margin", "hops": 0, "keep_tape": False},
     signed=True,
     gradient=True,
     normalization="none",
@@ -143,7 +143,12 @@ def relevance(batch: CapacityInput) -> RelevanceRows:
         generated = _checked_tokens("generated", generated, shape, batch.input_ids.device)
     target = _checked_target(batch, options["target"])
     inputs = _inputs(batch)
-    return capture_relevance(batch.model, inputs, answer=answer, generated=generated, target=target, hops=hops)
+    keep_tape = options["keep_tape"]
+    if not isinstance(keep_tape, bool):
+        raise InvalidInputError(f"keep_tape: must be True or False, got {keep_tape!r}; True keeps what by_head reads")
+    return capture_relevance(
+        batch.model, inputs, answer=answer, generated=generated, target=target, hops=hops, keep_tape=keep_tape
+    )
 
 
 def _gradient(batch: CapacityInput, form: Form) -> GradientRows:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,6 +89,7 @@ class RelevanceRows:
         hops: emission hops made.
         target: what the demand is the relevance of.
         layers: indices of the layers summed.
+        tape: queries, keys, values and gradients of each layer, for :meth:`by_head`; None unless they were kept.
     """
 
     matrix: Float[Tensor, "batch tokens tokens"]
@@ -103,6 +104,7 @@ class RelevanceRows:
     hops: int
     target: str
     layers: tuple[int, ...]
+    tape: Mapping[int, TapeLayer] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -165,6 +167,33 @@ class RelevanceRows:
         """Return N[t, s] of the batch."""
         return self.matrix
 
+    def by_head(self, row: int, column: int, item: int = 0) -> Float[Tensor, "layers heads"]:
+        """Split N[row, column] of one sequence into the parts of layers and heads, which sum to it.
+
+        Args:
+            row: the position that reads.
+            column: an earlier token.
+            item: the sequence of the batch.
+
+        Raises:
+            InvalidInputError: rows captured without ``keep_tape=True``, or no edge.
+        """
+        if self.tape is None:
+            raise InvalidInputError(
+                "keep_tape: must be True to tell heads apart, got rows without their tape; capture again with "
+                "capture(..., keep_tape=True)"
+            )
+        if not 0 <= column < row < self.num_tokens:
+            raise InvalidInputError(
+                f"row, column: must satisfy 0 <= column < row < {self.num_tokens}, got {row} and {column}; rows are "
+                "readers"
+            )
+        parts = []
+        for index in self.layers:
+            products = self.tape[index].products(row, row + 1)
+            parts.append(products[item, :, 0, column].double().cpu())
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         """Return the rows [start, stop) over the columns [0, stop)."""
         return self.matrix[:, start:stop, :stop]
@@ -189,6 +218,7 @@ def capture_relevance(
     generated: Bool[Tensor, "batch tokens"] | None = None,
     target: Target | Int64[Tensor, "batch tokens"] = "margin",
     hops: int = 0,
+    keep_tape: bool = False,
 ) -> RelevanceRows:
     """Run one forward pass and one backward pass per hop; return the conserved relevance of the answer.
 
@@ -200,6 +230,7 @@ def capture_relevance(
         target: ``"margin"``: logit minus the best other logit; ``"logprob"``: log-probability; or the ids of the
             tokens to contrast with, of which those at the answer's positions count.
         hops: largest number of emission hops; 0 leaves the relevance of generated tokens at their embeddings.
+        keep_tape: keep queries, keys, values and gradients of every layer with the result.
 
     Raises:
         CaptureError: a part of the model without a rule (with the residual and the module), or one that has no
@@ -219,6 +250,7 @@ def capture_relevance(
                 generated=_copied(generated),
                 target=_copied(target),
                 hops=hops,
+                keep_tape=keep_tape,
             )
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"].bool()
@@ -274,6 +306,7 @@ def capture_relevance(
         hops=made,
         target=target if isinstance(target, str) else "contrast",
         layers=tuple(sorted(tape.layers)),
+        tape=tape.layers if keep_tape else None,
     )
     _require_conserved(model, result)
     return result

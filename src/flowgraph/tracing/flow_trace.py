@@ -24,6 +24,7 @@ from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, split_steps, step_flow
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
+from flowgraph.tracing.edge import Edge, edge_of
 from flowgraph.tracing.payload import trace_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
@@ -140,6 +141,18 @@ class FlowTrace:
     def checkpoints(self, k: int = 10, region: str = "reasoning") -> list[TokenRole]:
         """Find the ``k`` tokens of a region that gather flow from many places; see :func:`flowgraph.checkpoints`."""
         return checkpoints(self.flow, k, region)  # type: ignore[arg-type]
+
+    def edge(self, source: int, target: int) -> Edge:
+        """Return one edge, whose :meth:`Edge.by_head` finds the layers and heads that its capacity comes from.
+
+        Args:
+            source: the earlier token.
+            target: the later token.
+
+        Raises:
+            InvalidInputError: not two tokens in order, or no edge between them.
+        """
+        return edge_of(self, source, target)
 
     def steps(self, by: By = "auto", *, split_question: bool = False) -> StepFlow:
         """Merge tokens into lines, sentences or numbered steps and keep the flow; see :func:`flowgraph.split_steps`."""

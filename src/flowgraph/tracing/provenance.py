@@ -11,6 +11,7 @@ from torch import Tensor
 from flowgraph.capacities.registry import find_capacity
 from flowgraph.flow.compositions import ComposedScores
 from flowgraph.text.regions import Regions
+from flowgraph.tracing.recapture import RECORD, capture_record
 from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def provenance_of(
         "layers": list(layers),
         "heads": str(options.heads or "mean"),
         "edge_weight": options.edge_weight,
+        RECORD: capture_record(options, layers),
         "preset": options.preset,
         # The rules that apply, after the overrides of the preset.
         "rows": options.rules.rows,
