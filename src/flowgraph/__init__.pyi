@@ -111,4 +111,6 @@ from .tracing.edge import Edge as Edge
 from .tracing.edge import EdgeParts as EdgeParts
 from .tracing.flow_trace import FlowTrace as FlowTrace
 from .tracing.flow_trace import load_trace as load_trace
+from .tracing.sensitivity import Sensitivity as Sensitivity
+from .tracing.sensitivity import Variation as Variation
 from .tracing.trace import trace as trace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flowgraph.analysis.backbone import Backbone, backbone
 from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes
+from flowgraph.attention.layers_and_heads import LayerRule
 from flowgraph.capacities.capture import capture
 from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.certificate.certify import Certificate, certify
@@ -25,7 +26,9 @@ from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, split_steps, step_flow
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
 from flowgraph.tracing.edge import Edge, edge_of
+from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.payload import trace_payload
+from flowgraph.tracing.sensitivity import Sensitivity, sensitivity_of
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
 # The tensors of a trace file with their dtypes and numbers of dimensions; the capacity is described at run time.
@@ -153,6 +156,60 @@ class FlowTrace:
             InvalidInputError: not two tokens in order, or no edge between them.
         """
         return edge_of(self, source, target)
+
+    def sensitivity(
+        self,
+        model: nn.Module,
+        *,
+        region: str | None = None,
+        layers: Sequence[LayerRule] | None = None,
+        heads: Sequence[Any] | None = None,
+        rows: Sequence[str] | None = None,
+        powers: Sequence[float] | None = None,
+        capacities: Sequence[str] | None = None,
+        top: int = 10,
+        progress: Progress | None = None,
+    ) -> Sensitivity:
+        """Measure how far the ranking by :attr:`scores` depends on layers, heads, rows, power and capacity.
+
+        One choice is changed at a time, the tokens are scored again, and both rankings are compared by Spearman's
+        correlation and by the common share of the ``top`` best tokens. A ranking that no choice changes is robust; it
+        need not be right.
+
+        Args:
+            model: the model of the trace.
+            region: the tokens that are ranked: ``"reasoning"``, ``"question"``, or ``"all"``, all before the answer.
+                Default: the reasoning, or all where it has fewer than three tokens.
+            layers: choices of layers; default: the first third, ``"middle"``, ``"upper"``, the last third, ``"all"``.
+                An empty list leaves a kind of choice out, here and below.
+            heads: choices of heads, for capacities with this option; default: all names.
+            rows: rules of rows; default: all three.
+            powers: powers of the capacity ``"sharpened"`` on the layers of the trace; default: 1, 2, 4 and 8.
+            capacities: other capacities; default: the non-negative ones of one forward pass.
+            top: number of tokens with the highest scores; at most half of the region is compared.
+            progress: called with a line of text before each variation.
+
+        Returns:
+            A frozen record with ``table()``, ``to_dict()`` and ``to_json(path)``. A capacity that this model does not
+            support has no figure; ``reason`` says why.
+
+        Raises:
+            InvalidInputError: a choice outside its range, or a trace whose provenance does not say how it was captured.
+
+        Cost: one capture and one solve for each variation, about twenty by default.
+        """
+        return sensitivity_of(
+            self,
+            model,
+            region=region,
+            layers=layers,
+            heads=heads,
+            rows=rows,
+            powers=powers,
+            capacities=capacities,
+            top=top,
+            progress=progress,
+        )
 
     def steps(self, by: By = "auto", *, split_question: bool = False) -> StepFlow:
         """Merge tokens into lines, sentences or numbered steps and keep the flow; see :func:`flowgraph.split_steps`."""
