@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch_geometric.data import Batch
+from torch_geometric.data import Batch, Data
 
 import flowgraph as fg
 from flowgraph import (
@@ -360,6 +360,25 @@ def test_negative_capacities(name: str):
             compose(matrix, name, question=[0, 1], answer=[4, 5], preset=preset)
 
 
+def signed(graph: FlowGraph) -> Data:
+    """The same edges with their weights as a graph of signed weights."""
+    masks = {name: graph[name] for name in ("question_mask", "reasoning_mask", "answer_mask")}
+    return Data(edge_index=graph.edge_index, weight=graph.capacity, num_nodes=graph.num_nodes, **masks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_of_signed_weights(name: str):
+    graph = example()
+    assert torch.equal(compose(signed(graph), name), compose(graph, name))
+    graph.capacity = graph.capacity.clone()
+    graph.capacity[3] = -1.0
+    if name == "one_hop":
+        assert torch.equal(compose(signed(graph), name), compose(graph, name))
+        return
+    with pytest.raises(InvalidInputError, match=f"weights: must not be negative for composition '{name}', got -1"):
+        compose(signed(graph), name)
+
+
 def test_signed_rows_of_a_model():
     text = sequences()[0]
     answer = torch.arange(len(text)) == len(text) - 1
@@ -379,6 +398,8 @@ def test_bad_weights():
         compose(graph, "cage")
     with pytest.raises(GraphError, match="weights: must be a FlowGraph, captured rows or a matrix, got str"):
         compose("graph", "cage")  # type: ignore[arg-type]
+    with pytest.raises(GraphError, match="weights: must be a FlowGraph or a signed graph, got Data without weight, qu"):
+        compose(Data(edge_index=graph.edge_index), "cage")
     with pytest.raises(InvalidInputError, match="question: must be given with rows, got none"):
         compose(torch.eye(3), "cage", answer=[2])
     with pytest.raises(GraphError, match="rows: must be those of one sequence, got a batch of 2"):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
-from torch_geometric.data import Batch
+from torch_geometric.data import Data
 
 from flowgraph.attention.attention_rows import AttentionRows, SequenceRows
 from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError
@@ -59,7 +59,7 @@ PAPER_LAYERS = 6
 
 
 def compose(
-    weights: FlowGraph | Batch | RowSource | Float[Tensor, "tokens tokens"],
+    weights: FlowGraph | Data | RowSource | Float[Tensor, "tokens tokens"],
     name: str,
     *,
     question: MaskLike | None = None,
@@ -73,8 +73,8 @@ def compose(
     r"""Compose edges into one score per token, by a named composition.
 
     Args:
-        weights: a :class:`FlowGraph`, or a PyG ``Batch`` of many; or the rows of one sequence: captured ones, or a
-            matrix ``[T, T]``.
+        weights: a :class:`FlowGraph`, or a PyG ``Batch`` of many; a signed graph (``one_hop`` alone takes negative
+            weights); or the rows of one sequence: captured ones, or a matrix ``[T, T]``.
         name: one of :func:`flowgraph.composition_names`: ``"flowtracer"``, ``"cage"``, ``"vtrace"``, ``"hops"``,
             ``"one_hop"``, ``"katz"``, ``"rollout"`` or a registered one.
         question: with rows: where flow enters (mask, indices or slice). A graph has its own regions.
@@ -132,7 +132,7 @@ def compose(
 
 
 def composed_scores(
-    weights: FlowGraph | Batch | RowSource | Float[Tensor, "tokens tokens"],
+    weights: FlowGraph | Data | RowSource | Float[Tensor, "tokens tokens"],
     name: str,
     *,
     question: MaskLike | None = None,
@@ -165,8 +165,8 @@ def composed_scores(
     chosen = find_composition(name)
     complete = chosen.complete(options)
     layer_rows = None
-    if isinstance(weights, FlowGraph):
-        graph = weights
+    if isinstance(weights, Data):
+        graph = _with_capacity(weights)
         other_preset = None if preset == "default" else preset
         _refuse_regions(question=question, answer=answer, reasoning=reasoning, rules=rules, preset=other_preset)
     else:
@@ -490,6 +490,28 @@ def _negative(name: str, value: float, source: int, target: int) -> str:
         f"weights: must not be negative for composition {name!r}, got {value:.3g} on the edge {source} -> {target}; "
         "use a non-negative capacity such as 'vtrace_share' or 'gradient_positive', composition 'one_hop' on a signed "
         "graph, or for relevance rows.throughput and trace.relevance(model), which need no composition"
+    )
+
+
+def _with_capacity(graph: Data) -> FlowGraph:
+    """Return a FlowGraph as it is, and a graph with signed weights as one whose capacities are these weights."""
+    if isinstance(graph, FlowGraph):
+        return graph
+    needed = ("edge_index", "weight", "question_mask", "reasoning_mask", "answer_mask")
+    missing = [name for name in needed if name not in graph]
+    if missing:
+        raise GraphError(
+            f"weights: must be a FlowGraph or a signed graph, got {type(graph).__name__} without {', '.join(missing)}; "
+            "build one with FlowGraph.from_edges"
+        )
+    # The constructor checks nothing; the sign is checked with the capacities.
+    return FlowGraph(
+        edge_index=graph["edge_index"],
+        capacity=graph["weight"],
+        question_mask=graph["question_mask"],
+        reasoning_mask=graph["reasoning_mask"],
+        answer_mask=graph["answer_mask"],
+        num_nodes=graph.num_nodes,
     )
 
 
