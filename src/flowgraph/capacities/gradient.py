@@ -138,7 +138,8 @@ def capture_gradient(
             pass), by its name.
         InvalidInputError: an answer on padding or on the first token.
 
-    Cost: about 2.5 forward passes; memory of the activations of one pass, and of queries, keys, values and dL/dz.
+    Cost: one forward and one backward pass; memory of the activations of one pass, and of queries, keys, values and
+    dL/dz of every layer.
     """
     if torch.is_inference_mode_enabled():
         # Tensors made under inference_mode cannot take part in a backward pass; their copies can.

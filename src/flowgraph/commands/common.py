@@ -44,8 +44,8 @@ Heads = Annotated[
 Capacity = Annotated[
     str,
     typer.Option(
-        help="What an edge weighs: 'attention', 'vtrace_share', 'vtrace', 'sharp', 'sharp_max', 'centred' or "
-        "'value_norm'."
+        help="What an edge weighs: 'attention', 'vtrace_share', 'vtrace', 'sharp', 'sharp_max', 'centred', "
+        "'value_norm' or 'gradient_positive' (one backward pass)."
     ),
 ]
 CompositionText = Annotated[

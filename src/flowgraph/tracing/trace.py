@@ -83,7 +83,7 @@ def trace(
         input_ids: prompt and response as ids, instead of text.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
         capacity: what an edge weighs: ``"attention"``, ``"vtrace_share"``, ``"vtrace"``, ``"sharp"``, ``"sharp_max"``,
-            ``"centred"``, ``"value_norm"`` or a registered one.
+            ``"centred"``, ``"value_norm"``, ``"gradient_positive"`` or a registered one.
         layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices. This argument and those down
             to ``max_new_tokens`` are explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
