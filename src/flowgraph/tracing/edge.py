@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from flowgraph.attention.attention_rows import SequenceRows
 from flowgraph.errors import InvalidInputError
 from flowgraph.tracing.recapture import capture_again
-
-if TYPE_CHECKING:
-    from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.tracing.traced import Traced
 
 _TOLERANCE = 1e-3
 """Largest difference between the capacities of a trace and those captured again, relative to the row's largest."""
@@ -106,7 +104,7 @@ class Edge:
     texts: tuple[str, str]
     capacity: float
     flow: float
-    trace: FlowTrace = field(repr=False)
+    trace: Traced = field(repr=False)
 
     def by_head(self, model: nn.Module) -> EdgeParts:
         """Find which layers and heads the capacity comes from; the rows are captured again.
@@ -164,7 +162,7 @@ class Edge:
         )
 
 
-def edge_of(trace: FlowTrace, source: Any, target: Any) -> Edge:
+def edge_of(trace: Traced, source: Any, target: Any) -> Edge:
     """Return one edge of a trace.
 
     Args:
@@ -206,7 +204,7 @@ def edge_of(trace: FlowTrace, source: Any, target: Any) -> Edge:
     )
 
 
-def _row_of(trace: FlowTrace, target: int) -> int:
+def _row_of(trace: Traced, target: int) -> int:
     """Return the position whose row the target was given: the one before a generated token under emission rows."""
     rule = trace.provenance.get("rows")
     if rule == "literal":
@@ -216,7 +214,7 @@ def _row_of(trace: FlowTrace, target: int) -> int:
     return target
 
 
-def _factor_of_row(trace: FlowTrace, target: int, rows: SequenceRows) -> float:
+def _factor_of_row(trace: Traced, target: int, rows: SequenceRows) -> float:
     """Return the factor by which the rules scaled the row of a token, after comparing all edges into the token.
 
     Raises:

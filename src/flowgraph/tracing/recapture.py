@@ -13,9 +13,9 @@ from flowgraph.attention.layers_and_heads import HeadSelector
 from flowgraph.capacities.capture import capture
 from flowgraph.capacities.registry import find_capacity
 from flowgraph.errors import InvalidInputError
+from flowgraph.tracing.traced import Traced
 
 if TYPE_CHECKING:
-    from flowgraph.tracing.flow_trace import FlowTrace
     from flowgraph.tracing.trace_options import TraceOptions
 
 RECORD = "captured_with"
@@ -44,7 +44,7 @@ def capture_record(options: TraceOptions, layers: tuple[int, ...]) -> dict[str, 
 
 
 def capture_again(
-    trace: FlowTrace, model: nn.Module, *, capacity: str | None = None, options: Mapping[str, Any] | None = None
+    trace: Traced, model: nn.Module, *, capacity: str | None = None, options: Mapping[str, Any] | None = None
 ) -> AttentionRows:
     """Capture the rows of a trace's text again.
 
@@ -71,7 +71,7 @@ def capture_again(
     return capture(model, trace.token_ids, capacity=capacity, **chosen)
 
 
-def recorded_capture(trace: FlowTrace) -> tuple[str, dict[str, Any]]:
+def recorded_capture(trace: Traced) -> tuple[str, dict[str, Any]]:
     """Return the capacity of a trace and the options of its capture.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float64
@@ -24,9 +24,7 @@ from flowgraph.graph.edge_rules import EdgeRules, RowRule
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.tracing.generation import Progress, is_integer
 from flowgraph.tracing.recapture import capture_again, recorded_capture
-
-if TYPE_CHECKING:
-    from flowgraph.tracing.flow_trace import FlowTrace
+from flowgraph.tracing.traced import Traced
 
 SCHEMA = "flowgraph-sensitivity/1"
 HEADS = ("mean", "max", "global", "local", "receiver")
@@ -127,7 +125,7 @@ class _Change:
 
 
 def sensitivity_of(
-    trace: FlowTrace,
+    trace: Traced,
     model: nn.Module,
     *,
     region: str | None = None,
@@ -184,7 +182,7 @@ def sensitivity_of(
     return Sensitivity(_settings(trace), region, num_tokens, num_top, tuple(variations))
 
 
-def _counted_tokens(trace: FlowTrace, region: str | None) -> tuple[Bool[Tensor, " tokens"], str]:
+def _counted_tokens(trace: Traced, region: str | None) -> tuple[Bool[Tensor, " tokens"], str]:
     """Mark the tokens that are ranked, and name their region."""
     masks = {
         "reasoning": trace.reasoning,
@@ -204,7 +202,7 @@ def _counted_tokens(trace: FlowTrace, region: str | None) -> tuple[Bool[Tensor, 
 
 
 def _changes(
-    trace: FlowTrace,
+    trace: Traced,
     model: nn.Module,
     capacity: str,
     layers: Sequence[LayerRule] | None,
@@ -274,7 +272,7 @@ def _check_power(power: Any) -> None:
         raise InvalidInputError(f"powers: must lie in [1, 64], got {power!r}; 2 and 4 are usual")
 
 
-def _scores(trace: FlowTrace, captured: AttentionRows, change: _Change) -> Float64[Tensor, " tokens"] | None:
+def _scores(trace: Traced, captured: AttentionRows, change: _Change) -> Float64[Tensor, " tokens"] | None:
     """Score all tokens as the trace did, from other rows; None where no question token reaches the answer."""
     provenance = trace.provenance
     rules = EdgeRules.preset(
@@ -344,7 +342,7 @@ def _best(scores: Float64[Tensor, " counted"], count: int) -> list[int]:
     return torch.argsort(scores, descending=True, stable=True)[:count].tolist()
 
 
-def _settings(trace: FlowTrace) -> dict[str, str]:
+def _settings(trace: Traced) -> dict[str, str]:
     """Describe the choices of the trace in words."""
     names = ("capacity", "layers", "heads", "rows")
     settings = {name: str(trace.provenance[name]) for name in names if name in trace.provenance}
