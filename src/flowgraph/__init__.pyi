@@ -64,6 +64,12 @@ from .exchange.from_objects import from_igraph as from_igraph
 from .exchange.from_objects import from_networkx as from_networkx
 from .exchange.from_objects import from_pyg as from_pyg
 from .files import atomic_write as atomic_write
+from .flow.composition_registry import ComposedScores as ComposedScores
+from .flow.composition_registry import Composition as Composition
+from .flow.compositions import compose as compose
+from .flow.compositions import composed_scores as composed_scores
+from .flow.compositions import composition as composition
+from .flow.compositions import composition_names as composition_names
 from .flow.flow import Flow as Flow
 from .flow.signed_flow import SignedFlow as SignedFlow
 from .flow.signed_flow import relevance_flow as relevance_flow
@@ -106,8 +112,12 @@ from .text.encoding import encode as encode
 from .text.regions import Regions as Regions
 from .text.regions import find_question as find_question
 from .text.regions import find_regions as find_regions
+from .tracing.edge import Edge as Edge
+from .tracing.edge import EdgeParts as EdgeParts
 from .tracing.flow_trace import FlowTrace as FlowTrace
 from .tracing.flow_trace import load_trace as load_trace
 from .tracing.relevance_trace import RelevanceTrace as RelevanceTrace
 from .tracing.relevance_trace import load_relevance as load_relevance
+from .tracing.sensitivity import Sensitivity as Sensitivity
+from .tracing.sensitivity import Variation as Variation
 from .tracing.trace import trace as trace

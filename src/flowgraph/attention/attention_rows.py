@@ -101,6 +101,14 @@ class RecomputedLayer:
         chosen = None if self.chosen is None else self.chosen[items]
         return RecomputedLayer(self.record.select(items), self.aggregator, chosen)
 
+    def head_block(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
+        """Recompute the part that each head has in the same rows; the parts of all heads sum to :meth:`block`.
+
+        Raises:
+            InvalidInputError: heads that are joined by their maximum.
+        """
+        return self.aggregator.split(self.record.weights(start, stop), self.chosen, self.record.value_norm)
+
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         """Recompute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
         batch_size, _ = self.record.shape
@@ -153,7 +161,16 @@ class Layer(Protocol):
         ...
 
 
-Reduction = Literal["mean", "max"]
+@runtime_checkable
+class SplittableLayer(Layer, Protocol):
+    """A layer that sums over its heads, and can compute the part of each."""
+
+    def head_block(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
+        """Return the parts of the heads in the rows ``[start, stop)``; their sum over heads is ``block``."""
+        ...
+
+
+Reduction = Literal["mean", "max", "sum"]
 
 
 def _joined_block(
@@ -228,7 +245,7 @@ class AttentionRows:
             indices: index of each layer in the model.
             attention_mask: 1 on tokens, 0 on padding; None for no padding.
             input_ids: the ids, where rows depend on earlier tokens only; equal prefixes are then computed once.
-            reduction: ``"mean"`` or ``"max"`` over layers.
+            reduction: ``"mean"``, ``"max"`` or ``"sum"`` over layers.
         """
         rows = cls.__new__(cls)
         rows._set_shape(layers[0], indices, attention_mask, reduction)
@@ -407,6 +424,65 @@ class SequenceRows:
         padded = _joined_block(self.layers, first, last, self.device, self.reduction)
         rows = padded[:, self.positions[start:stop] - first]
         return rows[:, :, self.positions[:stop]]
+
+    def by_layer(self, row: int, column: int) -> Float[Tensor, " layers"]:
+        """Split the weight of one cell into the parts of the layers, which sum to it.
+
+        Args:
+            row: the token that reads.
+            column: the token that is read, at most ``row``.
+
+        Raises:
+            InvalidInputError: layers that are joined by their maximum.
+
+        Cost: one row of each layer.
+        """
+        share = self._share_of_layer()
+        position = int(self.positions[row])
+        read = int(self.positions[column])
+        parts = [float(layer.block(position, position + 1)[0, 0, read]) * share for layer in self.layers]
+        return torch.tensor(parts, dtype=torch.float64)
+
+    def by_head(self, row: int, column: int) -> Float[Tensor, "layers heads"]:
+        """Split the weight of one cell into the parts of layers and heads, which sum to it.
+
+        Layers with fewer heads than others are padded by zeros.
+
+        Args:
+            row: the token that reads.
+            column: the token that is read, at most ``row``.
+
+        Raises:
+            InvalidInputError: layers or heads that are not summed, such as a maximum or a power of the joined heads.
+
+        Cost: one row of each layer and head.
+        """
+        share = self._share_of_layer()
+        position = int(self.positions[row])
+        read = int(self.positions[column])
+        parts = []
+        for layer in self.layers:
+            if not isinstance(layer, SplittableLayer):
+                raise InvalidInputError(
+                    f"heads: must be summed to be told apart, got rows of {type(layer).__name__}, whose heads were "
+                    "joined before; use by_layer, or a capacity that sums over heads: 'sharp', 'vtrace', 'attention'"
+                )
+            with torch.no_grad():
+                parts.append(layer.head_block(position, position + 1)[0, :, 0, read].double().cpu() * share)
+        most_heads = max(part.numel() for part in parts)
+        split = torch.zeros(len(parts), most_heads, dtype=torch.float64)
+        for index, part in enumerate(parts):
+            split[index, : part.numel()] = part
+        return split
+
+    def _share_of_layer(self) -> float:
+        """Return the factor of each layer's rows in the joined ones."""
+        if self.reduction == "max":
+            raise InvalidInputError(
+                "layers: must be summed to be told apart, got their maximum; use a capacity that sums over layers, "
+                "such as 'sharp', 'vtrace' or 'attention'"
+            )
+        return 1 / len(self.layers) if self.reduction == "mean" else 1.0
 
 
 class SharedPrefixes:

@@ -97,6 +97,42 @@ class HeadAggregator:
         scale = row_sum / joined.sum(-1).clamp_min(smallest)
         return joined * scale[..., None]
 
+    def split(
+        self,
+        weights: Float[Tensor, "batch heads block stop"],
+        chosen: Int[Tensor, "batch kept"] | None,
+        value_norm: Float[Tensor, "batch key_heads tokens"] | None,
+    ) -> Float[Tensor, "batch heads block stop"]:
+        """Compute the part of each head in what :meth:`join` returns; the parts sum to it.
+
+        Args:
+            weights: softmax weights of a block of rows.
+            chosen: the heads of each sequence, from :meth:`choose`; the others have no part.
+            value_norm: Euclidean norm of each value vector, or None for plain attention.
+
+        Raises:
+            InvalidInputError: heads that are joined by their maximum.
+        """
+        if self.heads == "max":
+            raise InvalidInputError(
+                "heads: must be summed to be told apart, got their maximum; use heads='mean', or by_layer"
+            )
+        num_heads = weights.shape[1]
+        is_chosen = torch.ones(weights.shape[:2], dtype=torch.bool, device=weights.device)
+        if chosen is not None:
+            is_chosen = torch.zeros_like(is_chosen).scatter(1, chosen.long(), True)
+        kept = weights * is_chosen[:, :, None, None]
+        count = is_chosen.sum(1)[:, None, None, None]
+        if value_norm is None:
+            return kept / count
+
+        # Rows are rescaled to the sums that they had as attention.
+        row_sum = kept.sum(-1).sum(1) / count[..., 0, 0]
+        parts = kept * per_query_head(value_norm, num_heads)[:, :, None, : weights.shape[-1]] / count
+        smallest = torch.finfo(parts.dtype).tiny
+        scale = row_sum / parts.sum(1).sum(-1).clamp_min(smallest)
+        return parts * scale[:, None, :, None]
+
 
 def head_statistic(
     weights: Iterator[tuple[int, Tensor]],

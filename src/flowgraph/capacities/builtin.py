@@ -13,6 +13,7 @@ from flowgraph.attention.layers_and_heads import resolve_layers
 from flowgraph.attention.modules import attention_modules, num_layers
 from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.capacities.forward import CentredLayer, PowerPlace, ProjectionTape, SharpenedLayer, VtraceLayer
+from flowgraph.capacities.gradient import Form, GradientRows, capture_gradient
 from flowgraph.capacities.registry import CapacityInput, capacity
 from flowgraph.capacities.relevance import RelevanceRows, capture_relevance
 from flowgraph.capacities.tape import Tape
@@ -95,8 +96,32 @@ def vtrace_share(batch: CapacityInput) -> AttentionRows:
 
 
 @capacity(
+    "gradient",
+    defaults={"answer": None, "target": "margin", "layers": "all"},
+    signed=True,
+    gradient=True,
+    normalization="none",
+)
+def gradient(batch: CapacityInput) -> GradientRows:
+    """Derivative of the answer's score by the strength of each edge, signed: what changes if it is cut a little."""
+    return _gradient(batch, "net")
+
+
+@capacity(
+    "gradient_positive",
+    defaults={"answer": None, "target": "margin", "layers": "all"},
+    gradient=True,
+    normalization="leak",
+    score="potential",
+)
+def gradient_positive(batch: CapacityInput) -> GradientRows:
+    """Sum over layers of the positive part of the gradient, heads summed; its row sums say which positions matter."""
+    return _gradient(batch, "positive")
+
+
+@capacity(
     "relevance",
-    defaults={"answer": None, "generated": None, "target": "margin", "hops": 0},
+    defaults={"answer": None, "generated": None, "target": "margin", "hops": 0, "keep_tape": False},
     signed=True,
     gradient=True,
     normalization="none",
@@ -105,15 +130,7 @@ def relevance(batch: CapacityInput) -> RelevanceRows:
     """Conserved relevance: a signed flow that one linearised backward pass of the model makes itself."""
     options = batch.options
     shape = tuple(batch.input_ids.shape)
-    if options["answer"] is None:
-        raise InvalidInputError(
-            "answer: must be given with capacity='relevance', got none; pass a mask of the tokens to explain"
-        )
-    answer = _checked_tokens("answer", options["answer"], shape, batch.input_ids.device)
-    if not bool(answer.any(-1).all()):
-        raise InvalidInputError(
-            "answer: must mark at least one token of every sequence, got none; pass a mask of the tokens to explain"
-        )
+    answer = _checked_answer(batch, "relevance")
     hops = options["hops"]
     if isinstance(hops, bool) or not isinstance(hops, int) or hops < 0:
         raise InvalidInputError(f"hops: must be at least 0, got {hops!r}; 0 makes no emission hop, 6 is enough")
@@ -125,9 +142,42 @@ def relevance(batch: CapacityInput) -> RelevanceRows:
     if generated is not None:
         generated = _checked_tokens("generated", generated, shape, batch.input_ids.device)
     target = _checked_target(batch, options["target"])
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    inputs |= {name: value for name, value in batch.arguments.items() if name != "logits_to_keep"}
-    return capture_relevance(batch.model, inputs, answer=answer, generated=generated, target=target, hops=hops)
+    inputs = _inputs(batch)
+    keep_tape = options["keep_tape"]
+    if not isinstance(keep_tape, bool):
+        raise InvalidInputError(f"keep_tape: must be True or False, got {keep_tape!r}; True keeps what by_head reads")
+    return capture_relevance(
+        batch.model, inputs, answer=answer, generated=generated, target=target, hops=hops, keep_tape=keep_tape
+    )
+
+
+def _gradient(batch: CapacityInput, form: Form) -> GradientRows:
+    name = "gradient" if form == "net" else "gradient_positive"
+    answer = _checked_answer(batch, name)
+    target = _checked_target(batch, batch.options["target"])
+    modules, _ = _chosen_modules(batch)
+    return capture_gradient(batch.model, modules, _inputs(batch), answer=answer, target=target, form=form)
+
+
+def _inputs(batch: CapacityInput) -> dict[str, Any]:
+    """Return the arguments of a pass whose logits are read."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return inputs | {name: value for name, value in batch.arguments.items() if name != "logits_to_keep"}
+
+
+def _checked_answer(batch: CapacityInput, name: str) -> Tensor:
+    """Check the mask of the tokens to explain: at least one in every sequence."""
+    answer = batch.options["answer"]
+    if answer is None:
+        raise InvalidInputError(
+            f"answer: must be given with capacity={name!r}, got none; pass a mask of the tokens to explain"
+        )
+    answer = _checked_tokens("answer", answer, tuple(batch.input_ids.shape), batch.input_ids.device)
+    if not bool(answer.any(-1).all()):
+        raise InvalidInputError(
+            "answer: must mark at least one token of every sequence, got none; pass a mask of the tokens to explain"
+        )
+    return answer
 
 
 def _vtrace(batch: CapacityInput, share_power: float | None) -> AttentionRows:

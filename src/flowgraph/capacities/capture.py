@@ -43,10 +43,10 @@ def capture(
         capacity: one of :func:`flowgraph.capacity_names`.
         layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"`` or indices; by default as the capacity has it.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a ``HeadSelector``.
-        answer: mask of the tokens to explain (``"relevance"``).
+        answer: mask of the tokens to explain (``"relevance"``, ``"gradient"``, ``"gradient_positive"``).
         generated: mask of the tokens that the model produced (``"relevance"`` with ``hops``).
         **options: further options of the capacity: ``edge_weight`` (``"attention"``), ``power`` and ``place``
-            (``"sharpened"``), ``target`` and ``hops`` (``"relevance"``).
+            (``"sharpened"``), ``target`` (``"relevance"``, ``"gradient"``) and ``hops`` (``"relevance"``).
 
     Returns:
         :class:`flowgraph.AttentionRows`, :class:`flowgraph.RelevanceRows` or what a registered capacity returns; all

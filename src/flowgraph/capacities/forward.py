@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from flowgraph.attention.interception import AttentionCall
 from flowgraph.attention.layer_record import LayerRecord
 from flowgraph.capacities.tape import MAX_BLOCK, SCRATCH_BYTES, Tape, TapeLayer
+from flowgraph.errors import InvalidInputError
 
 PowerPlace = Literal["pre", "post", "max"]
 
@@ -69,7 +70,21 @@ class SharpenedLayer:
                 return weights.mean(1).pow(self.power)
             return weights.amax(1).pow(self.power)
 
-        return _in_steps(self.record, joined, start, stop)
+        return in_steps(self.record, joined, start, stop)
+
+    def head_block(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
+        """Recompute the part of each head in the same rows; the parts sum to :meth:`block`.
+
+        Raises:
+            InvalidInputError: a power that is taken after the heads are joined.
+        """
+        is_sum = self.place == "pre" or (self.place == "post" and self.power == 1)
+        if not is_sum:
+            raise InvalidInputError(
+                f"heads: must be summed to be told apart, got place={self.place!r} with power {self.power:g}, which "
+                "joins them before the power; use place='pre', or by_layer"
+            )
+        return self.record.weights(start, stop).pow(self.power) / self.record.num_heads
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ class CentredLayer:
         total = torch.zeros(batch, tokens, device=record.device)
         for start in range(0, tokens, MAX_BLOCK):
             stop = min(start + MAX_BLOCK, tokens)
-            rows = _in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
+            rows = in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
             total[:, :stop] += (rows * readable[:, start:stop, None]).sum(1)
         # Token s is read by itself and by all later tokens of its text.
         readers = readable.long().flip(-1).cumsum(-1).flip(-1)
@@ -114,9 +129,17 @@ class CentredLayer:
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         """Recompute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
         record = self.record
-        mean = _in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
+        mean = in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
         # Cells that causality or a window closes have weight 0, and stay 0.
         return (mean - self.received[:, None, :stop]).clamp_min(0)
+
+    def head_block(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
+        """Recompute by how much each head exceeds what its layer gives on average; the parts sum to :meth:`block`.
+
+        Parts may be negative. They are 0 where the sum over heads is not positive.
+        """
+        excess = self.record.weights(start, stop) - self.received[:, None, None, :stop]
+        return excess * (excess.mean(1, keepdim=True) > 0) / self.record.num_heads
 
 
 @dataclass(frozen=True)
@@ -153,14 +176,32 @@ class VtraceLayer:
         def joined(first: int, last: int) -> Tensor:
             return self.tape.products(first, last).sum(1).clamp_min(0)
 
-        rows = _in_steps(self.tape.record, joined, start, stop)
+        rows = in_steps(self.tape.record, joined, start, stop)
         if self.share_power is None:
             return rows
         total = rows.sum(-1, keepdim=True)
         return (rows / total.clamp_min(torch.finfo(rows.dtype).tiny)).pow(self.share_power)
 
+    def head_block(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
+        """Recompute the part of each head in the same rows; parts may be negative and sum to :meth:`block`.
 
-def _in_steps(record: LayerRecord, block: _BlockOfLayer, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
+        Raises:
+            InvalidInputError: shares to a power, which is taken after the heads are joined.
+        """
+        if self.share_power not in (None, 1):
+            raise InvalidInputError(
+                f"heads: must be summed to be told apart, got shares to the power {self.share_power:g}, which joins "
+                "them before the power; use capacity='vtrace', or by_layer"
+            )
+        products = self.tape.products(start, stop)
+        parts = products * (products.sum(1, keepdim=True) > 0)
+        if self.share_power is None:
+            return parts
+        total = parts.sum(1, keepdim=True).sum(-1, keepdim=True)
+        return parts / total.clamp_min(torch.finfo(parts.dtype).tiny)
+
+
+def in_steps(record: LayerRecord, block: _BlockOfLayer, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
     """Fill a block in steps of a few rows, since the weights of all heads are large."""
     batch = record.shape[0]
     rows = torch.zeros(batch, stop - start, stop, device=record.device)

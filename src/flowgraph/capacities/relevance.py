@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,6 +91,7 @@ class RelevanceRows:
         hops: emission hops made.
         target: what the demand is the relevance of.
         layers: indices of the layers summed.
+        tape: queries, keys, values and gradients of each layer, for :meth:`by_head`; None unless they were kept.
     """
 
     matrix: Float[Tensor, "batch tokens tokens"]
@@ -106,6 +107,7 @@ class RelevanceRows:
     hops: int
     target: str
     layers: tuple[int, ...]
+    tape: Mapping[int, TapeLayer] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -168,6 +170,33 @@ class RelevanceRows:
         """Return N[t, s] of the batch."""
         return self.matrix
 
+    def by_head(self, row: int, column: int, item: int = 0) -> Float[Tensor, "layers heads"]:
+        """Split N[row, column] of one sequence into the parts of layers and heads, which sum to it.
+
+        Args:
+            row: the position that reads.
+            column: an earlier token.
+            item: the sequence of the batch.
+
+        Raises:
+            InvalidInputError: rows captured without ``keep_tape=True``, or no edge.
+        """
+        if self.tape is None:
+            raise InvalidInputError(
+                "keep_tape: must be True to tell heads apart, got rows without their tape; capture again with "
+                "capture(..., keep_tape=True)"
+            )
+        if not 0 <= column < row < self.num_tokens:
+            raise InvalidInputError(
+                f"row, column: must satisfy 0 <= column < row < {self.num_tokens}, got {row} and {column}; rows are "
+                "readers"
+            )
+        parts = []
+        for index in self.layers:
+            products = self.tape[index].products(row, row + 1)
+            parts.append(products[item, :, 0, column].double().cpu())
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         """Return the rows [start, stop) over the columns [0, stop)."""
         return self.matrix[:, start:stop, :stop]
@@ -192,6 +221,7 @@ def capture_relevance(
     generated: Bool[Tensor, "batch tokens"] | None = None,
     target: Target | Int64[Tensor, "batch tokens"] = "margin",
     hops: int = 0,
+    keep_tape: bool = False,
 ) -> RelevanceRows:
     """Run one forward pass and one backward pass per hop; return the conserved relevance of the answer.
 
@@ -203,6 +233,7 @@ def capture_relevance(
         target: ``"margin"``: logit minus the best other logit; ``"logprob"``: log-probability; or the ids of the
             tokens to contrast with, of which those at the answer's positions count.
         hops: largest number of emission hops; 0 leaves the relevance of generated tokens at their embeddings.
+        keep_tape: keep queries, keys, values and gradients of every layer with the result.
 
     Raises:
         CaptureError: a part of the model without a rule (with the residual and the module), or one that has no
@@ -222,11 +253,12 @@ def capture_relevance(
                 generated=_copied(generated),
                 target=_copied(target),
                 hops=hops,
+                keep_tape=keep_tape,
             )
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"].bool()
     generated = torch.zeros_like(answer) if generated is None else generated
-    rows = _predicting_rows(answer | generated, mask)
+    rows = predicting_rows(answer | generated, mask)
     modules = attention_modules(model)
     _refuse_unsupported(model, modules)
     require_memory(
@@ -244,12 +276,12 @@ def capture_relevance(
         stack.enter_context(LinearRules(model, set(modules.values())))
         stack.enter_context(balance)
         tape.listening = True
-        logits, rows = _forward(model, inputs, rows)
+        logits, rows = forward_logits(model, inputs, rows)
         tape.listening = False
         passes = _BackwardPasses(balance, rows)
 
         # Demand of the answer: d[t] = <y[t], dL/dy[t]> at the input y of the output projection.
-        seed = passes.gradient_at_y(_objective(logits, rows, ids, answer, target))
+        seed = passes.gradient_at_y(objective_of(logits, rows, ids, answer, target))
         demand = passes.demand_of(seed)
         passes.push(seed)
 
@@ -278,6 +310,7 @@ def capture_relevance(
         hops=made,
         target=target if isinstance(target, str) else "contrast",
         layers=tuple(sorted(tape.layers)),
+        tape=tape.layers if keep_tape else None,
     )
     if not result.residual <= result.bound:
         culprit = _find_culprit(model, modules, inputs, rows, answer, target, result.bound)
@@ -367,9 +400,7 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _predicting_rows(
-    tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
-) -> Int64[Tensor, " kept"]:
+def predicting_rows(tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Int64[Tensor, " kept"]:
     """Return the positions whose logits predict one of the tokens, in any sequence of the batch."""
     if bool((tokens & ~mask).any()):
         raise InvalidInputError(
@@ -391,7 +422,9 @@ def _shift_left(values: Tensor) -> Tensor:
     return shifted
 
 
-def _forward(model: PreTrainedModel, inputs: dict[str, Any], rows: Int64[Tensor, " kept"]) -> tuple[Tensor, Tensor]:
+def forward_logits(
+    model: PreTrainedModel, inputs: dict[str, Any], rows: Int64[Tensor, " kept"]
+) -> tuple[Tensor, Tensor]:
     """Run the pass; return the logits in float32 and the rows they belong to."""
     arguments = dict(inputs)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -407,7 +440,7 @@ def _at_rows(values: Tensor, rows: Tensor) -> Tensor:
     return _shift_left(values)[:, rows]
 
 
-def _objective(
+def objective_of(
     logits: Float[Tensor, "batch kept vocabulary"],
     rows: Int64[Tensor, " kept"],
     ids: Int64[Tensor, "batch tokens"],
@@ -589,10 +622,10 @@ def _find_culprit(
         balance = stack.enter_context(ModuleBalance(model, rules.inside_blocks()))
         stack.enter_context(recorder)
         tape.listening = True
-        logits, rows = _forward(model, inputs, rows)
+        logits, rows = forward_logits(model, inputs, rows)
         tape.listening = False
         passes = _BackwardPasses(recorder, rows)
-        seed = passes.gradient_at_y(_objective(logits, rows, inputs["input_ids"], answer, target))
+        seed = passes.gradient_at_y(objective_of(logits, rows, inputs["input_ids"], answer, target))
         passes.push(seed)
         scale = float(passes.demand_of(seed).abs().max())
     return balance.culprit(bound * scale)

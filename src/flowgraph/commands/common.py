@@ -47,7 +47,15 @@ Capacity = Annotated[
     str,
     typer.Option(
         help="What an edge weighs: 'attention', 'vtrace_share', 'vtrace', 'sharp', 'sharp_max', 'centred', "
-        "'value_norm', or (trace alone) 'relevance', which is signed."
+        "'value_norm', 'gradient_positive' (one backward pass), or (trace alone) 'relevance', which is signed."
+    ),
+]
+CompositionText = Annotated[
+    str | None,
+    typer.Option(
+        "--composition",
+        help="How edges become scores: 'flowtracer', 'cage', 'vtrace', 'hops', 'one_hop', 'katz' or 'rollout', with "
+        "options after a colon, like hops:k=3. Default: as the capacity has it.",
     ),
 ]
 TraceLayers = Annotated[
@@ -120,6 +128,40 @@ def one_view(*, full: bool, quiet: bool) -> None:
     """
     if full and quiet:
         raise typer.BadParameter("--full and --quiet must not be given together, got both; leave one out")
+
+
+def composition_choice(text: str | None) -> tuple[str | None, dict[str, Any] | None]:
+    """Read "hops:k=3,normalize=false" as a name and its options; the library checks both.
+
+    Raises:
+        BadParameter: an option that is not NAME=VALUE with a number, true or false.
+    """
+    if text is None:
+        return None, None
+    name, colon, listed = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in listed.split(",") if colon else []:
+        option, equals, value = part.strip().partition("=")
+        read = _option_value(value.strip())
+        if not option or not equals or read is None:
+            raise typer.BadParameter(
+                f"--composition must be NAME or NAME:OPTION=VALUE,... with numbers, true or false, got {text[:80]!r}; "
+                "e.g. hops:k=3"
+            )
+        options[option.strip()] = read
+    return name, options or None
+
+
+def _option_value(text: str) -> bool | int | float | str | None:
+    """Read a truth value, a number or a name; None for nothing."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -12,6 +12,7 @@ import typer
 from flowgraph.commands.common import (
     AllTokens,
     Capacity,
+    CompositionText,
     Damping,
     Device,
     Dtype,
@@ -25,6 +26,7 @@ from flowgraph.commands.common import (
     Source,
     TraceHeads,
     TraceLayers,
+    composition_choice,
     console,
     head_choice,
     layer_choice,
@@ -71,6 +73,7 @@ def trace(
         bool, typer.Option("--last-line", help="The last line of the response is the answer.")
     ] = False,
     capacity: Capacity = "attention",
+    composition: CompositionText = None,
     layers: TraceLayers = None,
     heads: TraceHeads = None,
     preset: Preset = "default",
@@ -110,6 +113,7 @@ def trace(
     chosen_answer = _answer_choice(answer, answer_span, last_line)
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
+    composition_name, composition_options = composition_choice(composition)
 
     with stages(quiet=quiet) as progress:
         # The folder is created and checked before the model is loaded.
@@ -142,6 +146,8 @@ def trace(
             source=source,  # type: ignore[arg-type]
             damping=damping,
             max_new_tokens=max_new_tokens,
+            composition=composition_name,
+            composition_options=composition_options,
             outputs=outputs,
             progress=progress,
         )

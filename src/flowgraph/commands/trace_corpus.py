@@ -13,6 +13,7 @@ import typer
 
 from flowgraph.commands.common import (
     Capacity,
+    CompositionText,
     Damping,
     Device,
     Dtype,
@@ -25,6 +26,7 @@ from flowgraph.commands.common import (
     Source,
     TraceHeads,
     TraceLayers,
+    composition_choice,
     console,
     head_choice,
     layer_choice,
@@ -63,6 +65,7 @@ def trace_corpus(
     system: Annotated[str | None, typer.Option(help="A system message in front of text prompts.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: a prompt is the text itself.")] = False,
     capacity: Capacity = "attention",
+    composition: CompositionText = None,
     layers: TraceLayers = None,
     heads: TraceHeads = None,
     preset: Preset = "default",
@@ -99,6 +102,7 @@ def trace_corpus(
     scan(file, fields)
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
+    composition_name, composition_options = composition_choice(composition)
     with stages(quiet=quiet) as progress:
         network, tokenizer = load_model(model, dtype, device, progress)
 
@@ -115,6 +119,8 @@ def trace_corpus(
                 plain=plain,
                 system=system,
                 capacity=capacity,
+                composition=composition_name,
+                composition_options=composition_options,
                 layers=chosen_layers,
                 heads=chosen_heads,
                 preset=preset,

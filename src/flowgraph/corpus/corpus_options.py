@@ -93,6 +93,11 @@ class CorpusOptions:
             "max_new_tokens": trace.max_new_tokens,
             "keep": self.keep,
         }
+        # Named only where one is chosen, so that earlier runs without one can go on.
+        if trace.chosen_composition is not None:
+            chosen, complete = trace.chosen_composition
+            listed = ", ".join(f"{name}={value}" for name, value in complete.items())
+            deciding["composition"] = f"{chosen.name}({listed})"
         settings = {name: str(value) for name, value in deciding.items()}
         # The rules that apply, after the overrides of the preset.
         return settings | asdict(trace.rules)

@@ -280,16 +280,18 @@ class Run:
         # The mask hides the padding, so any id may fill it.
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
+        answer = torch.zeros_like(ids, dtype=torch.bool)
         for row, item in enumerate(batch):
             ids[row, : item.encoded.num_tokens] = item.encoded.input_ids
             mask[row, : item.encoded.num_tokens] = 1
+            answer[row, : item.encoded.num_tokens] = item.regions.answer
 
         options = self.options.trace
         try:
             # Queries and keys of the batch are held at once, but the edges of one sequence at a time.
             edges = edges_kept(options.max_edges, longest)
             require_trace_memory(self.inner, ids.numel(), options.chosen_layers, max(edges, 1))
-            return options.capture(self.model, ids, mask)
+            return options.capture(self.model, ids, mask, answer)
         except (MemoryLimitError, torch.OutOfMemoryError) as error:
             reason = str(error).splitlines()[0]
             raise MemoryLimitError(

@@ -59,6 +59,7 @@ TOKEN_COLUMNS = {
     "throughput": _NUMBER,
     "h": _NUMBER,
     "g": _NUMBER,
+    "score": _NUMBER,
 }
 TIMING_COLUMNS = {
     "id": _TEXT,
@@ -199,6 +200,7 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "throughput": flow.throughput.tolist(),
         "h": [finite_or_none(value) for value in potential.tolist()],
         "g": [finite_or_none(value) for value in influence.tolist()],
+        "score": [finite_or_none(value) for value in trace.scores.tolist()],
     }
     return {"trace": row, "tokens": tokens}
 

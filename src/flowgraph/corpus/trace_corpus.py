@@ -87,6 +87,8 @@ def trace_corpus(
     max_edges: int | str = "auto",
     backend: Backend = "auto",
     max_new_tokens: int = 256,
+    composition: str | None = None,
+    composition_options: Mapping[str, Any] | None = None,
     keep: float = 0.9,
     batch_tokens: int = 512,
     html: bool = False,
@@ -126,6 +128,8 @@ def trace_corpus(
         max_edges: ``"auto"``, ``"all"`` or a number.
         backend: of the solver.
         max_new_tokens: limit of a generated response.
+        composition: how edges become the scores of the tokens, as for :func:`flowgraph.trace`.
+        composition_options: its options by name.
         keep: share of the flow whose routes make the backbone.
         batch_tokens: most tokens, padding included, of one forward pass; a longer line runs alone.
         html: also write a page for each trace.
@@ -164,6 +168,8 @@ def trace_corpus(
             max_edges=max_edges,
             backend=backend,
             max_new_tokens=max_new_tokens,
+            composition=composition,
+            composition_options=composition_options,
         ),
         question=question,
         answer=answer,

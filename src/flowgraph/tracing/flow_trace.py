@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowgraph.analysis.backbone import Backbone, backbone
 from flowgraph.analysis.routes import Route, TokenRole, checkpoints, hubs, widest_routes, with_text
 from flowgraph.analysis.specificity import Specificity, specificity
+from flowgraph.attention.layers_and_heads import LayerRule
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import InvalidInputError, TraceFileError
 from flowgraph.files import PathLike, write_json
@@ -23,8 +24,11 @@ from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
 from flowgraph.text.quoting import quote, shortened
+from flowgraph.tracing.edge import Edge, edge_of
+from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.payload import finite_or_none, trace_payload
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
+from flowgraph.tracing.sensitivity import Sensitivity, sensitivity_of
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
 if TYPE_CHECKING:
@@ -67,6 +71,7 @@ class FlowTrace:
         graph: the attention-induced DAG.
         flow: the solved flow on it.
         provenance: model, layers, heads, rules, selectors and versions; plain JSON values.
+        composed: the scores of the composition that was asked for; None where the capacity decides what ranks tokens.
 
     Make one with :func:`flowgraph.trace`, or read one with :func:`flowgraph.load_trace`.
     """
@@ -79,6 +84,7 @@ class FlowTrace:
     graph: FlowGraph
     flow: Flow
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    composed: Float64[Tensor, " tokens"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -103,7 +109,9 @@ class FlowTrace:
 
     @property
     def scores(self) -> Float64[Tensor, " tokens"]:
-        """The score that ranks tokens best for this capacity: h where rows leak, else the throughput."""
+        """The scores of the trace's composition; without one, h where rows leak, else the throughput."""
+        if self.composed is not None:
+            return self.composed
         return self.potential if self.provenance.get("score") == "potential" else self.throughput
 
     @property
@@ -151,6 +159,72 @@ class FlowTrace:
         """Find the ``k`` tokens of a region that gather flow from many places; see :func:`flowgraph.checkpoints`."""
         found = checkpoints(self.flow, k, region)  # type: ignore[arg-type]
         return [with_text(role, self.tokens) for role in found]
+
+    def edge(self, source: int, target: int) -> Edge:
+        """Return one edge, whose :meth:`Edge.by_head` finds the layers and heads that its capacity comes from.
+
+        Args:
+            source: the earlier token.
+            target: the later token.
+
+        Raises:
+            InvalidInputError: not two tokens in order, or no edge between them.
+        """
+        return edge_of(self, source, target)
+
+    def sensitivity(
+        self,
+        model: nn.Module,
+        *,
+        region: str | None = None,
+        layers: Sequence[LayerRule] | None = None,
+        heads: Sequence[Any] | None = None,
+        rows: Sequence[str] | None = None,
+        powers: Sequence[float] | None = None,
+        capacities: Sequence[str] | None = None,
+        top: int = 10,
+        progress: Progress | None = None,
+    ) -> Sensitivity:
+        """Measure how far the ranking by :attr:`scores` depends on layers, heads, rows, power and capacity.
+
+        One choice is changed at a time, the tokens are scored again, and both rankings are compared by Spearman's
+        correlation and by the common share of the ``top`` best tokens. A ranking that no choice changes is robust; it
+        need not be right.
+
+        Args:
+            model: the model of the trace.
+            region: the tokens that are ranked: ``"reasoning"``, ``"question"``, or ``"all"``, all before the answer.
+                Default: the reasoning, or all where it has fewer than three tokens.
+            layers: choices of layers; default: the first third, ``"middle"``, ``"upper"``, the last third, ``"all"``.
+                An empty list leaves a kind of choice out, here and below.
+            heads: choices of heads, for capacities with this option; default: all names.
+            rows: rules of rows; default: all three.
+            powers: powers of the capacity ``"sharpened"`` on the layers of the trace; default: 1, 2, 4 and 8.
+            capacities: other capacities; default: the non-negative ones of one forward pass.
+            top: number of tokens with the highest scores; at most half of the region is compared.
+            progress: called with a line of text before each variation.
+
+        Returns:
+            A frozen record with ``table()``, ``to_dict()`` and ``to_json(path)``. A capacity that this model does not
+            support has no figure; ``reason`` says why.
+
+        Raises:
+            InvalidInputError: a choice outside its range, or a trace whose provenance does not say how it was captured.
+
+        Cost: one capture and one solve for each variation, about twenty by default.
+        """
+        return sensitivity_of(
+            self,
+            model,
+            region=region,
+            layers=layers,
+            heads=heads,
+            rows=rows,
+            powers=powers,
+            capacities=capacities,
+            top=top,
+            progress=progress,
+        )
 
     def steps(self, by: By = "auto", *, split_question: bool = False) -> StepFlow:
         """Merge tokens into lines, sentences or numbered steps and keep the flow; see :func:`flowgraph.split_steps`."""
@@ -248,6 +322,8 @@ class FlowTrace:
             "source": flow.source,
             "demand": flow.demand,
         }
+        if self.composed is not None:
+            tensors["composed"] = self.composed
         # Facts that are not tensors. The flow is stored too, so that loading need not solve it again.
         record = {
             "tokens": list(self.tokens),
@@ -298,6 +374,7 @@ class FlowTrace:
             provenance=self.provenance,
             keep=keep,
             max_edges=max_edges,
+            scores=self.composed,
         )
         if relevance is not None:
             self._require_same_tokens(relevance, "relevance")
@@ -366,6 +443,9 @@ class FlowTrace:
             lines += self._flow_summary()
         else:
             lines.append("  no flow: no question token reaches the answer through this graph")
+        composition = self.provenance.get("composition")
+        if self.composed is not None and isinstance(composition, Mapping):
+            lines.append(f"  scores composed by {composition.get('name')}")
         # Conservation holds on any pruned graph, so only this line shows what pruning lost.
         if self.graph.kept_flow.item() < 1:
             lines.append(
@@ -405,7 +485,8 @@ def load_trace(path: PathLike) -> FlowTrace:
         raise TraceFileError(
             f"path: must hold a flow trace, got one of kind {record['kind']!r} in {path}; use load_relevance"
         )
-    require_tensors(path, tensors, {**_TENSORS, "capacity": (_capacity_dtype(tensors), 1)})
+    optional = {"composed": (torch.float64, 1)} if "composed" in tensors else {}
+    require_tensors(path, tensors, {**_TENSORS, **optional, "capacity": (_capacity_dtype(tensors), 1)})
 
     # The record and the graph, whose constructor checks edges and regions.
     try:
@@ -427,6 +508,7 @@ def load_trace(path: PathLike) -> FlowTrace:
         graph=graph,
         flow=_restored_flow(path, graph, tensors, flow_facts),
         provenance=provenance,
+        composed=_restored_scores(path, tensors),
     )
 
 
@@ -462,10 +544,20 @@ def _require_token_lengths(path: PathLike, tensors: dict[str, Tensor], num_token
     for name in _TENSORS:
         if name not in ("edge_index", "spans") and tensors[name].numel() != num_tokens:
             lengths_agree = False
+    if "composed" in tensors and tensors["composed"].numel() != num_tokens:
+        lengths_agree = False
     if not lengths_agree:
         raise TraceFileError(
             f"path: every token vector must have {num_tokens} entries, got others in {path}; write it again"
         )
+
+
+def _restored_scores(path: PathLike, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Return the stored scores of a composition; None for a trace without one."""
+    scores = tensors.get("composed")
+    if scores is not None and not bool(torch.isfinite(scores).all()):
+        raise TraceFileError(f"path: composed must be finite, got NaN or infinity in {path}; write it again")
+    return scores
 
 
 def _restored_flow(path: PathLike, graph: FlowGraph, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Flow:

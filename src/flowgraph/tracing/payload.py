@@ -10,7 +10,7 @@ Schema ``flowgraph-trace/1``::
     tokens        [{index, text, start, end, region, generated, h, g, throughput, source, absorbed}]; region is
                   "question", "reasoning", "answer" or null; start and end are characters of text; h or g
                   is null where it is too large for float64; source and absorbed are the flow that enters and
-                  leaves at the token
+                  leaves at the token; with a composition also "score"
     edges         [[source, target, capacity, flow]], those with most flow first
     edges_left_out  number of edges with flow that are not listed
     backbone      {keep, share, edges: [[source, target, flow]]}, or null without a flow
@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from flowgraph.analysis.backbone import backbone
@@ -56,6 +56,7 @@ def trace_payload(
     provenance: Mapping[str, Any],
     keep: float,
     max_edges: int,
+    scores: Float64[Tensor, " tokens"] | None = None,
 ) -> dict[str, Any]:
     """Describe a trace as plain JSON values in the schema above.
 
@@ -68,6 +69,7 @@ def trace_payload(
         provenance: what was run; plain JSON values.
         keep: share of the flow whose routes make the backbone.
         max_edges: most edges listed, and most flows between steps.
+        scores: the scores of a composition; None without one.
 
     Returns:
         The payload.
@@ -106,6 +108,9 @@ def trace_payload(
         "checkpoints": [],
         "provenance": dict(provenance),
     }
+    if scores is not None:
+        for described, score in zip(payload["tokens"], scores.tolist(), strict=True):
+            described["score"] = score
     if not feasible:
         return payload
 

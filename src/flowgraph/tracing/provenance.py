@@ -6,8 +6,12 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from flowgraph.capacities.registry import find_capacity
+from flowgraph.flow.compositions import ComposedScores
 from flowgraph.text.regions import Regions
+from flowgraph.tracing.recapture import RECORD, capture_record
 from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ def provenance_of(
         "layers": list(layers),
         "heads": str(options.heads or "mean"),
         "edge_weight": options.edge_weight,
+        RECORD: capture_record(options, layers),
         "preset": options.preset,
         # The rules that apply, after the overrides of the preset.
         "rows": options.rules.rows,
@@ -60,6 +65,14 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def composition_record(composed: ComposedScores) -> dict[str, Any]:
+    """Describe a composition as plain JSON values: its name, all of its options, and its residual."""
+    options = {}
+    for name, value in composed.options.items():
+        options[name] = value.tolist() if isinstance(value, Tensor) else value
+    return {"name": composed.name, "options": options, "residual": composed.residual}
 
 
 def model_name(model: PreTrainedModel) -> str:

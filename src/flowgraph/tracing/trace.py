@@ -14,6 +14,7 @@ from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule, resolv
 from flowgraph.attention.modules import attention_modules, base_model, num_layers, text_config
 from flowgraph.errors import InvalidInputError
 from flowgraph.files import PathLike, check_writable
+from flowgraph.flow.compositions import LayerRows, run_composition
 from flowgraph.flow.solve import Absorption, SourceRule, solve
 from flowgraph.graph.edge_collection import BYTES_PER_EDGE, edges_kept
 from flowgraph.graph.flow_graph import FlowGraph
@@ -25,7 +26,7 @@ from flowgraph.text.regions import Regions
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
-from flowgraph.tracing.provenance import provenance_of
+from flowgraph.tracing.provenance import composition_record, provenance_of
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.trace_options import TraceOptions
 
@@ -83,6 +84,8 @@ def trace(
     max_edges: int | str = "auto",
     backend: Backend = "auto",
     max_new_tokens: int = 256,
+    composition: str | None = None,
+    composition_options: Mapping[str, Any] | None = None,
     outputs: Sequence[PathLike] = (),
     progress: Progress | None = None,
 ) -> FlowTrace: ...
@@ -113,6 +116,8 @@ def trace(
     max_edges: int | str = "auto",
     backend: Backend = "auto",
     max_new_tokens: int = 256,
+    composition: str | None = None,
+    composition_options: Mapping[str, Any] | None = None,
     outputs: Sequence[PathLike] = (),
     progress: Progress | None = None,
 ) -> FlowTrace | RelevanceTrace:
@@ -132,7 +137,8 @@ def trace(
         input_ids: prompt and response as ids, instead of text.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
         capacity: what an edge weighs: ``"attention"``, ``"vtrace_share"``, ``"vtrace"``, ``"sharp"``, ``"sharp_max"``,
-            ``"centred"``, ``"value_norm"``, a registered one, or ``"relevance"``, which is signed and conserved.
+            ``"centred"``, ``"value_norm"``, ``"gradient_positive"``, a registered one, or ``"relevance"``, which is
+            signed and conserved.
         capacity_options: options of the capacity, such as ``{"power": 4}`` of ``"sharpened"``, or
             ``{"contrast": "12"}`` of ``"relevance"``: why this answer and not 12.
         layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices. This argument and those down
@@ -150,6 +156,10 @@ def trace(
         max_edges: ``"auto"``, ``"all"`` or a number.
         backend: of the solver.
         max_new_tokens: limit of a generated response.
+        composition: how edges become ``trace.scores``: ``"flowtracer"``, ``"cage"``, ``"vtrace"``, ``"hops"``,
+            ``"one_hop"``, ``"katz"``, ``"rollout"`` or a registered one; see :func:`flowgraph.compose`. None: the
+            throughput, or the potential where rows leak.
+        composition_options: its options by name.
         outputs: paths that will be written later; checked before the model runs.
         progress: called with a line of text at each stage.
 
@@ -185,6 +195,8 @@ def trace(
         max_edges=max_edges,
         backend=backend,
         max_new_tokens=max_new_tokens,
+        composition=composition,
+        composition_options=composition_options,
     )
 
     # Every check that needs no forward pass comes before the first one, which may generate the response.
@@ -214,7 +226,7 @@ def trace(
 
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
-    attention = options.capture(model, encoded.input_ids[None])
+    attention = options.capture(model, encoded.input_ids[None], answer=regions.answer[None])
     provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 
@@ -298,6 +310,15 @@ def assemble(
         absorption=options.absorption,
         damping=options.damping,
     )
+
+    # Scores of the tokens, where a composition was asked for.
+    composed = None
+    if options.chosen_composition is not None:
+        progress("composing the scores")
+        chosen, complete = options.chosen_composition
+        layer_rows = LayerRows.of(attention, graph, regions.generated) if chosen.reads_layers else None
+        composed = run_composition(chosen, graph, complete, generated=regions.generated, layer_rows=layer_rows)
+        provenance = {**provenance, "composition": composition_record(composed)}
     return FlowTrace(
         tokens=tuple(encoded.tokens),
         token_ids=encoded.input_ids.cpu(),
@@ -307,6 +328,7 @@ def assemble(
         graph=graph,
         flow=flow,
         provenance=provenance,
+        composed=None if composed is None else composed.scores.detach(),
     )
 
 

@@ -16,6 +16,7 @@ from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.capacities.capture import capture
 from flowgraph.capacities.registry import find_capacity
 from flowgraph.errors import InvalidInputError
+from flowgraph.flow.compositions import Composition, find_composition
 from flowgraph.flow.solve import Absorption, SourceRule, check_options
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
@@ -32,6 +33,8 @@ _CHOICES_OF_THE_FLOW = (
     "demand",
     "absorption",
     "damping",
+    "composition",
+    "composition_options",
 )
 
 
@@ -68,6 +71,9 @@ class TraceOptions:
             per token; see :meth:`flowgraph.FlowGraph.from_rows`.
         backend: of the solver; see :func:`flowgraph.solve`.
         max_new_tokens: limit of the response that is generated when none is given.
+        composition: how edges become the scores of the tokens: one of :func:`flowgraph.composition_names`, such as
+            ``"cage"``. None: as the capacity has it, the throughput or the potential.
+        composition_options: options of the composition by name; see :func:`flowgraph.compose`.
     """
 
     capacity: str = "attention"
@@ -86,6 +92,8 @@ class TraceOptions:
     max_edges: int | str = "auto"
     backend: Backend = "auto"
     max_new_tokens: int = 256
+    composition: str | None = None
+    composition_options: Mapping[str, Any] | None = None
 
     @cached_property
     def rules(self) -> EdgeRules:
@@ -109,11 +117,34 @@ class TraceOptions:
             return self.layers
         return find_capacity(self.capacity).defaults.get("layers", "all")
 
+    @cached_property
+    def chosen_composition(self) -> tuple[Composition, dict[str, Any]] | None:
+        """The composition with all of its options, checked; None where the capacity decides what ranks tokens.
+
+        Raises:
+            InvalidInputError: no such composition or option, or a value outside its range.
+        """
+        if self.composition is None:
+            if self.composition_options:
+                raise InvalidInputError(
+                    f"composition_options: must come with a composition, got {self.composition_options!r:.80} alone; "
+                    "name one, e.g. composition='hops'"
+                )
+            return None
+        chosen = find_composition(self.composition)
+        return chosen, chosen.complete(self.composition_options or {})
+
     def capture(
-        self, model: nn.Module, input_ids: Int64[Tensor, "batch tokens"], attention_mask: Tensor | None = None
+        self,
+        model: nn.Module,
+        input_ids: Int64[Tensor, "batch tokens"],
+        attention_mask: Tensor | None = None,
+        answer: Tensor | None = None,
     ) -> AttentionRows:
-        """Capture the rows of a batch with these choices."""
+        """Capture the rows of a batch with these choices; ``answer`` is for capacities that explain certain tokens."""
         choices: dict[str, Any] = {"layers": self.layers, "heads": self.heads, **(self.capacity_options or {})}
+        if "answer" in find_capacity(self.capacity).defaults:
+            choices["answer"] = answer
         if self.edge_weight != "attention":
             choices["edge_weight"] = self.edge_weight
         return capture(model, input_ids, attention_mask, capacity=self.capacity, **choices)
@@ -130,14 +161,15 @@ class TraceOptions:
             InvalidInputError: a choice outside its stated range, or outside the model.
             CaptureError: the architecture cannot be captured correctly.
         """
-        # The rules are checked when they are built.
+        # The rules and the composition are checked when they are built.
         _ = self.rules
+        _ = self.chosen_composition
         check_options(self.backend, self.source, self.absorption, self.damping)
         # Any number of tokens will do: only the option itself is checked.
         edges_kept(self.max_edges, 2)
         self._check_capacity_options()
         if self.is_signed:
-            self._refuse_choices_of_the_flow()
+            self._refuse_what_is_not_conserved()
             return
         # The recorder checks layers, heads and edge_weight against the model when it is built.
         AttentionRecorder(model, layers=self.chosen_layers, heads=self.heads or "mean", edge_weight=self.edge_weight)
@@ -155,8 +187,13 @@ class TraceOptions:
                     f"{name}={value!r:.60}; layers and heads are arguments of their own"
                 )
 
-    def _refuse_choices_of_the_flow(self) -> None:
-        """Refuse choices that a conserved relevance does not have: nothing is aggregated, normalised or solved."""
+    def _refuse_what_is_not_conserved(self) -> None:
+        """Refuse signed capacities other than relevance, and choices that it does not have: nothing is solved."""
+        if self.capacity != "relevance":
+            raise InvalidInputError(
+                f"capacity: must be 'relevance' or have edges that are not negative, got {self.capacity!r}, which is "
+                "signed and not conserved; use capture(..., capacity=...) and compose"
+            )
         defaults = TraceOptions()
         for name in _CHOICES_OF_THE_FLOW:
             value = getattr(self, name)

@@ -1,0 +1,246 @@
+"""``Edge``: one edge of a trace, and the layers and heads that its weight comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import index
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+
+from flowgraph.attention.attention_rows import SequenceRows
+from flowgraph.errors import InvalidInputError
+from flowgraph.tracing.recapture import capture_again
+from flowgraph.tracing.traced import Traced
+
+_TOLERANCE = 1e-3
+"""Largest difference between the capacities of a trace and those captured again, relative to the row's largest."""
+
+_LISTED = 8
+"""Layers and heads that a repr lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeParts:
+    """The parts that layers and heads have in the capacity of one edge; they sum to it.
+
+    A part may be negative where the capacity is the positive part of a sum over heads: this head argues against the
+    others.
+
+    Attributes:
+        source: the token that is read.
+        target: the token that takes from it.
+        capacity: capacity of the edge in the trace.
+        layers: index in the model of each row of ``values``.
+        values: ``[layers, heads]`` float64, in the units of the capacity; one column where heads were not told apart.
+        heads_apart: whether columns are heads.
+    """
+
+    source: int
+    target: int
+    capacity: float
+    layers: tuple[int, ...]
+    values: Float64[Tensor, "layers heads"]
+    heads_apart: bool
+
+    @property
+    def total(self) -> float:
+        """Sum over layers and heads: the capacity, up to rounding."""
+        return float(self.values.sum())
+
+    @property
+    def by_layer(self) -> Float64[Tensor, " layers"]:
+        """Sum over the heads of each layer."""
+        return self.values.sum(1)
+
+    def top(self, k: int = _LISTED) -> list[tuple[int, int, float]]:
+        """List the ``k`` parts of largest absolute value, as (layer, head, part); without heads, head is -1."""
+        flat = self.values.flatten()
+        order = torch.argsort(flat.abs(), descending=True, stable=True)[: max(k, 0)]
+        num_heads = self.values.shape[1]
+        listed = []
+        for place in order.tolist():
+            head = place % num_heads if self.heads_apart else -1
+            listed.append((self.layers[place // num_heads], head, float(flat[place])))
+        return listed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the parts as plain JSON values."""
+        return {
+            "source": self.source,
+            "target": self.target,
+            "capacity": self.capacity,
+            "layers": list(self.layers),
+            "heads_apart": self.heads_apart,
+            "values": self.values.tolist(),
+        }
+
+    def __repr__(self) -> str:
+        lines = [f"EdgeParts({self.source} -> {self.target}, capacity {self.capacity:.4g})"]
+        for layer, head, part in self.top():
+            share = part / self.capacity if self.capacity else 0.0
+            place = f"layer {layer:>2}" if head < 0 else f"layer {layer:>2}, head {head:>2}"
+            lines.append(f"  {place}: {part:+.3g} ({share:+.1%})")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """One edge of a trace: the token ``source`` is read for the token ``target``.
+
+    Attributes:
+        source: the earlier token.
+        target: the later token.
+        texts: both tokens as text.
+        capacity: its capacity in the graph.
+        flow: share of the unit flow on it.
+        trace: the trace that it belongs to.
+    """
+
+    source: int
+    target: int
+    texts: tuple[str, str]
+    capacity: float
+    flow: float
+    trace: Traced = field(repr=False)
+
+    def by_head(self, model: nn.Module) -> EdgeParts:
+        """Find which layers and heads the capacity comes from; the rows are captured again.
+
+        Args:
+            model: the model of the trace.
+
+        Returns:
+            The parts, which sum to the capacity.
+
+        Raises:
+            InvalidInputError: a capacity that does not sum over heads (``"vtrace_share"``, ``"sharp_max"``, a maximum);
+                another model; a trace whose provenance does not say how it was captured.
+            CaptureError: the model cannot be captured.
+
+        Cost: one capture, and one row of attention for each layer and head.
+        """
+        return self._parts(model, heads_apart=True)
+
+    def by_layer(self, model: nn.Module) -> EdgeParts:
+        """Find which layers the capacity comes from, also for capacities that join heads before they sum.
+
+        Args:
+            model: the model of the trace.
+
+        Raises:
+            InvalidInputError: layers joined by their maximum; another model; a trace without a record of its capture.
+            CaptureError: the model cannot be captured.
+
+        Cost: one capture, and one row of each layer.
+        """
+        return self._parts(model, heads_apart=False)
+
+    def _parts(self, model: nn.Module, *, heads_apart: bool) -> EdgeParts:
+        trace = self.trace
+        captured = capture_again(trace, model)
+        rows = captured.sequence(0)
+        row = _row_of(trace, self.target)
+
+        # A token with one edge says nothing about the model, so the last row is compared as well.
+        last = int(trace.graph.edge_index[1, -1])
+        _factor_of_row(trace, last, rows)
+        factor = _factor_of_row(trace, self.target, rows)
+        if heads_apart:
+            values = rows.by_head(row, self.source)
+        else:
+            values = rows.by_layer(row, self.source)[:, None]
+        return EdgeParts(
+            source=self.source,
+            target=self.target,
+            capacity=self.capacity,
+            layers=_layers_of(captured.layers, rows),
+            values=values.double() * factor,
+            heads_apart=heads_apart,
+        )
+
+
+def edge_of(trace: Traced, source: Any, target: Any) -> Edge:
+    """Return one edge of a trace.
+
+    Args:
+        trace: the trace.
+        source: the earlier token.
+        target: the later token.
+
+    Raises:
+        InvalidInputError: not two tokens in order, or no edge between them.
+    """
+    num_tokens = trace.num_tokens
+    try:
+        s = index(source)
+        t = index(target)
+    except TypeError:
+        raise InvalidInputError(
+            f"source, target: must be integers, got {source!r:.40} and {target!r:.40}; tokens are counted from 0"
+        ) from None
+    if not 0 <= s < t < num_tokens:
+        raise InvalidInputError(
+            f"source, target: must satisfy 0 <= source < target < {num_tokens}, got {s} and {t}; the earlier token is "
+            "the source"
+        )
+    edge_index = trace.graph.edge_index
+    found = ((edge_index[0] == s) & (edge_index[1] == t)).nonzero().flatten()
+    if found.numel() == 0:
+        raise InvalidInputError(
+            f"source, target: must be the ends of an edge, got {s} and {t} without one; the capacity is 0, or the edge "
+            "was pruned or excluded by a rule (see trace.graph.rules)"
+        )
+    at = int(found[0])
+    return Edge(
+        source=s,
+        target=t,
+        texts=(trace.tokens[s], trace.tokens[t]),
+        capacity=float(trace.graph.capacity[at]),
+        flow=float(trace.flow.edge_flow[at]),
+        trace=trace,
+    )
+
+
+def _row_of(trace: Traced, target: int) -> int:
+    """Return the position whose row the target was given: the one before a generated token under emission rows."""
+    rule = trace.provenance.get("rows")
+    if rule == "literal":
+        return target
+    if rule == "emission_all" or bool(trace.generated[target]):
+        return target - 1
+    return target
+
+
+def _factor_of_row(trace: Traced, target: int, rows: SequenceRows) -> float:
+    """Return the factor by which the rules scaled the row of a token, after comparing all edges into the token.
+
+    Raises:
+        InvalidInputError: no factor fits all of them, because the model is another one.
+    """
+    row = _row_of(trace, target)
+    weights = rows.block(row, row + 1)[0, 0].double().cpu()
+    edge_index = trace.graph.edge_index
+    into = edge_index[1] == target
+    capacity = trace.graph.capacity[into].double()
+    captured = weights[edge_index[0][into]]
+
+    # The largest edge gives the factor, which must fit the others.
+    strongest = int(capacity.abs().argmax())
+    largest = float(capacity[strongest])
+    weight = float(captured[strongest])
+    factor = largest / weight if weight else 0.0
+    error = float((captured * factor - capacity).abs().max()) / abs(largest)
+    if not error <= _TOLERANCE:
+        raise InvalidInputError(
+            f"model: must be the model of the trace, got one whose weights into token {target} differ from the trace's "
+            f"by {error:.2g} of the largest; pass {trace.provenance.get('model')!r} with the same weights and dtype"
+        )
+    return factor
+
+
+def _layers_of(indices: tuple[int, ...], rows: SequenceRows) -> tuple[int, ...]:
+    """Return the index of each layer; capacities of a user may state none."""
+    return indices or tuple(range(len(rows.layers)))
