@@ -85,7 +85,8 @@ class Squared(torch.nn.Module):
 
 def test_the_module_that_breaks_the_law_is_named():
     model = build("llama")
-    model.model.layers[1].self_attn.o_proj = Squared(model.model.layers[1].self_attn.o_proj)
+    attention = model.get_submodule("model.layers.1.self_attn")
+    attention.o_proj = Squared(attention.get_submodule("o_proj"))
     ids, mask = padded("right")
     with pytest.raises(CaptureError, match=r"from model\.layers\.1\.self_attn\.o_proj \(Squared\), which loses"):
         capture(model, ids, mask, capacity="relevance", answer=last_token(mask))
@@ -211,8 +212,9 @@ def test_shares_of_a_tie_are_refused_and_of_a_forced_answer_told():
 
 def test_the_first_block_is_that_of_the_layers_and_not_of_many_experts():
     decoder = text_decoder(build("mixtral"))
-    decoder.layers[0].mlp.spare = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(20))
-    assert first_block(decoder) is decoder.layers[0]
+    block = decoder.get_submodule("layers.0")
+    block.get_submodule("mlp").spare = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(20))
+    assert first_block(decoder) is block
     for name in ("gpt2", "gpt_neox", "opt"):
         layers = [module for module in text_decoder(family(name)).modules() if isinstance(module, torch.nn.ModuleList)]
         assert first_block(text_decoder(family(name))) is layers[0][0]
