@@ -21,8 +21,9 @@ from tests.fixtures.texts import answered, chat, chosen, text_of
 
 
 def test_the_selectors_are_at_hand_beside_the_regions() -> None:
-    names = ("Boxed", "LastLine", "Prompt", "Regex", "Role", "Selector", "Span", "Tokens")
-    for name in (*names, "NUMBER_SIGN", "TAG", "PHRASE", "AUTO_ANSWER"):
+    names = ("AllOf", "Boxed", "CodeBlock", "LastLine", "LastSentence", "Literal", "Prompt", "Regex", "Role")
+    names += ("Selector", "Span", "Stated", "Tokens")
+    for name in (*names, "NUMBER_SIGN", "TAG", "JSON", "PHRASE", "CHOICE", "AUTO_ANSWER"):
         assert name in public.__all__
         assert getattr(public, name) is getattr(selectors, name)
 
@@ -301,7 +302,7 @@ class TestRecord:
         assert regions.describe(encoded.tokens) == (
             "question: 3 tokens (0..2) 'Tom has 3' by auto: Prompt()\n"
             "reasoning: 5 tokens (3..7) 'So 3 + 4 ='\n"
-            "answer: 1 token (8) ' 7' by Regex(pattern='7', flags=0, group=None, occurrence='last')\n"
+            "answer: 1 token (8) ' 7' by Literal(text='7')\n"
             "generated: 7 tokens (3..9) 'So 3 + 4 = 7.'"
         )
 

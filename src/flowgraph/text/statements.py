@@ -87,9 +87,9 @@ _PLACEHOLDER = re.compile(
 
 _FENCE = re.compile(r"^[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
 _PROSE_LANGUAGES = frozenset(
-    ["", "text", "txt", "plain", "plaintext", "markdown", "md", "json", "yaml", "yml", "xml", "html", "latex", "tex"]
-    + ["math", "output", "answer"]
+    ("text", "txt", "plain", "plaintext", "markdown", "md", "latex", "tex", "math", "json", "yaml", "xml", "output")
 )
+"""Names of a fence that do not make its block a program; a fence without a name does not either."""
 _DECORATION = re.compile(r"[\s`~*_=#|>–—•+-]*")  # noqa: RUF001
 _COURTESY = re.compile(
     r"[\s*_]*(?:I hope (?:this|that|it)\b|Hope (?:this|that|it)\b|(?:Please )?let me know\b|(?:Please )?feel free\b"
@@ -263,9 +263,9 @@ def _code_blocks(text: str) -> list[_CodeBlock]:
 
 def _code_block(opened: re.Match[str], end: int, outer_end: int) -> _CodeBlock:
     """Build a block from its opening fence and its ends."""
-    words = opened[2].split()
-    language = words[0].casefold() if words else ""
-    return _CodeBlock(min(opened.end(), end), end, outer_end, language not in _PROSE_LANGUAGES)
+    words = opened[2].casefold().split()
+    is_code = bool(words) and words[0] not in _PROSE_LANGUAGES
+    return _CodeBlock(min(opened.end(), end), end, outer_end, is_code)
 
 
 def _boxes(text: str) -> list[Offsets]:
