@@ -12,7 +12,6 @@ from flowgraph import final_part, response_opening
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import answered, chat
 
-
 FINAL = "<|channel|>final<|message|>7"
 
 

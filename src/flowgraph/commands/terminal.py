@@ -10,6 +10,7 @@ from flowgraph.certificate.certify import Certificate
 from flowgraph.pages import signs
 from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
 from flowgraph.steps.step_relevance import StepRelevance
+from flowgraph.text.spans import covered_text
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
 
@@ -23,13 +24,18 @@ _BAR_WIDTH = 16
 _SMALLEST_END = 0.005
 
 _FOUND_AS = {
-    "auto: Boxed()": "in the last box",
-    "auto: NUMBER_SIGN": "after ####",
-    "auto: TAG": "in the answer tag",
-    "auto: PHRASE": "as a stated answer",
-    "auto: LastLine()": "as the last line",
+    "boxed": "in the last box",
+    "hash": "after ####",
+    "tag": "in the answer tag",
+    "json": "as the answer of a JSON object",
+    "phrase": "as a stated answer",
+    "choice": "as the option chosen",
+    "code": "as the last block of code",
+    "last sentence": "as the last sentence",
+    "whole response": "as the whole response",
 }
-"""The rules by which the automatic search finds an answer, in words."""
+"""How the automatic search found an answer (``answer_by``), in words."""
+_NOT_STATED = ("code", "last sentence", "whole response")
 
 
 def visible(token: str) -> str:
@@ -206,18 +212,19 @@ def _where_it_ends(relevance: StepRelevance) -> list[tuple[str, float]]:
 
 def _selection(trace: FlowTrace) -> Text:
     """Show the answer and the rule that found it, the first thing to check when a trace looks wrong."""
-    answer = "".join(trace.tokens[token] for token in trace.answer.nonzero().flatten().tolist())
-    rule = trace.provenance.get("answer_selector", "")
-    line = Text(f"answer: {answer.strip()!r}")
-    if rule in _FOUND_AS:
-        line.append(f" {_FOUND_AS[rule]}", style="dim")
+    answer = covered_text(trace.spans[trace.answer].tolist(), trace.text)
+    rule = str(trace.provenance.get("answer_selector", ""))
+    found_by = str(trace.provenance.get("answer_by", ""))
+    kind, _, unfinished = found_by.partition(", ")
+    line = Text(f"answer: {answer!r}")
+    if kind in _FOUND_AS:
+        line.append(f" {_FOUND_AS[kind]}", style="dim")
     elif rule:
         line.append(f" by {rule}", style="dim")
-    # The last line is the last resort of the search, and often not the answer.
-    if rule.startswith("auto") and "LastLine" in rule:
-        line.append(
-            "\nno stated answer was found, so the last line was taken; name it with --answer or answer=", "yellow"
-        )
+    # The end of a response is the last resort of the search, and often not the answer.
+    if kind in _NOT_STATED:
+        reason = "the response was cut off before it stated an answer" if unfinished else "no answer is stated"
+        line.append(f"\n{reason}, so the {kind} was taken; name it with --answer or answer=", "yellow")
     return line
 
 

@@ -44,6 +44,32 @@ def covers(spans: Sequence[Offsets], text: str, selected: Sequence[Offsets]) -> 
     return is_covered
 
 
+def covered_text(spans: Sequence[Offsets], text: str) -> str:
+    """Join the text of some spans, each character once: blanks between them are kept, other text shows as "…".
+
+    Args:
+        spans: the ranges of characters, in any order.
+        text: the text that they refer to.
+
+    Example:
+        >>> covered_text([(0, 3), (4, 7), (12, 13)], "Tom has 3 + 4")
+        'Tom has … 4'
+    """
+    shown = ""
+    end_so_far: int | None = None
+    for start, end in sorted(spans):
+        if end_so_far is None:
+            shown += text[start:end]
+            end_so_far = end
+            continue
+        between = text[end_so_far:start]
+        shown += " … " if between.strip() else between
+        # Tokens may share characters, which are shown once.
+        shown += text[max(start, end_so_far) : end]
+        end_so_far = max(end, end_so_far)
+    return shown.strip()
+
+
 def inside(spans: Sequence[Offsets], text: str, contents: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
     """Mark the tokens that lie within one content, or have a visible character in one."""
     is_within = []

@@ -24,6 +24,8 @@ from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, split_steps, step_flow
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
+from flowgraph.text.encoding import shorten
+from flowgraph.text.spans import covered_text
 from flowgraph.tracing.payload import trace_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
@@ -281,10 +283,11 @@ class FlowTrace:
         return repr_html(self)
 
     def __repr__(self) -> str:
-        """Summarise the trace: sizes, the mean route, the strongest hubs, and what pruning lost."""
+        """Summarise the trace: sizes, the answer, the mean route, the strongest hubs, and what pruning lost."""
         sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
         model = self.provenance.get("model", "a model")
         lines = [f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges"]
+        lines.append(f"  answer: {self._shown_answer()}")
         if self.feasible:
             lines += self._flow_summary()
         else:
@@ -297,6 +300,13 @@ class FlowTrace:
                 f"no throughput changed by more than {self.graph.throughput_error.item():.1g}"
             )
         return "\n".join(lines)
+
+    def _shown_answer(self) -> str:
+        """Quote the answer, a long one by both ends, and say how it was found where that is known."""
+        answer = covered_text(self.spans[self.answer].tolist(), self.text)
+        shown = repr(shorten(answer))
+        found_by = self.provenance.get("answer_by")
+        return f"{shown} ({found_by})" if found_by else shown
 
     def _flow_summary(self) -> list[str]:
         """Describe the flow in two lines: mean route and hubs."""

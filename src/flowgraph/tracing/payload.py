@@ -19,7 +19,7 @@ Schema ``flowgraph-trace/1``::
                   edges: [[source step, target step, flow]], edges_left_out}, or null without a flow; a node is
                   the tokens start to stop (exclusive), split by the rule that ``by`` names, strongest edges first
     hubs, checkpoints   [{token, throughput, inflows, outflows, score}] of the reasoning tokens
-    provenance    what was run, with which choices and versions
+    provenance    what was run, with which choices and versions; "answer_by" is how the answer was found
 """
 
 from __future__ import annotations
