@@ -40,6 +40,8 @@ def part_of(text: str, opening: str = "") -> tuple[str, str]:
         ("<thinks>a</thinks>7", "", ("<thinks>a</thinks>7", "complete response")),
         ("the analysis of 7", "", ("the analysis of 7", "complete response")),
         ("analysis of 7", "", ("analysis of 7", "complete response")),
+        ("analysis(7)", "", ("analysis(7)", "complete response")),
+        ("analysis3 + 4.assistantfinal7", "", ("7", "final channel")),
         ("7", "<|channel|>final<|message|>", ("7", "final channel")),
         ("<|channel|>commentary to=f <|constrain|>json<|message|>{}<|call|>" + FINAL, "", ("7", "final channel")),
         ("<|channel|>final<|message|><think>a</think>7<|return|>", "", ("7", "after thinking")),
@@ -60,7 +62,7 @@ def test_final_parts(text: str, opening: str, expected: tuple[str, str]) -> None
         ("12", "<|channel|>analysis<|message|>", "channels without a final one"),
         ("<|channel|>commentary<|message|>12<|end|>", "", "channels without a final one"),
         ("<|channel|>analysis<|message|>12<|end|><|channel|>final<|message|>", "", "no text after the mark"),
-        ("analysis12", "", "an analysis channel without a final one"),
+        ("analysisSo 12", "", "an analysis channel without a final one"),
     ],
 )  # fmt: skip
 def test_no_final_part(text: str, opening: str, problem: str) -> None:
@@ -104,4 +106,5 @@ def test_the_opening_is_what_the_template_and_a_prefill_wrote() -> None:
     prefilled = answered("7", prompt=chat("user: a", "assistant: <think>b"))
     assert response_opening(prefilled).endswith("assistant\n<think>b")
     assert response_opening(answered("7", prompt="Use <think> tags. Assistant: 7")) == ""
+    assert response_opening(answered("7", prompt="USER: Use <think> tags. ASSISTANT: <think>")) == " <think>"
     assert response_opening(answered("7", prompt="Use <think> tags.\nAssistant: Hm.\n<think>")) == " Hm.\n<think>"

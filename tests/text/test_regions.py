@@ -86,6 +86,13 @@ class TestQuestion:
         assert chosen(encoded, regions.question) == [" has", " 4"]
         assert regions.question_selector == repr(Regex(r"has \d"))
 
+    def test_a_question_is_text_before_it_is_a_pattern(self) -> None:
+        encoded = answered("7", prompt="Say it. 3+4? (a+b)", tokenizer=tiny.slow_bytes())
+        for question, selector in [("3+4?", "Literal(text='3+4?')"), ("(a+b)", "Literal(text='(a+b)')")]:
+            regions = find_regions(encoded, question=question)
+            assert text_of(encoded, regions.question) == question
+            assert regions.question_selector == selector
+
     def test_a_role_that_is_missing(self) -> None:
         message = (
             r"question: Role\(role='system'\) needs a chat message of that role, got messages of 'user', 'assistant'; "

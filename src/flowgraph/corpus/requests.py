@@ -284,7 +284,7 @@ def _literal(values: Mapping[str, Any], key: str) -> Selector | None:
     given = _optional(values, key)
     if given is None:
         return None
-    texts = given if isinstance(given, list) and given else [given]
+    texts: list[Any] = given if isinstance(given, list) and given else [given]
     for text in texts:
         is_text = isinstance(text, str | int | float) and not isinstance(text, bool)
         if not is_text or not str(text).strip():

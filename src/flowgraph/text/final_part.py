@@ -30,7 +30,7 @@ _TAG = re.compile(rf"(?<!`)(?:(?P<open>{_OPENING_TAG})|(?P<close>{_CLOSING_TAG})
 # Harmony (gpt-oss): <|channel|>NAME ...<|message|>TEXT<|end|>.
 _HARMONY = re.compile(r"<\|(channel|message|start|end|return|call)\|>")
 # The same, decoded without its special tokens: the names stick to the texts.
-_BARE_ANALYSIS = re.compile(r"\s*analysis(?=[^\sa-z.,:;!?'’-])")  # noqa: RUF001
+_BARE_ANALYSIS = re.compile(r"\s*analysis(?:(?=[A-Z])|(?=.*assistantfinal))", re.DOTALL)
 _BARE_FINAL = re.compile(r"assistantfinal")
 
 # Marks around the final part itself.
@@ -40,8 +40,7 @@ _WRAPPER_END = re.compile(r"<\|(?:END_RESPONSE|end_of_solution)\|>")
 # Where the model's turn starts in a prompt that was rendered before.
 _TURN = re.compile(
     r"<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<\|assistant\|>|<\|start\|>assistant"
-    r"|<start_of_turn>model|<\|turn>model|<｜Assistant｜>|\[/INST\]|(?:^|(?<=[\n.]))[ \t]*Assistant:",  # noqa: RUF001
-    re.MULTILINE,
+    r"|<start_of_turn>model|<\|turn>model|<｜Assistant｜>|\[/INST\]|(?i:\bassistant:)|### ?Response:"  # noqa: RUF001
 )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 from typing import Literal as OneOf
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -449,7 +449,16 @@ AUTO_ANSWER: dict[str, Selector] = {
 chosen; the others follow in this order. The keys are the values' names in this module, which :class:`Regions` records
 as the choice."""
 
-Question = str | Selector | tuple[int, int | None] | Sequence[int] | Tensor | np.ndarray | None
+Question = (
+    str
+    | Selector
+    | tuple[int, int | None]
+    | Sequence[tuple[int, int | None]]
+    | Sequence[int]
+    | Tensor
+    | np.ndarray
+    | None
+)
 Answer = Question
 
 
@@ -481,7 +490,7 @@ def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
         return Span(start or 0, end)  # type: ignore[arg-type]
     if isinstance(choice, list) and choice and all(_is_pair(pair) for pair in choice):
         return AllOf([Span(start or 0, end) for start, end in choice])  # type: ignore[misc]
-    values = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
+    values: Any = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
     if isinstance(values, list) and all(isinstance(value, int) for value in values):
         return Tokens(values)
     raise InvalidInputError(

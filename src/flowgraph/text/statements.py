@@ -68,6 +68,11 @@ _CHOICES = (
         rf"(?i:\b(?:option|choice|alternative)[ \t{_MARKS}]*(?:is|are|was|would be|must be|should be|[:=]))"
         rf"[\s:{_MARKS}]*(?:(?i:option|choice)\s)?{_LETTER}"
     ),
+    # "The answer is option (B)", "The answer is (B), because ...".
+    re.compile(
+        rf"(?i:\banswer[ \t{_MARKS}]*(?:is|[:=]))[\s:{_MARKS}]*(?:(?i:the[ \t]+)?(?i:option|choice|alternative)\s"
+        rf"[{_MARKS}]*{_LETTER}|{_LETTER}(?=[ \t{_MARKS}]*(?:[,;]|(?i:because|since)\b)))"
+    ),
     # "Option (B) is correct."
     re.compile(
         rf"(?<![\w(]){_LETTER}[ \t{_MARKS}]*(?i:(?:is|would be|must be)[ \t]+(?:the[ \t]+)?(?:only[ \t]+)?"
@@ -371,7 +376,10 @@ def _choices(text: str) -> list[Offsets]:
     """Find the letters of options that are chosen."""
     found = []
     for pattern in _CHOICES:
-        found += [match.span(1) for match in pattern.finditer(text)]
+        for match in pattern.finditer(text):
+            # The letter is the only group, or one of two alternatives.
+            group = match.lastindex or 0
+            found.append(match.span(group))
     return found
 
 
