@@ -37,6 +37,7 @@ def part_of(text: str, opening: str = "") -> tuple[str, str]:
         ("<think/>7", "", ("7", "after thinking")),
         ("<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>7<|END_RESPONSE|>", "", ("7", "after thinking")),
         ("<unused94>thought\na<unused95>7", "", ("7", "after thinking")),
+        ("Here is my thought process: 12?\nHere is my response: 7", "", (" 7", "after thinking")),
         ("<thinks>a</thinks>7", "", ("<thinks>a</thinks>7", "complete response")),
         ("the analysis of 7", "", ("the analysis of 7", "complete response")),
         ("analysis of 7", "", ("analysis of 7", "complete response")),

@@ -622,6 +622,11 @@ class TestLiteral:
             (Literal(7), "so 7.5", "it stands there as a part of '7.5' alone"),
             (Literal(7), "so -7", "it stands there as a part of '-7' alone"),
             (AllOf(["3", "9"]), "3 and 4", "Literal(text='9') found nothing; leave it out"),
+            (
+                "$42",
+                "so 42 dollars",
+                "neither as text nor as a regular expression, in which some of its signs have a mean",
+            ),
             (Regex("$42"), "so $42", "the text holds '$42' literally, where a regular expression gives its signs"),
             (r"\b7", r"so \b7", r"pass selectors.Literal('\\b7'), or escape it"),
         ],

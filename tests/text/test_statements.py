@@ -78,6 +78,7 @@ def test_what_ends_a_text() -> None:
     code = "Look:\n~~~~ py\na = 1\n\nb\n~~~~\n"
     assert piece(code, last_code(code)) == "a = 1\n\nb"
     assert last_code(code + "done") is None
+    assert piece(code, last_code(code + "\nI hope this helps! Let me know if you have questions.")) == "a = 1\n\nb"
     assert piece("```\ncut", last_code("```\ncut")) == "cut"
     assert last_code("```\n```") is None
     assert piece("a\r\n b \r\n\n", last_line("a\r\n b \r\n\n")) == " b"
@@ -87,6 +88,7 @@ def test_what_ends_a_text() -> None:
         ("**Tom has 7.**\n\n***\n", "**Tom has 7.**"),
         ("Tom has 7. Let me know if you need more! Good luck!", "Tom has 7."),
         ("答えは7個です。以上です。", "以上です。"),
+        ("So\n\\[\nx = 7\n\\]\n", "x = 7"),
         ("🙂", "🙂"),
         ("---", "---"),
     ]:

@@ -155,6 +155,13 @@ def reasons_of(candidates: Sequence[Selector], encoded: EncodedText, part: Part)
         reason = selector.reason(encoded, part) if isinstance(selector, Explains) else ""
         if reason:
             return f": {reason}"
+    # A string was searched in two ways.
+    given = candidates[-1]
+    if len(candidates) > 1 and isinstance(given, Regex) and re.escape(given.pattern) != given.pattern:
+        return (
+            ": it stands there neither as text nor as a regular expression, in which some of its signs have a meaning "
+            "(selectors.Literal takes them as they are)"
+        )
     return ""
 
 

@@ -20,12 +20,14 @@ _NAMES = "think|thinking|thoughts?|reasoning|scratchpad"
 _OPENING_TAG = (
     rf"(?i:<\|?(?:begin_of_|start_|seed:)?(?:{_NAMES})(?:_start|_begin)?\s{{0,4}}\|?>)"
     r"|\[THINK\]|◁think▷|<\|channel>\s{0,4}thought|<unused94>|<\|inner_prefix\|>"
+    r"|^Here(?: is|'s) my thought process:"
 )
 _CLOSING_TAG = (
     rf"(?i:<(?:/|\|/|\|?end_of_|\|?end_)(?:seed:)?(?:{_NAMES})\s{{0,4}}\|?>|<\|(?:{_NAMES})_end\|>|<(?:{_NAMES})\s{{0,4}}/>)"
     r"|\[/THINK\]|◁/think▷|<channel\|>|<unused95>|<\|inner_suffix\|>"
+    r"|^Here(?: is|'s) my response:"
 )
-_TAG = re.compile(rf"(?<!`)(?:(?P<open>{_OPENING_TAG})|(?P<close>{_CLOSING_TAG}))(?!`)")
+_TAG = re.compile(rf"(?<!`)(?:(?P<open>{_OPENING_TAG})|(?P<close>{_CLOSING_TAG}))(?!`)", re.MULTILINE)
 
 # Harmony (gpt-oss): <|channel|>NAME ...<|message|>TEXT<|end|>.
 _HARMONY = re.compile(r"<\|(channel|message|start|end|return|call)\|>")

@@ -95,7 +95,8 @@ _PROSE_LANGUAGES = frozenset(
     ("text", "txt", "plain", "plaintext", "markdown", "md", "latex", "tex", "math", "json", "yaml", "xml", "output")
 )
 """Names of a fence that do not make its block a program; a fence without a name does not either."""
-_DECORATION = re.compile(r"[\s`~*_=#|>–—•+-]*")  # noqa: RUF001
+# Lines that hold no sentence: rules, fences, brackets that close a formula.
+_DECORATION = re.compile(r"[\s`~*_=#|>–—•+\\\[\](){}$-]*")  # noqa: RUF001
 _COURTESY = re.compile(
     r"[\s*_]*(?:I hope (?:this|that|it)\b|Hope (?:this|that|it)\b|(?:Please )?let me know\b|(?:Please )?feel free\b"
     r"|Good luck\b|Have a (?:nice|great|good)\b|Is there anything else\b|Do you (?:want|need|have any)\b"
@@ -200,12 +201,12 @@ def statements_in(text: str, rules: Sequence[str], *, strict: bool = False) -> l
 
 
 def last_code(text: str) -> Offsets | None:
-    """Find the content of the block of code that ends a text; None where other text ends it.
+    """Find the content of the block of code that ends a text, courtesies aside; None where other text ends it.
 
     A block that is not closed extends to the end of the text.
     """
     blocks = _code_blocks(text)
-    if not blocks or text[blocks[-1].outer_end :].strip():
+    if not blocks or _last_spoken(text[blocks[-1].outer_end :]) is not None:
         return None
     last = blocks[-1]
     return _trimmed(text, last.start, last.end)
@@ -222,6 +223,11 @@ def last_line(text: str) -> Offsets | None:
 
 def last_sentence(text: str) -> Offsets | None:
     """Find the last sentence of a text; lines of marks alone and courtesies ("I hope this helps!") are passed over."""
+    return _last_spoken(text) or last_line(text)
+
+
+def _last_spoken(text: str) -> Offsets | None:
+    """Find the last sentence that is no courtesy; None where there is none."""
     plain = text.translate(LINE_BREAKS)
     lines = [line.span() for line in LINE.finditer(plain) if not _DECORATION.fullmatch(plain, *line.span())]
     for low, high in reversed(lines):
@@ -230,7 +236,7 @@ def last_sentence(text: str) -> Offsets | None:
         for start, end in zip(reversed(starts), reversed(ends), strict=True):
             if not _COURTESY.match(plain, start):
                 return _trimmed(text, start, end)
-    return last_line(text)
+    return None
 
 
 @dataclass(frozen=True)
