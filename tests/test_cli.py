@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,13 @@ def test_bad_answers_and_outputs_stop_before_anything_is_written(run, checkpoint
 def test_the_version_is_told(module: str):
     done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"flowgraph(-rl)? \d+\.\d+\.\d+\S*\n", done.stdout)
+
+
+def test_a_warning_is_a_plain_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from flowgraph.cli import main
+
+    monkeypatch.setattr("flowgraph.cli.app", lambda: warnings.warn("answer: should be stated", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main()
+    assert capsys.readouterr().err == "flowgraph: warning: answer: should be stated\n"

@@ -109,9 +109,14 @@ from .steps.step_relevance import StepRelevance as StepRelevance
 from .steps.step_relevance import step_relevance as step_relevance
 from .text.encoding import EncodedText as EncodedText
 from .text.encoding import encode as encode
+from .text.final_part import FinalPart as FinalPart
+from .text.final_part import final_part as final_part
+from .text.final_part import response_opening as response_opening
 from .text.regions import Regions as Regions
 from .text.regions import find_question as find_question
 from .text.regions import find_regions as find_regions
+from .text.statements import StatedAnswer as StatedAnswer
+from .text.statements import stated_answers as stated_answers
 from .tracing.edge import Edge as Edge
 from .tracing.edge import EdgeParts as EdgeParts
 from .tracing.flow_trace import FlowTrace as FlowTrace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -53,10 +54,16 @@ for command in (trace, demo, trace_corpus, show, steps, compare, certify, knocko
 app.command("trace-file", hidden=True, deprecated=True)(trace_corpus)
 
 
+def _print_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning as a plain line, without the place in the code that it comes from."""
+    typer.secho(f"flowgraph: warning: {message}", err=True, fg=typer.colors.YELLOW)
+
+
 def main() -> None:
     """Run the command line; invalid input ends with its message and exit code 2, without a stack trace."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = _print_warning
     try:
         app()
     except FlowgraphError as error:

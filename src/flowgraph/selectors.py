@@ -7,6 +7,34 @@ Pass one as ``question=`` or ``answer=`` of :func:`flowgraph.trace`::
     fg.trace(model, tokenizer, prompt, response, answer=fg.selectors.Boxed())
 """
 
-from flowgraph.text.selectors import Boxed, LastLine, Prompt, Regex, Role, Selector, Span, Tokens
+from flowgraph.text.selectors import (
+    AllOf,
+    Boxed,
+    CodeBlock,
+    LastLine,
+    LastSentence,
+    Literal,
+    Prompt,
+    Regex,
+    Role,
+    Selector,
+    Span,
+    Stated,
+    Tokens,
+)
 
-__all__ = ["Boxed", "LastLine", "Prompt", "Regex", "Role", "Selector", "Span", "Tokens"]
+__all__ = [
+    "AllOf",
+    "Boxed",
+    "CodeBlock",
+    "LastLine",
+    "LastSentence",
+    "Literal",
+    "Prompt",
+    "Regex",
+    "Role",
+    "Selector",
+    "Span",
+    "Stated",
+    "Tokens",
+]

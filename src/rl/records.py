@@ -33,12 +33,15 @@ class Sample:
         prompt: plain text, or chat messages for the model's template.
         answer: the reference answer, as text.
         metadata: JSON values that the task's reward and oracle need.
+        opening: what the rendered prompt wrote of the response, such as ``"<think>"``; "" where that opens no thinking.
+            It is known, and set, when a response is judged.
     """
 
     index: int
     prompt: str | Messages
     answer: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    opening: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,9 +99,20 @@ def exact(case: Case):
     return solution.throughput, amounts, solution.source, absorbed
 
 
+def contracted(comparison: Comparison, side: int, case: Case):
+    """The exact flow between the units of one side: answers that differ are one unit each."""
+    _, edges, source, absorbed = exact(case)
+    units = comparison.units[side]
+    group_of = [unit.index for unit in units for _ in range(unit.start, unit.stop)]
+    throughput, between = reference.contract(edges, source, group_of)
+    sums = [[sum(values[unit.start : unit.stop], Fraction(0)) for unit in units] for values in (source, absorbed)]
+    return throughput, between, *sums
+
+
 def check_numbers(comparison: Comparison, cases: tuple[Case, Case]) -> None:
     pairs = [tuple(pair) for pair in comparison.pairs.tolist()]
-    (f, edges, source, absorbed), (other_f, other_edges, other_source, other_absorbed) = map(exact, cases)
+    sides = [contracted(comparison, side, case) for side, case in enumerate(cases)]
+    (f, edges, source, absorbed), (other_f, other_edges, other_source, other_absorbed) = sides
     expected = [[float(side[k]) if k >= 0 else 0 for side, k in zip((f, other_f), p, strict=True)] for p in pairs]
     np.testing.assert_allclose(comparison.throughput, expected, atol=1e-12)
     assert comparison.total_variation == pytest.approx(float(reference.total_variation(f, other_f, pairs)), abs=1e-12)
@@ -229,7 +240,37 @@ def test_answers_meet_whatever_they_say_and_inserted_words_have_no_partner():
     assert comparison.difference[-1] == pytest.approx(0, abs=1e-12)  # the answers absorb the whole flow
     assert comparison.names == ("tiny/model, layers 1-2, answer '7'", "tiny/model, layers 1-2, answer '1'")
     longer = dense_trace(words("How many ?\nso 7 7 7"), 3, 3)
-    assert compare(right, longer).pairs.tolist()[-3:] == [[len(right.tokens) - 1, 4], [-1, 5], [-1, 6]]
+    # The tokens of an answer are one unit, so that its length is no difference.
+    other = compare(right, longer)
+    assert other.pairs.tolist()[-1] == [len(right.tokens) - 1, 4]
+    assert (other.units[1][-1].text, other.units[1][-1].region) == (" 7 7 7", "answer")
+    assert other.difference[-1] == pytest.approx(0, abs=1e-12)
+    assert other.notes[0].startswith(
+        "the answers differ, '7' in A and '7 7 7' in B: the tokens of each are compared as"
+    )
+    assert "B tiny/model, layers 1-2, answer '7 7 7': 5 tokens, its answer as one" in repr(other)
+
+
+def test_the_length_of_an_answer_is_no_difference():
+    """One route through b and one through c: only the answer has other tokens."""
+
+    def answered(answer: list[str]) -> FlowTrace:
+        count = 4 + len(answer)
+        weights = torch.zeros(count, count).double()
+        weights[1, 0] = weights[2, 0] = 0.5
+        for token in range(3, count):
+            weights[token, 1] = weights[token, 2] = 0.5
+        graph = FlowGraph.from_dense(weights, question=[0], answer=range(4, count))
+        return trace_of(graph, [" a", " b", " c", ".", *answer], list(range(4)) + [10 + k for k in range(len(answer))])
+
+    seven, twelve = answered([" 7"]), answered([" 1", "2"])
+    comparison = compare(seven, FlowTrace(**{**vars(twelve), "token_ids": twelve.token_ids + (twelve.token_ids > 9)}))
+    assert comparison.difference.abs().max() == pytest.approx(0, abs=1e-12)
+    assert comparison.total_variation == pytest.approx(0, abs=1e-12)
+    assert comparison.edge_overlap == pytest.approx(1)
+    assert comparison.largest() == comparison.largest(gains=False) == []
+    # Equal answers stay in their tokens.
+    assert len(compare(twelve, twelve).units[0]) == 6
 
 
 def test_an_answer_that_says_what_the_reasoning_said_is_still_the_answer():

@@ -110,6 +110,7 @@ def test_the_tables_say_what_the_traces_hold(finished: CorpusSummary):
         assert (row["edges"], row["kept_flow"]) == (held.graph.num_edges, float(held.graph.kept_flow))
         assert (row["backbone_edges"], row["backbone_share"]) == (bone.num_edges, bone.share)
         assert row["error"] is None
+        assert row["answer_by"] == held.provenance["answer_by"]
     by_id = {row["id"]: row for row in rows}
     assert by_id["literal"]["answer_text"] in ("7", "7.")  # a token may hold the full stop too
     assert by_id["many parts"]["answer_text"] == "7 ש 7."
@@ -167,6 +168,12 @@ BAD = [
     ({"id": True, "prompt": "x"}, "id: must be a text or an integer, got True"),
     ({"id": "good", "prompt": "x", "response": "y"}, "id: must be unique, got 'good' as on line 1"),
     ({"prompt": "x", "response": "y", "answer": "zz"}, "answer: Literal(text='zz') must select"),
+    ({"prompt": "x", "response": "17", "answer": 7}, "': it stands there as a part of '17' alone; give the complete"),
+    ({"prompt": "x", "response": "$1,007", "answer": 7}, "it stands there as a part of '$1,007' alone"),
+    ({"prompt": "x", "response": "<think>7</think> 8", "answer": 7}, "it stands in the thinking alone"),
+    ({"prompt": "x", "response": "<think>7", "answer": 7}, "it stands in the thinking alone"),
+    ({"prompt": "x", "response": "<think>7"}, "got a response with a thinking block that is not closed"),
+    ({"prompt": "x", "response": "y", "answer": ["y", []]}, "answer: must be text or a number that is part"),
     ({"prompt": "x", "response": "y", "answer": []}, "answer: must be text or a number"),
     ({"prompt": "x", "response": "word " * 600}, "input_ids: must fit the model's context of 512 tokens"),
     ({"prompt": "word " * 600}, "prompt: must leave space in the context of 512 tokens"),
@@ -198,16 +205,25 @@ def test_bad_lines_are_reported_and_skipped(tmp_path: Path):
 
 def test_missing_responses_are_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [{"prompt": PROMPT}, {"prompt": "How many apples?"}]
-    summary = run(tmp_path, lines, max_new_tokens=5)
+    with pytest.warns(
+        UserWarning, match=r"answer: should be stated in every response, got 2 of 2 .* \(lines 1, 2; col"
+    ):
+        summary = run(tmp_path, lines, max_new_tokens=5)
     held = load_trace(next((summary.out / "traces").glob("000001*")))
-    alone = trace(*tiny(), [{"role": "user", "content": PROMPT}], max_new_tokens=5)
+    assert [row["answer_by"] for row in table(summary.out / "traces.parquet")] == [
+        "whole response, unfinished text"
+    ] * 2
+    with pytest.warns(UserWarning, match="answer: should be stated before the response ends, got a response that was"):
+        alone = trace(*tiny(), [{"role": "user", "content": PROMPT}], max_new_tokens=5)
+    assert held.provenance["answer_by"] == alone.provenance["answer_by"]
     assert torch.equal(held.token_ids, alone.token_ids)
     before = (summary.out / "tokens.parquet").read_bytes()
     for folder in ("records", "traces"):
         for path in (summary.out / folder).iterdir():
             path.unlink()
     monkeypatch.setattr("flowgraph.corpus.run.generate_response", lambda *_: pytest.fail("generated again"))
-    assert run(tmp_path, lines, max_new_tokens=5).now == 2
+    with pytest.warns(UserWarning, match="got 2 of 2"):
+        assert run(tmp_path, lines, max_new_tokens=5).now == 2
     assert (summary.out / "tokens.parquet").read_bytes() == before
 
 
@@ -469,3 +485,23 @@ def test_the_old_name_of_the_function_warns_and_works(tmp_path: Path):
     ):
         summary = trace_file(*tiny(), path, tmp_path / "out")
     assert (summary.now, summary.errors) == (1, ())
+
+
+def test_numbers_and_texts_are_found_in_any_script_and_spelling(tmp_path: Path):
+    lines = [
+        {"prompt": "How many?", "response": "答案是7个苹果。", "answer": 7},
+        {"prompt": "How far?", "response": "It is 7km, not 17km.", "answer": 7},
+        {"prompt": "How much?", "response": "It costs $1,234.", "answer": 1234},
+        {"prompt": "How much?", "response": "It costs $42.50.", "answer": "$42.50"},
+        {"prompt": "Which?", "response": "3 and 4, so 3 and 4.", "answer": [3, "4"]},
+        {"prompt": "Which?", "response": "<think>So 8?</think> The right option is (B)."},
+    ]
+    rows = table(run(tmp_path, lines).out / "traces.parquet")
+    assert [row["error"] for row in rows] == [None] * len(lines)
+    # A token may hold more than the answer.
+    expected = ["7", "7", "1,234", "$42.50", "3 … 4", "(B)"]
+    for row, text in zip(rows, expected, strict=True):
+        assert text in " ".join(row["answer_text"].split())
+        assert len(row["answer_text"]) <= len(text) + 2
+    by = ["given: Literal"] * 4 + ["given: AllOf", "choice"]
+    assert [row["answer_by"] for row in rows] == by

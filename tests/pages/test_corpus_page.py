@@ -20,6 +20,7 @@ def row(line: int, **changed) -> dict:
     made = {
         "id": f"trace-{line}", "line": line, "file": f"traces/{line:06d}.safetensors", "tokens": 100 * line,
         "prompt_tokens": 50, "question": 12, "reasoning": 30, "answer": 1, "answer_text": f"answer {line}",
+        "answer_by": "last sentence",
         "feasible": True, "mean_hops": 3 + 1 / line, "alpha": 0.5, "edges": 4000, "kept_flow": 1.0,
         "backbone_edges": 100 - line, "backbone_share": 0.9001,
     }  # fmt: skip
@@ -59,7 +60,18 @@ def test_every_trace_and_every_error_is_listed():
     page = Page(render_index(ROWS, {1: "traces/000001-b.html"}, FACTS))
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
     assert links == ["#errors", "traces/000001-b.html", "traces/000002.safetensors", "traces/000004.safetensors"]
-    for word in ("3 answers", "not traced", "no flow", "90 %", "without flow", "700", "preset", "versions.torch"):
+    for word in (
+        "3 answers",
+        "not traced",
+        "no flow",
+        "90 %",
+        "without flow",
+        "700",
+        "found by",
+        "last sentence",
+        "preset",
+        "versions.torch",
+    ):
         assert word in page.text, word
     values = [attributes["data-v"] for tag, attributes in page.elements if tag == "td" and "data-v" in attributes]
     assert values[:8] == ["1", "100", "12", "30", "4.0", "0.5", "99", "0.9001"]

@@ -94,6 +94,9 @@ def test_the_header_says_what_the_summary_says(payload: dict):
     assert "<dt>versions.torch</dt><dd>2</dd>" in page
     assert "<dt>layers</dt><dd>1, 2</dd>" in page
     assert "left out of this graph" not in page
+    assert "answer found by" not in page
+    payload["provenance"] = {**payload["provenance"], "answer_by": "last sentence, unfinished text"}
+    assert "answer found by: last sentence, unfinished text" in render_html(payload)
 
 
 @pytest.mark.parametrize(("kept", "shown"), [(0.9871, "98.7 %"), (0.99999, "99.9 %"), (0.5, "50 %")])

@@ -21,8 +21,9 @@ from tests.fixtures.texts import answered, chat, chosen, text_of
 
 
 def test_the_selectors_are_at_hand_beside_the_regions() -> None:
-    names = ("Boxed", "LastLine", "Prompt", "Regex", "Role", "Selector", "Span", "Tokens")
-    for name in (*names, "NUMBER_SIGN", "TAG", "PHRASE", "AUTO_ANSWER"):
+    names = ("AllOf", "Boxed", "CodeBlock", "LastLine", "LastSentence", "Literal", "Prompt", "Regex", "Role")
+    names += ("Selector", "Span", "Stated", "Tokens")
+    for name in (*names, "NUMBER_SIGN", "TAG", "JSON", "PHRASE", "CHOICE", "AUTO_ANSWER"):
         assert name in public.__all__
         assert getattr(public, name) is getattr(selectors, name)
 
@@ -84,6 +85,13 @@ class TestQuestion:
         regions = find_regions(encoded, question=r"has \d")
         assert chosen(encoded, regions.question) == [" has", " 4"]
         assert regions.question_selector == repr(Regex(r"has \d"))
+
+    def test_a_question_is_text_before_it_is_a_pattern(self) -> None:
+        encoded = answered("7", prompt="Say it. 3+4? (a+b)", tokenizer=tiny.slow_bytes())
+        for question, selector in [("3+4?", "Literal(text='3+4?')"), ("(a+b)", "Literal(text='(a+b)')")]:
+            regions = find_regions(encoded, question=question)
+            assert text_of(encoded, regions.question) == question
+            assert regions.question_selector == selector
 
     def test_a_role_that_is_missing(self) -> None:
         message = (
@@ -301,7 +309,7 @@ class TestRecord:
         assert regions.describe(encoded.tokens) == (
             "question: 3 tokens (0..2) 'Tom has 3' by auto: Prompt()\n"
             "reasoning: 5 tokens (3..7) 'So 3 + 4 ='\n"
-            "answer: 1 token (8) ' 7' by Regex(pattern='7', flags=0, group=None, occurrence='last')\n"
+            "answer: 1 token (8) ' 7' by Literal(text='7')\n"
             "generated: 7 tokens (3..9) 'So 3 + 4 = 7.'"
         )
 

@@ -1,9 +1,11 @@
 """``trace`` from end to end on a tiny random model: what it holds, and what it refuses."""
 
 import copy
+import io
 
 import pytest
 import torch
+from rich.console import Console
 
 from flowgraph import (
     FlowGraph,
@@ -18,6 +20,7 @@ from flowgraph import (
     solve,
     trace,
 )
+from flowgraph.commands.terminal import render_trace
 from flowgraph.selectors import LastLine
 from flowgraph.tracing.generation import generate_response
 from flowgraph.tracing.trace import require_trace_memory
@@ -44,6 +47,44 @@ def test_a_chat_trace_is_complete_and_certified(example: FlowTrace):
     assert (record["layers"], record["heads"], record["rows"], record["preset"]) == ([1], "mean", "emission", "default")
     assert record["answer_selector"].startswith("auto")
     assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+
+
+def test_how_the_answer_was_found_is_recorded_and_shown(example: FlowTrace):
+    assert example.provenance["answer_by"] == "phrase"
+    assert "\n  answer: '7' (phrase)\n" in repr(example)
+    assert "answer: '7' as a stated answer\n" in shown(example)
+    given = trace(*tiny(), chat(), RESPONSE, answer="7")
+    assert given.provenance["answer_by"] == "given: Literal"
+    assert "answer: '7' by Literal(text='7')\n" in shown(given)
+    masks = trace(tiny_model(), input_ids=example.token_ids, question=example.question, answer=example.answer)
+    assert masks.provenance["answer_by"] == "given: mask"
+
+
+def test_a_guess_is_said_to_be_one():
+    model, tokenizer = tiny()
+    with pytest.warns(UserWarning, match="answer: should be stated before the response ends, got a response that was"):
+        made = trace(model, tokenizer, chat(), max_new_tokens=3)
+    assert made.provenance["answer_by"] == "whole response, unfinished text"
+    assert "(whole response, unfinished text)" in repr(made)
+    assert "cut off before it stated an answer, so the whole response was taken; name it with --answer" in shown(made)
+    # The same text given as a response is not known to be cut off.
+    again = trace(model, tokenizer, chat(), made.token_ids[made.generated])
+    assert again.provenance["answer_by"] == "whole response"
+
+
+def test_thinking_holds_no_answer():
+    model, tokenizer = tiny()
+    found = trace(model, tokenizer, chat(), "<think>The answer is 12.</think> The answer is 7.")
+    assert repr(found).splitlines()[1] == "  answer: '7' (phrase)"
+    with pytest.raises(NoAnswerError, match="got a response with a thinking block that is not closed"):
+        trace(model, tokenizer, chat(), "<think>The answer is 12.")
+
+
+def shown(trace: FlowTrace) -> str:
+    """The trace as the terminal shows it, without line breaks at its edge."""
+    console = Console(width=400, file=io.StringIO())
+    console.print(render_trace(trace))
+    return console.file.getvalue().replace(" \n", "\n")  # type: ignore[attr-defined]
 
 
 def test_it_is_the_sum_of_its_parts(example: FlowTrace):

@@ -46,13 +46,18 @@ _SMALLEST_END = 0.005
 _NO_FLOW = "No flow: no question token reaches the answer through this graph."
 
 _FOUND_AS = {
-    "auto: Boxed()": "in the last box",
-    "auto: NUMBER_SIGN": "after ####",
-    "auto: TAG": "in the answer tag",
-    "auto: PHRASE": "as a stated answer",
-    "auto: LastLine()": "as the last line",
+    "boxed": "in the last box",
+    "hash": "after ####",
+    "tag": "in the answer tag",
+    "json": "as the answer of a JSON object",
+    "phrase": "as a stated answer",
+    "choice": "as the option chosen",
+    "code": "as the last block of code",
+    "last sentence": "as the last sentence",
+    "whole response": "as the whole response",
 }
-"""The rules by which the automatic search finds an answer, in words."""
+"""How the automatic search found an answer (``answer_by``), in words."""
+_NOT_STATED = ("code", "last sentence", "whole response")
 
 
 def visible(token: str) -> str:
@@ -335,17 +340,18 @@ def _where_it_ends(relevance: StepRelevance) -> list[tuple[str, float]]:
 def _selection(trace: FlowTrace) -> Text:
     """Show the answer and the rule that found it, the first thing to check when a trace looks wrong."""
     answer = shortened(trace.text_of(trace.answer).strip(), _MAX_ANSWER)
-    rule = trace.provenance.get("answer_selector", "")
+    rule = str(trace.provenance.get("answer_selector", ""))
+    found_by = str(trace.provenance.get("answer_by", ""))
+    kind, _, unfinished = found_by.partition(", ")
     line = Text(f"answer: {answer!r}")
-    if rule in _FOUND_AS:
-        line.append(f" {_FOUND_AS[rule]}", style="dim")
+    if kind in _FOUND_AS:
+        line.append(f" {_FOUND_AS[kind]}", style="dim")
     elif rule:
         line.append(f" by {rule}", style="dim")
-    # The last line is the last resort of the search, and often not the answer.
-    if rule.startswith("auto") and "LastLine" in rule:
-        line.append(
-            "\nno stated answer was found, so the last line was taken; name it with --answer or answer=", "yellow"
-        )
+    # The end of a response is the last resort of the search, and often not the answer.
+    if kind in _NOT_STATED:
+        reason = "the response was cut off before it stated an answer" if unfinished else "no answer is stated"
+        line.append(f"\n{reason}, so the {kind} was taken; name it with --answer or answer=", "yellow")
     return line
 
 

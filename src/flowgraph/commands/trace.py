@@ -59,12 +59,12 @@ def trace(
     question: Annotated[
         str | None,
         typer.Option(
-            help="Where flow enters: 'user', 'prompt' (all of it), or a regular expression. Default: the message."
+            help="Where flow enters: 'user', 'prompt' (all of it), text, or a regular expression. Default: the message."
         ),
     ] = None,
     answer: Annotated[
         str | None,
-        typer.Option(help="Regular expression for the answer (group 1 if it has one; last match). Default: found."),
+        typer.Option(help="Text of the answer, or a regular expression (its group 1; last match). Default: found."),
     ] = None,
     answer_span: Annotated[
         str | None, typer.Option(help="Characters START:END of the response that are the answer.")

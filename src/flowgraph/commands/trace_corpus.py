@@ -59,9 +59,9 @@ def trace_corpus(
         str, typer.Option(help="Key of the answer: literal text of the response; '' for none.")
     ] = "answer",
     question: Annotated[
-        str | None, typer.Option(help="For lines without one: 'user', 'prompt' or a regular expression.")
+        str | None, typer.Option(help="For lines without one: 'user', 'prompt', text or a regular expression.")
     ] = None,
-    answer: Annotated[str | None, typer.Option(help="For lines without one: a regular expression.")] = None,
+    answer: Annotated[str | None, typer.Option(help="For lines without one: text or a regular expression.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message in front of text prompts.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: a prompt is the text itself.")] = False,
     capacity: Capacity = "attention",

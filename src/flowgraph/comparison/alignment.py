@@ -36,7 +36,8 @@ class Alignment:
     """Two traces cut into groups of tokens, and the pairs of corresponding groups.
 
     Attributes:
-        by: "tokens" (every group is one token), "characters" (the finest groups that both share) or "steps".
+        by: "tokens" (every group is one token, or an answer that differs), "characters" (the finest groups that both
+            share) or "steps".
         rule: what made the alignment possible, in words.
         groups: of the first and of the second trace; each list covers its tokens in order.
         pairs: every group of both, in reading order; matched pairs never cross.
@@ -58,9 +59,10 @@ def align(first: FlowTrace, second: FlowTrace, by: str = "auto") -> Alignment:
 
     Equal token ids are aligned by position; equal texts cut differently by the token borders they share. Two
     answers of one question share their prompt, token by token; what follows is aligned by the longest matching runs
-    (:class:`difflib.SequenceMatcher`), separately in the reasoning and in the answer. The tokens of the answers are
-    partners even where their texts differ, and so is a single token replaced by another. Steps are partners when half
-    of their tokens are, chosen so that most tokens are covered. Exchanging the traces exchanges the sides and changes
+    (:class:`difflib.SequenceMatcher`). Answers that differ are joined, each to one group from its first to its last
+    token, and the two groups are partners: all flow ends in the answer, so its tokens one by one would only show into
+    how many tokens it was cut. A single token replaced by another is its partner. Steps are partners when half of
+    their tokens are, chosen so that most tokens are covered. Exchanging the traces exchanges the sides and changes
     nothing else.
 
     Args:
@@ -100,6 +102,8 @@ def align(first: FlowTrace, second: FlowTrace, by: str = "auto") -> Alignment:
         steps = (_steps(one), _steps(other))
         matched = _matched_steps(groups, matched, steps)
         groups = steps
+    elif rule in (SAME_PROMPT, SAME_QUESTION):
+        groups, matched = _join_answers(one, other, rule, matched)
 
     # Back to the order of the arguments.
     if is_swapped:
@@ -213,6 +217,58 @@ def _matched_tokens(one: FlowTrace, other: FlowTrace, rule: str) -> list[Pair]:
                 other_run = range(other_low + j, other_low + j_end)
                 matched += zip(run, other_run, strict=False)
     return matched
+
+
+def _join_answers(
+    one: FlowTrace, other: FlowTrace, rule: str, matched: list[Pair]
+) -> tuple[tuple[Groups, Groups], list[Pair]]:
+    """Join the tokens of each answer to one group where the answers differ, and pair the two groups.
+
+    Args:
+        one: a trace.
+        other: the other trace.
+        rule: what the alignment is based on.
+        matched: pairs of tokens, in order.
+    """
+    keys = _answer_ids if rule == SAME_PROMPT else _answer_tokens
+    one_extent = _answer_extent(one)
+    other_extent = _answer_extent(other)
+    if keys(one) == keys(other) or one_extent is None or other_extent is None:
+        return (_single_tokens(one), _single_tokens(other)), matched
+
+    # Pairs before, between and after the answers; the numbers of groups after an answer are smaller.
+    low, high = one_extent
+    other_low, other_high = other_extent
+    before = [(i, j) for i, j in matched if i < low and j < other_low]
+    after = [(i - high + low + 1, j - other_high + other_low + 1) for i, j in matched if i >= high and j >= other_high]
+    groups = (_with_one_group(one, one_extent), _with_one_group(other, other_extent))
+    return groups, [*before, (low, other_low), *after]
+
+
+def _answer_ids(trace: FlowTrace) -> list[int]:
+    """Return the ids of the answer."""
+    return trace.token_ids[trace.answer].tolist()
+
+
+def _answer_tokens(trace: FlowTrace) -> list[str]:
+    """Return the texts of the answer's tokens."""
+    return [trace.tokens[token] for token in trace.answer.nonzero().flatten().tolist()]
+
+
+def _answer_extent(trace: FlowTrace) -> Group | None:
+    """Return the tokens from the first to the last of the answer; None where the question reaches into them."""
+    answer = trace.answer.nonzero().flatten().tolist()
+    last_question = int(trace.question.nonzero()[-1])
+    if last_question > answer[0]:
+        return None
+    return answer[0], answer[-1] + 1
+
+
+def _with_one_group(trace: FlowTrace, extent: Group) -> Groups:
+    """Return every token as a group of its own, but those of one range as one."""
+    low, high = extent
+    singles = _single_tokens(trace)
+    return (*singles[:low], extent, *singles[high:])
 
 
 def _part_borders(trace: FlowTrace, start: int) -> list[int]:

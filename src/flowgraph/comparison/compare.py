@@ -92,7 +92,8 @@ class Comparison:
         pairs: ``[P, 2]`` int64 in reading order: unit of the first, unit of the second, -1 where one is missing.
         throughput: ``[P, 2]`` float64, share of each flow that passes through; 0 where the unit is missing.
         total_variation: :math:`\frac12 \sum |p_1 - p_2|` with :math:`p = f / \sum f`, in [0, 1]: the share of the
-            stops on a random route of one that would have to move to be distributed as in the other.
+            stops on a random route of one that would have to move to be distributed as in the other. Answers that
+            differ are one unit each, and partners.
         rank_correlation: Spearman's, over the matched pairs, in [-1, 1]; None for fewer than three, or where all are
             equal.
         hub_overlap: common part of the ``num_hubs`` reasoning units with most throughput, in [0, 1]; None without any.
@@ -234,6 +235,8 @@ class Comparison:
 
     def __repr__(self) -> str:
         kind = "groups" if self.by == "characters" else self.by
+        if self.by == "tokens" and any(unit.stop - unit.start > 1 for side in self.units for unit in side):
+            kind = "tokens, its answer as one"
         num_shared_routes = sum(route.shared for route in self.routes)
         lines = [f"Comparison by {self.by}: {self.rule}"]
         for letter, name, units, hops in zip("AB", self.names, self.units, self.mean_hops, strict=True):
@@ -330,7 +333,8 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
         first: the trace that differences are counted from, A.
         second: the trace that they lead to, B: a positive difference is more flow in B.
         by: "tokens", "characters" (the finest groups of tokens that both texts share, for two tokenizers), "steps",
-            or "auto": tokens, or characters where the same text was cut into other tokens.
+            or "auto": tokens, or characters where the same text was cut into other tokens. Of answers that differ, all
+            tokens are compared as one.
 
     Returns:
         A :class:`Comparison`. Groups and steps are compared by the share of the flow that visits them, exactly
@@ -491,6 +495,15 @@ def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str
         notes.append(
             f"the token ids are equal but read differently (token {at}: {first.tokens[at]!r} and "
             f"{second.tokens[at]!r}); were they made by two tokenizers?"
+        )
+
+    # What was joined.
+    first_answer = _answer(first)
+    second_answer = _answer(second)
+    if aligned.by == "tokens" and any(stop - start > 1 for groups in aligned.groups for start, stop in groups):
+        notes.append(
+            f"the answers differ, {first_answer!r} in A and {second_answer!r} in B: the tokens of each are compared as "
+            "one, because all flow ends there"
         )
 
     # The source of the flow.

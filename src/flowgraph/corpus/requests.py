@@ -16,9 +16,7 @@ from typing import Any, BinaryIO
 
 from flowgraph.errors import InvalidInputError
 from flowgraph.files import PathLike
-from flowgraph.masks import Mask
-from flowgraph.text.encoding import EncodedText
-from flowgraph.text.selectors import Part, Regex, Selector
+from flowgraph.text.selectors import AllOf, Literal, Selector
 from flowgraph.tracing.inputs import TextRequest
 
 _SHORT_NAME = 40
@@ -37,8 +35,9 @@ class CorpusFields:
         messages: chat messages, another name for the prompt; a final assistant message is the response.
         response: the model's response, as text or generated ids.
         id: a text or integer, unique in the file.
-        question: literal text of the prompt, where flow enters.
-        answer: literal text of the response, where flow leaves; its last occurrence counts.
+        question: literal text of the prompt, where flow enters; a list of texts: all of them.
+        answer: literal text of the final part of the response, where flow leaves, or a list of texts; the last
+            occurrence of each counts.
 
     Raises:
         InvalidInputError: no key for the prompt, or one key for two fields.
@@ -100,29 +99,6 @@ class Line:
 def _default_id(number: int) -> str:
     """Return the id of a line that states none."""
     return f"line-{number}"
-
-
-@dataclass(frozen=True)
-class Literal:
-    """A selector of the last occurrence of a text, which is never read as a regular expression.
-
-    A text that begins or ends with a letter or digit must be a complete word: the answer 7 is not found in 17.
-
-    Attributes:
-        text: the text.
-    """
-
-    text: str
-
-    def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Select the tokens of the occurrence."""
-        # Word boundaries only where the text itself ends in a word character: "(a+b)" has none.
-        pattern = re.escape(self.text)
-        if re.match(r"\w", self.text[0]):
-            pattern = r"(?<!\w)" + pattern
-        if re.match(r"\w", self.text[-1]):
-            pattern = pattern + r"(?!\w)"
-        return Regex(pattern).select(encoded, part)
 
 
 def scan(path: PathLike, names: CorpusFields) -> list[Line]:
@@ -304,13 +280,17 @@ def _optional(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _literal(values: Mapping[str, Any], key: str) -> Selector | None:
-    """Read the literal text of a question or an answer as a selector."""
-    text = _optional(values, key)
-    if text is None:
+    """Read the literal text of a question or an answer, or several, as a selector."""
+    given = _optional(values, key)
+    if given is None:
         return None
-    if isinstance(text, bool) or not isinstance(text, str | int | float) or not str(text).strip():
-        raise InvalidInputError(
-            f"{key}: must be text or a number that is part of the line's text, got {text!r:.80}; "
-            "leave it out to have it found"
-        )
-    return Literal(str(text).strip())
+    texts: list[Any] = given if isinstance(given, list) and given else [given]
+    for text in texts:
+        is_text = isinstance(text, str | int | float) and not isinstance(text, bool)
+        if not is_text or not str(text).strip():
+            raise InvalidInputError(
+                f"{key}: must be text or a number that is part of the line's text, or a list of them, got "
+                f"{text!r:.80}; leave it out to have it found"
+            )
+    literals = [Literal(text) for text in texts]
+    return literals[0] if len(literals) == 1 else AllOf(literals)

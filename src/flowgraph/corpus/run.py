@@ -21,7 +21,7 @@ from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimit
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.text.chat import check_prompt, ends_with_response
 from flowgraph.text.encoding import EncodedText
-from flowgraph.text.regions import Regions
+from flowgraph.text.regions import Regions, last_resort
 from flowgraph.tracing.flow_trace import FlowTrace, load_trace
 from flowgraph.tracing.generation import generate_response
 from flowgraph.tracing.inputs import TextRequest, regions_of_text
@@ -114,6 +114,7 @@ class Run:
         now: lines traced by this run.
         tokens: tokens of this run's traces.
         failed: message of every line that could not be traced, by its number.
+        guessed: numbers of the lines of this run whose answer was found by the last resort.
         began: clock reading at the start.
     """
 
@@ -137,6 +138,7 @@ class Run:
         self.now = 0
         self.tokens = 0
         self.failed: dict[int, str] = {}
+        self.guessed: list[int] = []
         self.began = time.perf_counter()
         self._progress = progress
 
@@ -208,14 +210,17 @@ class Run:
             # The prompt as the model reads it, and the response, generated where the line has none.
             prompt = _as_chat(self.tokenizer, request.prompt, options)
             response = request.response
+            is_generated = False
             if response is None:
                 response = self._generated(line, prompt)
+                is_generated = response is not None
             # What a line states about itself comes before the options of the run.
             complete = TextRequest(
                 prompt,
                 response,
                 question=request.question or options.question,
                 answer=request.answer or options.answer,
+                is_generated=is_generated,
             )
             max_new_tokens = options.trace.max_new_tokens
             encoded, regions = regions_of_text(self.inner, self.tokenizer, complete, max_new_tokens, self.progress)
@@ -269,6 +274,8 @@ class Run:
             # A line's time is its own work and its share of the batch's pass.
             seconds = seconds_per_token * trace.num_tokens + time.perf_counter() - began
             self.folder.finish(item.line, {**record, "seconds": round(seconds, 6), "batch": len(batch)})
+            if last_resort(item.regions.answer_by, item.encoded):
+                self.guessed.append(item.line.number)
             self.done += 1
             self.now += 1
             self.tokens += trace.num_tokens

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 WINDOW = 256
 """Number of lines that are encoded and sorted by length together."""
+_SHOWN_LINES = 8
+"""Line numbers that a warning lists."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def trace_corpus(
             texts of question and answer.
         out: folder for the results; a new one, or that of an earlier run with the same input and options.
         fields: the keys of a line; see :class:`flowgraph.CorpusFields`.
-        question: for lines that name none: ``"user"``, ``"prompt"``, a regular expression or a selector.
-        answer: for lines that name none: a regular expression or a selector. Default: found.
+        question: for lines that name none: ``"user"``, ``"prompt"``, text, a regular expression or a selector.
+        answer: for lines that name none: text, a regular expression or a selector. Default: found.
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
         capacity: what an edge weighs, as for :func:`flowgraph.trace`; not a signed one.
@@ -146,6 +148,10 @@ def trace_corpus(
         CaptureError: the architecture cannot be captured correctly.
         MemoryLimitError: a batch would not fit.
         OutputError: a path cannot be written; everything finished so far stays.
+
+    Warns:
+        UserWarning: in some lines no answer is stated, and the end of an unfinished response, or all of a long one,
+            was taken.
 
     Cost: as many times :func:`flowgraph.trace`, less what batching saves.
     """
@@ -197,6 +203,14 @@ def trace_corpus(
             _trace_window(run, window, path, names)
         run.progress("writing the tables")
         write_results(folder, windows, run.failed, tables, {"input": Path(path).name, **settings})
+    if run.guessed:
+        shown = ", ".join(map(str, sorted(run.guessed)[:_SHOWN_LINES]))
+        warnings.warn(
+            f"answer: should be stated in every response, got {len(run.guessed)} of {run.now} where the end of an "
+            f"unfinished response, or all of a long one, was taken (lines {shown}; column answer_by): name it in the "
+            "field answer, pass answer=, or raise max_new_tokens",
+            stacklevel=2,
+        )
     return CorpusSummary(
         out=Path(out),
         traced=run.done,

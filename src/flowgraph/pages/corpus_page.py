@@ -19,6 +19,7 @@ _COLUMNS = [
     ("line", "line of the input file", "number"),
     ("trace", "its id; opens the page, or the trace file", "text"),
     ("answer", "the tokens where flow leaves", "text"),
+    ("found by", "how the answer was found", "text"),
     ("tokens", "prompt and response", "number"),
     ("question", "tokens where flow enters", "number"),
     ("reasoning", "generated tokens before the answer", "number"),
@@ -93,6 +94,7 @@ def _cells(row: Mapping[str, Any], page: str | None) -> dict[str, Any]:
         "id": _shown(row["id"]),
         "link": page or row["file"],
         "answer": _shown(row["answer_text"]),
+        "answer_by": _shown(row.get("answer_by") or ""),
         "numbers": [(text, "" if value is None else repr(value)) for text, value in numbers],
     }
 

@@ -96,6 +96,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "num_edges": summary["num_edges"],
         "num_flowing": len(payload["edges"]) + payload["edges_left_out"],
         "counts": [(name, regions.count(name)) for name in ("question", "reasoning", "answer")],
+        "answer_by": visible(str(payload["provenance"].get("answer_by") or "")),
         "mean_hops": summary["mean_hops"],
         "alpha": summary["alpha"],
         "backbone_share": backbone and percent(backbone["share"]),

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
-from flowgraph.errors import NoAnswerError, RegionError
+from flowgraph.errors import RegionError
 from flowgraph.masks import Mask, MaskLike, read_mask
+from flowgraph.text.answer_search import find_answer, first_that_finds, is_auto, last_resort, reasons_of
 from flowgraph.text.encoding import EncodedText, shorten
 from flowgraph.text.selectors import (
     AUTO_ANSWER,
+    CHOICE,
+    JSON,
     NUMBER_SIGN,
     PHRASE,
     TAG,
+    AllOf,
     Answer,
     Boxed,
+    CodeBlock,
     LastLine,
+    LastSentence,
+    Literal,
     Part,
     Prompt,
     Question,
@@ -26,20 +34,27 @@ from flowgraph.text.selectors import (
     Role,
     Selector,
     Span,
+    Stated,
     Tokens,
-    as_selector,
     part_mask,
+    selectors_for,
 )
 
 # The selectors are part of this module's interface, beside the regions that they select.
 __all__ = [
     "AUTO_ANSWER",
+    "CHOICE",
+    "JSON",
     "NUMBER_SIGN",
     "PHRASE",
     "TAG",
+    "AllOf",
     "Answer",
     "Boxed",
+    "CodeBlock",
     "LastLine",
+    "LastSentence",
+    "Literal",
     "Mask",
     "Part",
     "Prompt",
@@ -49,9 +64,12 @@ __all__ = [
     "Role",
     "Selector",
     "Span",
+    "Stated",
     "Tokens",
     "find_question",
     "find_regions",
+    "last_resort",
+    "locate_regions",
     "validate_regions",
 ]
 
@@ -69,6 +87,9 @@ class Regions:
         generated: ``[T]`` bool; tokens that the model generated, special ones included.
         question_selector: the selector of the question, for the record; "mask" for a region given as a mask.
         answer_selector: the same for the answer; "auto: ..." names the selector that the automatic search chose.
+        answer_by: how the answer was found, in words: "boxed", "hash", "tag", "json", "phrase" or "choice" for a stated
+            one; "code", "last sentence" or "whole response" where none is stated, with ", unfinished text" where the
+            response was cut off; "given: ..." and the kind of selector for one that was asked for.
 
     Raises:
         RegionError: see :func:`validate_regions`.
@@ -80,6 +101,7 @@ class Regions:
     generated: Mask
     question_selector: str = "mask"
     answer_selector: str = "mask"
+    answer_by: str = "given: mask"
 
     def __post_init__(self) -> None:
         """Refuse regions that break a rule."""
@@ -167,41 +189,66 @@ class Regions:
         return "\n".join(lines)
 
 
-def find_regions(encoded: EncodedText, question: Question = None, answer: Answer = None) -> Regions:
+def find_regions(
+    encoded: EncodedText, question: Question = None, answer: Answer = None, *, truncated: bool = False
+) -> Regions:
     r"""Find question, reasoning and answer in an encoded text.
 
     A token belongs to a region if it has a visible character inside the selected text. Special and template
     tokens belong to no region. Reasoning are the generated tokens before the first answer token.
 
+    The answer stands in the final part of the response: after the last closed thinking block, or in the final channel
+    (:func:`flowgraph.final_part`). A selector with ``thinking=True`` searches the complete response; positions lie
+    anywhere.
+
     Args:
         encoded: from :func:`flowgraph.text.encoding.encode`.
         question: a selector for the prompt, or the short form of one: ``"prompt"``, a role such as ``"user"``,
-            another string for a :class:`Regex`, ``(start, end)`` for a :class:`Span`, indices or a bool mask for
-            :class:`Tokens`. None or ``"auto"``: the last user message of a chat, else the complete prompt.
-        answer: the same for the response, where a string is a :class:`Regex`. None or ``"auto"``:
-            ``\boxed{}``, ``#### ...``, ``<answer>``, "the answer is ...", else the last line.
+            another string, ``(start, end)`` for a :class:`Span`, a list of such pairs, indices or a bool mask for
+            :class:`Tokens`. A string is searched as literal text, then as a :class:`Regex`; one with signs that only
+            regular expressions have is a :class:`Regex` at once. None or ``"auto"``: the last user message of a chat,
+            else the complete prompt.
+        answer: the same for the response. None or ``"auto"``: the last stated answer (``\boxed{}``, ``#### ...``,
+            ``<answer>``, JSON, "the answer is ...", "the right option is (B)"), else the block of code that ends the
+            response, else its last sentence.
+        truncated: whether the response was cut off, so that its end is not a conclusion.
 
     Returns:
         The regions, with the selectors that were used.
 
     Raises:
-        NoAnswerError: nothing in the response is selected.
+        NoAnswerError: nothing in the response is selected, or its thinking is not closed.
         RegionError: nothing in the prompt is selected, or the selection lies outside.
         InvalidInputError: an invalid selector, or a pattern that does not compile.
 
+    Warns:
+        UserWarning: the answer was found by the last resort: see :func:`last_resort`.
+
     Cost: linear in the text.
     """
+    regions = locate_regions(encoded, question, answer, truncated=truncated)
+    warning = last_resort(regions.answer_by, encoded)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return regions
+
+
+def locate_regions(
+    encoded: EncodedText, question: Question = None, answer: Answer = None, *, truncated: bool = False
+) -> Regions:
+    """Find the regions as :func:`find_regions` does, without a warning about the last resort."""
     question_mask, question_selector = _find_question(encoded, question)
-    answer_mask, answer_selector = _find_answer(encoded, answer)
+    found = find_answer(encoded, answer, truncated)
     generated = part_mask(encoded, "response")
-    is_before_answer = torch.arange(encoded.num_tokens) < _first(answer_mask)
+    is_before_answer = torch.arange(encoded.num_tokens) < _first(found.mask)
     return Regions(
         question=question_mask,
         reasoning=generated & is_before_answer & ~encoded.special,
-        answer=answer_mask,
+        answer=found.mask,
         generated=generated,
         question_selector=question_selector,
-        answer_selector=answer_selector,
+        answer_selector=found.selector,
+        answer_by=found.by,
     )
 
 
@@ -272,41 +319,18 @@ def validate_regions(regions: Regions) -> None:
 
 def _find_question(encoded: EncodedText, question: Question) -> tuple[Mask, str]:
     """Find the question's tokens, and name the selector that found them."""
-    if _is_auto(question):
-        selector: Selector = Role("user") if encoded.roles else Prompt()
-        name = f"auto: {selector!r}"
+    if is_auto(question):
+        candidates: list[Selector] = [Role("user") if encoded.roles else Prompt()]
     else:
-        selector = as_selector(question, "prompt", encoded)
-        name = repr(selector)
-    mask = selector.select(encoded, "prompt")
-    if not bool(mask.any()):
+        candidates = selectors_for(question, "prompt", encoded)
+    mask, selector = first_that_finds(candidates, encoded, "prompt")
+    if mask is None:
         raise RegionError(
             f"question: {selector!r} must select a visible, non-special character of the prompt, got none in "
-            f"{shorten(encoded.prompt_text)!r}; pass another Regex, Span(start, end), Role, Prompt() or token indices"
+            f"{shorten(encoded.prompt_text)!r}{reasons_of(candidates, encoded, 'prompt')}; "
+            "pass another Regex, Span(start, end), Role, Prompt() or token indices"
         )
-    return mask, name
-
-
-def _find_answer(encoded: EncodedText, answer: Answer) -> tuple[Mask, str]:
-    """Find the answer's tokens, and name the first selector that found any."""
-    if _is_auto(answer):
-        candidates = {f"auto: {name}": selector for name, selector in AUTO_ANSWER.items()}
-    else:
-        given = as_selector(answer, "response", encoded)
-        candidates = {repr(given): given}
-    for name, selector in candidates.items():
-        mask = selector.select(encoded, "response")
-        if bool(mask.any()):
-            return mask, name
-    raise NoAnswerError(
-        f"answer: {name} must select a visible, non-special character of the response, got none in "
-        f"{_ending(encoded.response_text)!r}; pass another Regex, Span(start, end), LastLine() or token indices"
-    )
-
-
-def _is_auto(choice: Question) -> bool:
-    """Return whether the region is to be found automatically; tensors do not compare with strings."""
-    return choice is None or (isinstance(choice, str) and choice == "auto")
+    return mask, f"auto: {selector!r}" if is_auto(question) else repr(selector)
 
 
 def _mask_length(*regions: MaskLike | None) -> int:
@@ -361,10 +385,3 @@ def _ranges(indices: Sequence[int]) -> str:
     if len(runs) > 4:
         shown.append("...")
     return ", ".join(shown)
-
-
-def _ending(text: str) -> str:
-    """Return the end of a long text, where an answer is expected, for messages."""
-    if len(text) <= 80:
-        return text
-    return f"...{text[-80:]}"

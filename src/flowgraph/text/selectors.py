@@ -1,11 +1,17 @@
-"""Selectors that find tokens in a prompt or a response: patterns, spans, chat roles, indices."""
+"""Selectors that find tokens in a prompt or a response: texts, patterns, statements, spans, chat roles, indices.
+
+A selector that searches the response reads its final part: what stands after the thinking, or in the final channel
+(:mod:`flowgraph.text.final_part`). With ``thinking=True`` it reads the complete response. Positions (``Span``,
+``Tokens``) lie anywhere.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+from typing import Literal as OneOf
 
 import numpy as np
 import torch
@@ -14,11 +20,16 @@ from torch import Tensor
 from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.masks import Mask, MaskLike, read_mask
 from flowgraph.text.encoding import EncodedText
+from flowgraph.text.final_part import FinalPart, final_part, response_opening
+from flowgraph.text.literals import literal_spans, longer_word, occurrences
 from flowgraph.text.spans import Offsets, covers
+from flowgraph.text.statements import RULES, last_code, last_line, last_sentence, statements_in
 
-Part = Literal["prompt", "response"]
+Part = OneOf["prompt", "response"]
 # The argument that a selector of each part was given as, for messages.
 ARGUMENT: dict[Part, str] = {"prompt": "question", "response": "answer"}
+# Signs that text rarely has and regular expressions often: such a string is not searched as literal text.
+_MEANT_AS_REGEX = re.compile(r"\\|\[|\||\.[*+?]|\(\?|[)\]][*+?]|\A\^|\{\d")
 # Strings that name a role even where no message of the prompt has it, so that the error names the role.
 ROLES = frozenset({"assistant", "developer", "function", "model", "system", "tool", "user"})
 
@@ -32,6 +43,15 @@ class Selector(Protocol):
         ...
 
 
+@runtime_checkable
+class Explains(Protocol):
+    """The interface of selectors that can say why they found nothing."""
+
+    def reason(self, encoded: EncodedText, part: Part) -> str:
+        """Return what stands in the text instead, in words; "" where there is nothing to say."""
+        ...
+
+
 @dataclass(frozen=True)
 class Regex:
     r"""The text that a regular expression matches.
@@ -42,7 +62,8 @@ class Regex:
         pattern: as for :func:`re.finditer`; it sees the part alone, without the special tokens that end it.
         flags: as for :func:`re.compile`.
         group: number or name of the group to take; None: group 1 if the pattern has one, else the complete match.
-        occurrence: which match counts.
+        occurrence: which match counts; "all": every one.
+        thinking: also search the thinking of a response.
 
     Raises:
         InvalidInputError: the pattern does not compile, the group does not exist, an unknown occurrence.
@@ -51,7 +72,8 @@ class Regex:
     pattern: str
     flags: int = 0
     group: int | str | None = None
-    occurrence: Literal["last", "first"] = "last"
+    occurrence: OneOf["last", "first", "all"] = "last"
+    thinking: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse patterns, groups and occurrences that do not exist."""
@@ -60,7 +82,7 @@ class Regex:
         except re.error as error:
             raise InvalidInputError(
                 f"pattern: must be a regular expression, got {self.pattern!r} with an error at position "
-                f"{error.pos}: {error.msg}; escape literal text with re.escape"
+                f"{error.pos}: {error.msg}; escape literal text with re.escape, or pass it as selectors.Literal"
             ) from error
         groups = [None, *range(compiled.groups + 1), *compiled.groupindex]
         if self.group not in groups:
@@ -68,73 +90,241 @@ class Regex:
                 f"group: must be a group of the pattern {self.pattern!r}, got {self.group!r}; "
                 f"choose one of {groups[1:]}"
             )
-        if self.occurrence not in ("last", "first"):
-            raise InvalidInputError(
-                f"occurrence: must be 'last' or 'first', got {self.occurrence!r}; for another match narrow the pattern"
-            )
+        _check_occurrence(self.occurrence, "narrow the pattern")
+
+    def __repr__(self) -> str:
+        """Show all options but the default place of the search."""
+        shown = f"pattern={self.pattern!r}, flags={self.flags}, group={self.group!r}, occurrence={self.occurrence!r}"
+        return f"Regex({shown}, thinking=True)" if self.thinking else f"Regex({shown})"
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
-        """Select the tokens of the chosen match."""
-        low, high = _window(encoded, part)
+        """Select the tokens of the chosen matches."""
+        low, high = _window(encoded, part, self.thinking)
+        found = _of_occurrence(self._matches(encoded.text[low:high]), self.occurrence)
+        return _tokens_in(encoded, _moved(found, low), part)
+
+    def reason(self, encoded: EncodedText, part: Part) -> str:
+        """Return that the pattern stands in the text as it is, or matches in the thinking."""
+        low, high = _window(encoded, part, self.thinking)
+        if re.escape(self.pattern) != self.pattern and self.pattern in encoded.text[low:high]:
+            return (
+                f"the text holds {self.pattern!r} literally, where a regular expression gives its signs a meaning; "
+                f"pass selectors.Literal({self.pattern!r}), or escape it with re.escape"
+            )
+        if self._matches(encoded.text[slice(*_window(encoded, part, thinking=True))]):
+            return "it matches in the thinking alone; pass selectors.Regex(..., thinking=True) to search there"
+        return ""
+
+    def _matches(self, text: str) -> list[Offsets]:
+        """Find all matches with a visible character."""
         compiled = re.compile(self.pattern, self.flags)
         group = self.group
         if group is None:
             group = min(compiled.groups, 1)
-        chosen: list[Offsets] = []
-        for match in compiled.finditer(encoded.text[low:high]):
+        found = []
+        for match in compiled.finditer(text):
             # A group that took no part in the match is None.
             matched = match[group] or ""
-            if not matched.strip():
-                continue
-            chosen = [(low + match.start(group), low + match.end(group))]
-            if self.occurrence == "first":
-                break
-        return _tokens_in(encoded, chosen, part)
+            if matched.strip():
+                found.append(match.span(group))
+        return found
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A text as it is, never read as a regular expression.
+
+    It must stand as complete words or as a complete number: 7 is not found in 17, 7.5 or 1,007. A unit may follow a
+    number ("7km"), and scripts without spaces need no border ("是7个"). A number that does not occur as written is
+    found by its value: 1234 in "$1,234". For a part of a word use :class:`Regex` with :func:`re.escape`.
+
+    Attributes:
+        text: the text, or a number.
+        occurrence: which place counts; "all": every one.
+        thinking: also search the thinking of a response.
+
+    Raises:
+        InvalidInputError: no text, or one without a visible character; an unknown occurrence.
+    """
+
+    text: str | int | float
+    occurrence: OneOf["last", "first", "all"] = "last"
+    thinking: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no text, and write a number as text."""
+        is_text = isinstance(self.text, str | int | float) and not isinstance(self.text, bool)
+        if not is_text or not str(self.text).strip():
+            raise InvalidInputError(
+                f"text: must be text with a visible character, or a number, got {self.text!r:.80}; "
+                "pass what stands in the response"
+            )
+        object.__setattr__(self, "text", str(self.text).strip())
+        _check_occurrence(self.occurrence, "use a Span")
+
+    def __repr__(self) -> str:
+        """Show the text, and options that are not the default."""
+        shown = f"text={self.text!r}"
+        if self.occurrence != "last":
+            shown += f", occurrence={self.occurrence!r}"
+        return f"Literal({shown}, thinking=True)" if self.thinking else f"Literal({shown})"
+
+    def select(self, encoded: EncodedText, part: Part) -> Mask:
+        """Select the tokens of the chosen places."""
+        low, high = _window(encoded, part, self.thinking)
+        found = _of_occurrence(literal_spans(encoded.text[low:high], str(self.text)), self.occurrence)
+        return _tokens_in(encoded, _moved(found, low), part)
+
+    def reason(self, encoded: EncodedText, part: Part) -> str:
+        """Return the longer word that holds the text, or that it stands in the thinking."""
+        low, high = _window(encoded, part, self.thinking)
+        text = encoded.text[low:high]
+        for span in occurrences(text, str(self.text)):
+            return (
+                f"it stands there as a part of {longer_word(text, span)!r} alone; give the complete word or number, "
+                "or match the part with selectors.Regex"
+            )
+        if literal_spans(encoded.text[slice(*_window(encoded, part, thinking=True))], str(self.text)):
+            return "it stands in the thinking alone; pass selectors.Literal(..., thinking=True) to search there"
+        return ""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """The last answer that the text states, in one of some forms.
+
+    Attributes:
+        rules: names of the forms, as for :func:`flowgraph.stated_answers`; of several the last statement counts.
+        thinking: also search the thinking of a response.
+
+    Raises:
+        InvalidInputError: an unknown form.
+    """
+
+    rules: tuple[str, ...] = RULES
+    thinking: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse forms that do not exist."""
+        for rule in self.rules:
+            if rule not in RULES:
+                raise InvalidInputError(f"rules: must be among {', '.join(RULES)}, got {rule!r}; choose some of them")
+
+    def select(self, encoded: EncodedText, part: Part) -> Mask:
+        """Select the tokens of the statement."""
+        low, high = _window(encoded, part, self.thinking)
+        stated = statements_in(encoded.text[low:high], self.rules)
+        found = [(one.start, one.end) for one in stated[-1:]]
+        return _tokens_in(encoded, _moved(found, low), part)
 
 
 @dataclass(frozen=True)
 class Boxed:
-    r"""The content of the last ``\boxed{...}``, with braces balanced; open or empty ones are ignored."""
+    r"""The content of the last ``\boxed{...}``, with braces balanced; open or empty ones are ignored.
+
+    Attributes:
+        thinking: also search the thinking of a response.
+    """
+
+    thinking: bool = field(default=False, kw_only=True, repr=False)
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
         """Select the tokens between the braces."""
-        low, high = _window(encoded, part)
-        text = encoded.text[low:high]
-        last: Offsets | None = None
-        # Each open brace: where its content starts, and whether it opened a \boxed. The stack makes this one pass,
-        # so the cost stays linear for a response that repeats "\boxed{" many times.
-        open_braces: list[tuple[int, bool]] = []
-        for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-            symbol = match[0]
-            # An escaped brace, "\{", does not open anything.
-            if symbol.endswith("{") and symbol != r"\{":
-                is_boxed = symbol != "{"
-                open_braces.append((match.end(), is_boxed))
-            elif symbol == "}" and open_braces:
-                start, is_boxed = open_braces.pop()
-                end = match.start()
-                # Boxes close from the inside out; the one that opened last counts.
-                is_later = last is None or start > last[0]
-                if is_boxed and is_later and text[start:end].strip():
-                    last = (start, end)
-        if last is None:
-            return _tokens_in(encoded, [], part)
-        start, end = last
-        return _tokens_in(encoded, [(low + start, low + end)], part)
+        return Stated(("boxed",), thinking=self.thinking).select(encoded, part)
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """The content of the fenced block of code that ends the text.
+
+    Attributes:
+        thinking: also search the thinking of a response.
+    """
+
+    thinking: bool = field(default=False, kw_only=True, repr=False)
+
+    def select(self, encoded: EncodedText, part: Part) -> Mask:
+        """Select the tokens between the fences."""
+        low, high = _window(encoded, part, self.thinking)
+        return _tokens_in(encoded, _moved([last_code(encoded.text[low:high])], low), part)
 
 
 @dataclass(frozen=True)
 class LastLine:
-    """The last line that is not blank."""
+    """The last line that is not blank.
+
+    Attributes:
+        thinking: also search the thinking of a response.
+    """
+
+    thinking: bool = field(default=False, kw_only=True, repr=False)
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
         """Select the tokens of that line."""
-        low, high = _window(encoded, part)
-        end = low + len(encoded.text[low:high].rstrip())
-        # rfind returns -1 without a line break; the line then starts with the part.
-        line_break = max(encoded.text.rfind("\r", low, end), encoded.text.rfind("\n", low, end))
-        start = max(line_break + 1, low)
-        return _tokens_in(encoded, [(start, end)], part)
+        low, high = _window(encoded, part, self.thinking)
+        return _tokens_in(encoded, _moved([last_line(encoded.text[low:high])], low), part)
+
+
+@dataclass(frozen=True)
+class LastSentence:
+    """The last sentence of the last line; lines of marks alone and courtesies ("I hope this helps!") are passed over.
+
+    Attributes:
+        thinking: also search the thinking of a response.
+    """
+
+    thinking: bool = field(default=False, kw_only=True, repr=False)
+
+    def select(self, encoded: EncodedText, part: Part) -> Mask:
+        """Select the tokens of that sentence."""
+        low, high = _window(encoded, part, self.thinking)
+        return _tokens_in(encoded, _moved([last_sentence(encoded.text[low:high])], low), part)
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """The tokens of several selectors together, each of which must find some.
+
+    Attributes:
+        selectors: the selectors; a string stands for the :class:`Literal` of it.
+
+    Raises:
+        InvalidInputError: nothing, or something that is no selector.
+    """
+
+    selectors: Sequence[Selector | str]
+
+    def __post_init__(self) -> None:
+        """Make literal selectors of strings, and refuse what is no selector."""
+        given = self.selectors
+        members = [] if isinstance(given, str) else [Literal(one) if isinstance(one, str) else one for one in given]
+        if not members or not all(isinstance(one, Selector) and not isinstance(one, Tensor) for one in members):
+            raise InvalidInputError(
+                f"selectors: must be a list of selectors or texts, got {given!r:.80}; "
+                "pass for example AllOf(['3', Regex(r'(\\d+) apples')])"
+            )
+        object.__setattr__(self, "selectors", tuple(members))
+
+    def select(self, encoded: EncodedText, part: Part) -> Mask:
+        """Select the tokens of all; none where one of them finds nothing."""
+        masks = [one.select(encoded, part) for one in self._members()]
+        together = torch.zeros(encoded.num_tokens, dtype=torch.bool)
+        if all(bool(mask.any()) for mask in masks):
+            for mask in masks:
+                together |= mask
+        return together
+
+    def reason(self, encoded: EncodedText, part: Part) -> str:
+        """Return which selector found nothing."""
+        for one in self._members():
+            if not bool(one.select(encoded, part).any()):
+                why = one.reason(encoded, part) if isinstance(one, Explains) else ""
+                return f"{one!r} found nothing" + (f": {why}" if why else "; leave it out, or correct it")
+        return ""
+
+    def _members(self) -> list[Selector]:
+        """List the selectors; the constructor has made selectors of all strings."""
+        return [one for one in self.selectors if not isinstance(one, str)]
 
 
 @dataclass(frozen=True)
@@ -151,7 +341,8 @@ class Span:
 
     def select(self, encoded: EncodedText, part: Part) -> Mask:
         """Select the tokens with a visible character in the span."""
-        low, high = _window(encoded, part)
+        # A position is meant as it is, also inside the thinking.
+        low, high = _window(encoded, part, thinking=True)
         length = high - low
         start = self.start
         end = length if self.end is None else self.end
@@ -238,36 +429,36 @@ class Prompt:
         return _tokens_in(encoded, [(0, encoded.response_start)], part)
 
 
-# Marks around a value that are not part of it: markdown, quotes, a formula's dollar signs.
-_MARKS = r"*_\"'`$"
-# A sentence ends at a full stop before a space, except after the abbreviations of titles.
-_SENTENCE_END = rf"(?<=[.!?])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bSt\.)(?<!\bMrs\.)[{_MARKS})]*\s"
-# A value: up to the end of its line or sentence, without marks and punctuation around it. The limit of 300
-# characters keeps the cost linear for a response that repeats itself on one long line.
-_VALUE = (
-    rf"(?=[\s:{_MARKS}]*(?![.,;!?]+(?:\s|\Z))([^\s:{_MARKS}].{{0,300}}?)"
-    rf"[\s.,;:!?{_MARKS}]*(?:[\r\n]|\Z|{_SENTENCE_END}))"
-)
-# "#### 42", as in GSM8K: a number at the end of a line, or other text at the end of the response.
-NUMBER_SIGN = Regex(r"(?m)(?<!#)####[ \t]*(-?\$?\d(?:[\d,./ ]*\d)?%?(?=[.\s]*$)|[^\s#](?:.{0,300}\S)?(?=\s*\Z))")
-# "<answer>42</answer>": the innermost tags.
-TAG = Regex(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>")
-# "The answer is 42", "Answer: 42", or "Answer" as a heading above the value.
-PHRASE = Regex(
-    rf"(?im)(?:\banswer\b[ \t{_MARKS}]*(?:(?:to|for)\b[^\n.:=]{{1,80}}?\s)?(?:is\b|are\b|was\b|[:=])"
-    rf"|^[ \t#{_MARKS}]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t{_MARKS}]*\r?\n){_VALUE}"
-)
+# The forms of a stated answer by themselves.
+NUMBER_SIGN = Stated(("hash",))
+TAG = Stated(("tag",))
+JSON = Stated(("json",))
+PHRASE = Stated(("phrase",))
+CHOICE = Stated(("choice",))
 AUTO_ANSWER: dict[str, Selector] = {
     "Boxed()": Boxed(),
     "NUMBER_SIGN": NUMBER_SIGN,
     "TAG": TAG,
+    "JSON": JSON,
     "PHRASE": PHRASE,
-    "LastLine()": LastLine(),
+    "CHOICE": CHOICE,
+    "CodeBlock()": CodeBlock(),
+    "LastSentence()": LastSentence(),
 }
-"""The selectors of the automatic search for an answer, in this order; the first that finds a token is chosen.
-The keys are the values' names in this module, which :class:`Regions` records as the choice."""
+"""The selectors of the automatic search for an answer. Of the first six the one that finds the last statement is
+chosen; the others follow in this order. The keys are the values' names in this module, which :class:`Regions` records
+as the choice."""
 
-Question = str | Selector | tuple[int, int | None] | Sequence[int] | Tensor | np.ndarray | None
+Question = (
+    str
+    | Selector
+    | tuple[int, int | None]
+    | Sequence[tuple[int, int | None]]
+    | Sequence[int]
+    | Tensor
+    | np.ndarray
+    | None
+)
 Answer = Question
 
 
@@ -294,10 +485,12 @@ def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
         if part == "prompt" and choice in roles:
             return Role(choice)
         return Regex(choice)
-    if isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(end, int | None) for end in choice):
-        start, end = choice
-        return Span(start or 0, end)
-    values = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
+    if _is_pair(choice):
+        start, end = choice  # type: ignore[misc]
+        return Span(start or 0, end)  # type: ignore[arg-type]
+    if isinstance(choice, list) and choice and all(_is_pair(pair) for pair in choice):
+        return AllOf([Span(start or 0, end) for start, end in choice])  # type: ignore[misc]
+    values: Any = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
     if isinstance(values, list) and all(isinstance(value, int) for value in values):
         return Tokens(values)
     raise InvalidInputError(
@@ -306,17 +499,72 @@ def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
     )
 
 
+def selectors_for(choice: Question, part: Part, encoded: EncodedText) -> list[Selector]:
+    """List the selectors that a choice stands for; the first that finds a token counts.
+
+    A string is searched as literal text first, then as a regular expression. A string with signs that only a
+    regular expression has (a backslash, brackets, ``.*``, ``|``) is one.
+
+    Raises:
+        InvalidInputError: as :func:`as_selector`.
+    """
+    selector = as_selector(choice, part, encoded)
+    is_text = isinstance(choice, str) and isinstance(selector, Regex) and bool(choice.strip())
+    if is_text and not _MEANT_AS_REGEX.search(str(choice)):
+        return [Literal(str(choice)), selector]
+    return [selector]
+
+
 def part_mask(encoded: EncodedText, part: Part) -> Mask:
     """Mark all tokens of the prompt or of the response, special ones included."""
     in_prompt = torch.arange(encoded.num_tokens) < encoded.prompt_length
     return in_prompt if part == "prompt" else ~in_prompt
 
 
-def _window(encoded: EncodedText, part: Part) -> Offsets:
-    """Return the range of characters of the prompt, or of the response up to its special ending."""
+def final_part_of(encoded: EncodedText) -> FinalPart:
+    """Find the final part of the response, in characters of the response without its special ending."""
+    return final_part(encoded.response_text, opening=response_opening(encoded))
+
+
+def _is_pair(choice: object) -> bool:
+    """Return whether a choice is a pair of characters (start, end)."""
+    return isinstance(choice, tuple) and len(choice) == 2 and all(isinstance(end, int | None) for end in choice)
+
+
+def _check_occurrence(occurrence: str, remedy: str) -> None:
+    """Refuse an occurrence that does not exist."""
+    if occurrence not in ("last", "first", "all"):
+        raise InvalidInputError(
+            f"occurrence: must be 'last', 'first' or 'all', got {occurrence!r}; for another match {remedy}"
+        )
+
+
+def _of_occurrence(found: Sequence[Offsets], occurrence: str) -> Sequence[Offsets]:
+    """Choose the last, the first or all of the places found."""
+    if occurrence == "all":
+        return found
+    return found[:1] if occurrence == "first" else found[-1:]
+
+
+def _moved(found: Sequence[Offsets | None], shift: int) -> list[Offsets]:
+    """Turn places in a part into places in the text; None is left out."""
+    return [(shift + place[0], shift + place[1]) for place in found if place is not None]
+
+
+def _window(encoded: EncodedText, part: Part, thinking: bool) -> Offsets:
+    """Return the range of characters to search: the prompt, or the final part of the response.
+
+    Args:
+        encoded: the text.
+        part: the part to search.
+        thinking: take the complete response, up to its special ending.
+    """
     if part == "prompt":
         return 0, encoded.response_start
-    return encoded.response_start, encoded.response_end
+    if thinking:
+        return encoded.response_start, encoded.response_end
+    final = final_part_of(encoded)
+    return encoded.response_start + final.start, encoded.response_start + final.end
 
 
 def _tokens_in(encoded: EncodedText, selected: Sequence[Offsets], part: Part) -> Mask:

@@ -456,10 +456,10 @@ class FlowTrace:
         return "\n".join(lines)
 
     def _shown_answer(self) -> str:
-        """Quote the answer, a long one by its start, and name the rule that found it where it is known."""
+        """Quote the answer, a long one by its start, and say how it was found where that is known."""
         shown = repr(shortened(self.text_of(self.answer).strip(), _MAX_ANSWER))
-        selector = self.provenance.get("answer_selector")
-        return f"{shown}, by {selector}" if selector else shown
+        found_by = self.provenance.get("answer_by")
+        return f"{shown} ({found_by})" if found_by else shown
 
     def _flow_summary(self) -> list[str]:
         """Describe the flow in two lines: mean route and hubs."""

@@ -14,7 +14,7 @@ from flowgraph.attention.capture import checked_ids
 from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.text.chat import check_prompt, ends_with_response
 from flowgraph.text.encoding import EncodedText, encode
-from flowgraph.text.regions import Regions, find_regions
+from flowgraph.text.regions import Regions, locate_regions
 from flowgraph.text.selectors import Regex
 from flowgraph.tracing.generation import Progress, generate_response, is_integer
 
@@ -31,12 +31,15 @@ class TextRequest:
         response: the model's response, as text or generated ids; None: the final assistant message, or generated.
         question: where flow enters, in any form that :func:`flowgraph.find_regions` takes; None: found.
         answer: where flow leaves; None: found.
+        is_generated: whether the model generated the response ids in this run, so that it was cut off where no end
+            token ends it.
     """
 
     prompt: str | list[dict[str, Any]]
     response: str | Tensor | np.ndarray | Sequence[int] | None = None
     question: Any = None
     answer: Any = None
+    is_generated: bool = False
 
 
 def check_text_arguments(tokenizer: Any, prompt: Any, reasoning: Any) -> None:
@@ -81,12 +84,16 @@ def regions_of_text(
     check_prompt(request.prompt)
 
     response = request.response
+    is_generated = request.is_generated
     if response is None and not ends_with_response(request.prompt):
         response = generate_response(model, tokenizer, request.prompt, max_new_tokens, progress)
+        is_generated = True
     else:
         _check_response(model, response)
     encoded = encode(tokenizer, request.prompt, response)
-    regions = find_regions(encoded, question=request.question, answer=request.answer)
+    # A generated response that no end token ends was cut off.
+    is_truncated = is_generated and not bool(encoded.special[-1])
+    regions = locate_regions(encoded, request.question, request.answer, truncated=is_truncated)
     return encoded, regions
 
 

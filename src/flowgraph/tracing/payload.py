@@ -22,7 +22,7 @@ Schema ``flowgraph-trace/1``::
     relevance     the relevance of the same answer, in the schema of flowgraph.tracing.relevance_payload; only if asked
                   for
     scores        [{capacity, kind, symbol, values}]: scores of the tokens by other capacities; only if asked for
-    provenance    what was run, with which choices and versions
+    provenance    what was run, with which choices and versions; "answer_by" is how the answer was found
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def provenance_of(
         "normalization": options.rules.normalization,
         "question_selector": regions.question_selector,
         "answer_selector": regions.answer_selector,
+        "answer_by": regions.answer_by,
         "versions": {"python": platform.python_version(), **package_versions()},
     }
 

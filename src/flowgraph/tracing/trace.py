@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -22,7 +23,7 @@ from flowgraph.memory import require_memory
 from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.row_sources import RowSource
 from flowgraph.text.encoding import EncodedText
-from flowgraph.text.regions import Regions
+from flowgraph.text.regions import Regions, last_resort
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
@@ -131,8 +132,10 @@ def trace(
         question: where flow enters: a role (``"user"``), ``"prompt"``, a character span, or one of
             :mod:`flowgraph.selectors`; with ``input_ids`` a mask or indices. Default: the user's last message,
             or the complete prompt.
-        answer: where flow leaves: a regular expression, a character span in the response, or a selector;
-            with ``input_ids`` a mask or indices. Default: a boxed, marked or stated answer, else the last line.
+        answer: where flow leaves: text of the response, a regular expression, a character span, or a selector;
+            with ``input_ids`` a mask or indices. Default: the last stated answer, else the code or the sentence that
+            ends the response. All but positions are searched in the final part of the response: after its thinking,
+            in the final channel; see :func:`flowgraph.find_regions`.
         reasoning: with ``input_ids``: mask or indices; default: generated tokens before the answer.
         input_ids: prompt and response as ids, instead of text.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
@@ -173,6 +176,9 @@ def trace(
         MemoryLimitError: the trace would not fit, estimated before the model runs.
         OutputError: one of ``outputs`` cannot be written.
         InvalidInputError: any other argument outside its stated range.
+
+    Warns:
+        UserWarning: no answer is stated, and the end of an unfinished response, or all of a long one, was taken.
 
     Cost: one forward pass, one or four reads of the attention rows, two sweeps over the edges.
     """
@@ -219,6 +225,9 @@ def trace(
         check_text_arguments(tokenizer, prompt, reasoning)
         request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
+        guess = last_resort(regions.answer_by, encoded)
+        if guess:
+            warnings.warn(guess, stacklevel=2)
     if options.is_signed:
         return _trace_relevance(model, tokenizer, encoded, regions, options, report)
     num_tokens = encoded.input_ids.numel()

@@ -67,7 +67,8 @@ def read_responses(
             ``response_mask`` ``[B, R]``; numbers or bools.
         prompts: text or chat messages of each sequence, before tokenisation.
         tokenizer: tokenizer of the model.
-        find_answer: finds the answer in a completion; for example :func:`rl.tasks.answers.find_answer`.
+        find_answer: finds the answer in a completion; for example :func:`rl.tasks.answers.find_answer`. An answer
+            inside the thinking counts as none, also where the prompt opens it.
         groups: ``[B]``, responses of one prompt share a number.
         rewards: ``[B]``, for rules that read them; None: 0.
         end_ids: ids that end a response; None: the tokenizer's.

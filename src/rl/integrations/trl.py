@@ -39,7 +39,7 @@ class TokenCredit(_GRPOTrainer):
     Args:
         *args: arguments of the trainer.
         credit: name or settings of a credit rule; ``entry`` must be ``"advantage"``.
-        find_answer: finds the answer in a completion; weights are 1 where none is found.
+        find_answer: finds the answer in a completion; weights are 1 where none is found, or one inside the thinking.
         **kwargs: arguments of the trainer.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,16 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowgraph import EncodedText, FlowgraphError, NoAnswerError, encode, find_question, find_regions
+from flowgraph import (
+    EncodedText,
+    FlowgraphError,
+    NoAnswerError,
+    encode,
+    final_part,
+    find_question,
+    find_regions,
+    response_opening,
+)
 from rl.errors import PolicyError, RewardError, TaskError
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
@@ -238,6 +248,10 @@ def judge(
 ) -> Responses:
     """Read the responses as text, find question and answer among their tokens, and let the task reward them.
 
+    An answer that the task finds inside the thinking is none: the answer stands in the final part of a response
+    (:func:`flowgraph.final_part`). What the prompt opens counts too; the samples that the task rewards say so
+    (``Sample.opening``).
+
     Args:
         task: see :class:`rl.tasks.base.Task`.
         tokenizer: of the model.
@@ -255,6 +269,7 @@ def judge(
     oracle = torch.zeros_like(generated.response_mask)
     has_oracle = False
     completions: list[str] = []
+    judged: list[Sample] = []
 
     for row, sample in enumerate(samples):
         # Each token gets the characters that it stands for in the text of prompt and response.
@@ -262,10 +277,14 @@ def judge(
         encoded = encode(tokenizer, sample.prompt, ids)
         completion = encoded.response_text
         completions.append(completion)
+        opening = response_opening(encoded)
+        judged.append(replace(sample, opening=opening) if opening else sample)
 
         # Question and answer: spans of the text, then masks over the columns behind the left padding.
         found = _call(task.find_answer, sample, completion, completion)
         span = None if found is None else _checked_span("find_answer", found, sample, completion)
+        if span is not None and not final_part(completion, opening=opening).holds(*span):
+            span = None
         question_tokens, answer_tokens = _regions(encoded, span)
         first = prompt_length - encoded.prompt_length
         columns = slice(first, first + encoded.num_tokens)
@@ -292,7 +311,7 @@ def judge(
         response_mask=generated.response_mask,
         truncated=generated.truncated,
         groups=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
-        rewards=checked_rewards(reward_all, samples, completions, name=f"task {task.name!r}"),
+        rewards=checked_rewards(reward_all, judged, completions, name=f"task {task.name!r}"),
         question=question,
         answer=answer,
         oracle=oracle if has_oracle else None,

@@ -1,7 +1,9 @@
 """Extract the stated answer of a response, and compare two answers.
 
-Extraction is strict, because a policy learns to exploit a lenient one: of several statements the last one counts, only
-the stated text is compared, and a statement without an end, or one that is too long, is ignored.
+Extraction is strict, because a policy learns to exploit a lenient one: answers inside the thinking are not read, of
+several statements the last one counts, only the stated text is compared, and a statement without an end, or one that is
+too long, is ignored. Where the thinking ends and what states an answer is decided by :func:`flowgraph.final_part` and
+:func:`flowgraph.stated_answers`, as for traces.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from flowgraph import MissingExtraError
+from flowgraph import MissingExtraError, final_part, stated_answers
 from rl.errors import TaskError
 
 if TYPE_CHECKING:
@@ -24,35 +26,39 @@ MAX_ANSWER = 256
 """Longest answer, in characters."""
 
 SEARCH_WINDOW = 65_536
-"""Characters at the end of a response that are searched."""
+"""Characters at the end of a response's final part that are searched."""
 
 PATTERN_SECONDS = 1.0
 """Time limit of a user's regular expression on one response, in seconds."""
 
 FORMATS = ("boxed", "tag", "hash")
-"""Named ways to state an answer, in the order in which they are searched."""
+"""Named ways to state an answer."""
 
 
 # Extraction ---------------------------------------------------------------------------------------------
 
-# An opening box, an escaped character (so that ``\{`` is not a brace), or a plain brace.
-_BOXED = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
-_TAG = re.compile(r"</?answer>")
-_HASH = re.compile(r"^[ \t]*####(?!#)([^\n]*)$", re.MULTILINE)
 
-
-def find_answer(text: str, pattern: str | None = None, *, max_length: int = MAX_ANSWER) -> CharSpan | None:
+def find_answer(
+    text: str, pattern: str | None = None, *, max_length: int = MAX_ANSWER, opening: str = "", thinking: bool = False
+) -> CharSpan | None:
     r"""Find the characters of the last stated answer of a response, without surrounding white space.
 
-    Three formats are searched in this order: ``\boxed{...}`` with balanced braces, ``<answer>...</answer>``, and a
-    line ``#### ...``. The first format that occurs decides; of its complete statements the last one counts, and of
-    nested ones the innermost. An opening without its end is ignored.
+    The answer stands in the final part of the response: after the last closed thinking block, or in the final channel
+    (:func:`flowgraph.final_part`). A response whose thinking is not closed has no answer.
+
+    Three formats are searched: ``\boxed{...}`` with balanced braces, ``<answer>...</answer>``, and a line ``#### ...``.
+    Of all complete statements the last one in the text counts, whatever its format, and of nested ones the innermost.
+    An opening without its end is ignored, and so are blank statements; a repetition of the format that was asked for
+    (``\boxed{answer}``) counts only where nothing else is stated.
 
     Args:
-        text: a response; its last 65,536 characters are searched.
+        text: a response; the last 65,536 characters of its final part are searched.
         pattern: only ``"boxed"``, ``"tag"`` or ``"hash"``; or a regular expression, whose last match states the
             answer in its group 1.
         max_length: longest answer, in characters; a longer statement gives None.
+        opening: what the prompt wrote of the response, such as ``"<think>"``; see
+            :func:`flowgraph.response_opening` and ``Sample.opening``.
+        thinking: search the complete response, its thinking too.
 
     Returns:
         ``(start, end)``, or None if no answer is stated.
@@ -68,9 +74,15 @@ def find_answer(text: str, pattern: str | None = None, *, max_length: int = MAX_
         >>> text[start:end]
         '3 * 4'
     """
-    offset = max(len(text) - SEARCH_WINDOW, 0)
-    tail = text[offset:]
-    span = _find_statement(tail, pattern)
+    start = 0
+    end = len(text)
+    if not thinking:
+        part = final_part(text, opening=opening)
+        start = part.start
+        end = part.end
+    offset = max(end - SEARCH_WINDOW, start)
+    tail = text[offset:end]
+    span = _last_statement(tail, pattern)
     if span is None:
         return None
 
@@ -94,59 +106,16 @@ def check_pattern(pattern: str | None) -> None:
         _compiled(pattern)
 
 
-def _find_statement(text: str, pattern: str | None) -> CharSpan | None:
-    """Find the last statement in one format, or in the first format that occurs."""
-    if pattern in _FINDERS:
-        return _FINDERS[pattern](text)
-    if pattern is not None:
+def _last_statement(text: str, pattern: str | None) -> CharSpan | None:
+    """Find the last statement of a final part, in one format or in any of them."""
+    if pattern is not None and pattern not in FORMATS:
         return _last_match(text, pattern)
-    for name in FORMATS:
-        span = _FINDERS[name](text)
-        if span is not None:
-            return span
-    return None
-
-
-def _last_boxed(text: str) -> CharSpan | None:
-    r"""Find the content of the last complete ``\boxed{...}``; the last to open counts, so the innermost of nested."""
-    # For every open brace the start of its box's content, or None for a plain brace.
-    open_braces: list[int | None] = []
-    last = None
-    for match in _BOXED.finditer(text):
-        token = match.group()
-        if token == "\\boxed{":
-            open_braces.append(match.end())
-        elif token == "{":
-            open_braces.append(None)
-        elif token == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (last is None or start > last[0]):
-                last = (start, match.start())
-    return last
-
-
-def _last_tag(text: str) -> CharSpan | None:
-    """Find the content of the last complete ``<answer>...</answer>``, from the opening closest to its end."""
-    last = None
-    start = None
-    for match in _TAG.finditer(text):
-        if match.group() == "<answer>":
-            start = match.end()
-        elif start is not None:
-            last = (start, match.start())
-            start = None
-    return last
-
-
-def _last_hash(text: str) -> CharSpan | None:
-    """Find the rest of the last line that starts with ``####``."""
-    last = None
-    for match in _HASH.finditer(text):
-        last = match.span(1)
-    return last
-
-
-_FINDERS = {"boxed": _last_boxed, "tag": _last_tag, "hash": _last_hash}
+    formats = FORMATS if pattern is None else (pattern,)
+    # The text is a final part already, so no thinking is left in it.
+    stated = stated_answers(text, formats, strict=True, thinking=True)
+    if not stated:
+        return None
+    return stated[-1].start, stated[-1].end
 
 
 def _last_match(text: str, pattern: str) -> CharSpan | None:

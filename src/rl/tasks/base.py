@@ -34,11 +34,19 @@ class Task(Protocol):
         ...
 
     def find_answer(self, completion: str) -> CharSpan | None:
-        """Return the characters that state the answer, or None if no answer is stated."""
+        """Return the characters that state the answer, or None if no answer is stated.
+
+        The answer stands in the final part of the response (:func:`flowgraph.final_part`): one inside the thinking
+        counts as none.
+        """
         ...
 
     def reward(self, sample: Sample, completion: str) -> float:
-        """Return the reward of a response, a finite number; usually 1 for a right answer and 0 for a wrong one."""
+        """Return the reward of a response, a finite number; usually 1 for a right answer and 0 for a wrong one.
+
+        ``sample.opening`` is what the prompt wrote of the response: thinking that it opens must be closed before an
+        answer counts.
+        """
         ...
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:

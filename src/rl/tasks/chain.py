@@ -16,6 +16,7 @@ from random import Random
 from string import ascii_lowercase
 from typing import NamedTuple
 
+from flowgraph import final_part
 from rl.errors import TaskError
 from rl.records import CharSpan, Sample
 from rl.tasks.base import check_integer, check_problem
@@ -147,12 +148,11 @@ class Chain:
 
     def find_answer(self, completion: str) -> CharSpan | None:
         """Find the digit behind a ``#`` at the end of the completion; with more text behind it there is no answer."""
-        match = _ANSWER.search(completion)
-        return match.span(1) if match else None
+        return _stated_digit(completion)
 
     def reward(self, sample: Sample, completion: str) -> float:
         """Return 1.0 for the right answer, else 0.0; the steps before it do not count."""
-        span = self.find_answer(completion)
+        span = _stated_digit(completion, sample.opening)
         if span is None:
             return 0.0
         start, end = span
@@ -180,6 +180,19 @@ class Chain:
 
 
 # Problems as data ---------------------------------------------------------------------------------------
+
+
+def _stated_digit(completion: str, opening: str = "") -> CharSpan | None:
+    """Find the digit that states the answer; the end of thinking that is not closed states none.
+
+    Args:
+        completion: the response.
+        opening: what the prompt wrote of the response; see :func:`flowgraph.final_part`.
+    """
+    match = _ANSWER.search(completion)
+    if match is None or not final_part(completion, opening=opening).holds(*match.span()):
+        return None
+    return match.span(1)
 
 
 def read_prompt(prompt: str) -> Assignments:

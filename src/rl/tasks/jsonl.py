@@ -165,7 +165,7 @@ class JsonlTask:
         if self._function is not None:
             name = function_name(self._function)
             return float(checked_rewards(self._function, [sample], [completion], name=name)[0])
-        span = self.find_answer(completion)
+        span = find_answer(completion, self.pattern, opening=sample.opening)
         if span is None:
             return 0.0
         start, end = span

@@ -162,7 +162,7 @@ class Procedural:
         """
         # The sample is checked even if there is no answer, so that a wrong sample never passes as a wrong answer.
         entry = self._entry_of(sample)
-        span = self.find_answer(completion)
+        span = find_answer(completion, self.answer_format, max_length=self.max_answer, opening=sample.opening)
         if span is None:
             return 0.0
         start, end = span

@@ -11,9 +11,10 @@ from torch import Tensor
 from rl import PolicyError, Responses, RewardError, Sample, TaskError
 from rl.policy.sampling import Generated
 from rl.rollouts.rollout import PromptEncoder, draw_samples, join, judge, sample_responses
+from rl.tasks.answers import find_answer
 from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
 from tests.fixtures.tiny import chat, tiny
-from tests.fixtures.tokenizers import STRIPPING, byte_level, unigram, with_template
+from tests.fixtures.tokenizers import CHATML, STRIPPING, byte_level, unigram, with_template
 
 TOKENIZER = alphabet()
 EOS = 1
@@ -279,3 +280,41 @@ def test_a_task_that_gives_another_problem_is_named(made, message: str):
     with pytest.raises(TaskError, match=message):
         draw_samples(Wrong(), "train", range(2))
     assert [sample.index for sample in draw_samples(Digits(), "train", range(3, 6))] == [3, 4, 5]
+
+
+class Tagged(Digits):
+    """Problems of one chat message, answered in tags and judged as a file of problems is."""
+
+    def sample(self, split, index):
+        return Sample(index, chat("How many?"), "7")
+
+    def find_answer(self, completion):
+        # The finder sees the completion alone, and not what the prompt opened.
+        return find_answer(completion)
+
+    def reward(self, sample, completion):
+        span = find_answer(completion, opening=sample.opening)
+        return float(span is not None and completion[slice(*span)] == sample.answer)
+
+    def oracle(self, sample, completion):
+        return None
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_an_answer_inside_the_thinking_is_neither_found_nor_paid(opening: str):
+    tokenizer = with_template(byte_level(), CHATML.replace("assistant\n", "assistant\n" + opening))
+    texts = ["<answer>7</answer>", "So 7.</think><answer>7</answer>", "<think><answer>7</answer>"]
+    task = Tagged()
+    samples = [task.sample("train", index) for index in range(len(texts))]
+    prompt = tokenizer.apply_chat_template(chat("How many?"), add_generation_prompt=True, return_dict=False)
+    said = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    width = max(map(len, said))
+    ids = torch.tensor([prompt + one + [0] * (width - len(one)) for one in said])
+    mask = torch.tensor([[1] * (len(prompt) + len(one)) + [0] * (width - len(one)) for one in said]).bool()
+    generated = Generated(ids, mask, len(prompt), mask[:, len(prompt) :], torch.zeros(3).bool())
+
+    responses = judge(task, tokenizer, samples, generated)
+    expected = [not opening, True, False]
+    assert responses.answer.any(1).tolist() == expected
+    assert responses.rewards.tolist() == [float(paid) for paid in expected]
+    assert responses.samples == tuple(samples)

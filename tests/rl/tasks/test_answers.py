@@ -215,3 +215,38 @@ def test_without_math_verify_the_error_names_the_extra(monkeypatch: pytest.Monke
     answers._math_verify.cache_clear()
     with pytest.raises(MissingExtraError, match=r"math-verify, got .* pip install 'flowgraph-llm\[tasks\]'"):
         equal_math("1", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "opening", "answer"),
+    [
+        ("<think>Maybe <answer>5</answer>, let me check", "", None),
+        (r"<think>It is \boxed{5}? No.</think><answer>6</answer>", "", "6"),
+        (r"<think>\boxed{6}</think> So it is 6.", "", None),
+        ("<think>a</think><answer>6</answer><think>or <answer>5</answer>", "", "6"),
+        ("<answer>5</answer><think>b</think>", "", None),
+        ("It is <answer>5</answer>, let me check", "<think>\n", None),
+        ("It is <answer>5</answer>? No.</think><answer>6</answer>", "<think>\n", "6"),
+        ("<answer>6</answer>", "<think>\n\n</think>\n", "6"),
+        ("[THINK]#### 5\n[/THINK]\n#### 6", "", "6"),
+        ("<|channel|>analysis<|message|>#### 5<|end|>", "", None),
+        ("<|channel|>analysis<|message|>#### 5<|end|><|channel|>final<|message|>#### 6", "", "6"),
+        (r"<think>a</think>\boxed{6} (in \boxed{answer})", "", "6"),
+        (r"\boxed{5} no: <answer>6</answer>", "", "6"),
+        ("<answer>5</answer>\n#### 6", "", "6"),
+    ],
+)
+def test_only_the_final_part_states_an_answer_and_its_last_statement_counts(
+    text: str, opening: str, answer: str | None
+):
+    span = find_answer(text, opening=opening)
+    assert (None if span is None else text[slice(*span)]) == answer
+
+
+def test_a_pattern_reads_the_final_part_too_unless_told_otherwise():
+    text = "<think>Answer: 5</think> 6"
+    assert find_answer(text, r"Answer: (\d)") is None
+    assert find_answer("a</think>Answer: 6", r"Answer: (\d)") == (17, 18)
+    span = find_answer(text, r"Answer: (\d)", thinking=True)
+    assert span is not None
+    assert text[slice(*span)] == "5"

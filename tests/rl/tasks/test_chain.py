@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -197,3 +198,11 @@ def test_bad_requests():
     for index in (-1, 1.5, True):
         with pytest.raises(TaskError, match=r"index: must be an integer of at least 0, got"):
             Chain().sample("train", index)
+
+
+def test_an_answer_inside_the_thinking_is_not_paid():
+    task = Chain()
+    assert task.find_answer("<think>f=0#0") is None
+    assert task.reward(BY_HAND, "<think>f=0#0") == 0.0
+    assert task.reward(BY_HAND, "<think>f=0</think>#0") == 1.0
+    assert task.reward(replace(BY_HAND, opening="<think>"), "f=0#0") == 0.0

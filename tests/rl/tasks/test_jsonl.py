@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,14 @@ def test_a_missing_package_is_told_at_once(path: Path, monkeypatch: pytest.Monke
     with pytest.raises(MissingExtraError, match=r"equality: 'math' needs the package math-verify"):
         JsonlTask(path, equality="math")
     assert JsonlTask(path, equality="math", reward=lambda s, c: [1.0]).size == 23
+
+
+def test_thinking_that_the_prompt_opens_must_be_closed(path: Path):
+    task = JsonlTask(path, shuffle=False)
+    sample = task.sample("train", 0)
+    right = f"<answer>{sample.answer}</answer>"
+    assert task.reward(sample, right) == 1.0
+    told = replace(sample, opening="<think>\n")
+    assert task.reward(told, right) == 0.0
+    assert task.reward(told, f"So.</think>{right}") == 1.0
+    assert task.reward(sample, f"<think>{right}") == 0.0
