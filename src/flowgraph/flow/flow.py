@@ -19,6 +19,9 @@ from flowgraph.propagation.topology import topology_of
 NEGLIGIBLE_FLOW = 1e-12
 """Shares of the unit flow below this, and differences of shares below this, are rounding."""
 
+LEAST_FLOW = 2.0**-800
+"""A share of the unit flow below this counts as no flow: its factors may leave the range of float64."""
+
 
 @dataclass(frozen=True, eq=False)
 class Flow:
@@ -72,7 +75,8 @@ class Flow:
 
         .. math:: \alpha = \min_{F(s, t) > 0} \frac{N[t, s]}{F(s, t)} = \frac{1}{\max g[s] \, h[t]}
 
-        over the edges with flow: a lower bound of the max flow on N. Infinite where no edge carries flow.
+        over the edges that carry at least ``LEAST_FLOW = 2**-800`` of the unit: a lower bound of the max flow on N.
+        Infinite where no edge does, and where float64 cannot hold it (above 1.8e308).
         Cost: one read of the edges.
         """
         source, target = self.graph.edge_index
@@ -87,6 +91,9 @@ class Flow:
         in_range = (congestion > 0) & torch.isfinite(congestion)
         from_flow = masked_ratio(edge_flow > 0, weight, edge_flow, otherwise=torch.inf)
         saturating = masked_ratio(in_range, 1, congestion, otherwise=from_flow)
+
+        # A flow that float64 cannot resolve has no congestion that it can resolve.
+        saturating = torch.where(edge_flow >= LEAST_FLOW, saturating, torch.inf)
 
         # alpha: the minimum over the edges of each graph, infinite where no edge carries flow.
         topology = topology_of(self.graph)
