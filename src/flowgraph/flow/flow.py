@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError
+from flowgraph.errors import GraphError, InfeasibleFlowError, InvalidInputError
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.validity import GraphVersion
 from flowgraph.propagation.ratios import masked_ratio
 from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import topology_of
@@ -64,6 +65,23 @@ class Flow:
     absorption: str
     backend: str
 
+    def __post_init__(self) -> None:
+        # The version of the graph that these numbers belong to; no field, so that a copy with another graph has its own.
+        object.__setattr__(self, "_solved_version", GraphVersion(self.graph))
+
+    def require_unchanged(self) -> None:
+        """Refuse to combine this flow with a graph whose edges or capacities changed after it was solved.
+
+        Raises:
+            GraphError: the edges or capacities are others now.
+        """
+        solved: GraphVersion | None = getattr(self, "_solved_version", None)
+        if solved is not None and not solved.has_edges_of(GraphVersion(self.graph)):
+            raise GraphError(
+                "flow: must be that of its graph as it is, got edges or capacities that changed after the solve; "
+                "call solve(flow.graph) again"
+            )
+
     @cached_property
     def feasible(self) -> Bool[Tensor, " graphs"]:
         """Per graph, whether any source token reaches the demand; if not, the throughput is zero. Cached."""
@@ -102,7 +120,12 @@ class Flow:
 
     @property
     def weight(self) -> Float64[Tensor, " edges"]:
-        """N on the edges: capacity times damping, and 0 where the source absorbs. Cost: O(E) at each access."""
+        """N on the edges: capacity times damping, and 0 where the source absorbs. Cost: O(E) at each access.
+
+        Raises:
+            GraphError: the edges or capacities changed after the solve.
+        """
+        self.require_unchanged()
         is_active_edge = ~self.absorbing[self.graph.edge_index[0]]
         return self.graph.capacity.double() * is_active_edge * self.damping
 

@@ -18,6 +18,7 @@ from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError,
 from flowgraph.flow.flow import Flow
 from flowgraph.flow.solve import Absorption
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.validity import require_usable
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 from flowgraph.maxflow.solvers import igraph_solver, networkx_solver
 from flowgraph.maxflow.verification import MaxFlow, verified_max_flow
@@ -325,6 +326,7 @@ def _check_graph(graph: FlowGraph, max_edges: int, backend: str) -> None:
             f"graph: max flow takes one graph at a time, got a Batch of {graph.num_graphs}; call it for each graph in "
             "batch.to_data_list()"
         )
+    require_usable(graph)
     if graph.num_edges > max_edges:
         seconds = graph.num_edges * _SECONDS_PER_EDGE[backend]
         megabytes = graph.num_edges * _BYTES_PER_EDGE[backend] / 1e6

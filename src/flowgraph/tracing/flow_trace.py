@@ -207,6 +207,8 @@ class FlowTrace:
         """
         graph = self.graph
         flow = self.flow
+        graph.validate()
+        flow.require_unchanged()
         capacity = graph.capacity
         if capacity.dtype not in _CAPACITY_DTYPES:
             # float16 and bfloat16 are exact in float32.
