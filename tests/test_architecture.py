@@ -73,6 +73,7 @@ PUBLIC = {
     "certify_each",
     "checkpoints",
     "compare",
+    "context_length",
     "contract",
     "decompose",
     "dominators",

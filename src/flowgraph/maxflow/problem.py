@@ -367,7 +367,7 @@ def _edge_weights(
 
 def _support(vector: Tensor, graph: FlowGraph, name: str) -> Bool[Tensor, " tokens"]:
     """Find the tokens where a source or demand vector is positive, after checking it."""
-    vector = torch.as_tensor(vector, device=graph.capacity.device).double()
+    vector = torch.as_tensor(vector, device=graph.capacity.device, dtype=torch.float64)
     if vector.shape != (graph.num_nodes,):
         raise InvalidInputError(
             f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; "

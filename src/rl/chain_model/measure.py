@@ -47,7 +47,7 @@ def measure(
     greedy = respond(model, tokenizer, problems, temperature=0)
 
     # Rewards [num_samples, num_problems] and the first error of every sampled response, in the same order.
-    rewards = torch.tensor([_rewards(task, problems, texts) for texts in sampled])
+    rewards = torch.tensor([_rewards(task, problems, texts) for texts in sampled], dtype=torch.float32)
     errors = []
     num_tokens = 0
     for texts in sampled:

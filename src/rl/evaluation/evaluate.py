@@ -118,9 +118,9 @@ def evaluate(
             planned.append((sample, number))
 
     records: list[dict[str, Any]] = []
-    num_answered = torch.zeros(())
-    num_truncated = torch.zeros(())
-    num_tokens = torch.zeros(())
+    num_answered = torch.zeros((), dtype=torch.float32)
+    num_truncated = torch.zeros((), dtype=torch.float32)
+    num_tokens = torch.zeros((), dtype=torch.float32)
     for start in range(0, len(planned), batch_size):
         part = planned[start : start + batch_size]
         # The noise is a function of the problem and the number, so the batch size changes no response.

@@ -10,7 +10,15 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowgraph import EncodedText, FlowgraphError, NoAnswerError, encode, find_question, find_regions
+from flowgraph import (
+    EncodedText,
+    FlowgraphError,
+    NoAnswerError,
+    context_length,
+    encode,
+    find_question,
+    find_regions,
+)
 from rl.errors import PolicyError, RewardError, TaskError
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
@@ -56,7 +64,7 @@ class PromptEncoder:
         # The limit is the smaller of the budget and what the context leaves; messages name the one that applies.
         self._limit = max_prompt_tokens
         self._limit_origin = f"max_prompt_tokens={max_prompt_tokens}"
-        context = _context_length(model)
+        context = context_length(model)
         if context is not None and context - max_response_tokens < max_prompt_tokens:
             self._limit = context - max_response_tokens
             self._limit_origin = f"the model's context of {context} minus max_response_tokens={max_response_tokens}"
@@ -108,12 +116,6 @@ class PromptEncoder:
         """Encode a prompt as it is in front of a response, which some tokenizers encode differently."""
         encoded = encode(self.tokenizer, sample.prompt, [self.ending.end_ids[0]])
         return encoded.input_ids[: encoded.prompt_length].tolist()
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """Read the model's longest sequence under either of its names; None where it has no limit."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]:
