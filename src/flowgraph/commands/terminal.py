@@ -12,6 +12,7 @@ from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
 from flowgraph.steps.step_relevance import StepRelevance
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
+from flowgraph.tracing.provenance import describe_response
 
 NUM_TOKEN_ROWS = 24
 """Rows of the token table, unless all tokens are listed."""
@@ -61,6 +62,7 @@ def render_trace(
     parts: list[RenderableType] = [
         Text(repr(trace).split("\n")[0]),
         _selection(trace),
+        *_response(trace),
         Text(),
         heat_text(trace),
         Text(),
@@ -74,6 +76,14 @@ def render_trace(
         message = "No flow: no question token reaches the answer through this graph."
         parts.append(Text(message, style="bold yellow"))
     return Group(*parts)
+
+
+def _response(trace: FlowTrace) -> list[Text]:
+    """Say how the response was made; loudly where it was cut off."""
+    made = describe_response(trace.provenance)
+    if made is None:
+        return []
+    return [Text(f"response: {made}", style="bold yellow" if trace.provenance.get("truncated") else "")]
 
 
 def heat_text(trace: FlowTrace) -> Text:

@@ -25,7 +25,7 @@ from flowgraph.text.regions import Regions
 from flowgraph.tracing.flow_trace import FlowTrace, load_trace
 from flowgraph.tracing.generation import generate_response
 from flowgraph.tracing.inputs import TextRequest, regions_of_text
-from flowgraph.tracing.provenance import provenance_of
+from flowgraph.tracing.provenance import provenance_of, response_record
 from flowgraph.tracing.trace import assemble, require_trace_memory
 
 if TYPE_CHECKING:
@@ -91,11 +91,13 @@ class Prepared:
         line: the line.
         encoded: its prompt and response as tokens.
         regions: its question, reasoning and answer.
+        was_generated: whether the run generated its response.
     """
 
     line: Line
     encoded: EncodedText
     regions: Regions
+    was_generated: bool
 
 
 class Run:
@@ -210,6 +212,7 @@ class Run:
             response = request.response
             if response is None:
                 response = self._generated(line, prompt)
+            was_generated = request.response is None and response is not None
             # What a line states about itself comes before the options of the run.
             complete = TextRequest(
                 prompt,
@@ -227,7 +230,7 @@ class Run:
         except _LINE_ERRORS as error:
             self.skip(line, error)
             return None
-        return Prepared(line, encoded, regions)
+        return Prepared(line, encoded, regions, was_generated)
 
     def _generated(self, line: Line, prompt: Prompt) -> list[int] | None:
         """Return the response of a line that states none, generated once and kept; None where the chat ends with it."""
@@ -300,7 +303,14 @@ class Run:
     def _assemble(self, attention: AttentionRows, place: int, item: Prepared) -> FlowTrace:
         """Trace one sequence of a batch."""
         options = self.options.trace
-        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options)
+        response_facts = response_record(
+            self.inner,
+            self.tokenizer,
+            item.encoded.input_ids[item.encoded.prompt_length :],
+            was_generated=item.was_generated,
+            max_new_tokens=options.max_new_tokens,
+        )
+        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options, response_facts)
         provenance["line"] = item.line.number
         provenance["id"] = item.line.id
         return assemble(attention.sequence(place), item.encoded, item.regions, options, provenance)

@@ -41,6 +41,7 @@ TRACE_COLUMNS = {
     "reasoning": _INTEGER,
     "answer": _INTEGER,
     "answer_text": _TEXT,
+    "truncated": _FLAG,
     "feasible": _FLAG,
     "mean_hops": _NUMBER,
     "alpha": _NUMBER,
@@ -183,6 +184,8 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "reasoning": int(trace.reasoning.sum()),
         "answer": int(trace.answer.sum()),
         "answer_text": _storable(_text_of(trace, trace.answer)),
+        # Whether a generated response was cut off before it ended; None where that is unknown.
+        "truncated": trace.provenance.get("truncated"),
         "feasible": trace.feasible,
         "mean_hops": mean_hops,
         "alpha": finite_or_none(float(flow.alpha)),

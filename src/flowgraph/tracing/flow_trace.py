@@ -25,6 +25,7 @@ from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, split_steps, step_flow
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
 from flowgraph.tracing.payload import trace_payload
+from flowgraph.tracing.provenance import describe_response
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
 # The tensors of a trace file with their dtypes and numbers of dimensions; the capacity is described at run time.
@@ -283,10 +284,13 @@ class FlowTrace:
         return repr_html(self)
 
     def __repr__(self) -> str:
-        """Summarise the trace: sizes, the mean route, the strongest hubs, and what pruning lost."""
+        """Summarise the trace: sizes, how the response was made, the mean route, the strongest hubs, and what pruning lost."""
         sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
         model = self.provenance.get("model", "a model")
         lines = [f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges"]
+        made = describe_response(self.provenance)
+        if made is not None:
+            lines.append(f"  response: {made}")
         if self.feasible:
             lines += self._flow_summary()
         else:

@@ -20,12 +20,13 @@ from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.memory import require_memory
 from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.row_sources import RowSource
+from flowgraph.text.chat import ends_with_response
 from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
-from flowgraph.tracing.provenance import provenance_of
+from flowgraph.tracing.provenance import provenance_of, response_record, warn_if_truncated
 from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
@@ -152,12 +153,21 @@ def trace(
         request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
     num_tokens = encoded.input_ids.numel()
+    was_generated = input_ids is None and response is None and not ends_with_response(prompt)
+    response_facts = response_record(
+        inner,
+        tokenizer,
+        encoded.input_ids[encoded.prompt_length :],
+        was_generated=was_generated,
+        max_new_tokens=max_new_tokens,
+    )
+    warn_if_truncated(response_facts, stacklevel=3)
     require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)
 
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
     attention = options.capture(model, encoded.input_ids[None])
-    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
+    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options, response_facts)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 
 
