@@ -97,7 +97,7 @@ class Prepared:
     line: Line
     encoded: EncodedText
     regions: Regions
-    was_generated: bool
+    was_generated: bool = False
 
 
 class Run:
@@ -115,6 +115,7 @@ class Run:
         done: lines traced, earlier runs included.
         now: lines traced by this run.
         tokens: tokens of this run's traces.
+        truncated: lines of this run whose generated response was cut off.
         failed: message of every line that could not be traced, by its number.
         began: clock reading at the start.
     """
@@ -138,6 +139,7 @@ class Run:
         self.done = 0
         self.now = 0
         self.tokens = 0
+        self.truncated = 0
         self.failed: dict[int, str] = {}
         self.began = time.perf_counter()
         self._progress = progress
@@ -275,6 +277,7 @@ class Run:
             self.done += 1
             self.now += 1
             self.tokens += trace.num_tokens
+            self.truncated += bool(trace.provenance["truncated"])
             self.progress("tracing")
 
     def _capture(self, batch: list[Prepared]) -> AttentionRows:

@@ -188,6 +188,12 @@ def trace_corpus(
             _trace_window(run, window, path, names)
         run.progress("writing the tables")
         write_results(folder, windows, run.failed, tables, {"input": Path(path).name, **settings})
+    if run.truncated:
+        warnings.warn(
+            f"max_new_tokens: every response should end by itself, got {run.truncated} of {run.now} cut off, so their "
+            "answers may be missing; see the column truncated, and raise max_new_tokens (in a new folder)",
+            stacklevel=2,
+        )
     return CorpusSummary(
         out=Path(out),
         traced=run.done,

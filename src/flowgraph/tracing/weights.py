@@ -43,8 +43,8 @@ def weights_record(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         ``weights``: digest of 64 evenly spaced values of every parameter, None where weights are offloaded; it differs
-        between a model and its merged or fine-tuned versions, and between dtypes. ``adapters``: of each active adapter
-        its name, type, rank, targets and a digest of all its weights. ``quantization``: method, bits and settings, or
+        between a model and its merged or fine-tuned versions, and between dtypes. ``adapters``: of each active adapter,
+        by name, its type, rank, targets and a digest of all its weights. ``quantization``: method, bits and settings, or
         None.
 
     Cost: one small read of every parameter and one of the adapters; nothing where no weight changed since.
@@ -112,25 +112,22 @@ def _merged(layer: Any) -> tuple[str, ...]:
     return tuple(getattr(layer, "merged_adapters", ()) or ())
 
 
-def _adapters(model: PreTrainedModel, layers: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """Describe each adapter that is active, or merged into the base weights, in some layer."""
+def _adapters(model: PreTrainedModel, layers: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Describe each adapter that is active, or merged into the base weights, in some layer, by name."""
     names: dict[str, None] = {}
     for _, layer in layers:
         for name in (*_active(layer), *_merged(layer)):
             names[name] = None
 
     configs = getattr(model, "peft_config", None) or {}
-    records = []
+    records = {}
     for name in sorted(names):
         config = configs.get(name) if isinstance(configs, Mapping) else None
-        records.append(
-            {
-                "name": name,
-                **_adapter_config(config),
-                "merged": any(name in _merged(layer) for _, layer in layers),
-                "digest": _adapter_digest(name, layers),
-            }
-        )
+        records[name] = {
+            **_adapter_config(config),
+            "merged": any(name in _merged(layer) for _, layer in layers),
+            "digest": _adapter_digest(name, layers),
+        }
     return records
 
 
