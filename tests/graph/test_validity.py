@@ -1,4 +1,4 @@
-"""A graph is checked where it is used: after PyG or the caller edited it, the flow is right or refused, by every backend."""
+"""A graph is checked where it is used: after an edit by PyG or the caller, every backend is right or refuses."""
 
 import copy
 import pickle
@@ -157,7 +157,7 @@ def test_a_capacity_out_of_range_is_refused_by_every_use(edit: Callable[[FlowGra
     solve(graph)
     edit(graph, value)
     for use in USES:
-        with pytest.raises(GraphError, match="capacity: must be finite and non-negative, got (-0.5|nan|inf) on the"):
+        with pytest.raises(GraphError, match=r"capacity: must be finite and non-negative, got (-0\.5|nan|inf) on the"):
             use(graph)
 
 
@@ -192,7 +192,7 @@ def test_what_is_missing_is_named():
         solve(graph)
     graph = chain_with_a_shortcut()
     graph.answer_mask = torch.tensor([0.0, 0.0, 0.0, 1.0])
-    with pytest.raises(RegionError, match="answer: must be a bool mask over 4 tokens, got torch.float32"):
+    with pytest.raises(RegionError, match=r"answer: must be a bool mask over 4 tokens, got torch\.float32"):
         solve(graph)
 
 
@@ -206,7 +206,9 @@ def test_a_batch_is_checked_as_its_graphs(backend: str):
         solve(batch.sort(), backend=backend)  # type: ignore[arg-type]
     crossing = batch.clone()
     crossing.edge_index[0, 4] = 3
-    with pytest.raises(GraphError, match="an edge must stay in its graph of the batch, got 3 -> 5 from graph 0 to graph 1"):
+    with pytest.raises(
+        GraphError, match="an edge must stay in its graph of the batch, got 3 -> 5 from graph 0 to graph 1"
+    ):
         solve(crossing, backend=backend)  # type: ignore[arg-type]
     broken = batch.clone()
     broken.capacity[6] = float("nan")
@@ -269,7 +271,7 @@ def test_nothing_is_written_of_an_edited_graph(tmp_path):
 def test_copies_are_checked_on_their_own():
     graph = chain_with_a_shortcut()
     flow = solve(graph)
-    for copied in (copy.copy(flow), copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+    for copied in (copy.copy(flow), copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):  # noqa: S301
         assert copied.edge_flow.tolist() == [0.5, 0.5, 0.5, 0.5]
     twin = copy.deepcopy(graph)
     twin.capacity[0] = float("nan")

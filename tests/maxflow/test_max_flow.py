@@ -364,7 +364,7 @@ def test_a_max_flow_beyond_float64_is_refused():
         question=[0, 1],
         answer=[2],
     )
-    with pytest.raises(NumericalRangeError, match="V must be in the range of float64 .*; rescale the capacities"):
+    with pytest.raises(NumericalRangeError, match=r"V must be in the range of float64 .*; rescale the capacities"):
         max_flow(graph)
 
 

@@ -139,7 +139,9 @@ def test_the_mode_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch):
     assert model.generation_config is own
 
 
-@pytest.mark.parametrize("offload", [accelerate.cpu_offload, lambda model: accelerate.dispatch_model(model, {"": "cpu"})])
+@pytest.mark.parametrize(
+    "offload", [accelerate.cpu_offload, lambda model: accelerate.dispatch_model(model, {"": "cpu"})]
+)
 def test_offloaded_weights(offload: Any):
     """transformers#35451: embeddings on the meta device have no place for the ids."""
     right = greedy(tiny_model())

@@ -174,9 +174,7 @@ def _check_alpha(arrays: FlowArrays, exact: RationalFlow, exact_alpha: Fraction,
     # Where the edge that alpha fills carries a negligible flow, float64 cannot represent alpha; nothing is compared.
     is_negligible = exact.alpha_flow < _LEAST_FLOW
     # An alpha beyond the range of float64 is infinite.
-    if is_negligible:
-        deviation = 0.0
-    elif exact_alpha > _LARGEST and math.isinf(arrays.alpha):
+    if is_negligible or (exact_alpha > _LARGEST and math.isinf(arrays.alpha)):
         deviation = 0.0
     else:
         deviation = _relative_deviation(arrays.alpha, 0, exact_alpha)

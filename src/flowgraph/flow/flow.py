@@ -66,7 +66,7 @@ class Flow:
     backend: str
 
     def __post_init__(self) -> None:
-        # The version of the graph that these numbers belong to; no field, so that a copy with another graph has its own.
+        # The version of the graph that these numbers belong to. It is no field: a copy with another graph has its own.
         object.__setattr__(self, "_solved_version", GraphVersion(self.graph))
 
     def require_unchanged(self) -> None:

@@ -30,8 +30,10 @@ class GraphVersion:
     """
 
     def __init__(self, graph: Data) -> None:
-        names = (*_EDGES, *_MASKS, "ptr")
-        self.tensors: dict[str, Any] = {name: graph[name] if name in graph else None for name in names}
+        self.tensors: dict[str, Any] = dict.fromkeys((*_EDGES, *_MASKS, "ptr"))
+        for name in self.tensors:
+            if name in graph:
+                self.tensors[name] = graph[name]
         self.versions = {name: _version(tensor) for name, tensor in self.tensors.items()}
         self.num_nodes = graph.num_nodes
 
@@ -237,7 +239,7 @@ def _check_batch(edge_index: Int64[Tensor, "2 edges"], ptr: Any, num_nodes: int)
     ):
         got = ptr.tolist() if isinstance(ptr, Tensor) else ptr
         raise GraphError(
-            f"ptr: must list the first node of each graph of the batch, from 0 to {num_nodes}, got {str(got):.80}; "
+            f"ptr: must list the first node of each graph of the batch, from 0 to {num_nodes}, got {got!s:.80}; "
             "build the batch with torch_geometric.data.Batch.from_data_list"
         )
     graph_of_end = torch.searchsorted(ptr, edge_index.contiguous(), right=True) - 1

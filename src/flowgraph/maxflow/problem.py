@@ -251,7 +251,7 @@ class _BoundedProblem:
             )
 
         fraction, exponent = math.frexp(bound)
-        limited = np.minimum(np.ldexp(arrays.capacity, -exponent), 2.0 * fraction)
+        limited = np.ldexp(np.minimum(arrays.capacity, 2.0 * bound), -exponent)
         # Far below the cut a capacity may scale to 0; the least positive number keeps it an edge, and a cut's bound.
         limited = np.where(arrays.capacity > 0, np.maximum(limited, _LEAST_POSITIVE), 0.0)
         unused = np.zeros_like(limited)
@@ -264,11 +264,12 @@ class _BoundedProblem:
         )
 
     def arcs(self, sources: NDArray[np.bool_], sinks: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """List the capacities of all arcs of a solver: the edges on routes, then terminal arcs that no flow can fill."""
+        """List the capacities of a solver's arcs: the edges on routes, then terminal arcs that no flow can fill."""
         unlimited = 4.0 * self.bound
         is_on_a_route = self.reached[self.arrays.tail] & self.reaches[self.arrays.head]
         capacity = np.where(is_on_a_route, self.arrays.capacity, 0.0)
-        return np.concatenate([capacity, unlimited * sources, unlimited * sinks])
+        arcs = np.concatenate([capacity, unlimited * sources, unlimited * sinks])
+        return arcs.astype(np.float64, copy=False)
 
     def cut_side(self, side: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Place the tokens off the routes, on which a solver's cut says nothing, so that no edge at them is cut."""

@@ -284,7 +284,7 @@ class FlowTrace:
         return repr_html(self)
 
     def __repr__(self) -> str:
-        """Summarise the trace: sizes, how the response was made, the mean route, the strongest hubs, and what pruning lost."""
+        """Summarise the trace: sizes, response, the mean route, the strongest hubs, and what pruning lost."""
         sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
         model = self.provenance.get("model", "a model")
         lines = [f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges"]

@@ -119,8 +119,8 @@ def warn_if_truncated(record: Mapping[str, Any], stacklevel: int) -> None:
     """Warn where a generated response was cut off, so that its last line is not taken for its answer unawares."""
     if record["truncated"]:
         warnings.warn(
-            f"max_new_tokens: the response should end by itself, got one cut off by {record['stop']}, so its answer may "
-            "be missing; raise max_new_tokens, or pass the response",
+            f"max_new_tokens: the response should end by itself, got one cut off by {record['stop']}, so its answer "
+            "may be missing; raise max_new_tokens, or pass the response",
             stacklevel=stacklevel,
         )
 

@@ -137,6 +137,7 @@ def trace(
         check_writable(path)
     options.check(model)
     inner = base_model(model)
+    was_generated = False
     if input_ids is not None:
         if prompt is not None or response is not None:
             raise InvalidInputError("input_ids: replaces prompt and response, got both; pass one or the other")
@@ -152,8 +153,8 @@ def trace(
         check_text_arguments(tokenizer, prompt, reasoning)
         request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
+        was_generated = response is None and not ends_with_response(prompt)  # type: ignore[arg-type]
     num_tokens = encoded.input_ids.numel()
-    was_generated = input_ids is None and response is None and not ends_with_response(prompt)
     response_facts = response_record(
         inner,
         tokenizer,

@@ -43,9 +43,9 @@ def weights_record(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         ``weights``: digest of 64 evenly spaced values of every parameter, None where weights are offloaded; it differs
-        between a model and its merged or fine-tuned versions, and between dtypes. ``adapters``: of each active adapter,
-        by name, its type, rank, targets and a digest of all its weights. ``quantization``: method, bits and settings, or
-        None.
+        between a model and its merged or fine-tuned versions, and between dtypes.
+        ``adapters``: of each active adapter, by name, its type, rank, targets and a digest of all its weights.
+        ``quantization``: method, bits and settings, or None.
 
     Cost: one small read of every parameter and one of the adapters; nothing where no weight changed since.
     """
