@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ def intervened() -> list[Tensor]:
 def solved() -> list[Tensor]:
     rows = attention()
     graph = FlowGraph.from_rows(rows[0, 0], question=[0, 1], answer=[8])
-    flow = solve(graph, source=torch.arange(9) + 1, demand=np.full(9, 0.1))  # type: ignore[arg-type]
+    flow = solve(graph, source=torch.arange(9) + 1, demand=torch.full((9,), 0.1, dtype=torch.float64))
     of_rows = solve_rows(
         rows[0], question=(torch.arange(9) < 2).expand(3, 9), answer=(torch.arange(9) > 7).expand(3, 9)
     )

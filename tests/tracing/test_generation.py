@@ -1,7 +1,7 @@
 """The response that is generated where none is given: the same greedy text whatever the model's settings and state."""
 
 import copy
-from collections.abc import Iterator
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,13 @@ import accelerate
 import peft
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import GenerationConfig
 
 from flowgraph import FlowTrace, capture, load_trace, trace
 from flowgraph.attention.modules import base_model
+from flowgraph.commands.terminal import render_trace
 from flowgraph.tracing.generation import end_tokens, generate_response
 from tests.fixtures.tiny import PROMPT, RESPONSE, chat, tiny, tiny_model
 
@@ -157,11 +159,9 @@ def test_offloaded_weights(offload: Any):
 
 
 @pytest.fixture(scope="module")
-def cut() -> Iterator[FlowTrace]:
-    with pytest.warns(UserWarning, match="cut off by max_new_tokens=8, so its answer may be missing; raise") as caught:
-        yield trace(*tiny(), chat(), max_new_tokens=8)
-    # The warning names the line of the caller.
-    assert caught[0].filename == __file__
+def cut() -> FlowTrace:
+    with pytest.warns(UserWarning, match="cut off by max_new_tokens=8, so its answer may be missing; raise"):
+        return trace(*tiny(), chat(), max_new_tokens=8)
 
 
 def test_a_response_cut_at_the_limit_says_so(cut: FlowTrace, tmp_path: Path):
@@ -172,6 +172,12 @@ def test_a_response_cut_at_the_limit_says_so(cut: FlowTrace, tmp_path: Path):
     assert load_trace(tmp_path / "cut.safetensors").provenance == cut.provenance
     cut.to_html(tmp_path / "cut.html")
     assert "The response was cut off by max_new_tokens=8 before it ended" in (tmp_path / "cut.html").read_text()
+
+
+def test_the_terminal_says_so(cut: FlowTrace):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render_trace(cut))
+    assert "response: generated, cut off by max_new_tokens=8 before it ended" in console.export_text()
 
 
 def test_a_response_cut_by_the_context_says_so():
