@@ -89,6 +89,7 @@ PUBLIC = {
     "composed_scores",
     "composition",
     "composition_names",
+    "context_length",
     "contract",
     "decompose",
     "dominators",

@@ -18,6 +18,7 @@ from .analysis.specificity import Specificity as Specificity
 from .analysis.specificity import specificity as specificity
 from .attention.attention_rows import AttentionRows as AttentionRows
 from .attention.layers_and_heads import HeadSelector as HeadSelector
+from .attention.modules import context_length as context_length
 from .attention.recorder import AttentionRecorder as AttentionRecorder
 from .capacities.capture import capture as capture
 from .capacities.registry import Capacity as Capacity

@@ -110,3 +110,15 @@ def test_bad_requests():
     cut = FlowGraph.from_edges(torch.tensor([[0], [1]]), torch.ones(1), num_nodes=3, question=[0], answer=[2])
     with pytest.raises(InfeasibleFlowError, match="must be feasible"):
         gap_report(solve(cut))
+
+
+@pytest.mark.parametrize("wide", [1.0, 1e6, 2.0**63, 1e300])
+def test_wide_edges_change_no_ratio(wide: float):
+    """Two routes of 1 and 3 behind edges of any width: alpha = 22/12, V = 4 once the edges are wide."""
+    pairs = torch.tensor([[0, 0, 1, 2, 1, 3], [1, 2, 3, 3, 2, 4]])
+    capacity = torch.tensor([wide, wide, 1.0, 3.0, 0.5, wide], dtype=torch.float64)
+    report = gap_report(solve(FlowGraph.from_edges(pairs, capacity, num_nodes=5, question=[0], answer=[4])))
+    if wide > 1:
+        assert report.value == 4.0
+        assert report.ratio == pytest.approx(11 / 24)
+    assert 0 < report.ratio <= 1

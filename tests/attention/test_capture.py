@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from flowgraph import (
@@ -29,6 +31,7 @@ from flowgraph import (
     InvalidInputError,
     MemoryLimitError,
     capture,
+    context_length,
 )
 from flowgraph.attention import attention_rows as rows_module
 from flowgraph.attention.interception import AttentionCall
@@ -759,3 +762,66 @@ def test_models_that_count_positions_their_own_way_take_right_padding_only():
 
 def test_every_family_is_known_to_the_registry():
     assert all(callable(make) for make in FAMILIES.values())
+
+
+# Scaled rotary embeddings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rope", "wanted"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "linear", "factor": 3.0}, 192),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0}, 64),
+        ({"rope_type": "default"}, 64),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
+)  # fmt: skip
+def test_the_context_of_scaled_rotary_embeddings(rope: dict[str, Any], wanted: int):
+    """transformers#33783: Qwen2.5 with YaRN reads 4 times its ``max_position_embeddings``."""
+    config = Qwen2Config(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_theta": 1e6, **rope},
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    assert context_length(model) == wanted
+
+    ids = torch.randint(3, 99, (1, wanted), generator=torch.Generator().manual_seed(0))
+    rows = capture(model, ids).block(0, wanted)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        right = model(ids, output_attentions=True).attentions[1].mean(1)
+    assert torch.allclose(rows, right, atol=1e-6)
+    with pytest.raises(InvalidInputError, match=f"must fit the model's context of {wanted} tokens, got {wanted + 1}"):
+        capture(model, torch.cat([ids, ids[:, :1]], dim=1))
+
+
+def test_the_context_of_rotary_embeddings_per_type_of_layer():
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 1e6,
+        },
+    }
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=2))  # fmt: skip
+    model.config.max_position_embeddings = 64
+    model.config.rope_parameters = rope
+    assert context_length(model) == 256
+    # Gemma 3 states the scaled length already.
+    model.config.model_type = "gemma3_text"
+    model.config.rope_parameters = {"full_attention": {"rope_type": "linear", "factor": 8.0}}
+    assert context_length(model) == 64

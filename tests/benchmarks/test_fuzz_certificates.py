@@ -48,6 +48,23 @@ def test_a_short_run_finds_nothing():
         assert 0 <= tally.closest < 1, name
 
 
+@pytest.mark.parametrize(
+    ("number", "check"),
+    [
+        (1676, "rational alpha"),  # alpha is beyond float64
+        (8696, "influence"),  # off the flow, after a product at the end of the range
+        (17760, "max flow"),  # through a token: a cut far below the other capacities
+        (39996, "rational alpha"),  # an edge with a flow that float64 cannot resolve
+        (74280, "rational V"),  # two cuts of nearly the same capacity
+    ],
+)
+def test_capacities_from_1e_300_to_1e300_hold_every_statement(number: int, check: str):
+    """Graphs that failed a check in the run of 100,000 graphs."""
+    report = fuzz(100_000, seed=0, only=number)
+    assert report.failures == []
+    assert report.checks[check].made > 0
+
+
 def test_a_wrong_solver_is_found_and_repeated_by_number(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -205,24 +205,29 @@ def test_bad_lines_are_reported_and_skipped(tmp_path: Path):
 
 def test_missing_responses_are_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [{"prompt": PROMPT}, {"prompt": "How many apples?"}]
-    with pytest.warns(
-        UserWarning, match=r"answer: should be stated in every response, got 2 of 2 .* \(lines 1, 2; col"
-    ):
+    with pytest.warns(UserWarning, match="got 2 of 2") as told:
         summary = run(tmp_path, lines, max_new_tokens=5)
+    assert [str(warning.message).split(", got 2 of 2 ")[0] for warning in told] == [
+        "answer: should be stated in every response",
+        "max_new_tokens: every response should end by itself",
+    ]
     held = load_trace(next((summary.out / "traces").glob("000001*")))
     assert [row["answer_by"] for row in table(summary.out / "traces.parquet")] == [
         "whole response, unfinished text"
     ] * 2
-    with pytest.warns(UserWarning, match="answer: should be stated before the response ends, got a response that was"):
+    with pytest.warns(UserWarning, match="got one cut off by max_new_tokens=5"):
         alone = trace(*tiny(), [{"role": "user", "content": PROMPT}], max_new_tokens=5)
     assert held.provenance["answer_by"] == alone.provenance["answer_by"]
     assert torch.equal(held.token_ids, alone.token_ids)
+    for name in ("response", "truncated", "stop", "weights"):
+        assert held.provenance[name] == alone.provenance[name]
+    assert [row["truncated"] for row in table(summary.out / "traces.parquet")] == [True, True]
     before = (summary.out / "tokens.parquet").read_bytes()
     for folder in ("records", "traces"):
         for path in (summary.out / folder).iterdir():
             path.unlink()
     monkeypatch.setattr("flowgraph.corpus.run.generate_response", lambda *_: pytest.fail("generated again"))
-    with pytest.warns(UserWarning, match="got 2 of 2"):
+    with pytest.warns(UserWarning, match="got 2 of 2 cut off"):
         assert run(tmp_path, lines, max_new_tokens=5).now == 2
     assert (summary.out / "tokens.parquet").read_bytes() == before
 

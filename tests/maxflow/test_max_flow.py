@@ -312,8 +312,71 @@ def test_token_outside(token: int):
 def test_a_solver_that_lies_is_caught(flow: list[float], side: list[int], reason: str):
     network = MaxFlowProblem(built(DIAMOND))
     network._solver = lambda arcs, sources, sinks: (np.array(flow), np.array(side, dtype=bool))
+    # Where the solver is not exact, its refused answer is replaced by that of integers.
+    assert network.between(network.sources, network.sinks).value == 0.5
+    network._is_exact = True
     with pytest.raises(NumericalRangeError, match=f"failure of .*{reason}"):
         network.between(network.sources, network.sinks)
+
+
+# Capacities of any size side by side: the tolerance is a share of the cut, not of the sum of capacities ------
+
+
+def beside_wide_edges(wide: float) -> FlowGraph:
+    """Three routes of 1, 3 and 0.5 between edges of any width: V = 4, over 1 -> 3 and 2 -> 3."""
+    pairs = torch.tensor([[0, 0, 1, 2, 1, 3], [1, 2, 3, 3, 2, 4]])
+    capacity = torch.tensor([wide, wide, 1.0, 3.0, 0.5, wide], dtype=torch.float64)
+    return FlowGraph.from_edges(pairs, capacity, num_nodes=5, question=[0], answer=[4])
+
+
+@pytest.mark.parametrize("backend", ["igraph", "networkx"])
+@pytest.mark.parametrize("wide", [1e6, 1e15, 1e17, 2.0**63, 1e300, 1e308])
+def test_wide_edges_beside_a_narrow_cut(wide: float, backend: str):
+    graph = beside_wide_edges(wide)
+    best = max_flow(graph, backend=backend)  # type: ignore[arg-type]
+    assert (best.value, best.cut_capacity, best.error) == (4.0, 4.0, 0.0)
+    assert best.source_side.tolist() == [True, True, True, False, False]
+    assert sorted(graph.capacity[best.cut_edges].tolist()) == [1.0, 3.0]
+    assert_proved(best, graph)
+    assert max_flow_bracket(graph) == (4.0, 4.0)
+    assert max_flow_through(graph, 2) == 3.0
+    assert max_flow_without(graph, 2) == 1.0
+
+
+@pytest.mark.parametrize("narrow", [1e-14, 1e-300])
+def test_a_cut_far_below_the_other_capacities(narrow: float):
+    """Three sources of .1, nine edges of 1, three edges of 1e-14: V is the sum of the last three."""
+    tails = [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4, 5, 6]
+    heads = [1, 2, 3] + [4, 5, 6] * 3 + [7] * 3
+    capacity = torch.tensor([0.1] * 3 + [1.0] * 9 + [narrow] * 3, dtype=torch.float64)
+    graph = FlowGraph.from_edges(torch.tensor([tails, heads]), capacity, num_nodes=8, question=[0], answer=[7])
+    best = max_flow(graph)
+    assert best.value == pytest.approx(3 * narrow, rel=1e-14)
+    assert best.error <= 1e-12 * best.cut_capacity
+    assert_proved(best, graph)
+
+
+def test_a_max_flow_beyond_float64_is_refused():
+    graph = FlowGraph.from_edges(
+        torch.tensor([[0, 1], [2, 2]]),
+        torch.tensor([1.5e308, 1.5e308], dtype=torch.float64),
+        num_nodes=3,
+        question=[0, 1],
+        answer=[2],
+    )
+    with pytest.raises(NumericalRangeError, match=r"V must be in the range of float64 .*; rescale the capacities"):
+        max_flow(graph)
+
+
+def test_edges_off_the_routes_carry_nothing():
+    """A dead end, and a token that nothing reaches, beside one route."""
+    pairs = torch.tensor([[0, 0, 2, 1], [1, 3, 4, 4]])
+    capacity = torch.tensor([0.5, 1e9, 1e9, 0.25], dtype=torch.float64)
+    graph = FlowGraph.from_edges(pairs, capacity, num_nodes=5, question=[0], answer=[4])
+    best = max_flow(graph)
+    carried = dict(zip(map(tuple, graph.edge_index.T.tolist()), best.edge_flow.tolist(), strict=True))
+    assert carried == {(0, 1): 0.25, (0, 3): 0.0, (1, 4): 0.25, (2, 4): 0.0}
+    assert best.value == 0.25
 
 
 def test_max_flow_is_frozen():

@@ -191,7 +191,7 @@ def test_across_blocks(backend: str):
 def lanes(units: Tensor) -> Network:
     """Two lanes that exchange flow, 41 tokens, each in units of ``2**units``; nothing else distinguishes them."""
     tokens = units.numel()
-    pairs = [(t - gap, t) for t in range(1, tokens) for gap in (1, 2) if t >= gap]
+    pairs = [(t - gap, t) for t in range(1, tokens) for gap in (2, 1) if t >= gap]
     source, target = torch.tensor(pairs).T
     weight = 0.2 + torch.rand(source.numel(), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     weight = weight * torch.exp2((units[target] - units[source]).double())

@@ -1,5 +1,8 @@
 """Where the compiled sweeps run, and how a batch is shared out to threads."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -40,3 +43,27 @@ def test_shares_cover_every_node_once_and_end_with_graphs(threads: int, monkeypa
     assert {last for _, last in shares} <= set(ptr.tolist())
     assert 1 <= len(shares) <= threads
     assert len(shares) == 1 or threads > 1
+
+
+WITHOUT_A_CACHE_FOLDER = """
+import warnings
+from numba.core import caching
+for kind in (caching.CacheImpl, *caching.CacheImpl.__subclasses__()):
+    kind._locator_classes = []
+import torch
+from flowgraph import FlowGraph, solve
+weights = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
+graph = FlowGraph.from_dense(weights, question=[0], answer=[3])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        flow = solve(graph, backend="numba")
+print([round(x, 4) for x in flow.throughput.tolist()])
+print(sum("NUMBA_CACHE_DIR" in str(warning.message) for warning in caught))
+"""
+
+
+def test_no_folder_for_compiled_code_is_one_warning():
+    """As with a read-only installation and no home folder."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_CACHE_FOLDER], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["[1.0, 0.6667, 0.3333, 1.0]", "1"], done.stderr

@@ -143,7 +143,7 @@ def moved_source_without_grad(g: Any) -> Any:
 def row_written(g: Any) -> Any:
     """The same through a view of one row."""
     row = g.edge_index[0]
-    row.copy_(torch.zeros_like(row).where(row > 3, row))
+    row.copy_(torch.where(row > 3, row, 0))
     first = torch.ones(g.num_edges, dtype=torch.bool)
     first[1:] = (g.edge_index[:, 1:] != g.edge_index[:, :-1]).any(0)
     g.edge_index, g.capacity = g.edge_index[:, first], g.capacity[first]

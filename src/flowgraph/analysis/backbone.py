@@ -161,6 +161,8 @@ def kept_share(flow: Flow, edges: Tensor) -> float:
 
     Cost: one influence sweep over the edges.
     """
+    flow.require_unchanged()
+
     # N_K: the capacities of the kept edges; absorption and damping are factors of each token.
     is_kept = torch.zeros(flow.graph.num_edges, dtype=torch.float64, device=flow.h.device)
     is_kept[edges] = 1.0

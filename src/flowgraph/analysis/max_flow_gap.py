@@ -82,7 +82,7 @@ def gap_report(flow: Flow, *, keep: float = 0.9, num_compared: int = 32, max_edg
         InfeasibleFlowError: there is no flow.
         InvalidInputError: a batch, a token that is source and demand, or ``num_compared`` below 0.
         TooLargeError: more than ``max_edges`` edges.
-        NumericalRangeError: the max-flow solver failed its re-check.
+        NumericalRangeError: V is beyond the range of float64, or the max-flow solver failed its re-check.
 
     Cost: ``1 + 2 num_compared`` max flows. Source: method, section 4, items 5 and 8.
 
@@ -116,12 +116,16 @@ def gap_report(flow: Flow, *, keep: float = 0.9, num_compared: int = 32, max_edg
     tokens = largest_first[:num_compared]
     through = np.array([problem.through(int(v)) for v in tokens])
 
+    # alpha <= V holds exactly; alpha may exceed the rounded V by its own rounding. The cut is never below V.
+    alpha = float(flow.alpha)
+    ratio = min(alpha / best.cut_capacity, 1.0)
+
     return GapReport(
         num_tokens=f.size,
         num_edges=edge_flow.numel(),
-        alpha=float(flow.alpha),
+        alpha=alpha,
         value=best.value,
-        ratio=float(flow.alpha) / best.value,
+        ratio=ratio,
         cut_edges=cut_edges.numel(),
         unique_cut=best.unique_cut,
         cut_in_backbone=float(in_backbone[cut_edges].double().mean()),

@@ -112,7 +112,7 @@ class RecomputedLayer:
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
         """Recompute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
         batch_size, _ = self.record.shape
-        rows = torch.zeros(batch_size, stop - start, stop, device=self.record.device)
+        rows = torch.zeros(batch_size, stop - start, stop, device=self.record.device, dtype=torch.float32)
         # The weights of all heads are large, so a block is computed in steps of a few rows.
         step = _rows_per_step(self.record, stop)
         for first in range(start, stop, step):
@@ -340,7 +340,7 @@ class AttentionRows:
         what = f"dense rows of {self.batch_size} x {self.num_tokens} tokens"
         needed = 4 * self.batch_size * self.num_tokens**2
         require_memory(needed, what, "read them with .blocks() instead", self.device)
-        matrix = torch.zeros(self.batch_size, self.num_tokens, self.num_tokens, device=self.device)
+        matrix = torch.zeros(self.batch_size, self.num_tokens, self.num_tokens, device=self.device, dtype=torch.float32)
         for start, rows in self.blocks():
             stop = start + rows.shape[1]
             matrix[:, start:stop, :stop] = rows
@@ -380,7 +380,7 @@ class AttentionRows:
         num_tokens = sequence.num_tokens
         what = f"rows of {num_layers} layers x {num_tokens} tokens"
         require_memory(4 * num_layers * num_tokens**2, what, "capture fewer layers at a time", self.device)
-        matrices = torch.zeros(num_layers, num_tokens, num_tokens, device=self.device)
+        matrices = torch.zeros(num_layers, num_tokens, num_tokens, device=self.device, dtype=torch.float32)
         for layer, matrix in zip(sequence.layers, matrices, strict=True):
             of_layer = SequenceRows([layer], sequence.positions, sequence.device)
             for start in range(0, num_tokens, BLOCK):

@@ -63,15 +63,25 @@ def capture(
     attention_mask = checked_mask(input_ids, attention_mask)
     check_fits(inner, input_ids, attention_mask)
 
-    device = next(inner.get_input_embeddings().parameters()).device
-    # With offloaded weights, the offloading hooks move the inputs themselves.
-    if device.type == "meta":
-        device = input_ids.device
+    device = input_device(inner, input_ids.device)
     mask_of_pass = attention_mask.to(device)
     arguments = forward_arguments(inner, mask_of_pass)
     with evaluating(inner), torch.no_grad(), recorder:
         inner(input_ids=input_ids.to(device), attention_mask=mask_of_pass, **arguments, use_cache=False)
     return recorder.rows(attention_mask, input_ids)
+
+
+def input_device(model: PreTrainedModel, fallback: torch.device) -> torch.device:
+    """Return the device on which a model reads its ids.
+
+    Args:
+        model: the model that will run.
+        fallback: the device for a model with offloaded embeddings, whose hooks move the ids themselves.
+    """
+    device = next(model.get_input_embeddings().parameters()).device
+    if device.type == "meta":
+        return fallback
+    return device
 
 
 def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor | int]:

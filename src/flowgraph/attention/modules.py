@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _NUMBER_IN_NAME = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_SCALED_ROPE = ("linear", "dynamic", "yarn", "longrope", "llama3")
+"""Kinds of rotary embeddings of transformers that are scaled for longer texts."""
 _CROSS_ATTENTION = re.compile(r"cross|encoder_attn")
 
 
@@ -197,12 +199,40 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that the model can read at once, or None where its configuration states no limit."""
+    """Return the most tokens that the model can read at once, or None where its configuration states no limit.
+
+    Rotary embeddings may be scaled for longer texts than ``max_position_embeddings``: ``linear`` and ``dynamic`` by
+    their factor, ``yarn``, ``longrope`` and ``llama3`` to their factor times the length they were trained with. Where
+    layers have embeddings of their own, the longest context counts.
+    """
     config = text_config(model)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if limit is None or limit <= 0:
         return None
-    return limit
+    scaled = [_scaled_context(config, limit, rope) for rope in _rope_parameters(config)]
+    return max(scaled, default=limit)
+
+
+def _rope_parameters(config: PretrainedConfig) -> list[Mapping[str, Any]]:
+    """List the parameters of the rotary embeddings: one record, or one per type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, Mapping):
+        return []
+    by_layer_type = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return by_layer_type or [parameters]
+
+
+def _scaled_context(config: PretrainedConfig, limit: int, rope: Mapping[str, Any]) -> int:
+    """Return the context of one rotary embedding, at least ``max_position_embeddings``."""
+    kind = rope.get("rope_type") or rope.get("type")
+    factor = rope.get("factor")
+    if kind not in _SCALED_ROPE or not isinstance(factor, (int, float)):
+        return limit
+    # Gemma 3 states the scaled length in its configuration, without the length it was trained with.
+    if config.model_type.startswith("gemma3"):
+        return limit
+    trained = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(trained * factor))
 
 
 def num_layers(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> int:

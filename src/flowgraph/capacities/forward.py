@@ -103,7 +103,7 @@ class CentredLayer:
     def of(cls, record: LayerRecord, readable: Tensor) -> CentredLayer:
         """Read all rows once to find what each token receives; ``readable`` is False on padding."""
         batch, tokens = record.shape
-        total = torch.zeros(batch, tokens, device=record.device)
+        total = torch.zeros(batch, tokens, device=record.device, dtype=torch.float32)
         for start in range(0, tokens, MAX_BLOCK):
             stop = min(start + MAX_BLOCK, tokens)
             rows = in_steps(record, lambda first, last: record.weights(first, last).mean(1), start, stop)
@@ -204,7 +204,7 @@ class VtraceLayer:
 def in_steps(record: LayerRecord, block: _BlockOfLayer, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
     """Fill a block in steps of a few rows, since the weights of all heads are large."""
     batch = record.shape[0]
-    rows = torch.zeros(batch, stop - start, stop, device=record.device)
+    rows = torch.zeros(batch, stop - start, stop, device=record.device, dtype=torch.float32)
     step = max(1, min(MAX_BLOCK, SCRATCH_BYTES // (4 * batch * record.num_heads * stop)))
     with torch.no_grad():
         for first in range(start, stop, step):

@@ -275,7 +275,7 @@ def _degree(module: nn.Module, x: Tensor) -> int:
     The input is large, so that biases are small beside it.
     """
     generator = torch.Generator().manual_seed(0)
-    probe = 10 * torch.randn(1, 2, x.shape[-1], generator=generator)
+    probe = 10 * torch.randn(1, 2, x.shape[-1], generator=generator, dtype=torch.float32)
     probe = probe.to(device=x.device, dtype=x.dtype).requires_grad_()
     with torch.enable_grad():
         output = module(probe)

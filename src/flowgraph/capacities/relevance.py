@@ -333,8 +333,8 @@ class _BalanceRecorder:
         self._stack = ExitStack()
         self.x0: Tensor | None = None
         self.y: Tensor | None = None
-        self.absorbed = torch.zeros(shape, device=device)
-        self.bias = torch.zeros(shape, device=device)
+        self.absorbed = torch.zeros(shape, device=device, dtype=torch.float32)
+        self.bias = torch.zeros(shape, device=device, dtype=torch.float32)
 
     def __enter__(self) -> _BalanceRecorder:
         with ExitStack() as stack:
@@ -553,7 +553,7 @@ def _sum_of_products(tape: Tape, mask: Bool[Tensor, "batch tokens"]) -> Float[Te
     """Return N[t, s], the sum over layers and heads of A <v, dL/dz>, for s < t."""
     batch, tokens = mask.shape
     layers = [layer for layer in tape.layers.values() if layer.reader is not None]
-    matrix = torch.zeros(batch, tokens, tokens, device=mask.device)
+    matrix = torch.zeros(batch, tokens, tokens, device=mask.device, dtype=torch.float32)
     with torch.no_grad():
         for start, stop in _row_blocks(layers, tokens, batch):
             block = matrix[:, start:stop, :stop]

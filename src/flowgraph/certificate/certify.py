@@ -318,6 +318,7 @@ def _fault(flow: Flow) -> str:
         return f"{', '.join(wrong)} must have one entry per token ({num_nodes})"
     try:
         flow.graph.validate()
+        flow.require_unchanged()
     except InvalidInputError as error:
         return str(error)
     return ""

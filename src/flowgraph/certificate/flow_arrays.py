@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from flowgraph.flow.flow import Flow
+from flowgraph.flow.flow import LEAST_FLOW, Flow
 from flowgraph.maxflow.problem import source_tokens
 
 EPS = float(np.finfo(np.float64).eps)
 """Machine epsilon of float64: a rounded sum or product has a relative error of at most EPS / 2."""
 
-NEGLIGIBLE_FLOW = 2.0**-800
+NEGLIGIBLE_FLOW = LEAST_FLOW
 """A share of the unit flow below this counts as zero: its factors may leave the range of float64."""
 
 

@@ -7,6 +7,7 @@ Nothing is rounded, so a comparison with these numbers measures the rounding of 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,6 +24,8 @@ RATIONAL_EDGES = 5_000
 """Default size limit: dense graphs of 100 tokens, some seconds; numerators grow by 53 bits with every hop."""
 
 _ZERO = Fraction(0)
+_LARGEST = Fraction(sys.float_info.max) * (1 - Fraction(2) ** -20)
+"""Near the largest float64: rounding may carry a number from here to infinity."""
 _LEAST_FLOW = Fraction(NEGLIGIBLE_FLOW)
 
 Fractions = list[Fraction]
@@ -170,7 +173,11 @@ def _check_alpha(arrays: FlowArrays, exact: RationalFlow, exact_alpha: Fraction,
     """Check alpha against its exact value, and alpha <= V on the exact values."""
     # Where the edge that alpha fills carries a negligible flow, float64 cannot represent alpha; nothing is compared.
     is_negligible = exact.alpha_flow < _LEAST_FLOW
-    deviation = 0.0 if is_negligible else _relative_deviation(arrays.alpha, 0, exact_alpha)
+    # An alpha beyond the range of float64 is infinite.
+    if is_negligible or (exact_alpha > _LARGEST and math.isinf(arrays.alpha)):
+        deviation = 0.0
+    else:
+        deviation = _relative_deviation(arrays.alpha, 0, exact_alpha)
     checks = [check("rational alpha", deviation, bound, _as_text(exact_alpha))]
 
     # V counts the tokens at which float64 lets flow enter. If shares below its range are missing there, the exact alpha

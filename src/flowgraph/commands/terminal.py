@@ -89,6 +89,7 @@ def render_trace(
     parts: list[RenderableType] = [
         Text(repr(trace).split("\n")[0]),
         _selection(trace),
+        *_response(trace),
         Text(),
         heat_text(trace),
         Text(),
@@ -126,6 +127,14 @@ def brief_trace(trace: FlowTrace) -> RenderableType:
     parts.append(Text("widest routes", style="italic"))
     parts.append(_routes(trace, _NUM_BRIEF_ROUTES, is_brief=True))
     return Group(*parts)
+
+
+def _response(trace: FlowTrace) -> list[Text]:
+    """Say how the response was made; loudly where it was cut off."""
+    made = describe_response(trace.provenance)
+    if made is None:
+        return []
+    return [Text(f"response: {made}", style="bold yellow" if trace.provenance.get("truncated") else "")]
 
 
 def _end_of_text(trace: FlowTrace) -> range:

@@ -25,7 +25,7 @@ from flowgraph.text.regions import Regions, last_resort
 from flowgraph.tracing.flow_trace import FlowTrace, load_trace
 from flowgraph.tracing.generation import generate_response
 from flowgraph.tracing.inputs import TextRequest, regions_of_text
-from flowgraph.tracing.provenance import provenance_of
+from flowgraph.tracing.provenance import provenance_of, response_record
 from flowgraph.tracing.trace import assemble, require_trace_memory
 
 if TYPE_CHECKING:
@@ -91,11 +91,13 @@ class Prepared:
         line: the line.
         encoded: its prompt and response as tokens.
         regions: its question, reasoning and answer.
+        was_generated: whether the run generated its response.
     """
 
     line: Line
     encoded: EncodedText
     regions: Regions
+    was_generated: bool = False
 
 
 class Run:
@@ -113,6 +115,7 @@ class Run:
         done: lines traced, earlier runs included.
         now: lines traced by this run.
         tokens: tokens of this run's traces.
+        truncated: lines of this run whose generated response was cut off.
         failed: message of every line that could not be traced, by its number.
         guessed: numbers of the lines of this run whose answer was found by the last resort.
         began: clock reading at the start.
@@ -137,6 +140,7 @@ class Run:
         self.done = 0
         self.now = 0
         self.tokens = 0
+        self.truncated = 0
         self.failed: dict[int, str] = {}
         self.guessed: list[int] = []
         self.began = time.perf_counter()
@@ -232,7 +236,7 @@ class Run:
         except _LINE_ERRORS as error:
             self.skip(line, error)
             return None
-        return Prepared(line, encoded, regions)
+        return Prepared(line, encoded, regions, is_generated)
 
     def _generated(self, line: Line, prompt: Prompt) -> list[int] | None:
         """Return the response of a line that states none, generated once and kept; None where the chat ends with it."""
@@ -279,6 +283,7 @@ class Run:
             self.done += 1
             self.now += 1
             self.tokens += trace.num_tokens
+            self.truncated += bool(trace.provenance["truncated"])
             self.progress("tracing")
 
     def _capture(self, batch: list[Prepared]) -> AttentionRows:
@@ -309,7 +314,14 @@ class Run:
     def _assemble(self, attention: AttentionRows, place: int, item: Prepared) -> FlowTrace:
         """Trace one sequence of a batch."""
         options = self.options.trace
-        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options)
+        response_facts = response_record(
+            self.inner,
+            self.tokenizer,
+            item.encoded.input_ids[item.encoded.prompt_length :],
+            was_generated=item.was_generated,
+            max_new_tokens=options.max_new_tokens,
+        )
+        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options, response_facts)
         provenance["line"] = item.line.number
         provenance["id"] = item.line.id
         return assemble(attention.sequence(place), item.encoded, item.regions, options, provenance)

@@ -40,6 +40,7 @@ TRACE_COLUMNS = {
     "answer": _INTEGER,
     "answer_text": _TEXT,
     "answer_by": _TEXT,
+    "truncated": _FLAG,
     "feasible": _FLAG,
     "mean_hops": _NUMBER,
     "alpha": _NUMBER,
@@ -184,6 +185,8 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "answer": int(trace.answer.sum()),
         "answer_text": _storable(trace.text_of(trace.answer).strip()),
         "answer_by": trace.provenance.get("answer_by"),
+        # Whether a generated response was cut off before it ended; None where that is unknown.
+        "truncated": trace.provenance.get("truncated"),
         "feasible": trace.feasible,
         "mean_hops": mean_hops,
         "alpha": finite_or_none(float(flow.alpha)),

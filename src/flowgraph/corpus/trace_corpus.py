@@ -211,6 +211,12 @@ def trace_corpus(
             "field answer, pass answer=, or raise max_new_tokens",
             stacklevel=2,
         )
+    if run.truncated:
+        warnings.warn(
+            f"max_new_tokens: every response should end by itself, got {run.truncated} of {run.now} cut off, so their "
+            "answers may be missing; see the column truncated, and raise max_new_tokens (in a new folder)",
+            stacklevel=2,
+        )
     return CorpusSummary(
         out=Path(out),
         traced=run.done,

@@ -277,6 +277,8 @@ def _exported_part(graph: Exportable, keep: float | None) -> _ExportedPart:
             "export the graphs of a batch one by one (batch.to_data_list())"
         )
 
+    complete.validate()
+
     # All edges, or those of the backbone with their flow in the complete graph.
     if keep is None:
         edge_flow = None if flow is None else flow.edge_flow

@@ -10,14 +10,18 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError
+from flowgraph.errors import GraphError, InfeasibleFlowError, InvalidInputError
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.validity import GraphVersion
 from flowgraph.propagation.ratios import masked_ratio
 from flowgraph.propagation.scaling import scaled
 from flowgraph.propagation.topology import topology_of
 
 NEGLIGIBLE_FLOW = 1e-12
 """Shares of the unit flow below this, and differences of shares below this, are rounding."""
+
+LEAST_FLOW = 2.0**-800
+"""A share of the unit flow below this counts as no flow: its factors may leave the range of float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,23 @@ class Flow:
     absorption: str
     backend: str
 
+    def __post_init__(self) -> None:
+        # The version of the graph that these numbers belong to. It is no field: a copy with another graph has its own.
+        object.__setattr__(self, "_solved_version", GraphVersion(self.graph))
+
+    def require_unchanged(self) -> None:
+        """Refuse to combine this flow with a graph whose edges or capacities changed after it was solved.
+
+        Raises:
+            GraphError: the edges or capacities are others now.
+        """
+        solved: GraphVersion | None = getattr(self, "_solved_version", None)
+        if solved is not None and not solved.has_edges_of(GraphVersion(self.graph)):
+            raise GraphError(
+                "flow: must be that of its graph as it is, got edges or capacities that changed after the solve; "
+                "call solve(flow.graph) again"
+            )
+
     @cached_property
     def feasible(self) -> Bool[Tensor, " graphs"]:
         """Per graph, whether any source token reaches the demand; if not, the throughput is zero. Cached."""
@@ -72,7 +93,8 @@ class Flow:
 
         .. math:: \alpha = \min_{F(s, t) > 0} \frac{N[t, s]}{F(s, t)} = \frac{1}{\max g[s] \, h[t]}
 
-        over the edges with flow: a lower bound of the max flow on N. Infinite where no edge carries flow.
+        over the edges that carry at least ``LEAST_FLOW = 2**-800`` of the unit: a lower bound of the max flow on N.
+        Infinite where no edge does, and where float64 cannot hold it (above 1.8e308).
         Cost: one read of the edges.
         """
         source, target = self.graph.edge_index
@@ -88,6 +110,9 @@ class Flow:
         from_flow = masked_ratio(edge_flow > 0, weight, edge_flow, otherwise=torch.inf)
         saturating = masked_ratio(in_range, 1, congestion, otherwise=from_flow)
 
+        # A flow that float64 cannot resolve has no congestion that it can resolve.
+        saturating = torch.where(edge_flow >= LEAST_FLOW, saturating, torch.inf)
+
         # alpha: the minimum over the edges of each graph, infinite where no edge carries flow.
         topology = topology_of(self.graph)
         unlimited = saturating.new_full((topology.num_graphs,), torch.inf)
@@ -95,7 +120,12 @@ class Flow:
 
     @property
     def weight(self) -> Float64[Tensor, " edges"]:
-        """N on the edges: capacity times damping, and 0 where the source absorbs. Cost: O(E) at each access."""
+        """N on the edges: capacity times damping, and 0 where the source absorbs. Cost: O(E) at each access.
+
+        Raises:
+            GraphError: the edges or capacities changed after the solve.
+        """
+        self.require_unchanged()
         is_active_edge = ~self.absorbing[self.graph.edge_index[0]]
         return self.graph.capacity.double() * is_active_edge * self.damping
 

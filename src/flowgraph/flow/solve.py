@@ -11,6 +11,7 @@ from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.graph.signed_graph import refuse_signed
+from flowgraph.graph.validity import require_usable
 from flowgraph.propagation.checks import token_vector
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.edge_sweeps import EdgeSweeps
@@ -62,9 +63,11 @@ def solve(
         InvalidInputError: an option outside its set, a vector of the wrong length, negative or not finite, a
             backend that does not run on the graph's device.
         MissingExtraError: a backend whose package is not installed.
-        GraphError: not a FlowGraph.
+        GraphError: not a FlowGraph, or one that is invalid since it was made: edges in another order, backwards or
+            twice, a capacity that is NaN, infinite or negative.
 
-    Cost: two reads of the edges. The structure of the edges is computed once per graph and cached on it.
+    Cost: two reads of the edges. The structure of the edges is checked and computed once per graph and cached on it,
+    until a tensor is replaced or edited in place; the range of the capacities is checked each time.
     Source: arXiv 2606.10646 (answer conditioning and local conservation), in the g-form.
 
     Example:
@@ -81,6 +84,7 @@ def solve(
             "(a FlowTrace has its graph as trace.graph, solved as trace.flow)"
         )
     check_options(backend, source, absorption, damping)
+    require_usable(graph)
 
     # D: the damping, or 0 where an answer token absorbs.
     absorption = absorption_rule(absorption, demand)

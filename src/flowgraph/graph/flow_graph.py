@@ -8,15 +8,23 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch_geometric.data import Data
+from torch_geometric.data.storage import GlobalStorage
+from torch_geometric.utils import coalesce
 
 from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.errors import GraphError, RegionError
 from flowgraph.graph.edge_collection import collect_edges
 from flowgraph.graph.edge_rules import EdgeRules
+from flowgraph.graph.validity import (
+    REGIONS,
+    check_capacities,
+    check_masks,
+    check_shapes,
+    require_usable,
+    sort_key,
+)
 from flowgraph.masks import MaskLike, as_mask, between
 from flowgraph.propagation.row_sources import RowSource
-
-REGIONS = ("question", "reasoning", "answer")
 
 
 class FlowGraph(Data):
@@ -97,13 +105,14 @@ class FlowGraph(Data):
             >>> graph.edge_index.tolist(), graph.capacity.tolist()
             ([[0, 1], [1, 2]], [1.0, 0.5])
         """
-        _check_shapes(edge_index, capacity, num_nodes)
+        check_shapes(edge_index, capacity, num_nodes)
+        check_capacities(edge_index, capacity)
         is_edge = capacity != 0
         edge_index = edge_index[:, is_edge]
         capacity = capacity[is_edge]
 
         # Sort by (target, source), unless the edges come sorted.
-        key = _sort_key(edge_index, num_nodes)
+        key = sort_key(edge_index, num_nodes)
         if bool((key[1:] < key[:-1]).any()):
             order = torch.argsort(key)
             edge_index = edge_index[:, order]
@@ -276,21 +285,24 @@ class FlowGraph(Data):
             Whether the graph is valid.
 
         Raises:
-            GraphError: order, duplicates, causality, range or finiteness of the edges.
+            GraphError: order, duplicates, causality, range or finiteness of the edges, or a missing tensor.
             RegionError: masks that are empty, overlapping or of the wrong length.
 
         Cost: a few reads of the edges.
         """
-        num_nodes = int(self.num_nodes or 0)
         try:
-            _check_shapes(self.edge_index, self.capacity, num_nodes)
-            check_edges(self.edge_index, num_nodes)
+            require_usable(self)
             check_regions(self)
         except (GraphError, RegionError):
             if raise_on_error:
                 raise
             return False
         return True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # PyG makes the storage itself and has no argument for its class; its own setattr would store a value.
+        object.__setattr__(self._store, "__class__", _FlowGraphStorage)
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Return by how much batching shifts an attribute: node ids by the number of nodes, the rest as PyG does."""
@@ -299,10 +311,28 @@ class FlowGraph(Data):
         return super().__inc__(key, value, *args, **kwargs)
 
 
-def _sort_key(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> Int64[Tensor, " edges"]:
-    """Compute one integer per edge whose order is that of (target, source)."""
-    source, target = edge_index
-    return target * num_nodes + source
+class _FlowGraphStorage(GlobalStorage):
+    """PyG's storage, told that the capacity belongs to the edges.
+
+    PyG decides by lengths what belongs to nodes and what to edges. In a graph with as many edges as tokens it would
+    take the capacity for an attribute of nodes, and sort or select edges without their capacities.
+    """
+
+    def is_node_attr(self, key: str) -> bool:
+        return key != "capacity" and super().is_node_attr(key)
+
+    def is_edge_attr(self, key: str) -> bool:
+        return key == "capacity" or super().is_edge_attr(key)
+
+    def coalesce(self, reduce: str = "sum") -> Self:
+        """Merge repeated edges, their capacities joined by ``reduce``, in the order of a FlowGraph.
+
+        PyG's own merges ``edge_attr`` alone and would leave the capacities behind.
+        """
+        self["edge_index"], self["capacity"] = coalesce(
+            self["edge_index"], self["capacity"], num_nodes=self.num_nodes, reduce=reduce, sort_by_row=False
+        )
+        return self
 
 
 def _after_last(mask: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
@@ -313,78 +343,10 @@ def _after_last(mask: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:
     return torch.arange(mask.numel()) > last
 
 
-def _check_shapes(edge_index: Tensor, capacity: Tensor, num_nodes: int) -> None:
-    """Refuse edges and capacities of another shape, dtype or device, and capacities that are not finite and >= 0."""
-    if edge_index.dtype != torch.int64 or edge_index.ndim != 2 or edge_index.shape[0] != 2:
-        raise GraphError(
-            f"edge_index: must be int64 of shape [2, edges], got {edge_index.dtype} of shape "
-            f"{tuple(edge_index.shape)}; stack sources over targets and call .long()"
-        )
-    if capacity.shape != edge_index.shape[1:] or not capacity.is_floating_point():
-        raise GraphError(
-            f"capacity: must be one floating point number per edge ({edge_index.shape[1]}), got {capacity.dtype} "
-            f"of shape {tuple(capacity.shape)}; pass one weight per column of edge_index"
-        )
-    if edge_index.device != capacity.device:
-        raise GraphError(
-            f"capacity: must be on the device of edge_index ({edge_index.device}), got {capacity.device}; call .to()"
-        )
-    if num_nodes < 1:
-        raise GraphError(f"num_nodes: must be at least 1, got {num_nodes}; a trace needs tokens")
-    bad = ~torch.isfinite(capacity) | (capacity < 0)
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise GraphError(
-            f"capacity: must be finite and non-negative, got {capacity[at].item()} on the edge "
-            f"{edge_index[0, at].item()} -> {edge_index[1, at].item()}; check the attention for NaN or overflow"
-        )
-
-
-def check_edges(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> None:
-    """Refuse edges outside the graph, backwards, twice, or in another order than by (target, source)."""
-    if edge_index.numel() == 0:
-        return
-    source, target = edge_index
-    if int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes:
-        raise GraphError(
-            f"edge_index: must lie in 0..{num_nodes - 1}, got {int(edge_index.min())}..{int(edge_index.max())}; "
-            "pass num_nodes = number of tokens"
-        )
-
-    # Token order is a topological order: s < t on every edge.
-    backwards = source >= target
-    if bool(backwards.any()):
-        at = int(backwards.nonzero()[0])
-        raise GraphError(
-            f"edge_index: an edge must run from an earlier to a later token, got {int(source[at])} -> "
-            f"{int(target[at])}; row 0 is the source, row 1 the target"
-        )
-
-    # Sorted without duplicates: the keys increase.
-    key = _sort_key(edge_index, num_nodes)
-    repeats = key[1:] == key[:-1]
-    if bool(repeats.any()):
-        at = int(repeats.nonzero()[0])
-        raise GraphError(
-            f"edge_index: an edge may appear once, got {int(source[at])} -> {int(target[at])} twice; "
-            "sum the capacities first (torch_geometric.utils.coalesce)"
-        )
-    if bool((key[1:] < key[:-1]).any()):
-        raise GraphError(
-            "edge_index: must be sorted by (target, source), got another order; build with FlowGraph.from_edges, "
-            "or sort with torch_geometric's data.sort(sort_by_row=False)"
-        )
-
-
 def check_regions(graph: Data) -> None:
     """Refuse regions that are no masks over the tokens, overlap, or are empty where one token is needed."""
+    check_masks({f"{name}_mask": graph[f"{name}_mask"] for name in REGIONS}, int(graph.num_nodes or 0))
     masks = {name: graph[f"{name}_mask"] for name in REGIONS}
-    for name, mask in masks.items():
-        if mask.dtype != torch.bool or mask.shape != (graph.num_nodes,):
-            raise RegionError(
-                f"{name}: must be a bool mask over {graph.num_nodes} tokens, got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}; build the graph with FlowGraph.from_edges"
-            )
     for name in ("question", "answer"):
         if not bool(masks[name].any()):
             raise RegionError(f"{name}: must hold at least one token, got none; select the tokens of the {name}")

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from flowgraph.errors import GraphError
-from flowgraph.graph.flow_graph import FlowGraph, check_edges, check_regions
+from flowgraph.graph.flow_graph import FlowGraph, check_regions
+from flowgraph.graph.validity import check_edges
 from flowgraph.masks import MaskLike, as_mask, between
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from flowgraph.attention.modules import attention_modules, num_layers, text_config
+from flowgraph.attention.modules import attention_modules, context_length, num_layers, text_config
 from flowgraph.errors import InvalidInputError, NumericalRangeError
 from flowgraph.tracing.flow_trace import FlowTrace
 
@@ -40,8 +40,8 @@ def check_fits(model: PreTrainedModel, trace: FlowTrace) -> None:
         raise _misfit(model, vocabulary, f"id {lowest}")
 
     # Not every architecture states a context.
-    context = getattr(config, "max_position_embeddings", None)
-    if context and context < trace.num_tokens:
+    context = context_length(model)
+    if context is not None and context < trace.num_tokens:
         raise _misfit(model, f"have room for the trace in its context of {context}", str(trace.num_tokens))
 
     # The layers matter only to the edges, but other layers mean another model.

@@ -23,7 +23,6 @@ class CapacityArrays:
         tail: ``[E]`` int64, the earlier token of each edge.
         head: ``[E]`` int64, the later token of each edge.
         capacity: ``[E]`` float64, at least 0.
-        total: sum of all capacities, correctly rounded.
         full_tolerance: share of its capacity by which an edge may miss being full or unused.
         by_tail: ``[E]`` int64, the edges sorted by tail.
         first_in: ``[T + 1]``, the edges into token v are ``first_in[v] : first_in[v + 1]``.
@@ -34,7 +33,6 @@ class CapacityArrays:
     tail: Int64[np.ndarray, " edges"]
     head: Int64[np.ndarray, " edges"]
     capacity: Float64[np.ndarray, " edges"]
-    total: float
     full_tolerance: float
     by_tail: Int64[np.ndarray, " edges"]
     first_in: list[int]
@@ -56,7 +54,6 @@ class CapacityArrays:
             tail=tail,
             head=head,
             capacity=capacity,
-            total=math.fsum(capacity),
             full_tolerance=FULL_TOLERANCE,
             by_tail=by_tail,
             first_in=np.searchsorted(head, boundaries).tolist(),
@@ -67,7 +64,7 @@ class CapacityArrays:
         self, capacity: Float64[np.ndarray, " edges"], *, full_tolerance: float = FULL_TOLERANCE
     ) -> CapacityArrays:
         """Replace the capacities of the same edges."""
-        return replace(self, capacity=capacity, total=math.fsum(capacity), full_tolerance=full_tolerance)
+        return replace(self, capacity=capacity, full_tolerance=full_tolerance)
 
     def cut_edges(self, side: Bool[np.ndarray, " tokens"]) -> Int64[np.ndarray, " cut"]:
         """List the edges of positive capacity from a set of tokens to the other tokens."""
@@ -75,13 +72,38 @@ class CapacityArrays:
         return np.flatnonzero(crosses & (self.capacity > 0))
 
     def cut_capacity(self, side: Bool[np.ndarray, " tokens"]) -> float:
-        """Sum the capacities of the edges out of a set of tokens, rounded up where float64 cannot hold the sum."""
+        """Sum the capacities of the edges out of a set of tokens, rounded up where float64 cannot hold the sum.
+
+        A sum beyond the range of float64 is infinite.
+        """
         terms = self.capacity[self.cut_edges(side)].tolist()
-        nearest = math.fsum(terms)
+        try:
+            nearest = math.fsum(terms)
+        except OverflowError:
+            return math.inf
         remainder = math.fsum([*terms, -nearest])
         if remainder > 0:
             return math.nextafter(nearest, math.inf)
         return nearest
+
+    def widest_route(
+        self,
+        sources: Bool[np.ndarray, " tokens"],
+        sinks: Bool[np.ndarray, " tokens"],
+    ) -> float:
+        r"""Compute the largest capacity that every edge of some route has: 0 where no route exists.
+
+        .. math:: w[t] = \max_{s \to t} \min(w[s], c(s, t)), \quad w = \infty \text{ at the sources}
+
+        Cost: one pass over the edges, a token at a time.
+        """
+        width = np.where(sources, np.inf, 0.0)
+        # Edges are sorted by head, and every head is later than its tail: w[s] is final when an edge out of s is read.
+        for v in np.unique(self.head):
+            incoming = slice(self.first_in[v], self.first_in[v + 1])
+            arriving = np.minimum(width[self.tail[incoming]], self.capacity[incoming])
+            width[v] = max(width[v], arriving.max())
+        return float(width[sinks].max(initial=0.0))
 
     def excess(self, flow: Float64[np.ndarray, " edges"]) -> Float64[np.ndarray, " tokens"]:
         """Compute inflow - outflow of every token, each sum correctly rounded."""

@@ -7,6 +7,11 @@ capacities, its conservation and the capacity of the cut are summed again with `
 
 for any answer of the solver. The width of that interval is :attr:`MaxFlow.error`.
 
+Before solving, an upper bound U of V is found (the cut of the edges no wider than the widest route), every capacity is
+limited to 2 U, and one power of two brings U near 1. This changes neither V nor the min cuts. Without it, a capacity
+of 2**63 would take all digits from a cut of 4. An answer that misses the cut by more than 1e-12 of it (or 2**-50 per
+edge, if that is more) is replaced by that of exact integers.
+
 Source: method, section 4. V between question and answer is nearly the trivial cut on attention graphs, and the
 node flows of a max flow are not unique; use :func:`flowgraph.solve` to score tokens.
 """
@@ -64,7 +69,7 @@ def max_flow(
         InvalidInputError: a Batch; a token that is both source and sink (its flow is unlimited); a vector of the
             wrong length or range; an option beside a Flow, or outside its set.
         TooLargeError: more than ``max_edges`` edges.
-        NumericalRangeError: the solver's answer failed the re-check.
+        NumericalRangeError: V is beyond the range of float64, or the solver's answer failed the re-check.
 
     Cost: push-relabel, about 0.3 / 1.2 / 2.5 s at 500 / 1,000 / 1,400 dense tokens (2 shared cores).
     Source: method, section 4; igraph ``Graph.maxflow``.
@@ -150,7 +155,7 @@ def max_flow_bracket(graph: FlowGraph | Flow, **options: Any) -> tuple[float, fl
         options: those of :func:`max_flow`.
 
     Returns:
-        (low, high), at most ``edges * total capacity / 2**49`` apart.
+        (low, high), at most ``edges * total / 2**49`` apart, with the total of the capacities limited to twice a cut.
 
     Raises:
         NumericalRangeError: the solver's value differs from its cut on integers.

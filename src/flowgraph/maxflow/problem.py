@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import igraph
@@ -18,6 +19,7 @@ from flowgraph.flow.flow import Flow
 from flowgraph.flow.solve import Absorption
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.graph.signed_graph import refuse_signed
+from flowgraph.graph.validity import require_usable
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 from flowgraph.maxflow.solvers import igraph_solver, networkx_solver
 from flowgraph.maxflow.verification import MaxFlow, verified_max_flow
@@ -25,6 +27,7 @@ from flowgraph.maxflow.verification import MaxFlow, verified_max_flow
 Backend = Literal["igraph", "networkx"]
 MAX_EDGES = 1_000_000
 """Default size limit: dense graphs of 1,400 tokens, about three seconds."""
+_LEAST_POSITIVE = math.ulp(0.0)
 _SECONDS_PER_EDGE = {"igraph": 2.5e-6, "networkx": 5e-5}
 _BYTES_PER_EDGE = {"igraph": 200, "networkx": 1500}
 
@@ -81,15 +84,12 @@ class MaxFlowProblem:
                 f"source, demand: a max flow needs disjoint terminals, got token {int(both.argmax())} in both, through "
                 "which any amount could pass; set one of the two to zero there"
             )
+        # networkx solves in integers, without rounding.
+        self._is_exact = backend == "networkx"
         if backend == "igraph":
             self._solver = igraph_solver(self.arrays)
         else:
             self._solver = networkx_solver(self.arrays)
-
-    @property
-    def total(self) -> float:
-        """Sum of all capacities."""
-        return self.arrays.total
 
     def between(self, sources: NDArray[np.bool_], sinks: NDArray[np.bool_]) -> MaxFlow:
         """Compute the verified max flow and min cut between two disjoint token masks.
@@ -128,13 +128,15 @@ class MaxFlowProblem:
 
     def bracket(self) -> tuple[float, float]:
         """Compute an interval that contains V, see :func:`flowgraph.max_flow_bracket`."""
-        if self.total == 0:
+        bounded = _BoundedProblem.of(self.arrays, self.sources, self.sinks)
+        if bounded is None:
             return 0.0, 0.0
 
-        # One power of two scales the sum of all capacities to 2**50. The terminal arcs are twice that sum, and rounding
-        # up adds at most 1 per edge, so every integer that the solver meets stays below 2**53.
-        shift = 50 - math.frexp(self.total)[1]
-        scaled = np.ldexp(self.arrays.capacity, shift)
+        # One power of two scales the sum of the bounded capacities to 2**50. The terminal arcs are at most twice that
+        # sum, and rounding up adds at most 1 per edge, so every integer that the solver meets stays below 2**53.
+        total = math.fsum(bounded.arrays.capacity)
+        shift = 50 - math.frexp(total)[1]
+        scaled = np.ldexp(bounded.arrays.capacity, shift)
         low = self._integer_max_flow(np.floor(scaled))
         high = self._integer_max_flow(np.ceil(scaled))
 
@@ -143,7 +145,8 @@ class MaxFlowProblem:
                 "max flow: on integers a flow must equal its cut to the last bit, got "
                 f"{low.value!r} and {low.cut_capacity!r}, {high.value!r} and {high.cut_capacity!r}; please report it"
             )
-        return math.ldexp(low.value, -shift), math.ldexp(high.value, -shift)
+        unit = bounded.exponent - shift
+        return _in_range(low.value, unit), _in_range(high.value, unit)
 
     def dominators(self) -> Bool[Tensor, " tokens"]:
         """Find the tokens on every route, see :func:`flowgraph.dominators`."""
@@ -172,16 +175,132 @@ class MaxFlowProblem:
     def _integer_max_flow(self, capacity: NDArray[np.float64]) -> MaxFlow:
         """Solve with integer capacities, on which an edge is full exactly or not full."""
         integers = self.arrays.with_capacity(capacity, full_tolerance=0.0)
-        return self._max_flow(integers, self.sources, self.sinks)
+        # Terminal arcs of twice the sum of all capacities, which no flow can fill.
+        unlimited = 2.0 * math.fsum(capacity) or 1.0
+        arcs = np.concatenate([capacity, unlimited * self.sources, unlimited * self.sinks])
+        flow, side = self._solver(arcs, self.sources, self.sinks)
+        return verified_max_flow(integers, self.sources, self.sinks, flow, side, self.graph.edge_index.device)
 
     def _max_flow(self, arrays: CapacityArrays, sources: NDArray[np.bool_], sinks: NDArray[np.bool_]) -> MaxFlow:
         """Solve with the given capacities of the graph's edges, and verify the answer."""
-        # Terminal arcs get twice the sum of all capacities, which no flow can fill: infinity breaks solvers, and from
-        # 2**53 on the sum + 1 equals the sum.
-        unlimited = 2.0 * arrays.total or 1.0
-        arcs = np.concatenate([arrays.capacity, unlimited * sources, unlimited * sinks])
+        device = self.graph.edge_index.device
+        bounded = _BoundedProblem.of(arrays, sources, sinks)
+        if bounded is None:
+            # No route: the flow is 0, and the tokens that the sources reach are the side of an empty cut.
+            no_flow = np.zeros_like(arrays.capacity)
+            side = arrays.residual_reach(no_flow, sources)
+            return verified_max_flow(arrays, sources, sinks, no_flow, side, device)
+
+        arcs = bounded.arcs(sources, sinks)
         flow, side = self._solver(arcs, sources, sinks)
-        return verified_max_flow(arrays, sources, sinks, flow, side, self.graph.edge_index.device)
+        try:
+            best = verified_max_flow(bounded.arrays, sources, sinks, flow, bounded.cut_side(side), device)
+        except NumericalRangeError:
+            if self._is_exact:
+                raise
+            # A solver in float64 may round more than the re-check accepts; integers do not round.
+            flow, side = networkx_solver(self.arrays)(arcs, sources, sinks)
+            best = verified_max_flow(bounded.arrays, sources, sinks, flow, bounded.cut_side(side), device)
+        return bounded.unscaled(best, arrays.capacity)
+
+
+@dataclass(frozen=True, eq=False)
+class _BoundedProblem:
+    """A max-flow problem with capacities near its min cut, so that no sum loses the digits of the cut.
+
+    With U the capacity of any cut, ``V <= U``, and an edge of more than ``2 U`` is in no min cut and never full. So
+    ``min(c, 2 U)`` has the same max flows and the same min cuts as c. One power of two brings U near 1.
+
+    Attributes:
+        arrays: the edges with capacities ``min(c, 2 U) * 2**-exponent``.
+        reached: ``[T]`` bool, the tokens that some source reaches.
+        reaches: ``[T]`` bool, the tokens that reach some sink.
+        bound: ``U * 2**-exponent``, in [0.5, 1).
+        exponent: binary exponent of U.
+    """
+
+    arrays: CapacityArrays
+    reached: NDArray[np.bool_]
+    reaches: NDArray[np.bool_]
+    bound: float
+    exponent: int
+
+    @classmethod
+    def of(
+        cls,
+        arrays: CapacityArrays,
+        sources: NDArray[np.bool_],
+        sinks: NDArray[np.bool_],
+    ) -> _BoundedProblem | None:
+        """Bound and scale the capacities; None where no route exists.
+
+        Raises:
+            NumericalRangeError: every cut that was tried is beyond the range of float64.
+        """
+        # w, the width of the widest route: w <= V. The edges wider than w connect no source to a sink, so what they
+        # reach is a cut of edges of at most w: V <= U <= w * number of its edges. The trivial cuts may be smaller.
+        width = arrays.widest_route(sources, sinks)
+        if width == 0:
+            return None
+        wider = arrays.with_capacity(np.where(arrays.capacity > width, arrays.capacity, 0.0))
+        beyond = wider.residual_reach(np.zeros_like(wider.capacity), sources)
+        bound = min(arrays.cut_capacity(side) for side in (beyond, sources, ~sinks))
+        if not math.isfinite(bound):
+            raise NumericalRangeError(
+                "max flow: V must be in the range of float64 (up to 1.8e308), got cuts beyond it; rescale the "
+                "capacities, for instance divide them by their maximum"
+            )
+
+        fraction, exponent = math.frexp(bound)
+        limited = np.ldexp(np.minimum(arrays.capacity, 2.0 * bound), -exponent)
+        # Far below the cut a capacity may scale to 0; the least positive number keeps it an edge, and a cut's bound.
+        limited = np.where(arrays.capacity > 0, np.maximum(limited, _LEAST_POSITIVE), 0.0)
+        unused = np.zeros_like(limited)
+        return cls(
+            arrays=arrays.with_capacity(limited),
+            reached=arrays.residual_reach(unused, sources),
+            reaches=arrays.residual_reach(unused, sinks, backwards=True),
+            bound=fraction,
+            exponent=exponent,
+        )
+
+    def arcs(self, sources: NDArray[np.bool_], sinks: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """List the capacities of a solver's arcs: the edges on routes, then terminal arcs that no flow can fill."""
+        unlimited = 4.0 * self.bound
+        is_on_a_route = self.reached[self.arrays.tail] & self.reaches[self.arrays.head]
+        capacity = np.where(is_on_a_route, self.arrays.capacity, 0.0)
+        arcs = np.concatenate([capacity, unlimited * sources, unlimited * sinks])
+        return arcs.astype(np.float64, copy=False)
+
+    def cut_side(self, side: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Place the tokens off the routes, on which a solver's cut says nothing, so that no edge at them is cut."""
+        return side & self.reached | ~self.reaches
+
+    def unscaled(self, best: MaxFlow, capacity: NDArray[np.float64]) -> MaxFlow:
+        """Return a verified answer in the units of the given capacities."""
+        edge_flow = np.ldexp(best.edge_flow.cpu().numpy(), self.exponent)
+        return replace(
+            best,
+            value=_in_range(best.value, self.exponent),
+            error=_in_range(best.error, self.exponent),
+            edge_flow=torch.from_numpy(np.minimum(edge_flow, capacity)).to(best.edge_flow.device),
+            cut_capacity=_in_range(best.cut_capacity, self.exponent),
+        )
+
+
+def _in_range(number: float, exponent: int) -> float:
+    """Return ``number * 2**exponent``.
+
+    Raises:
+        NumericalRangeError: float64 cannot hold it.
+    """
+    try:
+        return math.ldexp(number, exponent)
+    except OverflowError as error:
+        raise NumericalRangeError(
+            f"max flow: V must be in the range of float64 (up to 1.8e308), got {number:g} * 2**{exponent}; rescale the "
+            "capacities, for instance divide them by their maximum"
+        ) from error
 
 
 def source_tokens(flow: Flow) -> Bool[Tensor, " tokens"]:
@@ -210,6 +329,7 @@ def _check_graph(graph: FlowGraph, max_edges: int, backend: str) -> None:
             f"graph: max flow takes one graph at a time, got a Batch of {graph.num_graphs}; call it for each graph in "
             "batch.to_data_list()"
         )
+    require_usable(graph)
     if graph.num_edges > max_edges:
         seconds = graph.num_edges * _SECONDS_PER_EDGE[backend]
         megabytes = graph.num_edges * _BYTES_PER_EDGE[backend] / 1e6
@@ -250,7 +370,7 @@ def _edge_weights(
 
 def _support(vector: Tensor, graph: FlowGraph, name: str) -> Bool[Tensor, " tokens"]:
     """Find the tokens where a source or demand vector is positive, after checking it."""
-    vector = torch.as_tensor(vector, device=graph.capacity.device).double()
+    vector = torch.as_tensor(vector, device=graph.capacity.device, dtype=torch.float64)
     if vector.shape != (graph.num_nodes,):
         raise InvalidInputError(
             f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; "

@@ -15,7 +15,21 @@ from flowgraph.errors import NumericalRangeError
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 
 TOLERANCE = 1e-12
-"""Error that the re-check accepts, as a share of the sum of capacities; igraph was measured at 1e-15 and below."""
+"""Error that the re-check accepts on a small graph, as a share of the min cut."""
+
+_ROUNDING_PER_EDGE = 2.0**-50
+"""Error that the re-check accepts for each edge, as a share of the min cut: a few roundings."""
+
+_LEVEL_CUTS = 1 + 2.0**-50
+"""A cut counts as minimal up to this factor, the rounding of its sum."""
+
+
+def relative_tolerance(num_edges: int) -> float:
+    """Return the error of V that a solver may leave, as a share of the min cut.
+
+    The sum of all capacities is no measure: a capacity of 2**63 beside a cut of 4 would allow any answer.
+    """
+    return max(TOLERANCE, _ROUNDING_PER_EDGE * num_edges)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +87,7 @@ def verified_max_flow(
 
     Raises:
         NumericalRangeError: the flow exceeds a capacity, the cut does not separate, or the two differ by more than
-            ``TOLERANCE`` of the sum of capacities.
+            :func:`relative_tolerance` of the cut.
 
     Cost: some reads of the edges, one exact sum per token, and two searches of the residual graph.
     """
@@ -94,7 +108,7 @@ def verified_max_flow(
     sink_side = arrays.residual_reach(clipped, sinks, backwards=True)
     candidates = (side, source_side, ~sink_side)
     smallest = min(arrays.cut_capacity(candidate) for candidate in candidates)
-    largest_allowed = smallest * (1 + arrays.full_tolerance)
+    largest_allowed = smallest * _LEVEL_CUTS
     if not _separates(source_side, sources, sinks) or arrays.cut_capacity(source_side) > largest_allowed:
         source_side = side
     if not _separates(~sink_side, sources, sinks) or arrays.cut_capacity(~sink_side) > largest_allowed:
@@ -106,8 +120,8 @@ def verified_max_flow(
     width = math.fsum([cut_capacity, rounded_up, *(-term for term in net_outflow)])
     error = math.nextafter(width, math.inf) if width > 0 else 0.0
 
-    # The solver's own flow and cut must be right up to rounding.
-    allowed = TOLERANCE * arrays.total
+    # The solver's own flow and cut must be right up to rounding, measured by the cut.
+    allowed = relative_tolerance(arrays.capacity.size) * cut_capacity
     out_of_bounds = float(np.abs(clipped - flow).max(initial=0.0))
     cut_excess = arrays.cut_capacity(side) - cut_capacity
     broken = []
@@ -120,7 +134,8 @@ def verified_max_flow(
     if broken:
         raise NumericalRangeError(
             f"max flow: the solver's answer must pass its re-check, got a failure of {', '.join(broken)} (V in "
-            f"[{cut_capacity - error:.17g}, {cut_capacity:.17g}]); rescale the capacities or try backend='networkx'"
+            f"[{cut_capacity - error:.17g}, {cut_capacity:.17g}] in units of 2**k); rescale the capacities or try "
+            "backend='networkx'"
         )
 
     return MaxFlow(

@@ -88,6 +88,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
     summary = payload["summary"]
     backbone = payload["backbone"]
     regions = [token["region"] for token in payload["tokens"]]
+    made = payload["provenance"]
     return {
         "model": visible(payload["model"] or "a model"),
         "feasible": payload["feasible"],
@@ -102,6 +103,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "backbone_share": backbone and percent(backbone["share"]),
         "backbone_edges": backbone and len(backbone["edges"]),
         "pruned": _pruned(summary),
+        "cut_off_by": visible(str(made.get("stop"))) if made.get("truncated") else None,
         "provenance": list(flattened(payload["provenance"])),
         "schema": payload["schema"],
         "relevance": _relevance_header(payload.get("relevance")),

@@ -39,7 +39,7 @@ def token_vector(
     Raises:
         InvalidInputError: another shape, a negative number, NaN or infinity.
     """
-    vector = torch.as_tensor(vector, device=device).double()
+    vector = torch.as_tensor(vector, device=device, dtype=torch.float64)
     if vector.shape != shape:
         raise InvalidInputError(
             f"{name}: must have one entry per token {tuple(shape)}, got shape {tuple(vector.shape)}; "

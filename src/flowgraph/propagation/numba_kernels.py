@@ -6,6 +6,10 @@ nodes that ends at the border of a graph can be swept on its own, in a thread of
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit  # type: ignore[import-not-found]
 from numpy.typing import NDArray
@@ -15,8 +19,40 @@ from numpy.typing import NDArray
 _REGROUP = {"reassoc", "contract"}
 
 
+_NO_CACHE = "cannot cache function"
+"""Start of numba's message where no folder can hold compiled code."""
+
+_has_warned = False
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile without the interpreter lock, and keep the code on disk where some folder can hold it.
+
+    numba keeps it beside the package or in the user's cache folder. Where neither can be written (a read-only
+    installation without a home folder), it refuses to compile at all; the code is then compiled in each process.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        global _has_warned
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError as error:
+            if not str(error).startswith(_NO_CACHE):
+                raise
+        if not _has_warned:
+            _has_warned = True
+            warnings.warn(
+                "numba: should keep compiled code in a folder, got none that can be written, so each process compiles "
+                "it anew (some seconds); set NUMBA_CACHE_DIR to a folder of yours",
+                stacklevel=2,
+            )
+        return njit(nogil=True, **options)(function)
+
+    return decorate
+
+
 # Sources are unsigned: the compiled code then needs no check for negative indices.
-@njit(nogil=True, cache=True)
+@_compiled()
 def potential(
     row_ptr: NDArray,
     source: NDArray,
@@ -47,7 +83,7 @@ def potential(
                 accumulated[source[edge]] += weight[edge] * value
 
 
-@njit(nogil=True, cache=True)
+@_compiled()
 def influence(
     row_ptr: NDArray,
     source: NDArray,
@@ -78,7 +114,7 @@ def influence(
         propagated[t] = propagation_factor[t] * g[t]
 
 
-@njit(nogil=True, cache=True, fastmath=_REGROUP)
+@_compiled(fastmath=_REGROUP)
 def dense_potential(matrix: NDArray, propagation_factor: NDArray, h: NDArray) -> None:
     """Solve ``h = b + D C^T h`` for one matrix, four rows at a time: each partial sum is then stored once per four.
 
@@ -112,7 +148,7 @@ def dense_potential(matrix: NDArray, propagation_factor: NDArray, h: NDArray) ->
             accumulated[s] += matrix[row, s] * h[row]
 
 
-@njit(nogil=True, cache=True, fastmath=_REGROUP)
+@_compiled(fastmath=_REGROUP)
 def dense_influence(matrix: NDArray, propagation_factor: NDArray, g: NDArray) -> None:
     """Solve ``g = q + C D g`` for one matrix, four rows at a time: each value of g is then read once per four sums.
 

@@ -67,7 +67,7 @@ class TokenText:
         try:
             spans = torch.as_tensor(spans).long()
         except (TypeError, ValueError, RuntimeError):
-            spans = torch.empty(0)
+            spans = torch.empty(0, dtype=torch.int64)
         if not all(isinstance(token, str) for token in tokens):
             raise InvalidInputError(f"tokens: must be the text of each token, got {tokens!r:.80}; pass trace.tokens")
         if spans.shape != (len(tokens), 2) or len(tokens) == 0:

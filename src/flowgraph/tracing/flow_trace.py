@@ -27,6 +27,7 @@ from flowgraph.text.quoting import quote, shortened
 from flowgraph.tracing.edge import Edge, edge_of
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.payload import finite_or_none, trace_payload
+from flowgraph.tracing.provenance import describe_response
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.sensitivity import Sensitivity, sensitivity_of
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
@@ -301,6 +302,8 @@ class FlowTrace:
         """
         graph = self.graph
         flow = self.flow
+        graph.validate()
+        flow.require_unchanged()
         capacity = graph.capacity
         if capacity.dtype not in _CAPACITY_DTYPES:
             # float16 and bfloat16 are exact in float32.
@@ -432,13 +435,16 @@ class FlowTrace:
         return repr_html(self)
 
     def __repr__(self) -> str:
-        """Summarise the trace: sizes, the answer, the mean route, the strongest hubs, and what pruning lost."""
+        """Summarise the trace: sizes, response, answer, the mean route, the strongest hubs, and what pruning lost."""
         sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
         model = self.provenance.get("model", "a model")
         lines = [
             f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges",
             f"  answer: {self._shown_answer()}",
         ]
+        made = describe_response(self.provenance)
+        if made is not None:
+            lines.append(f"  response: {made}")
         if self.feasible:
             lines += self._flow_summary()
         else:

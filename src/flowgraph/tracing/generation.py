@@ -1,13 +1,21 @@
-"""Generate a response greedily where none was given."""
+"""Generate a response where none was given, by fixed rules that no default of the model changes.
+
+The rules: greedy, the most probable token each time; no sampling, no beams, no penalty on repetitions or lengths, no
+suppressed or forced token, no stop string; in evaluation mode, so that dropout is off; with the model as ``capture``
+reads it (its active adapters, its devices). Generation ends after an end token of the model (those of its
+``generation_config``, else the tokenizer's), after ``max_new_tokens`` tokens, or where the context is full.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from flowgraph.attention.capture import evaluating, input_device
 from flowgraph.attention.modules import context_length
 from flowgraph.errors import InvalidInputError
 from flowgraph.text.encoding import encode
@@ -32,7 +40,7 @@ def generate_response(
     max_new_tokens: int,
     progress: Progress,
 ) -> list[int]:
-    """Generate a response greedily.
+    """Generate a response by the rules of this module.
 
     Args:
         model: the transformers model, without wrappers.
@@ -60,13 +68,15 @@ def generate_response(
             f"prompt: must leave space in the context of {limit} tokens, got {prompt_ids.numel()}; shorten it"
         )
 
-    ids = prompt_ids[None].to(model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
+    ids = prompt_ids[None]
+    ids = ids.to(input_device(model, ids.device))
     progress(f"generating up to {max_new_tokens} tokens")
-    with torch.no_grad():
+    config = _greedy(model, tokenizer, max_new_tokens)
+    with torch.no_grad(), evaluating(model), _no_defaults(model, config):
         output = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=_greedy(model, tokenizer, max_new_tokens),
+            generation_config=config,
             streamer=_TokenCounter(progress, ids.shape[1]),
         )
     # generate() returns the prompt followed by the response.
@@ -74,15 +84,24 @@ def generate_response(
     return [int(token) for token in response]
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """List the ids after which a response ends: those of the model, or the tokenizer's where the model has none."""
+    ends = None
+    if model.generation_config is not None:
+        ends = model.generation_config.eos_token_id
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return []
+    if isinstance(ends, Tensor):
+        ends = ends.tolist()
+    return [ends] if isinstance(ends, int) else [int(end) for end in ends]
+
+
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Configure greedy generation with the model's end token, or the tokenizer's where the model has none."""
+    """Configure greedy generation with the end tokens of the model."""
     from transformers import GenerationConfig
 
-    end = None
-    if model.generation_config is not None:
-        end = model.generation_config.eos_token_id
-    if end is None:
-        end = tokenizer.eos_token_id
     # generate() warns where no padding token is set.
     padding = tokenizer.pad_token_id
     if padding is None:
@@ -90,9 +109,20 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=end,
+        eos_token_id=end_tokens(model, tokenizer) or None,
         pad_token_id=padding,
     )
+
+
+@contextmanager
+def _no_defaults(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace the model's own generation settings, from which generate() fills whatever a call leaves open."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def check_max_new_tokens(value: Any) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import platform
+import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int64
 from torch import Tensor
 
+from flowgraph.attention.modules import context_length
 from flowgraph.capacities.registry import find_capacity
 from flowgraph.flow.compositions import ComposedScores
 from flowgraph.text.regions import Regions
+from flowgraph.tracing.generation import end_tokens
 from flowgraph.tracing.recapture import RECORD, capture_record
 from flowgraph.tracing.trace_options import TraceOptions
+from flowgraph.tracing.weights import weights_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +32,7 @@ def provenance_of(
     regions: Regions,
     layers: tuple[int, ...],
     options: TraceOptions,
+    response: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe what was run, with which choices and versions, as plain JSON values.
 
@@ -35,11 +42,13 @@ def provenance_of(
         regions: their selectors are recorded.
         layers: indices of the layers that were read.
         options: the other choices.
+        response: how the response was made, from :func:`response_record`.
     """
     return {
         "model": model_name(model),
         "architecture": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **weights_record(model),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "capacity": options.capacity,
         "capacity_options": {name: _plain(value) for name, value in (options.capacity_options or {}).items()},
@@ -57,6 +66,7 @@ def provenance_of(
         "question_selector": regions.question_selector,
         "answer_selector": regions.answer_selector,
         "answer_by": regions.answer_by,
+        **response,
         "versions": {"python": platform.python_version(), **package_versions()},
     }
 
@@ -74,6 +84,65 @@ def composition_record(composed: ComposedScores) -> dict[str, Any]:
     for name, value in composed.options.items():
         options[name] = value.tolist() if isinstance(value, Tensor) else value
     return {"name": composed.name, "options": options, "residual": composed.residual}
+
+
+def response_record(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    response: Int64[Tensor, " response"],
+    *,
+    was_generated: bool,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Describe how a response was made, and whether it ended by itself.
+
+    Args:
+        model: the transformers model, without wrappers.
+        tokenizer: its tokenizer, or None.
+        response: ids of the response.
+        was_generated: whether this run generated it, instead of reading it.
+        max_new_tokens: the limit of a generated response.
+
+    Returns:
+        ``response``: "generated" or "given"; ``truncated``: whether it was cut off before an end token; ``stop``: what
+        ended it. The last two are None for a given response, of which they are unknown.
+    """
+    # A chat template closes a given text with an end token, which says nothing about how the text was made.
+    if not was_generated:
+        return {"response": "given", "truncated": None, "stop": None}
+
+    last = int(response[-1])
+    if last in end_tokens(model, tokenizer):
+        return {"response": "generated", "truncated": False, "stop": f"end token {last}"}
+    if response.numel() >= max_new_tokens:
+        stop = f"max_new_tokens={max_new_tokens}"
+    else:
+        stop = f"context of {context_length(model)} tokens"
+    return {"response": "generated", "truncated": True, "stop": stop}
+
+
+def describe_response(provenance: Mapping[str, Any]) -> str | None:
+    """Describe in one line how the response was made; None where the provenance does not say."""
+    made = provenance.get("response")
+    if made is None:
+        return None
+    truncated = provenance.get("truncated")
+    stop = provenance.get("stop")
+    if truncated:
+        return f"{made}, cut off by {stop} before it ended"
+    if truncated is False:
+        return f"{made}, ended by itself ({stop})"
+    return str(made)
+
+
+def warn_if_truncated(record: Mapping[str, Any], stacklevel: int) -> None:
+    """Warn where a generated response was cut off, so that its last line is not taken for its answer unawares."""
+    if record["truncated"]:
+        warnings.warn(
+            f"max_new_tokens: the response should end by itself, got one cut off by {record['stop']}, so its answer "
+            "may be missing; raise max_new_tokens, or pass the response",
+            stacklevel=stacklevel,
+        )
 
 
 def model_name(model: PreTrainedModel) -> str:

@@ -22,12 +22,13 @@ from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.memory import require_memory
 from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.row_sources import RowSource
+from flowgraph.text.chat import ends_with_response
 from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions, last_resort
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
-from flowgraph.tracing.provenance import composition_record, provenance_of
+from flowgraph.tracing.provenance import composition_record, provenance_of, response_record, warn_if_truncated
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.trace_options import TraceOptions
 
@@ -210,6 +211,7 @@ def trace(
         check_writable(path)
     options.check(model)
     inner = base_model(model)
+    was_generated = False
     if input_ids is not None:
         if prompt is not None or response is not None:
             raise InvalidInputError("input_ids: replaces prompt and response, got both; pass one or the other")
@@ -225,18 +227,27 @@ def trace(
         check_text_arguments(tokenizer, prompt, reasoning)
         request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
+        was_generated = response is None and not ends_with_response(prompt)  # type: ignore[arg-type]
         guess = last_resort(regions.answer_by, encoded)
         if guess:
             warnings.warn(guess, stacklevel=2)
-    if options.is_signed:
-        return _trace_relevance(model, tokenizer, encoded, regions, options, report)
     num_tokens = encoded.input_ids.numel()
+    response_facts = response_record(
+        inner,
+        tokenizer,
+        encoded.input_ids[encoded.prompt_length :],
+        was_generated=was_generated,
+        max_new_tokens=max_new_tokens,
+    )
+    warn_if_truncated(response_facts, stacklevel=3)
+    if options.is_signed:
+        return _trace_relevance(model, tokenizer, encoded, regions, options, response_facts, report)
     require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)
 
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
     attention = options.capture(model, encoded.input_ids[None], answer=regions.answer[None])
-    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
+    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options, response_facts)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 
 
@@ -246,12 +257,13 @@ def _trace_relevance(
     encoded: EncodedText,
     regions: Regions,
     options: TraceOptions,
+    response_facts: dict[str, Any],
     progress: Progress,
 ) -> RelevanceTrace:
     """Compute the relevance of the answer: one forward pass, and a backward pass per hop."""
     progress(f"computing the relevance of the answer over {encoded.input_ids.numel()} tokens")
     inner = base_model(model)
-    provenance = provenance_of(inner, tokenizer, regions, (), options)
+    provenance = provenance_of(inner, tokenizer, regions, (), options, response_facts)
     return relevance_trace(
         model,
         tokenizer,

@@ -129,7 +129,7 @@ def align(
         )
 
         # Pass 1: rollouts, and u_b of every batch with signal. Pass 2 compares every arm with all of them.
-        uniform_gradients = torch.empty(num_batches, num_parameters)
+        uniform_gradients = torch.empty(num_batches, num_parameters, dtype=torch.float32)
         batches = run.collect(uniform_gradients)
         if len(batches) < _MIN_BATCHES:
             raise ConfigError(
@@ -269,7 +269,7 @@ class _AlignmentRun:
         for number, batch in enumerate(batches):
             # Gradients of the few fields that make up all 3 A gradients; the first is u_b, which is known.
             fields, coefficients = decompose_weights(batch.base, batch.weights, batch.selected)
-            gradients = torch.empty(len(fields), uniform.shape[1])
+            gradients = torch.empty(len(fields), uniform.shape[1], dtype=torch.float32)
             gradients[0] = uniform[number]
             if len(fields) > 1:
                 gradients[1:] = policy_gradients(self.policy, batch.responses, fields[1:], self.config)

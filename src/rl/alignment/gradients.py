@@ -40,7 +40,7 @@ def token_factors(experience: Experience, config: PPOConfig) -> Float[Tensor, "b
     mask = experience.loss_mask
 
     # The share of each token in the loss is the derivative of the aggregated loss by the token's own loss.
-    token_loss = torch.zeros(mask.shape, requires_grad=True)
+    token_loss = torch.zeros(mask.shape, requires_grad=True, dtype=torch.float32)
     with torch.enable_grad():
         total = aggregate(
             token_loss,
@@ -132,7 +132,7 @@ def policy_gradients(
     """
     parameters = list(policy.policy_parameters().values())
     num_parameters = sum(weight.numel() for weight in parameters)
-    total = torch.zeros(len(factors), num_parameters)
+    total = torch.zeros(len(factors), num_parameters, dtype=torch.float32)
 
     for start in range(0, responses.num_sequences, config.micro_batch_size):
         stop = min(start + config.micro_batch_size, responses.num_sequences)

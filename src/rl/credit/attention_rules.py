@@ -47,7 +47,7 @@ def max_attention(batch: CreditInput) -> Float[Tensor, "batch response"]:
     Cost: one read of the response rows.
     """
     options_of(batch)
-    most_read = torch.zeros(batch.scored.shape, device=recorded(batch, "attention").device)
+    most_read = torch.zeros(batch.scored.shape, device=recorded(batch, "attention").device, dtype=torch.float32)
     for first, rows in _response_blocks(batch, "attention"):
         width = rows.shape[2]
         earlier = rows.tril(first - 1)
@@ -208,7 +208,7 @@ def atpo(batch: CreditInput) -> Float[Tensor, "batch response"]:
     reasoning = before_answer(batch.responses).to(batch.scored.device)
     has_reasoning = reasoning.any(1)
 
-    scores = torch.zeros(batch.scored.shape, device=batch.scored.device)
+    scores = torch.zeros(batch.scored.shape, device=batch.scored.device, dtype=torch.float32)
     for item in has_reasoning.nonzero().flatten().tolist():
         in_reasoning = reasoning[item]
         read_by_answer = _answer_reading(rows, item, batch.responses.answer[item]).to(scores.device)
@@ -255,8 +255,8 @@ def _future_influence(batch: CreditInput, near: int, far: int) -> Float[Tensor, 
     device = recorded(batch, "global").device
     is_reader = batch.responses.response_mask.to(device).float()
 
-    received = torch.zeros(is_reader.shape, device=device)
-    num_readers = torch.zeros(is_reader.shape, device=device)
+    received = torch.zeros(is_reader.shape, device=device, dtype=torch.float32)
+    num_readers = torch.zeros(is_reader.shape, device=device, dtype=torch.float32)
     for first, rows in _response_blocks(batch, "global"):
         width = rows.shape[2]
         reader = torch.arange(first, width, device=device)
@@ -278,7 +278,7 @@ def _reach_change(batch: CreditInput, window: int) -> Float[Tensor, "batch respo
     prompt_length = batch.responses.prompt_length
 
     # W_t of every response token. All columns count here, because a token's reach includes the prompt.
-    reach = torch.zeros(batch.scored.shape, device=rows.device)
+    reach = torch.zeros(batch.scored.shape, device=rows.device, dtype=torch.float32)
     for start in range(prompt_length, rows.num_tokens, BLOCK):
         stop = min(start + BLOCK, rows.num_tokens)
         reader = torch.arange(start, stop, device=rows.device)

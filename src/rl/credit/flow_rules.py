@@ -158,7 +158,7 @@ def _shuffled(
 
     # Sorting puts the movable columns first in random order, then the fixed ones in their own order.
     # Random keys are below 1, keys of fixed columns are 2 or more.
-    random_keys = torch.rand(num_tokens, num_tokens, generator=random).to(device)
+    random_keys = torch.rand(num_tokens, num_tokens, generator=random, dtype=torch.float32).to(device)
     keys = torch.where(movable, random_keys, 2.0 + column)
     drawn = torch.argsort(keys, stable=True)
 

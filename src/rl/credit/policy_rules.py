@@ -29,10 +29,10 @@ def random(batch: CreditInput) -> Float[Tensor, "batch response"]:
         CreditError: the number of generators is not that of the responses.
     """
     mask = batch.responses.response_mask.cpu()
-    scores = torch.zeros(mask.shape)
+    scores = torch.zeros(mask.shape, dtype=torch.float32)
     for row, is_token, generator in zip(scores, mask, generators_of(batch), strict=True):
         num_tokens = int(is_token.sum())
-        row[is_token] = torch.rand(num_tokens, generator=generator)
+        row[is_token] = torch.rand(num_tokens, generator=generator, dtype=torch.float32)
     return scores.to(batch.scored.device)
 
 

@@ -103,7 +103,7 @@ def read_responses(
     generated = Generated(ids, mask, prompt_length, response_mask, truncated)
     responses = judge(_AnswerFinder(find_answer), tokenizer, samples, generated)
     if rewards is None:
-        rewards = torch.zeros(len(ids))
+        rewards = torch.zeros(len(ids), dtype=torch.float32)
     return replace(responses, rewards=rewards.detach().float().cpu())
 
 

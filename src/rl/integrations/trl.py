@@ -62,7 +62,7 @@ class TokenCredit(_GRPOTrainer):
         self.credit = CreditConfig(rule=credit) if isinstance(credit, str) else credit
         self.credit_rule = usable_rule(self.credit)
         self.find_answer = find_answer
-        self._rewards: Tensor = torch.empty(0)
+        self._rewards: Tensor = torch.empty(0, dtype=torch.float32)
         super().__init__(*args, **kwargs)
         _check_supported(self)
 
@@ -109,9 +109,9 @@ class TokenCredit(_GRPOTrainer):
         """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``)."""
         mask = output["completion_mask"].bool()
         credit = Credit(
-            scores=torch.zeros(mask.shape),
+            scores=torch.zeros(mask.shape, dtype=torch.float32),
             scored=torch.zeros(mask.shape, dtype=torch.bool),
-            weights=torch.ones(mask.shape),
+            weights=torch.ones(mask.shape, dtype=torch.float32),
         )
         credit = to_device(credit, mask.device)
 

@@ -361,7 +361,7 @@ def _histogram(weights: Float[Tensor, " tokens"]) -> dict[str, Any]:
     weights = weights[torch.isfinite(weights)]
     low = min([0.0, *weights.tolist()])
     high = max([1.0, *weights.tolist()])
-    counts = torch.zeros(_BINS)
+    counts = torch.zeros(_BINS, dtype=torch.float32)
     if weights.numel():
         counts = torch.histc(weights, _BINS, low, high)
     return {"low": _short(low), "high": _short(high), "counts": [int(count) for count in counts]}

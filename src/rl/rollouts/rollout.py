@@ -15,6 +15,7 @@ from flowgraph import (
     EncodedText,
     FlowgraphError,
     NoAnswerError,
+    context_length,
     encode,
     final_part,
     find_question,
@@ -24,7 +25,7 @@ from flowgraph import (
 from rl.errors import PolicyError, RewardError, TaskError
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
-from rl.seeds import generator
+from rl.seeds import derive
 from rl.tasks.base import Task
 from rl.tasks.rewards import checked_rewards
 
@@ -66,7 +67,7 @@ class PromptEncoder:
         # The limit is the smaller of the budget and what the context leaves; messages name the one that applies.
         self._limit = max_prompt_tokens
         self._limit_origin = f"max_prompt_tokens={max_prompt_tokens}"
-        context = _context_length(model)
+        context = context_length(model)
         if context is not None and context - max_response_tokens < max_prompt_tokens:
             self._limit = context - max_response_tokens
             self._limit_origin = f"the model's context of {context} minus max_response_tokens={max_response_tokens}"
@@ -118,12 +119,6 @@ class PromptEncoder:
         """Encode a prompt as it is in front of a response, which some tokenizers encode differently."""
         encoded = encode(self.tokenizer, sample.prompt, [self.ending.end_ids[0]])
         return encoded.input_ids[: encoded.prompt_length].tolist()
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """Read the model's longest sequence under either of its names; None where it has no limit."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]:
@@ -191,12 +186,12 @@ def sample_responses(
         PolicyError: a prompt that the encoder refuses.
     """
     prompts: list[list[int]] = []
-    noise: list[torch.Generator] = []
+    seeds: list[int] = []
     for sample in samples:
         ids = encoder.ids(sample)
         for copy in range(group_size):
             prompts.append(ids)
-            noise.append(generator(seed, "sampling", step, sample.index, copy))
+            seeds.append(derive(seed, "sampling", step, sample.index, copy))
 
     # Noise belongs to the sequence, so the size of a part changes no response.
     size = batch_size or len(prompts)
@@ -205,7 +200,7 @@ def sample_responses(
         part = generate(
             model,
             prompts[start : start + size],
-            noise[start : start + size],
+            seeds[start : start + size],
             ending=encoder.ending,
             max_new_tokens=max_response_tokens,
             temperature=temperature,

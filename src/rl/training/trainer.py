@@ -140,7 +140,7 @@ class PPOTrainer:
         self.position = Position(kl_weight=config.kl_weight)
         self.history: list[dict[str, Any]] = []
         self._buffer: Experience | None = None
-        self._ratios: Tensor = torch.empty(0)
+        self._ratios: Tensor = torch.empty(0, dtype=torch.float32)
         self._scored: tuple[Responses, TokenOutput] | None = None
         self._reference = reference_mark(self.policy)
         if self.output is not None:

@@ -7,7 +7,7 @@ import torch
 
 from rl import PolicyError
 from rl.policy.sampling import Ending, generate
-from rl.seeds import generator
+from rl.seeds import derive
 from tests.fixtures.policies import FAMILIES, alphabet, tiny_policy
 
 PROMPTS = [[3, 30, 39, 5], [8, 12], [31, 4, 6, 7, 9, 33]]
@@ -15,7 +15,7 @@ ENDING = Ending((1,), 0)
 
 
 def sampled(family: str, chosen: list[int], **options):
-    noise = [generator(0, "sampling", index) for index in chosen]
+    noise = [derive(0, "sampling", index) for index in chosen]
     model = tiny_policy(family)
     return generate(model, [PROMPTS[i] for i in chosen], noise, ending=ENDING, max_new_tokens=8, **options)
 
@@ -39,7 +39,7 @@ def test_samples_follow_the_softmax_at_the_temperature():
     model, prompt, temperature, count = tiny_policy(seed=3), PROMPTS[0], 1.7, 4000
     with torch.no_grad():
         expected = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).double()
-    noise = [generator(5, "sampling", index) for index in range(count)]
+    noise = [derive(5, "sampling", index) for index in range(count)]
     out = generate(model, [prompt] * count, noise, ending=ENDING, max_new_tokens=1, temperature=temperature)
     seen = torch.bincount(out.input_ids[:, -1], minlength=len(expected)).double()
     # a first token that ends the response is kept as such; padding cannot be told from it, so both are one outcome
@@ -52,7 +52,7 @@ def test_samples_follow_the_softmax_at_the_temperature():
 
 
 def test_masks_end_with_the_end_token_and_truncation_is_seen():
-    noise = [generator(0, "sampling", index) for index in range(60)]
+    noise = [derive(0, "sampling", index) for index in range(60)]
     out = generate(tiny_policy(), [PROMPTS[0]] * 60, noise, ending=ENDING, max_new_tokens=12, temperature=3.0)
     response = out.input_ids[:, out.prompt_length :]
     for row, mask, truncated in zip(response, out.response_mask, out.truncated, strict=True):
@@ -69,7 +69,7 @@ def test_the_models_own_generation_settings_do_not_reshape_the_samples():
     model, plain = tiny_policy(), sampled("llama", [0, 1])
     model.generation_config.repetition_penalty = 3.0
     model.generation_config.top_k = 1
-    noise = [generator(0, "sampling", index) for index in (0, 1)]
+    noise = [derive(0, "sampling", index) for index in (0, 1)]
     out = generate(model, PROMPTS[:2], noise, ending=ENDING, max_new_tokens=8)
     assert torch.equal(out.input_ids, plain.input_ids)
     assert model.generation_config.repetition_penalty == 3.0
