@@ -22,6 +22,7 @@ from flowgraph.steps.step_relevance import StepRelevance
 from flowgraph.text.quoting import shortened
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
+from flowgraph.tracing.provenance import describe_response
 
 NUM_TOKEN_ROWS = 24
 """Rows of the token table in the full view, unless all tokens are listed."""
