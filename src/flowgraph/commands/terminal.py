@@ -166,18 +166,18 @@ def _brief_tokens(trace: FlowTrace) -> Table:
     return table
 
 
-def heat_text(trace: FlowTrace, shown: range | None = None) -> Text:
+def heat_text(trace: FlowTrace, part: range | None = None) -> Text:
     """Render the text, each token on a background that grows brighter with the square root of its throughput.
 
     Args:
         trace: the trace.
-        shown: the tokens to show; None shows all.
+        part: the tokens to show; None shows all.
     """
     text = Text(no_wrap=False)
     # The square root spreads small shares, which most tokens have.
     strengths = trace.throughput.sqrt().tolist()
     regions = token_regions(trace.graph)
-    for index in shown if shown is not None else range(trace.num_tokens):
+    for index in part if part is not None else range(trace.num_tokens):
         token = trace.tokens[index]
         region = regions[index]
         strength = strengths[index]
