@@ -157,11 +157,7 @@ function drawHint() {
 
 function drawTokenPanel(index) {
   const { text, region, generated, h, g, throughput, joined } = tokens[index];
-  const facts = [
-    `token ${index}`,
-    region ?? OUTSIDE,
-    generated ? "generated" : "prompt",
-  ];
+  const facts = [`token ${index}`, region ?? OUTSIDE, generated ? "generated" : "prompt"];
   if (joined) facts.push("part of the character before");
   const roles = rolesOf(index).map(([name, meaning]) => make("li", "", make("b", "role", name), ` ${meaning}`));
 
