@@ -29,8 +29,8 @@ _MAX_NAME = 24
 """Characters of a token in a list."""
 _ROUTE_ENDS = 5
 """Tokens shown at each end of a long route."""
-_MAX_ANSWER = 200
-"""Characters of the answer."""
+_MAX_SELECTION = 240
+"""Characters of the answer and the rule that found it in the brief view."""
 _NUM_BRIEF_TOKENS = 6
 _NUM_BRIEF_ROUTES = 3
 _NUM_BRIEF_LINES = 6
@@ -102,11 +102,13 @@ def brief_trace(trace: FlowTrace) -> RenderableType:
     """Render a trace in some twenty lines: its answer, the end of its text, the strongest tokens and routes."""
     model = signs.visible(str(trace.provenance.get("model") or "a model"))
     sizes = ", ".join(f"{name} {int(trace.graph[f'{name}_mask'].sum()):,}" for name in REGIONS)
+    selection = _selection(trace)
+    selection.truncate(_MAX_SELECTION, overflow="ellipsis")
     shown = _end_of_text(trace)
     left_out = Text(f"[… {shown.start:,} tokens before]" if shown.start else "", style="dim")
     parts: list[RenderableType] = [
         Text(f"{model}: {trace.num_tokens:,} tokens ({sizes})"),
-        _selection(trace),
+        selection,
         left_out,
         heat_text(trace, shown),
         Text(),
@@ -334,9 +336,9 @@ def _where_it_ends(relevance: StepRelevance) -> list[tuple[str, float]]:
 
 def _selection(trace: FlowTrace) -> Text:
     """Show the answer and the rule that found it, the first thing to check when a trace looks wrong."""
-    answer = shortened(trace.text_of(trace.answer).strip(), _MAX_ANSWER)
+    answer = "".join(trace.tokens[token] for token in trace.answer.nonzero().flatten().tolist())
     rule = trace.provenance.get("answer_selector", "")
-    line = Text(f"answer: {answer!r}")
+    line = Text(f"answer: {answer.strip()!r}")
     if rule in _FOUND_AS:
         line.append(f" {_FOUND_AS[rule]}", style="dim")
     elif rule:

@@ -28,7 +28,6 @@ from flowgraph.files import PathLike, write_json
 from flowgraph.flow.flow import NEGLIGIBLE_FLOW
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.pages.comparison_page import write_comparison_html
-from flowgraph.text.quoting import shortened
 from flowgraph.tracing.flow_trace import FlowTrace
 
 SCHEMA = "flowgraph-comparison/1"
@@ -463,7 +462,11 @@ def _name(settings: Mapping[str, Any], differing: Sequence[str], answer: str | N
 
 def _answer(trace: FlowTrace) -> str:
     """Return the text of the answer, shortened to fit a name."""
-    return shortened(trace.text_of(trace.answer).strip(), _MAX_ANSWER)
+    answer_tokens = trace.answer.nonzero().flatten().tolist()
+    text = "".join(trace.tokens[t] for t in answer_tokens).strip()
+    if len(text) <= _MAX_ANSWER:
+        return text
+    return text[: _MAX_ANSWER - 1] + "…"
 
 
 def _ranges(layers: Any) -> str:

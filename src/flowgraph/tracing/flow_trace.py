@@ -297,10 +297,8 @@ class FlowTrace:
         """Summarise the trace: sizes, the answer, the mean route, the strongest hubs, and what pruning lost."""
         sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
         model = self.provenance.get("model", "a model")
-        lines = [
-            f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges",
-            f"  answer: {self._shown_answer()}",
-        ]
+        lines = [f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges"]
+        lines.append(f"  answer: {self._shown_answer()}")
         if self.feasible:
             lines += self._flow_summary()
         else:
