@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -393,9 +393,23 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
         num_hubs=num_hubs,
         edge_overlap=shared_hops,
         mean_hops=mean_hops,
-        routes=route_pairs(flows, pair_of, pairs),
+        routes=_with_text(route_pairs(flows, pair_of, pairs), units, aligned.pairs),
         notes=_notes(first, second, aligned),
     )
+
+
+def _with_text(
+    routes: Sequence[RoutePair], units: Sequence[Sequence[Unit]], pairs: Sequence[Sequence[int]]
+) -> tuple[RoutePair, ...]:
+    """Add the text of the units to routes: that of the first trace where it has the unit."""
+    named = []
+    for route in routes:
+        texts = []
+        for pair in route.pairs:
+            i, j = pairs[pair]
+            texts.append(units[0][i].text if i >= 0 else units[1][j].text)
+        named.append(replace(route, text=tuple(texts)))
+    return tuple(named)
 
 
 def _units(trace: FlowTrace, groups: Sequence[Group]) -> tuple[Unit, ...]:
