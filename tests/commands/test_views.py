@@ -91,6 +91,13 @@ def test_any_text_fits_a_screen(run, tmp_path: Path, texts: tuple[str, ...]):
     assert len(run("steps", tmp_path / "t.safetensors")[1].splitlines()) <= ONE_SCREEN
 
 
+def test_a_long_answer_leaves_room_for_the_rest(run, tmp_path: Path):
+    make_trace(400, 40, 300).save(tmp_path / "t.safetensors")
+    _, printed, _ = run("show", tmp_path / "t.safetensors")
+    assert len(printed.splitlines()) <= ONE_SCREEN
+    assert "widest routes" in printed
+
+
 def test_a_failed_check_is_printed_in_every_view(run, checkpoint: Path, tmp_path: Path):
     from safetensors import safe_open
     from safetensors.torch import save_file

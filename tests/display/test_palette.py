@@ -1,5 +1,6 @@
 """Pages, notebooks and figures read one palette; its colours are readable on both grounds; no other hue is used."""
 
+import colorsys
 import json
 import re
 from pathlib import Path
@@ -149,6 +150,21 @@ def test_figures_read_the_palette(trace):
     colours = {to_hex(line.get_color()) for line in ax.get_lines() if str(line.get_label())[:2] in ("A:", "B:")}
     assert colours == {PALETTE["less"].light, PALETTE["flow"].light}
     pyplot.close("all")
+
+
+def hue(colour: str) -> float:
+    return 360 * colorsys.rgb_to_hsv(*(value / 255 for value in channels(colour)))[0]
+
+
+def test_flow_shares_its_hue_with_no_region_and_no_other_meaning():
+    for scheme in ("light", "dark"):
+        flow = hue(getattr(PALETTE["flow"], scheme))
+        for name in ("question", "answer", "less"):
+            distance = abs(hue(getattr(PALETTE[name], scheme)) - flow) % 360
+            assert min(distance, 360 - distance) > 45, name
+    # The ramp of the terminal stays between red and yellow, like the flow itself.
+    assert all(10 < hue(step) < 50 for step in FLOW_RAMP_ON_DARK)
+    assert 10 < hue(PALETTE["flow"].light) < 50
 
 
 def test_no_other_place_defines_a_colour_with_a_hue():

@@ -124,6 +124,14 @@ def test_a_comparison_shows_the_changes_in_points():
     assert "more flow in B: nothing" in same
 
 
+def test_routes_of_a_comparison_have_their_text():
+    comparison = compare(make_trace(40, 12, 2), make_trace(40, 12, 2, seed=5))
+    route = comparison.routes[0]
+    assert route.text == tuple(comparison.text(pair) for pair in route.pairs)
+    assert all(f"{pair} {text!r}" in repr(route) for pair, text in zip(route.pairs, route.text, strict=True))
+    assert comparison.to_dict()["routes"][0].keys() == {"pairs", "first", "second", "shared"}
+
+
 def test_a_trace_prints_its_answer_with_every_character_once():
     trace = make_trace(12, 4, 2)
     assert f"\n  answer: {''.join(trace.tokens[10:]).strip()!r}\n" in repr(trace)

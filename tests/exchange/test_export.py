@@ -33,6 +33,7 @@ from flowgraph import (
     write_tokens,
 )
 from flowgraph.commands.export import export
+from flowgraph.display.palette import PALETTE, channels
 from flowgraph.exchange.export import GRAPH_SCHEMA
 
 WEIGHTS = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.25, 0, 0, 0], [0, 0.5, 0.5, 0]])
@@ -160,7 +161,11 @@ def test_networkx_reads_our_gexf(tmp_path: Path):
     assert tuple(node["label"] for node in nodes) == LABELS
     assert tuple(node.get("token") for node in nodes) == CLEAN
     assert [node["throughput"] for node in nodes] == trace.throughput.tolist()
-    assert nodes[1]["viz"]["color"] != nodes[0]["viz"]["color"]
+    for node in (nodes[0], nodes[1]):
+        # Colours of the regions are those of the pages.
+        region = node["region"] if node["region"] in PALETTE else "context"
+        shade = node["viz"]["color"]
+        assert (int(shade["r"]), int(shade["g"]), int(shade["b"])) == channels(PALETTE[region].light)
     assert nodes[1]["viz"]["size"] == 50
     weights = {(int(s), int(t)): weight for s, t, weight in read.edges(data="weight")}
     assert [weights[pair] for pair in zip(*trace.graph.edge_index.tolist(), strict=True)] == (

@@ -30,8 +30,8 @@ _MAX_NAME = 24
 """Characters of a token in a list."""
 _ROUTE_ENDS = 5
 """Tokens shown at each end of a long route."""
-_MAX_ANSWER = 200
-"""Characters of the answer."""
+_MAX_SELECTION = 240
+"""Characters of the answer and the rule that found it in the brief view."""
 _NUM_BRIEF_TOKENS = 6
 _NUM_BRIEF_ROUTES = 3
 _NUM_BRIEF_LINES = 6
@@ -109,11 +109,13 @@ def brief_trace(trace: FlowTrace) -> RenderableType:
     """Render a trace in some twenty lines: its answer, the end of its text, the strongest tokens and routes."""
     model = signs.visible(str(trace.provenance.get("model") or "a model"))
     sizes = ", ".join(f"{name} {int(trace.graph[f'{name}_mask'].sum()):,}" for name in REGIONS)
+    selection = _selection(trace)
+    selection.truncate(_MAX_SELECTION, overflow="ellipsis")
     shown = _end_of_text(trace)
     left_out = Text(f"[… {shown.start:,} tokens before]" if shown.start else "", style="dim")
     parts: list[RenderableType] = [
         Text(f"{model}: {trace.num_tokens:,} tokens ({sizes})"),
-        _selection(trace),
+        selection,
         left_out,
         heat_text(trace, shown),
         Text(),
@@ -181,18 +183,18 @@ def _brief_tokens(trace: FlowTrace) -> Table:
     return table
 
 
-def heat_text(trace: FlowTrace, shown: range | None = None) -> Text:
+def heat_text(trace: FlowTrace, part: range | None = None) -> Text:
     """Render the text, each token on a background that grows brighter with the square root of its throughput.
 
     Args:
         trace: the trace.
-        shown: the tokens to show; None shows all.
+        part: the tokens to show; None shows all.
     """
     text = Text(no_wrap=False)
     # The square root spreads small shares, which most tokens have.
     strengths = trace.throughput.sqrt().tolist()
     regions = token_regions(trace.graph)
-    for index in shown if shown is not None else range(trace.num_tokens):
+    for index in part if part is not None else range(trace.num_tokens):
         token = trace.tokens[index]
         region = regions[index]
         strength = strengths[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,11 +36,20 @@ class RoutePair:
             the share of the flow that could take exactly this route. 0 where a unit or an edge has no partner. Routes
             overlap, so widths do not add up.
         second: the same in the second flow.
+        text: of each unit, where it is known: a :class:`flowgraph.Comparison` has it. It takes no part in comparisons.
     """
 
     pairs: tuple[int, ...]
     first: float
     second: float
+    text: tuple[str, ...] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        if self.text is None:
+            stops = [str(pair) for pair in self.pairs]
+        else:
+            stops = [f"{pair} {text!r}" for pair, text in zip(self.pairs, self.text, strict=True)]
+        return f"RoutePair({' -> '.join(stops)}, first={self.first:.4g}, second={self.second:.4g})"
 
     @property
     def shared(self) -> bool:

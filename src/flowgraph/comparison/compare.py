@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from flowgraph.files import PathLike, write_json
 from flowgraph.flow.flow import NEGLIGIBLE_FLOW
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.pages.comparison_page import write_comparison_html
-from flowgraph.text.quoting import shortened
 from flowgraph.tracing.flow_trace import FlowTrace
 
 SCHEMA = "flowgraph-comparison/1"
@@ -398,9 +397,23 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
         num_hubs=num_hubs,
         edge_overlap=shared_hops,
         mean_hops=mean_hops,
-        routes=route_pairs(flows, pair_of, pairs),
+        routes=_with_text(route_pairs(flows, pair_of, pairs), units, aligned.pairs),
         notes=_notes(first, second, aligned),
     )
+
+
+def _with_text(
+    routes: Sequence[RoutePair], units: Sequence[Sequence[Unit]], pairs: Sequence[Sequence[int]]
+) -> tuple[RoutePair, ...]:
+    """Add the text of the units to routes: that of the first trace where it has the unit."""
+    named = []
+    for route in routes:
+        texts = []
+        for pair in route.pairs:
+            i, j = pairs[pair]
+            texts.append(units[0][i].text if i >= 0 else units[1][j].text)
+        named.append(replace(route, text=tuple(texts)))
+    return tuple(named)
 
 
 def _units(trace: FlowTrace, groups: Sequence[Group]) -> tuple[Unit, ...]:
@@ -467,7 +480,11 @@ def _name(settings: Mapping[str, Any], differing: Sequence[str], answer: str | N
 
 def _answer(trace: FlowTrace) -> str:
     """Return the text of the answer, shortened to fit a name."""
-    return shortened(trace.text_of(trace.answer).strip(), _MAX_ANSWER)
+    answer_tokens = trace.answer.nonzero().flatten().tolist()
+    text = "".join(trace.tokens[t] for t in answer_tokens).strip()
+    if len(text) <= _MAX_ANSWER:
+        return text
+    return text[: _MAX_ANSWER - 1] + "…"
 
 
 def _ranges(layers: Any) -> str:

@@ -186,7 +186,7 @@ def save_figure(ax: Axes, path: PathLike, *, dpi: int = 160) -> Path:
         metadata = {"Date": None}
     elif kind == "pdf":
         metadata = {"CreationDate": None}
-    settings = {"svg.hashsalt": "flowgraph", "pdf.fonttype": 42, "ps.fonttype": 42}
+    settings: dict[Any, Any] = {"svg.hashsalt": "flowgraph", "pdf.fonttype": 42, "ps.fonttype": 42}
     with atomic_write(path) as temporary, matplotlib.rc_context(settings):
         figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata)  # type: ignore[union-attr]
     return Path(path)
@@ -287,8 +287,8 @@ def finish_axes(ax: Axes, title: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     if points < _TEXT_SIZE:
         ax.tick_params(labelsize=points)
-        ax.xaxis.label.set_size(points)
-        ax.yaxis.label.set_size(points)
+        ax.xaxis.label.set_fontsize(points)
+        ax.yaxis.label.set_fontsize(points)
     # The layout may move the left spine once it is known how much its labels take.
     figure_width = float(ax.figure.bbox.width)
     width = figure_width - ax.get_window_extent().x0 - _GAP

@@ -8,9 +8,7 @@ GAP = " … "
 """Stands for characters between two quoted tokens that are not quoted."""
 
 
-def quote(
-    tokens: Sequence[int], texts: Sequence[str], spans: Sequence[Sequence[int]] | Sequence[Offsets], text: str
-) -> str:
+def quote(tokens: Sequence[int], texts: Sequence[str], spans: Sequence[Sequence[int]], text: str) -> str:
     """Join the text of some tokens: blanks between them are kept, and other characters between them become " … ".
 
     Tokens may share characters (a character of three bytes may be three tokens). A shared character is quoted once.

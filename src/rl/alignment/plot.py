@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,9 +70,17 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     axes.tick_params(axis="y", length=0)
     axes.legend(frameon=False, loc="best")
 
-    with atomic_write(target) as temporary:
+    # Publishers refuse the Type 3 fonts that matplotlib embeds by default.
+    with atomic_write(target) as temporary, _embedded_fonts():
         figure.savefig(temporary, dpi=160, format=target.suffix.removeprefix(".") or "png")
     return target
+
+
+def _embedded_fonts() -> AbstractContextManager[None]:
+    """Return a context in which fonts are embedded as TrueType."""
+    import matplotlib
+
+    return matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42})
 
 
 def _draw(axes: Axes, series: _Series) -> None:

@@ -377,6 +377,7 @@ def test_the_picture(measured, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     path = plot_alignment(measured, tmp_path / "alignment.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert b"/Type3" not in plot_alignment(measured, tmp_path / "alignment.pdf").read_bytes()
     picture = plot_alignment(measured, tmp_path / "alignment.svg").read_text()
     assert picture.count("<svg") == 1
     with pytest.raises(OutputError, match="path: its folder must exist"):

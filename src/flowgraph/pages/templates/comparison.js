@@ -115,7 +115,7 @@ function drawUnit(side, index, { isFirst, isLast }) {
   if (!hasPartner(pair)) element.classList.add("alone");
   appendTokenText(element, text, { breakLines: true });
 
-  const place = `${tokenRange(unit, " to ")} of ${SIDES[side]}, ${unit.region ?? "context, outside question, reasoning and answer"}`;
+  const place = `${tokenRange(unit, " to ")} of ${SIDES[side]}, ${unit.region ?? OUTSIDE}`;
   const both = `A ${percent(throughputOf(pair, 0))}, B ${percent(throughputOf(pair, 1))}`;
   const numbers = `${hasPartner(pair) ? both : "no partner"}, difference ${points(change)} points`;
   makeToggle(element, `${exact(text)}, ${place}, ${numbers}`);

@@ -9,6 +9,7 @@ const dataElement = document.querySelector('script[type="application/json"]');
 const page = dataElement ? JSON.parse(dataElement.textContent) : null;
 
 const CONTEXT = "context"; // class and title of text outside question, reasoning and answer
+const OUTSIDE = "context, outside question, reasoning and answer"; // the same in a sentence
 const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
 // --- elements --------------------------------------------------------------------------------------------------

@@ -173,11 +173,7 @@ function numbersOf(index) {
 
 function drawTokenPanel(index) {
   const { text, region, generated, throughput, joined } = tokens[index];
-  const facts = [
-    `token ${index}`,
-    region ?? OUTSIDE,
-    generated ? "generated" : "prompt",
-  ];
+  const facts = [`token ${index}`, region ?? OUTSIDE, generated ? "generated" : "prompt"];
   if (joined) facts.push("part of the character before");
   const roles = rolesOf(index).map(([name, meaning]) => make("li", "", make("b", "role", name), ` ${meaning}`));
 

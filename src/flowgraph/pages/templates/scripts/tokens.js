@@ -20,8 +20,6 @@ function roleRecord([token, throughput, inflows, outflows]) {
   return { token, throughput, inflows, outflows };
 }
 
-const OUTSIDE = "context, outside question, reasoning and answer"; // what a token without a region is
-
 // --- text of tokens --------------------------------------------------------------------------------------------
 
 /** The characters of tokens [start, stop); a character that several tokens share is written once. */
