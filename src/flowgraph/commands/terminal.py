@@ -26,6 +26,8 @@ from flowgraph.tracing.provenance import describe_response
 
 NUM_TOKEN_ROWS = 24
 """Rows of the token table in the full view, unless all tokens are listed."""
+_MAX_ANSWER = 200
+"""Characters of the answer."""
 _MAX_NAME = 24
 """Characters of a token in a list."""
 _ROUTE_ENDS = 5
