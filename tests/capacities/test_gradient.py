@@ -20,7 +20,10 @@ TEXT = sequences()[0]
 LAST = torch.arange(len(TEXT)) == len(TEXT) - 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_sliding", "gemma2", "mixtral", "gpt_oss"])
+# The last two mix tokens in some layers without attention, or have no linear rule: a plain derivative needs neither.
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "qwen3_sliding", "gemma2", "mixtral", "gpt_oss", "qwen3_next", "longcat_flash"]
+)
 @pytest.mark.parametrize("target", ["margin", "logprob"])
 def test_streamed_rows_equal_autograd(name: str, target: str, monkeypatch: pytest.MonkeyPatch):
     answer = [len(TEXT) - 3, len(TEXT) - 1]

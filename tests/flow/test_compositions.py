@@ -283,10 +283,28 @@ def test_a_composition_of_ones_own():
     assert float(compose(example(), "degree of a test")[3]) == pytest.approx(0.5)
     assert float(compose(example(), "degree of a test", power=2.0)[3]) == pytest.approx(0.17)
     assert "degree of a test" in composition_names()
+    # Numbers of numpy are numbers.
+    assert torch.equal(compose(example(), "hops", k=np.int64(2)), compose(example(), "hops"))
+    assert torch.equal(compose(example(), "katz", damping=np.float32(0.5)), compose(example(), "katz"))
     with pytest.raises(InvalidInputError, match="composition: needs a docstring whose first line describes it"):
         composition("another")(lambda graph: graph.capacity)
     with pytest.raises(InvalidInputError, match=r"name: must be a new name, got .cage., which flowgraph\.flow"):
         composition("cage")(degree)
+
+    @composition("single precision of a test")
+    def single(graph: FlowGraph) -> Tensor:
+        "Return float32 scores."
+        return torch.ones(graph.num_nodes)
+
+    assert compose(example(), "single precision of a test").dtype == torch.float64
+
+    @composition("list of a test")
+    def listed(graph: FlowGraph) -> Any:
+        "Return a list."
+        return [1.0] * graph.num_nodes
+
+    with pytest.raises(InvalidInputError, match="composition: 'list of a test' must return a tensor, got list"):
+        compose(example(), "list of a test")
 
     @composition("wrong shape of a test")
     def wrong(graph: FlowGraph) -> Tensor:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -213,7 +214,7 @@ def run_composition(
         arguments["layer_rows"] = layer_rows
     result = chosen.function(graph, **arguments)
     if isinstance(result, Tensor):
-        result = ComposedScores(result)
+        result = ComposedScores(result.double())
     _check_scores(chosen, result, graph)
     return replace(result, name=chosen.name, options=dict(options))
 
@@ -228,19 +229,19 @@ def composition_names() -> list[str]:
 
 def check_damping(name: str, value: Any) -> None:
     """Refuse a damping outside (0, 1]."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 < value <= 1:
         raise InvalidInputError(f"{name}: must lie in (0, 1], got {value!r}; 1 is undamped, 0.5 is usual")
 
 
 def _check_share(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
         raise InvalidInputError(f"{name}: must lie in [0, 1], got {value!r}; 0.5 weighs attention and residual alike")
 
 
 def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InvalidInputError(
             f"{name}: must be an integer of at least 1, got {value!r}; 1 is what is read directly, 2 adds one hop"
         )
@@ -587,8 +588,12 @@ def _check_capacities(chosen: Composition, graph: FlowGraph) -> None:
         raise InvalidInputError(_negative(chosen.name, float(capacity[at]), int(source[at]), int(target[at])))
 
 
-def _check_scores(chosen: Composition, result: ComposedScores, graph: FlowGraph) -> None:
+def _check_scores(chosen: Composition, result: Any, graph: FlowGraph) -> None:
     """Refuse scores of another shape, and scores that float64 cannot hold."""
+    if not isinstance(result, ComposedScores):
+        raise InvalidInputError(
+            f"composition: {chosen.name!r} must return a tensor, got {type(result).__name__}; check its function"
+        )
     scores = result.scores
     if scores.shape != graph.answer_mask.shape:
         raise InvalidInputError(
