@@ -301,7 +301,7 @@ def test_a_composition_of_ones_own():
     @composition("list of a test")
     def listed(graph: FlowGraph) -> Any:
         "Return a list."
-        return [1.0] * graph.num_nodes
+        return [1.0] * int(graph.num_nodes or 0)
 
     with pytest.raises(InvalidInputError, match="composition: 'list of a test' must return a tensor, got list"):
         compose(example(), "list of a test")
@@ -361,16 +361,22 @@ def test_negative_capacities(name: str):
     graph.capacity = graph.capacity.clone()
     graph.capacity[2] = -0.25
     source, target = graph.edge_index[:, 2].tolist()
+    matrix = torch.from_numpy(dense(graph))
     if name == "one_hop":
         # A sum over single edges is right with any sign.
-        assert close(compose(graph, name), reference.one_hop(dense(graph), graph.answer_mask.double().numpy()))
+        wanted_scores = reference.one_hop(dense(graph), graph.answer_mask.double().numpy())
+        assert close(compose(graph, name), wanted_scores)
+        assert close(compose(matrix, name, question=[0, 1], answer=[4, 5], preset=None), wanted_scores)
+        with pytest.raises(GraphError, match="rows: must be those of one sequence, got a batch of 2"):
+            compose(matrix.expand(2, 6, 6), name, question=[0, 1], answer=[4, 5])
+        with pytest.raises(GraphError, match="attention: must be causal"):
+            compose(matrix.T, name, question=[0, 1], answer=[4, 5])
         return
     wanted = (
         rf"weights: must not be negative for composition '{name}', got -0.25 on the edge {source} -> {target}; use a"
     )
     with pytest.raises(InvalidInputError, match=wanted):
         compose(graph, name)
-    matrix = torch.from_numpy(dense(graph))
     for preset in ("default", None):
         with pytest.raises(
             InvalidInputError, match=f"weights: must not be negative for composition '{name}', got -0.25"
@@ -405,6 +411,24 @@ def test_signed_rows_of_a_model():
         InvalidInputError, match=r"weights: must not be negative for composition 'cage'.*rows.throughput"
     ):
         compose(rows, "cage", question=slice(1, 4), answer=answer)
+
+
+@pytest.mark.parametrize("capacity", ["relevance", "gradient"])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_one_hop_reads_signed_rows(capacity: str, preset: str):
+    text = sequences()[0]
+    tokens = len(text)
+    answer = torch.arange(tokens) >= tokens - 2
+    rows = capture(family("llama"), text, capacity=capacity, answer=answer, target="logprob")
+    found = compose(rows, "one_hop", question=slice(1, 4), answer=answer, preset=preset)
+    # Under emission rows an answer token was read by the position before it; the first token is left out.
+    matrix = rows.dense()[0].double()
+    shift = 1 if preset == "default" else 0
+    wanted = matrix[tokens - 2 - shift] + matrix[tokens - 1 - shift]
+    wanted[tokens - 2 :] = 0
+    wanted[0] = wanted[0] * (1 - shift)
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9)
+    assert bool((found < 0).any())
 
 
 @pytest.mark.unchecked
