@@ -228,5 +228,5 @@ def test_a_trace_over_the_positive_gradient():
     scale = edges[answer - 1, answer] / float(rows[answer - 1, answer - 1])
     for s in range(1, answer):
         assert edges.get((s, answer), 0.0) == pytest.approx(scale * float(rows[answer - 1, s]), rel=1e-4)
-    with pytest.raises(InvalidInputError, match="capacity: must have edges that are not negative, got 'gradient'"):
+    with pytest.raises(InvalidInputError, match=r"capacity: must .*have edges that are not negative, got 'gradient'"):
         trace(model, tokenizer, PROMPT, RESPONSE, capacity="gradient")
