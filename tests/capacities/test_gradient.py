@@ -20,7 +20,10 @@ TEXT = sequences()[0]
 LAST = torch.arange(len(TEXT)) == len(TEXT) - 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_sliding", "gemma2", "mixtral", "gpt_oss"])
+# The last two mix tokens in some layers without attention, or have no linear rule: a plain derivative needs neither.
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "qwen3_sliding", "gemma2", "mixtral", "gpt_oss", "qwen3_next", "longcat_flash"]
+)
 @pytest.mark.parametrize("target", ["margin", "logprob"])
 def test_streamed_rows_equal_autograd(name: str, target: str, monkeypatch: pytest.MonkeyPatch):
     answer = [len(TEXT) - 3, len(TEXT) - 1]
@@ -225,5 +228,5 @@ def test_a_trace_over_the_positive_gradient():
     scale = edges[answer - 1, answer] / float(rows[answer - 1, answer - 1])
     for s in range(1, answer):
         assert edges.get((s, answer), 0.0) == pytest.approx(scale * float(rows[answer - 1, s]), rel=1e-4)
-    with pytest.raises(InvalidInputError, match="capacity: must have edges that are not negative, got 'gradient'"):
+    with pytest.raises(InvalidInputError, match=r"capacity: must .*have edges that are not negative, got 'gradient'"):
         trace(model, tokenizer, PROMPT, RESPONSE, capacity="gradient")

@@ -283,10 +283,28 @@ def test_a_composition_of_ones_own():
     assert float(compose(example(), "degree of a test")[3]) == pytest.approx(0.5)
     assert float(compose(example(), "degree of a test", power=2.0)[3]) == pytest.approx(0.17)
     assert "degree of a test" in composition_names()
+    # Numbers of numpy are numbers.
+    assert torch.equal(compose(example(), "hops", k=np.int64(2)), compose(example(), "hops"))
+    assert torch.equal(compose(example(), "katz", damping=np.float32(0.5)), compose(example(), "katz"))
     with pytest.raises(InvalidInputError, match="composition: needs a docstring whose first line describes it"):
         composition("another")(lambda graph: graph.capacity)
     with pytest.raises(InvalidInputError, match=r"name: must be a new name, got .cage., which flowgraph\.flow"):
         composition("cage")(degree)
+
+    @composition("single precision of a test")
+    def single(graph: FlowGraph) -> Tensor:
+        "Return float32 scores."
+        return torch.ones(graph.num_nodes)
+
+    assert compose(example(), "single precision of a test").dtype == torch.float64
+
+    @composition("list of a test")
+    def listed(graph: FlowGraph) -> Any:
+        "Return a list."
+        return [1.0] * int(graph.num_nodes or 0)
+
+    with pytest.raises(InvalidInputError, match="composition: 'list of a test' must return a tensor, got list"):
+        compose(example(), "list of a test")
 
     @composition("wrong shape of a test")
     def wrong(graph: FlowGraph) -> Tensor:
@@ -343,16 +361,22 @@ def test_negative_capacities(name: str):
     graph.capacity = graph.capacity.clone()
     graph.capacity[2] = -0.25
     source, target = graph.edge_index[:, 2].tolist()
+    matrix = torch.from_numpy(dense(graph))
     if name == "one_hop":
         # A sum over single edges is right with any sign.
-        assert close(compose(graph, name), reference.one_hop(dense(graph), graph.answer_mask.double().numpy()))
+        wanted_scores = reference.one_hop(dense(graph), graph.answer_mask.double().numpy())
+        assert close(compose(graph, name), wanted_scores)
+        assert close(compose(matrix, name, question=[0, 1], answer=[4, 5], preset=None), wanted_scores)
+        with pytest.raises(GraphError, match="rows: must be those of one sequence, got a batch of 2"):
+            compose(matrix.expand(2, 6, 6), name, question=[0, 1], answer=[4, 5])
+        with pytest.raises(GraphError, match="attention: must be causal"):
+            compose(matrix.T, name, question=[0, 1], answer=[4, 5])
         return
     wanted = (
         rf"weights: must not be negative for composition '{name}', got -0.25 on the edge {source} -> {target}; use a"
     )
     with pytest.raises(InvalidInputError, match=wanted):
         compose(graph, name)
-    matrix = torch.from_numpy(dense(graph))
     for preset in ("default", None):
         with pytest.raises(
             InvalidInputError, match=f"weights: must not be negative for composition '{name}', got -0.25"
@@ -387,6 +411,24 @@ def test_signed_rows_of_a_model():
         InvalidInputError, match=r"weights: must not be negative for composition 'cage'.*rows.throughput"
     ):
         compose(rows, "cage", question=slice(1, 4), answer=answer)
+
+
+@pytest.mark.parametrize("capacity", ["relevance", "gradient"])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_one_hop_reads_signed_rows(capacity: str, preset: str):
+    text = sequences()[0]
+    tokens = len(text)
+    answer = torch.arange(tokens) >= tokens - 2
+    rows = capture(family("llama"), text, capacity=capacity, answer=answer, target="logprob")
+    found = compose(rows, "one_hop", question=slice(1, 4), answer=answer, preset=preset)
+    # Under emission rows an answer token was read by the position before it; the first token is left out.
+    matrix = rows.dense()[0].double()
+    shift = 1 if preset == "default" else 0
+    wanted = matrix[tokens - 2 - shift] + matrix[tokens - 1 - shift]
+    wanted[tokens - 2 :] = 0
+    wanted[0] = wanted[0] * (1 - shift)
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9)
+    assert bool((found < 0).any())
 
 
 @pytest.mark.unchecked

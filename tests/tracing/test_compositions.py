@@ -117,6 +117,18 @@ def test_the_command_line_and_a_corpus(tmp_path: Path):
 
     corpus = tmp_path / "lines.jsonl"
     corpus.write_text(json.dumps({"prompt": PROMPT, "response": RESPONSE}) + "\n", encoding="utf-8")
+    # A wrong option is reported before the model is loaded, which does not exist here.
+    starts = (["trace", "text"], ["trace-corpus", str(corpus), "--out", str(tmp_path / "other")])
+    for value, message in [
+        ("hops:k=0", "k: must be an integer of at least 1, got 0"),
+        ("katz:damping=nan", "damping: must lie in (0, 1], got nan"),
+        ("hops:k=2.5", "k: must be an integer of at least 1, got 2.5"),
+        ("walks", "composition: must be one of"),
+    ]:
+        for start in starts:
+            wrong = CliRunner().invoke(app, [*start, "--model", str(tmp_path / "none"), "--composition", value])
+            assert message in str(wrong.exception)
+
     trace_corpus(model, tokenizer, corpus, tmp_path / "run", composition="cage", plain=True, format="csv")
     with (tmp_path / "run" / "tokens.csv").open(encoding="utf-8") as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)]

@@ -18,6 +18,7 @@ from flowgraph import (
     capture,
     load_trace,
     trace,
+    trace_corpus,
 )
 from tests.fixtures.models import build, sequences
 from tests.fixtures.tiny import PROMPT, RESPONSE, chat, tiny, tiny_model
@@ -188,3 +189,22 @@ def test_parts_of_a_trace_from_ids():
     parts = found.edge(source, target).by_head(model)
     assert parts.total == pytest.approx(parts.capacity, rel=1e-4)
     assert PROMPT not in found.text
+
+
+def test_parts_in_half_precision_and_of_a_trace_from_a_batch(tmp_path: Path):
+    half = build("llama", dtype=torch.bfloat16)
+    found = trace(half, input_ids=sequences()[0], question=[1, 2, 3], answer=[20, 21], capacity="vtrace")
+    edge = found.edge(*strongest(found)[1])
+    assert edge.by_head(half).total == pytest.approx(edge.capacity, rel=1e-2)
+
+    # In a batch the text is padded, and its rows are rounded differently.
+    lines = [{"prompt": PROMPT, "response": RESPONSE}, {"prompt": PROMPT * 2, "response": RESPONSE}]
+    corpus = tmp_path / "lines.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    trace_corpus(*tiny(), corpus, tmp_path / "run", capacity="gradient_positive", plain=True, format="csv")
+    (path, *_) = sorted((tmp_path / "run" / "traces").glob("*.safetensors"))
+    batched = load_trace(path)
+    edge = batched.edge(*strongest(batched)[1])
+    assert edge.by_head(tiny_model()).total == pytest.approx(edge.capacity, rel=1e-3)
+    alone = trace(*tiny(), PROMPT, RESPONSE, capacity="gradient_positive")
+    assert torch.allclose(batched.throughput, alone.throughput, rtol=1e-3, atol=1e-6)

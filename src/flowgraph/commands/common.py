@@ -131,13 +131,16 @@ def one_view(*, full: bool, quiet: bool) -> None:
 
 
 def composition_choice(text: str | None) -> tuple[str | None, dict[str, Any] | None]:
-    """Read "hops:k=3,normalize=false" as a name and its options; the library checks both.
+    """Read "hops:k=3,normalize=false" as a name and its options, and check both before a model is loaded.
 
     Raises:
         BadParameter: an option that is not NAME=VALUE with a number, true or false.
+        InvalidInputError: no such composition or option, or a value outside its range.
     """
     if text is None:
         return None, None
+    from flowgraph.flow.compositions import find_composition
+
     name, colon, listed = text.partition(":")
     options: dict[str, Any] = {}
     for part in listed.split(",") if colon else []:
@@ -149,6 +152,7 @@ def composition_choice(text: str | None) -> tuple[str | None, dict[str, Any] | N
                 "e.g. hops:k=3"
             )
         options[option.strip()] = read
+    find_composition(name).complete(options)
     return name, options or None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from jaxtyping import Float64
@@ -79,7 +80,18 @@ class Composition:
         complete = {**self.defaults, **options}
         for name, check in self.checks.items():
             check(name, complete[name])
-        return complete
+        return {name: _as_plain_number(value) for name, value in complete.items()}
+
+
+def _as_plain_number(value: Any) -> Any:
+    """Return numbers of numpy as Python's, which JSON can hold; anything else unchanged."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    return value
 
 
 _COMPOSITIONS: dict[str, Composition] = {}

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from flowgraph.attention.attention_rows import AttentionRows, SequenceRows
+from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError
 from flowgraph.flow.composition_registry import (
     ComposedScores,
@@ -59,7 +61,7 @@ PAPER_LAYERS = 6
 
 
 def compose(
-    weights: FlowGraph | Data | RowSource | Float[Tensor, "tokens tokens"],
+    weights: FlowGraph | Data | RowSource | Float[Tensor, "*batch tokens tokens"],
     name: str,
     *,
     question: MaskLike | None = None,
@@ -132,7 +134,7 @@ def compose(
 
 
 def composed_scores(
-    weights: FlowGraph | Data | RowSource | Float[Tensor, "tokens tokens"],
+    weights: FlowGraph | Data | RowSource | Float[Tensor, "*batch tokens tokens"],
     name: str,
     *,
     question: MaskLike | None = None,
@@ -213,7 +215,7 @@ def run_composition(
         arguments["layer_rows"] = layer_rows
     result = chosen.function(graph, **arguments)
     if isinstance(result, Tensor):
-        result = ComposedScores(result)
+        result = ComposedScores(result.double())
     _check_scores(chosen, result, graph)
     return replace(result, name=chosen.name, options=dict(options))
 
@@ -228,19 +230,19 @@ def composition_names() -> list[str]:
 
 def check_damping(name: str, value: Any) -> None:
     """Refuse a damping outside (0, 1]."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= 1:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < float(value) <= 1:
         raise InvalidInputError(f"{name}: must lie in (0, 1], got {value!r}; 1 is undamped, 0.5 is usual")
 
 
 def _check_share(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= float(value) <= 1:
         raise InvalidInputError(f"{name}: must lie in [0, 1], got {value!r}; 0.5 weighs attention and residual alike")
 
 
 def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InvalidInputError(
             f"{name}: must be an integer of at least 1, got {value!r}; 1 is what is read directly, 2 adds one hop"
         )
@@ -488,8 +490,8 @@ def _negative(name: str, value: float, source: int, target: int) -> str:
     """Write the message for a negative capacity."""
     return (
         f"weights: must not be negative for composition {name!r}, got {value:.3g} on the edge {source} -> {target}; "
-        "use a non-negative capacity such as 'vtrace_share' or 'gradient_positive', composition 'one_hop' on a signed "
-        "graph, or for relevance rows.throughput and trace.relevance(model), which need no composition"
+        "use a non-negative capacity such as 'vtrace_share' or 'gradient_positive', composition 'one_hop', which takes "
+        "any sign, or for relevance rows.throughput and trace.relevance(model), which need no composition"
     )
 
 
@@ -549,6 +551,15 @@ def _graph_of_rows(
             )
     assert question is not None
     assert answer is not None
+    if chosen.signed and _is_signed(rows):
+        return _graph_of_signed_rows(
+            rows,
+            question=question,
+            answer=answer,
+            reasoning=reasoning,
+            generated=generated,
+            rules=rules if rules is not None or preset is None else EdgeRules.preset(preset),
+        )
     checked = _NonNegativeRows(as_row_source(rows), chosen.name, getattr(rows, "normalization", None))
     if rules is None and preset is None:
         if not isinstance(rows, Tensor):
@@ -570,6 +581,71 @@ def _graph_of_rows(
     )
 
 
+def _is_signed(rows: Any) -> bool:
+    """Tell whether rows may be negative, so that no edge rule normalises them."""
+    if isinstance(rows, Tensor):
+        return bool((rows < 0).any())
+    return isinstance(rows, RelevanceRows) or getattr(rows, "normalization", None) == "none"
+
+
+def _graph_of_signed_rows(
+    rows: Any,
+    *,
+    question: MaskLike,
+    answer: MaskLike,
+    reasoning: MaskLike | None,
+    generated: MaskLike | None,
+    rules: EdgeRules | None,
+) -> FlowGraph:
+    """Build the edges of signed rows: each token takes the row that the rules give it, and nothing is normalised.
+
+    Without rules, the rows are capacities already.
+    """
+    matrix = rows if isinstance(rows, Tensor) else rows.dense()
+    # Shape, dtype and causality are checked as for any rows.
+    source_of_rows = as_row_source(matrix)
+    matrix = source_of_rows.block(0, source_of_rows.num_tokens)
+    if matrix.shape[0] != 1:
+        raise GraphError(
+            f"rows: must be those of one sequence, got a batch of {matrix.shape[0]}; compose one sequence at a time"
+        )
+    num_tokens = matrix.shape[1]
+    weights = matrix[0]
+    if rules is not None:
+        question_mask = as_mask(question, num_tokens, "question", matrix.device)
+        weights = weights[_row_of_token(rules.rows, question_mask, generated)]
+        if rules.first_token == "exclude":
+            weights = weights.index_fill(1, torch.zeros(1, dtype=torch.int64, device=matrix.device), 0.0)
+
+    # The checks of edges and regions are those of a FlowGraph; signs are put back afterwards.
+    target, source = weights.tril(-1).nonzero(as_tuple=True)
+    weight = weights[target, source]
+    graph = FlowGraph.from_edges(
+        torch.stack([source, target]),
+        weight.abs(),
+        num_nodes=num_tokens,
+        question=question,
+        answer=answer,
+        reasoning=reasoning,
+    )
+    graph.capacity = weight
+    return graph
+
+
+def _row_of_token(rule: str, question: Bool[Tensor, " tokens"], generated: MaskLike | None) -> Int64[Tensor, " tokens"]:
+    """Return the position whose row each token takes: its own, or the one before; see :class:`flowgraph.EdgeRules`."""
+    token = torch.arange(question.numel(), device=question.device)
+    if rule == "literal":
+        return token
+    if rule == "emission_all":
+        takes_previous = token > 0
+    elif generated is not None:
+        takes_previous = as_mask(generated, question.numel(), "generated", question.device) & (token > 0)
+    else:
+        takes_previous = token > question.nonzero().max()
+    return token - takes_previous.long()
+
+
 def _check_capacities(chosen: Composition, graph: FlowGraph) -> None:
     """Refuse capacities that are NaN or infinite, and negative ones where walks are multiplied."""
     capacity = graph.capacity.detach()
@@ -587,8 +663,12 @@ def _check_capacities(chosen: Composition, graph: FlowGraph) -> None:
         raise InvalidInputError(_negative(chosen.name, float(capacity[at]), int(source[at]), int(target[at])))
 
 
-def _check_scores(chosen: Composition, result: ComposedScores, graph: FlowGraph) -> None:
+def _check_scores(chosen: Composition, result: Any, graph: FlowGraph) -> None:
     """Refuse scores of another shape, and scores that float64 cannot hold."""
+    if not isinstance(result, ComposedScores):
+        raise InvalidInputError(
+            f"composition: {chosen.name!r} must return a tensor, got {type(result).__name__}; check its function"
+        )
     scores = result.scores
     if scores.shape != graph.answer_mask.shape:
         raise InvalidInputError(
@@ -633,16 +713,11 @@ class LayerRows:
         if isinstance(rows, AttentionRows):
             # Padding keeps its positions, as in the graph; no token reads it.
             rows = replace(rows.sequence(0), positions=token.to(rows.device))
-        if graph.rules.startswith("rows=literal"):
-            takes_previous = torch.zeros_like(token, dtype=torch.bool)
-        elif graph.rules.startswith("rows=emission_all"):
-            takes_previous = token > 0
-        elif generated is not None:
-            takes_previous = as_mask(generated, rows.num_tokens, "generated", token.device) & (token > 0)
-        else:
-            takes_previous = token > graph.question_mask.nonzero().max()
+        # The graph states its rules as "rows=emission, ...".
+        rule = graph.rules.removeprefix("rows=").split(",")[0]
+        row_of_token = _row_of_token(rule, graph.question_mask, generated)
         layers = [SequenceRows([layer], rows.positions, rows.device) for layer in rows.layers]
-        return cls(layers, token - takes_previous.long())
+        return cls(layers, row_of_token)
 
 
 def _read_by(rows: RowSource, x: Vector) -> Vector:

@@ -18,6 +18,9 @@ from flowgraph.tracing.traced import Traced
 _TOLERANCE = 1e-3
 """Largest difference between the capacities of a trace and those captured again, relative to the row's largest."""
 
+_TOLERANCE_HALF = 5e-2
+"""The same in half precision, where a text in another batch is rounded differently."""
+
 _LISTED = 8
 """Layers and heads that a repr lists."""
 
@@ -233,7 +236,8 @@ def _factor_of_row(trace: Traced, target: int, rows: SequenceRows) -> float:
     weight = float(captured[strongest])
     factor = largest / weight if weight else 0.0
     error = float((captured * factor - capacity).abs().max()) / abs(largest)
-    if not error <= _TOLERANCE:
+    is_half = trace.provenance.get("dtype") in ("bfloat16", "float16")
+    if not error <= (_TOLERANCE_HALF if is_half else _TOLERANCE):
         raise InvalidInputError(
             f"model: must be the model of the trace, got one whose weights into token {target} differ from the trace's "
             f"by {error:.2g} of the largest; pass {trace.provenance.get('model')!r} with the same weights and dtype"
