@@ -52,15 +52,15 @@ def value_of(name: str) -> int:
     return getattr(_modules_with("flowgraph", name)[0], name)
 
 
-def sampling_noise(generators: Sequence[torch.Generator], temperature: float) -> Callable[[Any, torch.Tensor], Any]:
+def sampling_noise(seeds: Sequence[int], temperature: float) -> Callable[[Any, torch.Tensor], Any]:
     """The sampler's own logits processor, which adds Gumbel noise to ``[sequences, vocabulary]`` logits.
 
     Raises:
         LookupError: no loaded module of rl has it.
     """
     _ = rl.PPOTrainer  # loads the module of the sampler
-    (module, *_) = _modules_with("rl", "_GumbelNoise")
-    return module._GumbelNoise(generators, temperature)
+    (module, *_) = _modules_with("rl", "GumbelNoise")
+    return module.GumbelNoise(seeds, temperature, 0)
 
 
 def _modules_with(package: str, name: str) -> list[ModuleType]:

@@ -23,7 +23,6 @@ def run(context: Context, record: Record) -> None:
     record.notes.update(
         sequences=sequences,
         vocabulary=vocabulary,
-        bytes_copied_per_token_by_rl=4 * sequences * vocabulary,
         meaning="seconds from the logits of one position to one token for each sequence",
     )
     logits = torch.randn(sequences, vocabulary, generator=context.generator(20)).to(context.device)
@@ -43,8 +42,7 @@ def _ways(context: Context, logits: Tensor) -> dict[str, Callable[[], Callable[[
     """Functions that make a sampling step, by name."""
 
     def of_rl() -> Callable[[], Tensor]:
-        generators = [context.generator(100 + number) for number in range(len(logits))]
-        noise = internals.sampling_noise(generators, TEMPERATURE)
+        noise = internals.sampling_noise(range(len(logits)), TEMPERATURE)
         no_ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
         return lambda: noise(no_ids, logits).argmax(-1)
 
@@ -68,7 +66,7 @@ def _ways(context: Context, logits: Tensor) -> dict[str, Callable[[], Callable[[
         return sample
 
     return {
-        "rl: one stream per sequence, drawn on the CPU": of_rl,
+        "rl: a hash of seed, position and token, on the device": of_rl,
         "multinomial on the device": multinomial,
         "one stream on the device": one_stream,
         "one stream per sequence, drawn on the device": stream_per_sequence,
@@ -84,8 +82,7 @@ def _check_distribution(context: Context, record: Record) -> None:
     """The sampler of rl draws from the softmax: frequencies of a small vocabulary within five standard errors."""
     draws = 4096
     one_position = torch.tensor([0.0, 1.0, -1.0, 2.0], device=context.device)
-    generators = [context.generator(500 + number) for number in range(draws)]
-    noise = internals.sampling_noise(generators, TEMPERATURE)
+    noise = internals.sampling_noise(range(draws), TEMPERATURE)
     no_ids = torch.empty(draws, 0, dtype=torch.int64, device=context.device)
     samples = noise(no_ids, one_position.expand(draws, -1)).argmax(-1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rl.evaluation.significance import wilson_interval
+from rl.policy.sampling import evaluating
 from rl.records import Sample
 from rl.tasks.chain import Chain, first_error
 
@@ -101,7 +102,7 @@ def respond(
         prompts = [str(sample.prompt) for sample in samples[start : start + _BATCH_SIZE]]
         batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
         batch = batch.to(model.device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             output = model.generate(**batch, **choice, max_new_tokens=max_new_tokens)
         responses = output[:, batch["input_ids"].shape[1] :]
         has_ended = (responses == tokenizer.eos_token_id).any(1).tolist()

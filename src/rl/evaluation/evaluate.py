@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rl.errors import ConfigError
 from rl.evaluation.significance import Z_95, wilson_interval
-from rl.policy.sampling import evaluating, generate
+from rl.policy.sampling import generate
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge
-from rl.seeds import generator
+from rl.seeds import derive
 from rl.tasks.base import SPLITS, Task
 
 if TYPE_CHECKING:
@@ -123,19 +123,18 @@ def evaluate(
     num_tokens = torch.zeros(())
     for start in range(0, len(planned), batch_size):
         part = planned[start : start + batch_size]
-        # A noise stream is a function of the problem and the number, so the batch size changes no response.
-        noise = None
+        # The noise is a function of the problem and the number, so the batch size changes no response.
+        seeds = None
         if temperature > 0:
-            noise = [generator(seed, "evaluation", split, sample.index, number) for sample, number in part]
-        with evaluating(model):
-            generated = generate(
-                model,
-                [encoder.ids(sample) for sample, _ in part],
-                noise,
-                ending=encoder.ending,
-                max_new_tokens=max_response_tokens,
-                temperature=temperature or 1.0,
-            )
+            seeds = [derive(seed, "evaluation", split, sample.index, number) for sample, number in part]
+        generated = generate(
+            model,
+            [encoder.ids(sample) for sample, _ in part],
+            seeds,
+            ending=encoder.ending,
+            max_new_tokens=max_response_tokens,
+            temperature=temperature or 1.0,
+        )
         responses = judge(task, tokenizer, [sample for sample, _ in part], generated)
 
         num_answered += responses.answer.any(1).sum()

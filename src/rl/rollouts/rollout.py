@@ -14,7 +14,7 @@ from flowgraph import EncodedText, FlowgraphError, NoAnswerError, encode, find_q
 from rl.errors import PolicyError, RewardError, TaskError
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
-from rl.seeds import generator
+from rl.seeds import derive
 from rl.tasks.base import Task
 from rl.tasks.rewards import checked_rewards
 
@@ -181,12 +181,12 @@ def sample_responses(
         PolicyError: a prompt that the encoder refuses.
     """
     prompts: list[list[int]] = []
-    noise: list[torch.Generator] = []
+    seeds: list[int] = []
     for sample in samples:
         ids = encoder.ids(sample)
         for copy in range(group_size):
             prompts.append(ids)
-            noise.append(generator(seed, "sampling", step, sample.index, copy))
+            seeds.append(derive(seed, "sampling", step, sample.index, copy))
 
     # Noise belongs to the sequence, so the size of a part changes no response.
     size = batch_size or len(prompts)
@@ -195,7 +195,7 @@ def sample_responses(
         part = generate(
             model,
             prompts[start : start + size],
-            noise[start : start + size],
+            seeds[start : start + size],
             ending=encoder.ending,
             max_new_tokens=max_response_tokens,
             temperature=temperature,
