@@ -166,7 +166,8 @@ class LoraConfig:
     """Updates are scaled by ``alpha / rank``."""
 
     targets: str | list[str] = "all-linear"
-    """Names of linear layers, or ``"all-linear"``."""
+    """Layers with an adapter: ``"all-linear"`` (all but the output layer), names of linear layers as a list or with
+    commas between them, or a regular expression for their complete names, such as ``".*\\.[0-9]\\.mlp\\..*"``."""
 
     def __post_init__(self) -> None:
         check_fields(self, prefix="lora.")
@@ -272,6 +273,10 @@ class PPOConfig:
 
     micro_batch_size: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 32
     """Sequences in a forward pass; changes memory and speed, never the result."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of each layer for the backward pass and recompute the rest there: much less memory for one
+    more forward pass, and the same result."""
 
     learning_rate: Annotated[float, positive(_SEE_DEFAULTS)] = 1e-4
     """Learning rate of the policy's adapter."""

@@ -326,6 +326,11 @@ def load_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
             f"adapter: must fit the model's LoRA layers, got {folder}, which differs first at {first_name}; "
             "use the base model, rank and targets that it was trained with"
         )
+    if name == VALUE:
+        with torch.no_grad():
+            for key, parameter in _value_tensors(policy).items():
+                parameter.copy_(tensors[key])
+        return
     set_peft_model_state_dict(policy.peft, tensors, adapter_name=name)
 
 
@@ -345,7 +350,23 @@ def _adapter_tensors(policy: ActorCritic, name: str) -> dict[str, Tensor]:
     """Read the weights of one adapter under PEFT's names."""
     from peft import get_peft_model_state_dict
 
+    if name == VALUE:
+        return _value_tensors(policy)
     return get_peft_model_state_dict(policy.peft, adapter_name=name, save_embedding_layers=False)
+
+
+def _value_tensors(policy: ActorCritic) -> dict[str, Tensor]:
+    """Read the weights of the critic's adapter under PEFT's names, which leave the adapter's name out.
+
+    PEFT itself refuses an adapter without the trainable tokens that another adapter of the model has. The critic's is
+    plain LoRA, ``....lora_A.value.weight``.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in policy.value_parameters().items():
+        layer, is_adapter, weight = name.removeprefix("peft.").rpartition(f".{VALUE}.")
+        if is_adapter:
+            tensors[f"{layer}.{weight}"] = parameter
+    return tensors
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

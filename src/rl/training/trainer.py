@@ -125,7 +125,13 @@ class PPOTrainer:
 
         # Policy, critic and optimiser.
         self.model_name = model_name(model)
-        self.policy = ActorCritic(model, config.lora, critic=config.has_critic, seed=config.seed)
+        self.policy = ActorCritic(
+            model,
+            config.lora,
+            critic=config.has_critic,
+            seed=config.seed,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
         self.encoder = PromptEncoder(
             tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
         )
