@@ -22,6 +22,7 @@ Scope = Literal["reasoning", "response"]
 AdvantageKind = Literal["gae", "group", "rloo"]
 Aggregation = Literal["token_mean", "seq_mean", "dr_grpo"]
 KLPlace = Literal["reward", "loss"]
+KLEstimator = Literal["k3", "k2"]
 Truncated = Literal["keep", "mask", "bootstrap"]
 LRSchedule = Literal["constant", "linear", "cosine"]
 
@@ -245,7 +246,11 @@ class PPOConfig:
     """beta: weight of the KL penalty; None: 0.05 with a critic, 0 without."""
 
     kl_in: KLPlace = "reward"
-    """Where the penalty enters: ``"reward"`` (k1 at each token; only ``gae`` keeps it per token) or ``"loss"`` (k3)."""
+    """Where the penalty enters: ``"reward"`` (k1 at each token; only ``gae`` keeps it per token) or ``"loss"``."""
+
+    kl_estimator: KLEstimator = "k3"
+    """Value of a KL in the loss: ``"k3"`` (times the importance ratio; its mean is the KL) or ``"k2"``. The gradient of
+    both is that of the KL, see :func:`rl.kl_loss`."""
 
     kl_target: Annotated[float | None, positive(_OMIT_IS_OFF)] = None
     """KL of a response, in nats, that beta is adapted to; None: beta is fixed."""

@@ -106,6 +106,7 @@ NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "m
         ({"advantage": "grpo"}, "advantage: must be one of 'gae', 'group', 'rloo', got 'grpo'; choose one"),
         ({"aggregation": "mean"}, "aggregation: must be one of 'token_mean', 'seq_mean', 'dr_grpo', got 'mean'"),
         ({"kl_in": "both"}, "kl_in: must be one of 'reward', 'loss', got 'both'"),
+        ({"kl_estimator": "k1"}, "kl_estimator: must be one of 'k3', 'k2', got 'k1'; choose one"),
         ({"truncated": "drop"}, "truncated: must be one of 'keep', 'mask', 'bootstrap', got 'drop'"),
         ({"lr_schedule": "step"}, "lr_schedule: must be one of 'constant', 'linear', 'cosine', got 'step'"),
         ({"num_minibatches": 3}, "num_minibatches: must divide the 32 responses of a step, got 3; change num_prompts"),
