@@ -7,7 +7,7 @@ ignores padded positions, whatever their value. Set non-finite log-probabilities
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rl.algorithm.tensor_checks import require_alike, require_floats, require_indices, require_mask
-from rl.config import Aggregation, KLEstimator
+from rl.config import Aggregation, KLEstimator, shown
 from rl.errors import ConfigError
 
 KLKind = Literal["k1", "k2", "k3"]
@@ -365,8 +365,8 @@ def aggregate(
     _require_kind(kind, get_args(Aggregation))
     counts = {"num_tokens": num_tokens, "num_sequences": num_sequences, "max_tokens": max_tokens}
     for name, value in counts.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name}: must be at least 0, got {value!r}; count the accumulated batch")
+        if not 0 <= value <= sys.float_info.max:
+            raise ConfigError(f"{name}: must be at least 0, got {shown(value)}; count the accumulated batch")
 
     if kind == "token_mean":
         count = num_tokens
@@ -394,5 +394,6 @@ def _require_kind(kind: str, kinds: tuple[str, ...]) -> None:
 
 def _require_above(name: str, value: float, least: float, remedy: str) -> None:
     """Require a finite number greater than ``least``."""
-    if not least < value < math.inf:
-        raise ConfigError(f"{name}: must be finite and above {least}, got {value!r}; {remedy}")
+    # An integer beyond every float is less than infinity, and overflows later.
+    if not least < value <= sys.float_info.max:
+        raise ConfigError(f"{name}: must be finite and above {least}, got {shown(value)}; {remedy}")

@@ -27,13 +27,21 @@ def learning_rates(config: PPOConfig) -> tuple[float, float]:
 
 
 def make_optimizer(policy: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
-    """Make Adam over the policy's weights and, with a critic, over those of the critic as a second group."""
+    """Make AdamW over the policy's weights and, with a critic, over those of the critic as a second group.
+
+    Without weight decay it is Adam.
+    """
     policy_rate, value_rate = learning_rates(config)
     groups = [{"params": list(policy.policy_parameters().values()), "lr": policy_rate}]
     value_parameters = list(policy.value_parameters().values())
     if value_parameters:
         groups.append({"params": value_parameters, "lr": value_rate})
-    return torch.optim.Adam(groups, eps=1e-5)
+    return torch.optim.AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 def minibatch_order(config: PPOConfig, step: int, epoch: int) -> list[Int64[Tensor, " sequences"]]:
