@@ -349,7 +349,8 @@ class PPOConfig:
     # Evaluation.
 
     evaluate_every: Annotated[int, at_least(0, _ZERO_IS_OFF)] = 0
-    """Steps between evaluations on held-out problems (the task's split ``"eval"``); 0: none. The last step has one."""
+    """Steps between evaluations on held-out problems (the task's split ``"eval"``); 0: none. The policy of the best is
+    kept in the folder ``best``."""
 
     evaluation_problems: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 64
     """Problems of an evaluation, the same in each."""

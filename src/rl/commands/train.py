@@ -128,6 +128,15 @@ def _print_summary(history: list[dict[str, Any]], output: Path) -> None:
         last = _mean(history[-window:], name, form)
         rows.add_row(label, first, last)
     console().print(rows)
+    evaluated = [row for row in history if row.get("eval_reward") is not None]
+    if evaluated:
+        from rl.training.checkpoint import BEST
+
+        last = evaluated[-1]
+        typer.echo(
+            f"best evaluation: reward {last['eval_best_reward']:.3f} at step {last['eval_best_step']}, "
+            f"kept in {output / BEST}"
+        )
     typer.echo(f"metrics and checkpoints in {output}; next: flowgraph-rl eval --adapter {output}")
 
 
