@@ -73,8 +73,9 @@ def test_lora_rules(settings: dict[str, Any], message: str):
         LoraConfig(**settings)
 
 
-AT_LEAST_1 = ("steps", "evaluation_problems", "evaluation_samples", "num_prompts", "group_size", "max_prompt_tokens", "max_response_tokens", "epochs",
-              "num_minibatches", "micro_batch_size", "keep_checkpoints")  # fmt: skip
+AT_LEAST_1 = ("steps", "num_prompts", "group_size", "max_prompt_tokens", "max_response_tokens", "epochs",
+              "num_minibatches", "micro_batch_size", "keep_checkpoints", "evaluation_problems",
+              "evaluation_samples")  # fmt: skip
 POSITIVE = ("temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "clip")
 POSITIVE_OR_NONE = ("clip_high", "value_clip", "kl_target", "value_learning_rate")
 NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "missing_eos_penalty")

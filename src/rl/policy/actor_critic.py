@@ -110,6 +110,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        _keep_differentiable(model)
 
         # The adapters' weights are a function of the seed; the caller's generator keeps its state.
         with torch.random.fork_rng(devices=[]):
@@ -397,6 +398,25 @@ def model_name(model: nn.Module) -> str:
 # Construction -------------------------------------------------------------------------------------------
 
 
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep the 4-bit layers of bitsandbytes in the form that has a gradient.
+
+    On some CPUs a layer repacks its weights in the first pass without gradients, such as generation, for a kernel that
+    has none; adapters of earlier layers would then receive a gradient of 0 without an error.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise PolicyError(
+                f"model: its 4-bit weights must be as they were loaded, got {name} packed for inference on the CPU, "
+                "which has no gradient; load the model again and train it before it generates"
+            )
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def _with_adapters(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
     """Return the PEFT model, the name of the policy's adapter, and that of the reference's (None: adapters off)."""
     from peft import PeftModel, get_peft_model
@@ -440,7 +460,7 @@ def _trained_names(model: PeftModel, adapter: str) -> set[str]:
 
 def _refuse_other_trained_weights(model: PeftModel) -> None:
     """Refuse a trainable weight that belongs to no adapter: it would be frozen, and no checkpoint would hold it."""
-    before = model.active_adapter
+    before = str(model.active_adapter)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     of_adapters: set[str] = set()
     for adapter in model.peft_config:

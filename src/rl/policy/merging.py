@@ -69,10 +69,8 @@ def _inner(module: nn.Module | None) -> Any:
 def _touches_embeddings(model: PeftModel) -> bool:
     """Tell whether the embeddings or the output layer are wrapped by PEFT."""
     base: Any = model.get_base_model()
-    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
-        if _inner(layer) is not layer:
-            return True
-    return False
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    return any(_inner(layer) is not layer for layer in layers)
 
 
 def _untie(model: Any) -> None:

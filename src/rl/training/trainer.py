@@ -21,6 +21,7 @@ from rl.credit.scoring import score_rollout
 from rl.errors import CheckpointError
 from rl.evaluation.evaluate import Evaluation, evaluate
 from rl.policy.actor_critic import ActorCritic, TokenOutput, model_name
+from rl.policy.loading import quantization_of
 from rl.records import Experience, Responses
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
@@ -536,13 +537,17 @@ class PPOTrainer:
             config.pop("steps")
         # The address of an object in the text of a task differs from run to run.
         task = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.task))
-        return {
+        run = {
             "config": config,
             "task": task,
             "model": self.model_name,
             "reference": self._reference,
             "processes": self.accelerator.num_processes,
         }
+        quantization = quantization_of(self.policy.causal_lm)
+        if quantization is not None:
+            run["quantization"] = quantization
+        return run
 
     def _open(self, output: Path, resume: bool, allow_changes: bool) -> None:
         """Make a new folder, or continue from the newest complete checkpoint of an existing one."""

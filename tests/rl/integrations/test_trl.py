@@ -398,8 +398,11 @@ def test_left_padding_changes_roundings_alone(tmp_path):
 
 
 DIFFERENT = {
-    "kl_without_correction": ("token_mean", {"beta": 0.5, "use_bias_correction_kl": False},
-                              {"kl_coefficient": 0.5, "kl_in": "loss"}),
+    "kl_without_correction": (
+        "token_mean",
+        {"beta": 0.5, "use_bias_correction_kl": False},
+        {"kl_coefficient": 0.5, "kl_in": "loss"},
+    ),
     "entropy_under_seq_mean": ("seq_mean", {"loss_type": "grpo", "entropy_coef": 0.1}, {"entropy_coefficient": 0.1}),
     "cispo": ("token_mean", {"loss_type": "cispo", "epsilon_high": 5.0}, {}),
 }

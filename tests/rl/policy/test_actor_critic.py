@@ -322,7 +322,7 @@ def test_passes_are_without_dropout_whatever_the_user_set_and_the_mode_is_restor
     policy = disturbed(actor("gpt2"))
     expected = passes(policy)
     policy.causal_lm.train()
-    policy.causal_lm.transformer.h[1].eval()
+    policy.causal_lm.get_submodule("transformer.h.1").eval()
     modes = [module.training for module in policy.modules()]
     assert any(modes)
     for found, other in zip(passes(policy), expected, strict=True):
@@ -372,5 +372,5 @@ def test_gradient_checkpointing_keeps_fewer_bytes_and_gives_the_same_gradients(f
 
 def test_layers_that_cannot_be_recomputed_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rl.policy.recomputation.recomputable_layers", lambda model: [])
-    with pytest.raises(PolicyError, match="gradient_checkpointing: must have layers .*, got LlamaForCausalLM without"):
+    with pytest.raises(PolicyError, match=r"gradient_checkpointing: must have layers .*, got LlamaForCausalLM without"):
         ActorCritic(tiny_policy(), LORA, critic=False, gradient_checkpointing=True)

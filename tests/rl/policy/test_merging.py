@@ -92,7 +92,9 @@ def test_the_merged_model_gives_the_adapter_models_logits(kind: str, tied: bool,
     assert (expected - plain).abs().max() > 0.05, "the adapter does something"
 
     merged = merge_adapter(model)
-    is_tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    embeddings: Any = merged.get_input_embeddings()
+    output: Any = merged.get_output_embeddings()
+    is_tied = embeddings.weight is output.weight
     assert is_tied == (tied and is_tied_again)
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -104,7 +106,9 @@ def test_the_merged_model_gives_the_adapter_models_logits(kind: str, tied: bool,
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_trained_policy_on_a_tied_output_layer_survives_the_merge(family: str, tmp_path: Path):
-    policy = ActorCritic(base(family, tied=True), LoraConfig(rank=4, targets=["lm_head", ATTENTION[family]]), critic=True)
+    policy = ActorCritic(
+        base(family, tied=True), LoraConfig(rank=4, targets=["lm_head", ATTENTION[family]]), critic=True
+    )
     with torch.no_grad():
         for parameter in policy.policy_parameters().values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))

@@ -187,7 +187,7 @@ def test_a_model_in_training_mode_samples_without_dropout_and_keeps_its_mode():
     plain = generate(tiny_policy("gpt2"), PROMPTS, [0, 1, 2], ending=ENDING, max_new_tokens=8)
     model = tiny_policy("gpt2")
     model.train()
-    model.transformer.h[0].eval()
+    model.get_submodule("transformer.h.0").eval()
     modes = [module.training for module in model.modules()]
     out = generate(model, PROMPTS, [0, 1, 2], ending=ENDING, max_new_tokens=8)
     assert torch.equal(out.input_ids, plain.input_ids)

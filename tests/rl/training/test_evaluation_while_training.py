@@ -175,7 +175,7 @@ def test_held_out_prompts_that_are_too_long_are_refused_before_the_first_step():
             return replace(super().sample(split, index), prompt="a=1;" * 10 if split == "eval" else "a=1;a?")
 
     run = trainer(replace(SETTINGS, max_prompt_tokens=20), task=LongEval())
-    with pytest.raises(PolicyError, match="every problem must have at most 20 tokens .*, got 5 of 5 that are longer"):
+    with pytest.raises(PolicyError, match=r"every problem must have at most 20 tokens .*, got 5 of 5 that are longer"):
         run.train()
     assert not run.history
 
