@@ -69,9 +69,25 @@ def _checkpointed(
     """Run one layer and keep only its inputs."""
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), restored(layer)
+        return nullcontext(), _EnteredAgain(partial(restored, layer))
 
     # Passes run without dropout, so there is no state of generators to preserve.
     return checkpoint(
         forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **options
     )
+
+
+class _EnteredAgain(AbstractContextManager[None]):
+    """A context that is made anew each time: a graph that is retained is recomputed once for each backward pass."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._entered.pop().__exit__(*exception)
