@@ -118,6 +118,7 @@ class ActorCritic(nn.Module):
             torch.default_generator.manual_seed(seed)
             self.peft, self.policy_name, self.reference_name = _with_adapters(model, lora)
             if critic:
+                _refuse_parameter_targets(self.peft, self.policy_name, self.reference_name)
                 self.peft.add_adapter(VALUE, _peft_config(lora, self.causal_lm))
             self.value_head = _value_head(self.causal_lm) if critic else None
         self._active: str | None = self.policy_name
@@ -473,6 +474,19 @@ def _refuse_other_trained_weights(model: PeftModel) -> None:
             f"model: a PEFT model must train nothing but its adapter, got {others[0]} with requires_grad=True "
             f"({len(others)} such weights); name their modules in modules_to_save of its LoraConfig, or freeze them "
             "with requires_grad_(False)"
+        )
+
+
+def _refuse_parameter_targets(model: PeftModel, name: str, reference_name: str | None) -> None:
+    """Refuse a critic beside a given adapter of single parameters, such as those of experts.
+
+    PEFT requires that all adapters of a model have the same parameters as targets.
+    """
+    parameters = getattr(model.peft_config[name], "target_parameters", None)
+    if reference_name is not None and parameters:
+        raise PolicyError(
+            "model: an adapter beside a critic must have modules as its targets, got target_parameters="
+            f"{parameters!r}; use advantage='group' or 'rloo', which need no critic"
         )
 
 

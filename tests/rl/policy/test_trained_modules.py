@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from rl import ActorCritic, CreditConfig, LoraConfig, PolicyError, PPOConfig, PPOTrainer
 from rl.policy.actor_critic import ModelInput
@@ -166,3 +168,34 @@ def test_a_trainable_weight_outside_the_adapter_is_refused_by_name():
     ):
         ActorCritic(model, LoraConfig(rank=2), critic=True)
     ActorCritic(before, LoraConfig(rank=2), critic=True)
+
+
+def experts() -> PeftModel:
+    """A mixture of experts with an adapter on the experts' weights, which are parameters and not layers."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=45, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+            initializer_range=0.3, eos_token_id=1, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    config = PeftLoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"], task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_experts_are_trained_without_a_critic_and_refused_with_one(tmp_path: Path):
+    settings = replace(config("rloo"), kl_coefficient=0.05)
+    trainer = PPOTrainer(experts(), alphabet(), task=Digits(), config=settings, progress=False, output=tmp_path)
+    names = [name for name in trainer.policy.policy_parameters() if "experts" in name]
+    assert len(names) == 4
+    before = weights(trainer)
+    row = trainer.step()
+    assert row["kl_reference"] == pytest.approx(0.0, abs=1e-5)
+    trainer.step()
+    assert all(not torch.equal(before[name], trainer.policy.state_dict()[name]) for name in names)
+    with pytest.raises(PolicyError, match=r"model: an adapter beside a critic must have modules .*gate_up_proj"):
+        ActorCritic(experts(), LoraConfig(rank=2), critic=True)
