@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rl.errors import PolicyError
+from rl.policy.loading import quantization_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """Merge the active adapter of a PEFT model into its base; the merged model has the adapter model's logits.
+
+    The sum of weight and update is rounded to the dtype of the base: in 16 bits a small update loses digits, so load
+    the base in float32 to keep them.
 
     Many models share one weight between the embeddings and the output layer. An adapter on one of them would then
     change the other too, so the two are untied where an adapter touches either, and tied again where both still have
@@ -29,11 +33,17 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         The base model without any trace of PEFT.
 
     Raises:
-        PolicyError: the adapter is on a weight that other layers of the model use too.
+        PolicyError: the adapter is on a weight that other layers of the model use too, or the base is quantised.
 
     Cost: that of PEFT's merge; untied weights take the memory of one more embedding.
     """
     base: Any = model.get_base_model()
+    quantization = quantization_of(base)
+    if quantization is not None:
+        raise PolicyError(
+            f"model: must be in its own dtype for a merge, got {quantization} weights, to which the update would be "
+            "rounded; give the base that is not quantised"
+        )
     is_tied = _is_tied(base)
     if is_tied and _touches_embeddings(model):
         _untie(base)

@@ -129,3 +129,11 @@ def test_an_adapter_on_a_weight_of_two_layers_is_refused():
     adapted = get_peft_model(model, PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(PolicyError, match=r"adapter: must be on weights that one layer uses, got .*layers.0.*q_proj"):
         merge_adapter(adapted)
+
+
+def test_a_quantised_base_is_refused():
+    model = base("llama", tied=False)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    adapted = get_peft_model(model, PeftLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(PolicyError, match="model: must be in its own dtype for a merge, got bitsandbytes 4bit weights"):
+        merge_adapter(adapted)

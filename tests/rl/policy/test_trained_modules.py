@@ -199,3 +199,18 @@ def test_adapters_of_experts_are_trained_without_a_critic_and_refused_with_one(t
     assert all(not torch.equal(before[name], trainer.policy.state_dict()[name]) for name in names)
     with pytest.raises(PolicyError, match=r"model: an adapter beside a critic must have modules .*gate_up_proj"):
         ActorCritic(experts(), LoraConfig(rank=2), critic=True)
+
+
+@pytest.mark.parametrize("kind", ["output layer", "tokens", "tied tokens"])
+def test_a_saved_adapter_is_trained_further_also_when_loaded_for_inference(kind: str, tmp_path: Path):
+    adapted(kind).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    base = tiny_policy("gpt2" if kind in TIED else "llama")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    trainer = PPOTrainer(loaded, alphabet(), task=Digits(), config=config(), progress=False)
+    before = weights(trainer)
+    trainer.train()
+    after = trainer.policy.state_dict()
+    names = [name for name in trainer.policy.policy_parameters() if "lora_" not in name]
+    assert names
+    assert all(not torch.equal(before[name], after[name]) for name in names)

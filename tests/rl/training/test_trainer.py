@@ -451,6 +451,24 @@ def test_under_mixed_precision_rollout_and_update_are_one_function():
     assert row["kl_reference"] == 0.0
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_recomputed_layers_have_the_precision_of_their_forward_pass(minibatches: int):
+    """The backward pass runs outside of the autocast under which a layer was computed first."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    config = replace(SETTINGS, epochs=1, num_minibatches=minibatches, steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        mixed = Accelerator(cpu=True, mixed_precision="bf16")
+        plain = trained(config, accelerator=mixed)
+        saving = trained(replace(config, gradient_checkpointing=True), accelerator=mixed)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert same(plain, saving)
+    assert not same(plain, trained(config)), "the precision matters"
+
+
 def test_values_on_padding_reach_no_gradient_even_nan():
     run = trainer(replace(SETTINGS, num_minibatches=1))
     experience = run.collect()
