@@ -119,6 +119,7 @@ class ActorCritic(nn.Module):
             self.peft, self.policy_name, self.reference_name = _with_adapters(model, lora)
             if critic:
                 _refuse_parameter_targets(self.peft, self.policy_name, self.reference_name)
+                _refuse_layers_called_value(self.peft, self.policy_name)
                 self.peft.add_adapter(VALUE, _peft_config(lora, self.causal_lm))
             self.value_head = _value_head(self.causal_lm) if critic else None
         self._active: str | None = self.policy_name
@@ -487,6 +488,19 @@ def _refuse_parameter_targets(model: PeftModel, name: str, reference_name: str |
         raise PolicyError(
             "model: an adapter beside a critic must have modules as its targets, got target_parameters="
             f"{parameters!r}; use advantage='group' or 'rloo', which need no critic"
+        )
+
+
+def _refuse_layers_called_value(model: PeftModel, policy_name: str) -> None:
+    """Refuse a critic where the policy has an adapter on a layer with the name of the critic's adapter.
+
+    PEFT tells adapters apart by this part of a weight's name, and would leave such a layer out of every checkpoint.
+    """
+    clashing = sorted(name for name in _trained_names(model, policy_name) if VALUE in name.split("."))
+    if clashing:
+        raise PolicyError(
+            f"lora.targets: must be layers called otherwise than {VALUE!r} beside a critic, got {clashing[0]}; leave "
+            "them out of the targets, or use advantage='group' or 'rloo', which need no critic"
         )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from rl import ActorCritic, CreditConfig, LoraConfig, PolicyError, PPOConfig, PPOTrainer
 from rl.policy.actor_critic import ModelInput
@@ -214,3 +214,20 @@ def test_a_saved_adapter_is_trained_further_also_when_loaded_for_inference(kind:
     names = [name for name in trainer.policy.policy_parameters() if "lora_" not in name]
     assert names
     assert all(not torch.equal(before[name], after[name]) for name in names)
+
+
+def test_layers_with_the_name_of_the_critics_adapter_are_refused_beside_a_critic():
+    """PEFT would leave them out of the saved policy without a word."""
+
+    def bert() -> BertLMHeadModel:
+        return BertLMHeadModel(
+            BertConfig(vocab_size=45, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+                       is_decoder=True)
+        )  # fmt: skip
+
+    with pytest.raises(PolicyError, match=r"lora.targets: must be layers called otherwise than 'value' .*self.value"):
+        ActorCritic(bert(), LoraConfig(rank=2), critic=True)
+    ActorCritic(bert(), LoraConfig(rank=2, targets=["query", "key"]), critic=True)
+    alone = ActorCritic(bert(), LoraConfig(rank=2), critic=False)
+    saved = get_peft_model_state_dict(alone.peft, adapter_name=alone.policy_name)
+    assert len(saved) == len(alone.policy_parameters())
