@@ -3,6 +3,7 @@ from .algorithm.advantages import group_advantages as group_advantages
 from .algorithm.advantages import rloo_advantages as rloo_advantages
 from .algorithm.losses import aggregate as aggregate
 from .algorithm.losses import kl_estimate as kl_estimate
+from .algorithm.losses import kl_loss as kl_loss
 from .algorithm.losses import policy_loss as policy_loss
 from .algorithm.losses import token_logprobs as token_logprobs
 from .algorithm.losses import value_loss as value_loss

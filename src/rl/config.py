@@ -22,8 +22,25 @@ Scope = Literal["reasoning", "response"]
 AdvantageKind = Literal["gae", "group", "rloo"]
 Aggregation = Literal["token_mean", "seq_mean", "dr_grpo"]
 KLPlace = Literal["reward", "loss"]
+KLEstimator = Literal["k3", "k2"]
 Truncated = Literal["keep", "mask", "bootstrap"]
-LRSchedule = Literal["constant", "linear", "cosine"]
+LRSchedule = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+
+OWN_SCHEDULES = ("constant", "linear", "cosine")
+"""Schedules that are computed here; the others are those of transformers."""
 
 
 # Bounds -------------------------------------------------------------------------------------------------
@@ -39,6 +56,7 @@ class Bound:
         least: the smallest value.
         most: the greatest value.
         open_below: ``least`` itself is invalid.
+        open_above: ``most`` itself is invalid.
         allow_infinite: infinity is valid; it turns a limit off.
     """
 
@@ -47,11 +65,14 @@ class Bound:
     least: float = -math.inf
     most: float = math.inf
     open_below: bool = False
+    open_above: bool = False
     allow_infinite: bool = False
 
     def contains(self, value: float) -> bool:
         """Tell whether the value lies in the interval."""
         if self.open_below and value == self.least:
+            return False
+        if self.open_above and value == self.most:
             return False
         return self.least <= value <= self.most
 
@@ -77,6 +98,11 @@ def in_unit_interval(remedy: str, *, open_below: bool = False) -> Bound:
     return Bound(rule=f"lie in {interval}", remedy=remedy, least=0, most=1, open_below=open_below)
 
 
+def below_one(remedy: str) -> Bound:
+    """Require a value in [0, 1)."""
+    return Bound(rule="lie in [0, 1)", remedy=remedy, least=0, most=1, open_above=True)
+
+
 def between(least: int, most: int, remedy: str) -> Bound:
     """Require a value from ``least`` to ``most``."""
     return Bound(rule=f"be from {least} to {most}", remedy=remedy, least=least, most=most)
@@ -91,6 +117,11 @@ _SEE_DEFAULTS = "see PPOConfig for defaults"
 _ZERO_IS_OFF = "0 turns it off"
 _OMIT_IS_OFF = "leave it out to turn it off"
 _UNIT_DEFAULTS = "1 and 0.95 are the defaults"
+
+
+_INT64 = int64("see its description for the default")
+_SHOWN_BITS = 128
+"""Integers up to this size are written out in messages."""
 
 
 # Settings -----------------------------------------------------------------------------------------------
@@ -166,7 +197,8 @@ class LoraConfig:
     """Updates are scaled by ``alpha / rank``."""
 
     targets: str | list[str] = "all-linear"
-    """Names of linear layers, or ``"all-linear"``."""
+    """Layers with an adapter: ``"all-linear"`` (all but the output layer), names of linear layers as a list or with
+    commas between them, or a regular expression for their complete names, such as ``".*\\.[0-9]\\.mlp\\..*"``."""
 
     def __post_init__(self) -> None:
         check_fields(self, prefix="lora.")
@@ -244,7 +276,11 @@ class PPOConfig:
     """beta: weight of the KL penalty; None: 0.05 with a critic, 0 without."""
 
     kl_in: KLPlace = "reward"
-    """Where the penalty enters: ``"reward"`` (k1 at each token; only ``gae`` keeps it per token) or ``"loss"`` (k3)."""
+    """Where the penalty enters: ``"reward"`` (k1 at each token; only ``gae`` keeps it per token) or ``"loss"``."""
+
+    kl_estimator: KLEstimator = "k3"
+    """Value of a KL in the loss: ``"k3"`` (times the importance ratio; its mean is the KL) or ``"k2"``. The gradient of
+    both is that of the KL, see :func:`rl.kl_loss`."""
 
     kl_target: Annotated[float | None, positive(_OMIT_IS_OFF)] = None
     """KL of a response, in nats, that beta is adapted to; None: beta is fixed."""
@@ -273,6 +309,10 @@ class PPOConfig:
     micro_batch_size: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 32
     """Sequences in a forward pass; changes memory and speed, never the result."""
 
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of each layer for the backward pass and recompute the rest there: much less memory for one
+    more forward pass, and the same result."""
+
     learning_rate: Annotated[float, positive(_SEE_DEFAULTS)] = 1e-4
     """Learning rate of the policy's adapter."""
 
@@ -280,13 +320,49 @@ class PPOConfig:
     """Learning rate of the critic's adapter and head; None: ``learning_rate``."""
 
     lr_schedule: LRSchedule = "constant"
-    """Schedule after the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"``."""
+    """Schedule after the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"``, or any other that ``get_scheduler`` of
+    transformers knows, as it computes it from ``warmup_steps`` and ``steps``. ``"reduce_lr_on_plateau"`` and
+    ``"greedy"`` follow the reward of the evaluations, or that of the steps where there are none."""
+
+    lr_schedule_options: dict[str, Any] = field(default_factory=dict)
+    """``scheduler_specific_kwargs`` of a schedule of transformers, such as ``{"min_lr_rate": 0.1}``. A minimum rate is
+    that of ``learning_rate``; the critic's rate is scaled alike."""
 
     warmup_steps: Annotated[int, at_least(0, _ZERO_IS_OFF)] = 0
     """Steps of linear warm-up."""
 
+    adam_beta1: Annotated[float, below_one("0.9 is the default")] = 0.9
+    """Decay of the mean gradient in Adam."""
+
+    adam_beta2: Annotated[float, below_one("0.999 is the default")] = 0.999
+    """Decay of the mean squared gradient in Adam."""
+
+    adam_epsilon: Annotated[float, positive("1e-5 is the default")] = 1e-5
+    """Added to the root of the mean squared gradient in Adam."""
+
+    weight_decay: Annotated[float, at_least(0, _ZERO_IS_OFF)] = 0.0
+    """Decoupled weight decay (AdamW), times the learning rate, of all trained weights."""
+
     max_grad_norm: Annotated[float, positive(_SEE_DEFAULTS, allow_infinite=True)] = 1.0
     """Greatest gradient norm, separate for policy and critic."""
+
+    # Evaluation.
+
+    evaluate_every: Annotated[int, at_least(0, _ZERO_IS_OFF)] = 0
+    """Steps between evaluations on held-out problems (the task's split ``"eval"``); 0: none. The policy of the best is
+    kept in the folder ``best``."""
+
+    evaluation_problems: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 64
+    """Problems of an evaluation, the same in each."""
+
+    evaluation_samples: Annotated[int, at_least(1, _SEE_DEFAULTS)] = 1
+    """Responses to each of them."""
+
+    evaluation_temperature: Annotated[float, at_least(0, "0 is greedy decoding")] = 0.0
+    """Temperature of an evaluation; 0: greedy decoding."""
+
+    patience: Annotated[int | None, positive(_OMIT_IS_OFF)] = None
+    """Evaluations in a row without a new best reward after which the run stops; None: it never stops early."""
 
     # The run.
 
@@ -327,6 +403,8 @@ class PPOConfig:
             )
         if not self.has_critic:
             self._check_without_critic()
+        self._check_schedule()
+        self._check_evaluation()
         if self.kl_target is not None and self.kl_weight == 0:
             raise broken_rule(
                 "kl_target",
@@ -358,6 +436,33 @@ class PPOConfig:
                 f"be 'keep' or 'mask' with {estimator}, which has no critic to bootstrap from",
                 self.truncated,
                 "use advantage='gae'",
+            )
+
+    def _check_schedule(self) -> None:
+        """Check that options are given only to a schedule that takes some."""
+        if self.lr_schedule_options and self.lr_schedule in OWN_SCHEDULES:
+            raise broken_rule(
+                "lr_schedule_options",
+                f"be empty with lr_schedule={self.lr_schedule!r}, which has none",
+                self.lr_schedule_options,
+                "leave it out, or use a schedule of transformers such as 'cosine_with_min_lr'",
+            )
+
+    def _check_evaluation(self) -> None:
+        """Check the rules that relate the settings of evaluations."""
+        if self.evaluation_samples > 1 and self.evaluation_temperature == 0:
+            raise broken_rule(
+                "evaluation_samples",
+                "be 1 with evaluation_temperature=0: greedy samples are all the same",
+                self.evaluation_samples,
+                "set evaluation_temperature=1",
+            )
+        if self.patience is not None and self.evaluate_every == 0:
+            raise broken_rule(
+                "patience",
+                "come with evaluations, which it counts",
+                self.patience,
+                "set evaluate_every=10",
             )
 
     @property
@@ -476,7 +581,10 @@ def check_fields(config: Any, prefix: str = "") -> None:
             continue
 
         if float in rule.types and type(value) is int:
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError as error:
+                raise broken_rule(name, "be finite", value, "see its description for the default") from error
             object.__setattr__(config, rule.name, value)
         if not _has_type(value, rule.types):
             expected = " or ".join(kind.__name__.replace("NoneType", "nothing") for kind in rule.types)
@@ -489,6 +597,10 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 raise broken_rule(name, "be finite", value, "see its description for the default")
         if rule.bound is not None and value is not None and not rule.bound.contains(value):
             raise broken_rule(name, rule.bound.rule, value, rule.bound.remedy)
+
+        # Larger integers overflow in the libraries below, in places that do not name the setting.
+        if type(value) is int and not _INT64.contains(value):
+            raise broken_rule(name, _INT64.rule, value, "see its description for the default")
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:
@@ -504,7 +616,19 @@ def _has_type(value: Any, types: tuple[type, ...]) -> bool:
 
 def broken_rule(name: str, rule: str, value: Any, remedy: str) -> ConfigError:
     """Build the error of a setting that breaks a rule."""
-    return ConfigError(f"{name}: must {rule}, got {value!r}; {remedy}")
+    return ConfigError(f"{name}: must {rule}, got {shown(value)}; {remedy}")
+
+
+def shown(value: Any) -> str:
+    """Return the text of a value for a message; Python refuses to write an integer of thousands of digits.
+
+    Example:
+        >>> shown(0.5), shown(10**400)
+        ('0.5', 'an integer of 1329 bits')
+    """
+    if type(value) is int and value.bit_length() > _SHOWN_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
 # Comparison and logging ---------------------------------------------------------------------------------

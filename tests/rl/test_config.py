@@ -8,9 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
+from transformers import SchedulerType, get_scheduler
 
 from rl import ConfigError, CreditConfig, LoraConfig, PPOConfig
-from rl.algorithm.schedules import adapted_kl_weight, learning_rate_factor
+from rl.algorithm.schedules import adapted_kl_weight, check_schedule, learning_rate_factor
 from rl.config import differences
 from rl.seeds import derive, generator
 
@@ -72,8 +74,9 @@ def test_lora_rules(settings: dict[str, Any], message: str):
 
 
 AT_LEAST_1 = ("steps", "num_prompts", "group_size", "max_prompt_tokens", "max_response_tokens", "epochs",
-              "num_minibatches", "micro_batch_size", "keep_checkpoints")  # fmt: skip
-POSITIVE = ("temperature", "learning_rate", "max_grad_norm", "clip")
+              "num_minibatches", "micro_batch_size", "keep_checkpoints", "evaluation_problems",
+              "evaluation_samples")  # fmt: skip
+POSITIVE = ("temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "clip")
 POSITIVE_OR_NONE = ("clip_high", "value_clip", "kl_target", "value_learning_rate")
 NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "missing_eos_penalty")
 
@@ -86,7 +89,7 @@ NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "m
         *(({name: 0}, f"{name}: must be at least 1, got 0; see PPOConfig") for name in AT_LEAST_1),
         *(({name: 2.0}, f"{name}: must be int, got 2.0") for name in AT_LEAST_1),
         *(({name: True}, f"{name}: must be int, got True") for name in AT_LEAST_1),
-        *(({name: 0}, f"{name}: must be positive, got 0.0; see PPOConfig") for name in POSITIVE),
+        *(({name: 0}, f"{name}: must be positive, got 0.0; ") for name in POSITIVE),
         *(({name: 0}, f"{name}: must be positive, got 0.0; leave it out") for name in POSITIVE_OR_NONE),
         *(({name: -0.1}, f"{name}: must be at least 0, got -0.1; 0 turns it off") for name in NOT_NEGATIVE),
         *(({name: NAN}, f"{name}: must be finite, got nan") for name in POSITIVE + POSITIVE_OR_NONE + NOT_NEGATIVE),
@@ -106,8 +109,29 @@ NOT_NEGATIVE = ("kl_coefficient", "value_coefficient", "entropy_coefficient", "m
         ({"advantage": "grpo"}, "advantage: must be one of 'gae', 'group', 'rloo', got 'grpo'; choose one"),
         ({"aggregation": "mean"}, "aggregation: must be one of 'token_mean', 'seq_mean', 'dr_grpo', got 'mean'"),
         ({"kl_in": "both"}, "kl_in: must be one of 'reward', 'loss', got 'both'"),
+        ({"kl_estimator": "k1"}, "kl_estimator: must be one of 'k3', 'k2', got 'k1'; choose one"),
         ({"truncated": "drop"}, "truncated: must be one of 'keep', 'mask', 'bootstrap', got 'drop'"),
-        ({"lr_schedule": "step"}, "lr_schedule: must be one of 'constant', 'linear', 'cosine', got 'step'"),
+        ({"lr_schedule": "step"}, "lr_schedule: must be one of 'constant', 'linear', 'cosine', 'cosine_with_restarts'"),
+        ({"lr_schedule": "linear", "lr_schedule_options": {"min_lr": 1e-6}},
+         "lr_schedule_options: must be empty with lr_schedule='linear', which has none, got {'min_lr': 1e-06}; leave"),
+        ({"learning_rate": 10**400}, "learning_rate: must be finite, got an integer of 1329 bits; see"),
+        ({"learning_rate": 10**5000}, "learning_rate: must be finite, got an integer of 16610 bits; see"),
+        ({"kl_coefficient": -(10**400)}, "kl_coefficient: must be finite, got an integer of 1329 bits"),
+        ({"credit": {"strength": 10**400}}, "strength: must be finite, got an integer of 1329 bits"),
+        ({"lora": {"alpha": 10**400}}, "lora.alpha: must be finite, got an integer of 1329 bits"),
+        ({"steps": 10**400}, "steps: must be an integer of 64 bits, got an integer of 1329 bits; see"),
+        ({"lora": {"rank": 2**63}}, "lora.rank: must be an integer of 64 bits, got 9223372036854775808; see"),
+        ({"steps": -(10**5000)}, "steps: must be at least 1, got an integer of 16610 bits"),
+        ({"seed": 10**5000}, "seed: must be an integer of 64 bits, got an integer of 16610 bits; 0 is the default"),
+        ({"adam_beta1": 1}, r"adam_beta1: must lie in \[0, 1\), got 1.0; 0.9 is the default"),
+        ({"adam_beta2": -0.1}, r"adam_beta2: must lie in \[0, 1\), got -0.1; 0.999 is the default"),
+        ({"adam_epsilon": 0}, "adam_epsilon: must be positive, got 0.0; 1e-5 is the default"),
+        ({"weight_decay": -1}, "weight_decay: must be at least 0, got -1.0; 0 turns it off"),
+        ({"evaluate_every": -1}, "evaluate_every: must be at least 0, got -1; 0 turns it off"),
+        ({"evaluation_temperature": -1}, "evaluation_temperature: must be at least 0, got -1.0; 0 is greedy"),
+        ({"evaluation_samples": 2}, "evaluation_samples: must be 1 with evaluation_temperature=0: .* got 2; set"),
+        ({"patience": 3}, "patience: must come with evaluations, which it counts, got 3; set evaluate_every=10"),
+        ({"patience": 0, "evaluate_every": 1}, "patience: must be positive, got 0"),
         ({"num_minibatches": 3}, "num_minibatches: must divide the 32 responses of a step, got 3; change num_prompts"),
         ({"advantage": "group", "group_size": 1}, "group_size: must be at least 2 for advantage='group', which"),
         ({"advantage": "rloo", "group_size": 1}, "group_size: must be at least 2 for advantage='rloo'"),
@@ -211,6 +235,69 @@ def test_the_learning_rate_rises_then_falls_to_nothing_it_can_reach(schedule: An
 def test_a_warm_up_longer_than_the_run_never_ends():
     config = PPOConfig(steps=3, warmup_steps=10, lr_schedule="cosine")
     assert [learning_rate_factor(config, step) for step in range(3)] == [0.1, 0.2, 0.3]
+
+
+OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0, "lr_end": 1e-6},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {"timescale": 5},
+    "cosine_with_min_lr": {"min_lr": 1e-5},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 6},
+}
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_schedules_of_transformers_are_what_its_scheduler_steps_through(name: Any):
+    options = OF_TRANSFORMERS[name]
+    config = PPOConfig(steps=20, warmup_steps=4, lr_schedule=name, lr_schedule_options=options, learning_rate=1e-3)
+    check_schedule(config)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    scheduler = get_scheduler(name, optimizer, 4, 20, options)
+    rates = []
+    for step in range(20):
+        assert 1e-3 * learning_rate_factor(config, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert len(set(rates)) > 3
+
+
+def test_every_name_of_transformers_is_a_schedule():
+    names = {kind.value for kind in SchedulerType}
+    for name in sorted(names):
+        options = {**OF_TRANSFORMERS, "greedy": {"min_lr": 1e-6, "max_lr": 1e-3}}.get(name, {})
+        check_schedule(PPOConfig(lr_schedule=name, lr_schedule_options=options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("reduce_lr_on_plateau", {"patience": 1, "factor": 0.5}),
+    ("greedy", {"min_lr": 1e-6, "max_lr": 1e-2, "patience": 1, "factor": 0.5}),
+])  # fmt: skip
+def test_reacting_schedules_follow_a_reward_that_is_to_grow(name: Any, options: dict[str, Any]):
+    config = PPOConfig(lr_schedule=name, lr_schedule_options=options, learning_rate=1e-3, warmup_steps=2)
+    assert learning_rate_factor(config, 0) == 0.5, "warm-up"
+    assert learning_rate_factor(config, 5) == 1.0
+    assert learning_rate_factor(config, 5, [0.5] * 6) < 1.0
+    risen = learning_rate_factor(config, 5, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert risen > 1.0 if name == "greedy" else risen == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_schedule": "cosine_with_min_lr"}, r"lr_schedule_options: must be those of 'cosine_with_min_lr' .*got {}"),
+        ({"lr_schedule": "polynomial", "lr_schedule_options": {"powr": 2}}, "must be those of 'polynomial' .*powr"),
+        ({"lr_schedule": "polynomial", "learning_rate": 1e-9}, "must be those of 'polynomial' in transformers"),
+        ({"lr_schedule": "polynomial", "lr_schedule_options": {"power": "2"}}, "must be those of 'polynomial'"),
+        ({"lr_schedule": "warmup_stable_decay"}, "must be those of 'warmup_stable_decay'"),
+        ({"lr_schedule": "greedy"}, "min_lr and max_lr must enclose learning_rate=0.0001, got 0.001 and 1; set both"),
+    ],
+)
+def test_options_that_a_schedule_does_not_take_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_schedule(PPOConfig(**settings))
 
 
 def test_beta_moves_towards_its_target_by_a_bounded_step():

@@ -7,7 +7,7 @@ ignores padded positions, whatever their value. Set non-finite log-probabilities
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rl.algorithm.tensor_checks import require_alike, require_floats, require_indices, require_mask
-from rl.config import Aggregation
+from rl.config import Aggregation, KLEstimator, shown
 from rl.errors import ConfigError
 
 KLKind = Literal["k1", "k2", "k3"]
@@ -141,7 +141,10 @@ def kl_estimate(
     r"""Estimate KL(policy, reference) at each token drawn from the policy, from this one sample.
 
     With :math:`d = \log \pi - \log \pi_{ref}` in [-20, 20]: k1 = :math:`d` (unbiased, may be negative), k2 =
-    :math:`d^2 / 2` (biased, its gradient is that of the KL), k3 = :math:`e^{-d} - 1 + d` (unbiased, not negative).
+    :math:`d^2 / 2` (biased), k3 = :math:`e^{-d} - 1 + d` (unbiased, not negative).
+
+    These are values. As a loss only k2 has the gradient of the KL, and only on tokens of the present policy; use
+    :func:`kl_loss` there.
 
     Args:
         logprobs: ``[B, R]``, under the policy, in nats; carries the gradient.
@@ -164,6 +167,56 @@ def kl_estimate(
     if kind == "k2":
         return 0.5 * log_ratio.square()
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def kl_loss(
+    logprobs: Float[Tensor, "batch response"],
+    old_logprobs: Float[Tensor, "batch response"],
+    ref_logprobs: Float[Tensor, "batch response"],
+    kind: KLEstimator = "k3",
+) -> Float[Tensor, "batch response"]:
+    r"""Compute a loss at each token whose expected gradient is that of KL(policy, reference).
+
+    The gradient of :math:`\mathrm{KL} = \sum_y \pi(y) d(y)`, with :math:`d = \log \pi - \log \pi_{ref}`, is
+    :math:`E_{\pi_{old}}[\rho\, d\, \nabla \log \pi]` with :math:`\rho = \pi / \pi_{old}`: the tokens were drawn
+    from the old policy. Both kinds have exactly this gradient at each token:
+
+    - ``"k3"``: :math:`\rho (e^{-d} - 1 + d)`, differentiated through :math:`\rho` too. Its expectation is the KL.
+    - ``"k2"``: :math:`\rho\, d^2 / 2` with :math:`\rho` held constant. Its expectation is not the KL.
+
+    A bare k3, without :math:`\rho`, has the gradient :math:`(1 - e^{-d}) \nabla \log \pi`, which is that of
+    KL(reference, policy) on tokens of the policy: it pushes without bound where the reference is the likelier one, and
+    with a force of at most 1 where the policy has moved away.
+
+    The gradient of a token is that of the KL of its own distribution, given its prefix; the effect of a token on the
+    KL of later tokens is not part of it (that is what a KL in the reward adds).
+
+    Args:
+        logprobs: ``[B, R]``, under the policy, in nats; only this argument receives a gradient.
+        old_logprobs: ``[B, R]``, under the policy that wrote the tokens, in nats.
+        ref_logprobs: ``[B, R]``, under the reference, in nats.
+        kind: which value the loss has; the gradient is the same.
+
+    Returns:
+        ``[B, R]``, in nats. Exponents are clamped to 20; the force :math:`\rho\, d` keeps its d.
+
+    Raises:
+        ConfigError: wrong shapes, or an unknown kind.
+
+    Source: Tang and Munos, "On a few pitfalls in KL divergence gradient estimation for RL", arXiv 2506.09477; k3 with
+    the importance ratio, DeepSeek-V3.2, arXiv 2512.02556, section 3.1.
+    """
+    require_alike(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    _require_kind(kind, get_args(KLEstimator))
+
+    # The value, without a gradient.
+    held = logprobs.detach()
+    ratio = (held - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    value = ratio * kl_estimate(held, ref_logprobs, kind)
+
+    # rho d is the derivative by log pi, of either kind. The last term is 0 and carries the gradient.
+    force = ratio * (held - ref_logprobs.detach())
+    return value + force * (logprobs - held)
 
 
 def policy_loss(
@@ -312,8 +365,8 @@ def aggregate(
     _require_kind(kind, get_args(Aggregation))
     counts = {"num_tokens": num_tokens, "num_sequences": num_sequences, "max_tokens": max_tokens}
     for name, value in counts.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name}: must be at least 0, got {value!r}; count the accumulated batch")
+        if not 0 <= value <= sys.float_info.max:
+            raise ConfigError(f"{name}: must be at least 0, got {shown(value)}; count the accumulated batch")
 
     if kind == "token_mean":
         count = num_tokens
@@ -341,5 +394,6 @@ def _require_kind(kind: str, kinds: tuple[str, ...]) -> None:
 
 def _require_above(name: str, value: float, least: float, remedy: str) -> None:
     """Require a finite number greater than ``least``."""
-    if not least < value < math.inf:
-        raise ConfigError(f"{name}: must be finite and above {least}, got {value!r}; {remedy}")
+    # An integer beyond every float is less than infinity, and overflows later.
+    if not least < value <= sys.float_info.max:
+        raise ConfigError(f"{name}: must be finite and above {least}, got {shown(value)}; {remedy}")

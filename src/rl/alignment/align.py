@@ -295,7 +295,13 @@ def _policy_on(model: nn.Module, config: PPOConfig) -> Iterator[ActorCritic]:
     """Yield the model as a policy; remove the added adapters afterwards, and restore trainable weights and modes."""
     was_trainable = {name: weight.requires_grad for name, weight in model.named_parameters()}
     was_training = {name: module.training for name, module in model.named_modules()}
-    policy = ActorCritic(model, config.lora, critic=False, seed=config.seed)
+    policy = ActorCritic(
+        model,
+        config.lora,
+        critic=False,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
     try:
         yield policy
     finally:

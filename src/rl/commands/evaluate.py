@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowgraph import atomic_write
-from rl.commands.options import Adapter, Device, Dtype, Model, TaskName, TaskOption
+from rl.commands.options import Adapter, Device, Dtype, Model, Quantize, TaskName, TaskOption
 from rl.commands.terminal import console, spinner, table
 from rl.errors import ConfigError
 
@@ -34,6 +34,7 @@ def evaluate_command(
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Measure a policy on fresh problems: mean reward with a 95 % interval."""
     from rl.commands.run_file import CHAIN_DEFAULTS, optional_policy_folder, parse_options
@@ -53,7 +54,7 @@ def evaluate_command(
         from rl.policy.loading import load_policy
         from rl.tasks.registry import make_task
 
-        network, tokenizer = load_policy(model, dtype, device, folder)
+        network, tokenizer = load_policy(model, dtype, device, folder, quantize=quantize)
         result = evaluate(
             network,
             tokenizer,

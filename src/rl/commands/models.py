@@ -63,10 +63,11 @@ def merge(
         progress(f"loading {model}")
         from rl.folders import new_folder
         from rl.policy.loading import load_policy
+        from rl.policy.merging import merge_adapter
 
         network, tokenizer = load_policy(model, dtype, None, policy_folder(adapter))
         progress("merging")
-        merged = network.merge_and_unload()
+        merged = merge_adapter(network)
         with new_folder(out) as temporary:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

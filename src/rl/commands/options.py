@@ -25,3 +25,7 @@ Adapter = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="'cpu', 'cuda', 'cuda:1' or 'mps'. Default: cpu.")]
 Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16', of the frozen base.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", help="'4bit': load the frozen base in 4 bits by bitsandbytes (QLoRA). Default: not."),
+]

@@ -17,7 +17,7 @@ from rl.training.checkpoint import find_checkpoints
 CHAIN_DEFAULTS = {"max_response_tokens": 48, "learning_rate": 1e-3}
 """Defaults for the shipped model: its context is short, and its few weights take larger steps."""
 
-_TEXT_SETTINGS = ("model", "task", "output")
+_TEXT_SETTINGS = ("model", "task", "output", "quantize")
 """Settings of a run that are text, even where the text looks like a number."""
 
 
@@ -31,6 +31,7 @@ class Run:
         output: folder of the run.
         config: settings of the trainer.
         task_options: arguments of the task.
+        quantize: "4bit", or None for the base's own dtype.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Run:
     output: Path
     config: PPOConfig
     task_options: dict[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
 
     def to_yaml(self) -> str:
         """Return all settings, defaults included, as YAML; the same text starts the same run."""
@@ -48,6 +50,7 @@ class Run:
             "task": self.task,
             "task_options": self.task_options,
             "output": str(self.output),
+            "quantize": self.quantize,
             **self.config.to_dict(),
         }
         return yaml.safe_dump(settings, sort_keys=False)
@@ -98,7 +101,14 @@ def read_run(
     # A colon, as in reasoning_gym:NAME, is not allowed in file names everywhere.
     task_name = Path(task).stem.replace(":", "-")
     output = text.get("output", f"runs/{task_name}-{config.credit.rule}")
-    return Run(model=model, task=task, output=Path(output), config=config, task_options=options)
+    return Run(
+        model=model,
+        task=task,
+        output=Path(output),
+        config=config,
+        task_options=options,
+        quantize=text.get("quantize"),
+    )
 
 
 def parse_options(options: Sequence[str], *, flag: str = "--set") -> dict[str, Any]:

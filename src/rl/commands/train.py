@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowgraph import atomic_write
-from rl.commands.options import Adapter, Dtype, TaskOption
+from rl.commands.options import Adapter, Dtype, Quantize, TaskOption
 from rl.commands.terminal import console, spinner, table
 
 if TYPE_CHECKING:
@@ -60,12 +60,13 @@ def train(
     ] = False,
     device: Annotated[str | None, typer.Option(help="'cpu'. Default: the device that accelerate finds.")] = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Train a policy; write metrics.jsonl, checkpoints and rollouts into a folder."""
     from rl.commands.run_file import optional_policy_folder, read_run
 
     # Flags that were not given must not override the file: their value is None.
-    flags = {"model": model, "task": task, "steps": steps, "seed": seed}
+    flags = {"model": model, "task": task, "steps": steps, "seed": seed, "quantize": quantize}
     if output is not None:
         flags["output"] = str(output)
     run = read_run(config, flags, credit=credit, settings=settings or [], task_options=task_option or [])
@@ -86,7 +87,8 @@ def train(
         from rl.training.distributed import make_accelerator
         from rl.training.trainer import PPOTrainer
 
-        network, tokenizer = load_policy(run.model, dtype, device, optional_policy_folder(adapter))
+        folder = optional_policy_folder(adapter)
+        network, tokenizer = load_policy(run.model, dtype, device, folder, quantize=run.quantize)
         trainer = PPOTrainer(
             network,
             tokenizer,
@@ -128,6 +130,15 @@ def _print_summary(history: list[dict[str, Any]], output: Path) -> None:
         last = _mean(history[-window:], name, form)
         rows.add_row(label, first, last)
     console().print(rows)
+    evaluated = [row for row in history if row.get("eval_reward") is not None]
+    if evaluated:
+        from rl.training.checkpoint import BEST
+
+        last = evaluated[-1]
+        typer.echo(
+            f"best evaluation: reward {last['eval_best_reward']:.3f} at step {last['eval_best_step']}, "
+            f"kept in {output / BEST}"
+        )
     typer.echo(f"metrics and checkpoints in {output}; next: flowgraph-rl eval --adapter {output}")
 
 

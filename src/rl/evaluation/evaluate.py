@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rl.config import shown
 from rl.errors import ConfigError
 from rl.evaluation.significance import Z_95, wilson_interval
 from rl.policy.sampling import generate
@@ -202,8 +204,9 @@ def _check_counts(**counts: int) -> None:
 
 def _check_sampling(samples: int, temperature: float, split: str) -> None:
     """Check the arguments that exclude each other before anything is generated."""
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature: must be finite and at least 0, got {temperature}; 0 is greedy decoding")
+    # An integer beyond every float is less than infinity, and overflows later.
+    if not 0 <= temperature <= sys.float_info.max:
+        raise ConfigError(f"temperature: must be finite and at least 0, got {shown(temperature)}; 0 is greedy decoding")
     if temperature == 0 and samples > 1:
         raise ConfigError(f"samples: must be 1 at temperature 0, got {samples}; greedy samples are all the same")
     if split not in SPLITS:

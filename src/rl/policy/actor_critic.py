@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from rl.algorithm.losses import token_logprobs
 from rl.config import LoraConfig
 from rl.errors import PolicyError
+from rl.policy.recomputation import recomputable_layers, recomputing, require_recomputable
+from rl.policy.sampling import evaluating
 from rl.records import Responses
 
 if TYPE_CHECKING:
@@ -70,9 +72,12 @@ class ActorCritic(nn.Module):
     """A frozen causal LM with a LoRA adapter for the policy and, with a critic, another for the value function.
 
     The reference is the base with its adapters off. If the given model has a trained adapter of its own, the reference
-    is a frozen copy of that adapter. Dropout is always off: the probabilities of a rollout and of its update must come
-    from the same function. For the same reason every pass computes in the precision of ``autocast``, not only those
-    that go through a distributed wrapper.
+    is a frozen copy of that adapter. What PEFT trains with that adapter is trained here too: ``modules_to_save`` and
+    ``trainable_token_indices`` belong to the policy and to the copy; the critic reads the base's own modules.
+
+    Dropout is off in every pass, whatever the mode of the modules, and the mode is restored: the probabilities of a
+    rollout and of its update must come from the same function. For the same reason every pass computes in the
+    precision of ``autocast``, not only those that go through a distributed wrapper.
 
     Attributes:
         autocast: context of every forward pass; replaced by the trainer for mixed precision.
@@ -86,14 +91,26 @@ class ActorCritic(nn.Module):
         lora: shape of the new adapters.
         critic: whether there is a value function.
         seed: of the adapters' first weights.
+        gradient_checkpointing: keep only the inputs of each layer for the backward pass, and recompute the rest there.
+            ``model.gradient_checkpointing_enable()`` has the same effect, before or afterwards.
 
     Raises:
-        PolicyError: LoRA targets that do not exist, or a PEFT model of another kind.
+        PolicyError: LoRA targets that do not exist, a PEFT model of another kind, or one with trainable weights that no
+            adapter holds; layers that cannot be recomputed.
     """
 
-    def __init__(self, model: nn.Module, lora: LoraConfig, *, critic: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lora: LoraConfig,
+        *,
+        critic: bool,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        _keep_differentiable(model)
 
         # The adapters' weights are a function of the seed; the caller's generator keeps its state.
         with torch.random.fork_rng(devices=[]):
@@ -101,15 +118,29 @@ class ActorCritic(nn.Module):
             torch.default_generator.manual_seed(seed)
             self.peft, self.policy_name, self.reference_name = _with_adapters(model, lora)
             if critic:
+                _refuse_parameter_targets(self.peft, self.policy_name, self.reference_name)
+                _refuse_layers_called_value(self.peft, self.policy_name)
                 self.peft.add_adapter(VALUE, _peft_config(lora, self.causal_lm))
             self.value_head = _value_head(self.causal_lm) if critic else None
+        self._active: str | None = self.policy_name
+
+        if gradient_checkpointing:
+            require_recomputable(self.causal_lm)
+        self._gradient_checkpointing = gradient_checkpointing
 
         # Architectures differ in the arguments of their forward pass.
         accepted = inspect.signature(self.causal_lm.forward).parameters
         self._takes_position_ids = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
 
-        self._trained = [parameter for name, parameter in self.named_parameters() if self._is_trained(name)]
+        # What is trained: everything that PEFT trains with the policy's adapter, and with the critic's.
+        self._policy_names = {f"peft.{name}" for name in _trained_names(self.peft, self.policy_name)}
+        self._value_names: set[str] = set()
+        if critic:
+            self._value_names = {f"peft.{name}" for name in _trained_names(self.peft, VALUE)}
+            self._value_names |= {"value_head.weight", "value_head.bias"}
+        names = self._policy_names | self._value_names
+        self._trained = [parameter for name, parameter in self.named_parameters() if name in names]
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self._activate(self.policy_name)
@@ -131,11 +162,11 @@ class ActorCritic(nn.Module):
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained weights of the policy, by name."""
-        return {name: p for name, p in self.named_parameters() if self._is_trained(name) and not _is_value(name)}
+        return {name: p for name, p in self.named_parameters() if name in self._policy_names}
 
     def value_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained weights of the critic, by name; empty without one."""
-        return {name: p for name, p in self.named_parameters() if self._is_trained(name) and _is_value(name)}
+        return {name: p for name, p in self.named_parameters() if name in self._value_names}
 
     # Forward passes ---------------------------------------------------------------------------------
 
@@ -185,7 +216,7 @@ class ActorCritic(nn.Module):
         """
         if self.value_head is None:
             return None
-        with self.adapter(VALUE), self.autocast():
+        with self.adapter(VALUE), self._pass():
             decoder = self.causal_lm.get_decoder()
             hidden = decoder(**self._arguments(inputs), use_cache=False).last_hidden_state
         # The value before a token is read from the hidden state one column earlier.
@@ -237,7 +268,7 @@ class ActorCritic(nn.Module):
         if self._takes_logits_to_keep:
             # Logits of the prompt are not used, and with a large vocabulary they take most of the memory.
             arguments["logits_to_keep"] = response_length + 1
-        with self.autocast():
+        with self._pass():
             logits = self.causal_lm(**arguments, use_cache=False).logits
         return logits[:, -response_length - 1 : -1]
 
@@ -254,6 +285,35 @@ class ActorCritic(nn.Module):
             arguments["position_ids"] = inputs.position_ids
         return arguments
 
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        """Set evaluation mode, precision and gradient checkpointing for a forward pass of the model."""
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.peft))
+            stack.enter_context(self.autocast())
+            if torch.is_grad_enabled():
+                stack.enter_context(self._recomputing())
+            yield
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        """Recompute layers in the backward pass, all of them or those that the user has set so in transformers."""
+        layers = []
+        for layer in recomputable_layers(self.causal_lm):
+            if self._gradient_checkpointing or getattr(layer, "gradient_checkpointing", False):
+                layers.append(layer)
+        if not layers:
+            return nullcontext()
+
+        # In the backward pass the policy's adapter is active again, also for layers of the critic's pass.
+        name = self._active
+
+        @contextmanager
+        def restored(layer: nn.Module) -> Iterator[None]:
+            with evaluating(layer), self.adapter(name):
+                yield
+
+        return recomputing(layers, restored)
+
     # Adapters ---------------------------------------------------------------------------------------
 
     @contextmanager
@@ -263,15 +323,20 @@ class ActorCritic(nn.Module):
         Args:
             name: of the adapter; None: adapters off.
         """
+        before = self._active
+        if name == before:
+            yield
+            return
         try:
             if name is None:
+                self._active = None
                 with self.peft.disable_adapter():
                     yield
             else:
                 self._activate(name)
                 yield
         finally:
-            self._activate(self.policy_name)
+            self._activate(self.policy_name if before is None else before)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -310,14 +375,11 @@ class ActorCritic(nn.Module):
 
     def _activate(self, name: str) -> None:
         """Switch the active adapter."""
+        self._active = name
         self.peft.set_adapter(name)
         # PEFT turns the gradient off for every adapter but the active one; a backward pass needs both.
         for parameter in self._trained:
             parameter.requires_grad_(True)
-
-    def _is_trained(self, name: str) -> bool:
-        """Tell whether a parameter belongs to the value head or to a trained adapter."""
-        return name.startswith("value_head.") or _adapter_of(name) in (self.policy_name, VALUE)
 
 
 @contextmanager
@@ -338,12 +400,32 @@ def model_name(model: nn.Module) -> str:
 # Construction -------------------------------------------------------------------------------------------
 
 
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep the 4-bit layers of bitsandbytes in the form that has a gradient.
+
+    On some CPUs a layer repacks its weights in the first pass without gradients, such as generation, for a kernel that
+    has none; adapters of earlier layers would then receive a gradient of 0 without an error.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise PolicyError(
+                f"model: its 4-bit weights must be as they were loaded, got {name} packed for inference on the CPU, "
+                "which has no gradient; load the model again and train it before it generates"
+            )
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def _with_adapters(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | None]:
     """Return the PEFT model, the name of the policy's adapter, and that of the reference's (None: adapters off)."""
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
         name = _trained_adapter(model)
+        _refuse_other_trained_weights(model)
         _copy_adapter(model, name, REFERENCE)
         return model, name, REFERENCE
     with quiet_peft():
@@ -368,6 +450,58 @@ def _trained_adapter(model: PeftModel) -> str:
             f"{got}; load it with another adapter_name, or merge it into the base"
         )
     return name
+
+
+def _trained_names(model: PeftModel, adapter: str) -> set[str]:
+    """List the parameters that PEFT trains with an adapter; the adapter stays active, the other weights frozen."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.set_adapter(adapter)
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _refuse_other_trained_weights(model: PeftModel) -> None:
+    """Refuse a trainable weight that belongs to no adapter: it would be frozen, and no checkpoint would hold it."""
+    before = str(model.active_adapter)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    of_adapters: set[str] = set()
+    for adapter in model.peft_config:
+        of_adapters |= _trained_names(model, adapter)
+    model.set_adapter(before)
+
+    others = [name for name in trainable if name not in of_adapters]
+    if others:
+        raise PolicyError(
+            f"model: a PEFT model must train nothing but its adapter, got {others[0]} with requires_grad=True "
+            f"({len(others)} such weights); name their modules in modules_to_save of its LoraConfig, or freeze them "
+            "with requires_grad_(False)"
+        )
+
+
+def _refuse_parameter_targets(model: PeftModel, name: str, reference_name: str | None) -> None:
+    """Refuse a critic beside a given adapter of single parameters, such as those of experts.
+
+    PEFT requires that all adapters of a model have the same parameters as targets.
+    """
+    parameters = getattr(model.peft_config[name], "target_parameters", None)
+    if reference_name is not None and parameters:
+        raise PolicyError(
+            "model: an adapter beside a critic must have modules as its targets, got target_parameters="
+            f"{parameters!r}; use advantage='group' or 'rloo', which need no critic"
+        )
+
+
+def _refuse_layers_called_value(model: PeftModel, policy_name: str) -> None:
+    """Refuse a critic where the policy has an adapter on a layer with the name of the critic's adapter.
+
+    PEFT tells adapters apart by this part of a weight's name, and would leave such a layer out of every checkpoint.
+    """
+    clashing = sorted(name for name in _trained_names(model, policy_name) if VALUE in name.split("."))
+    if clashing:
+        raise PolicyError(
+            f"lora.targets: must be layers called otherwise than {VALUE!r} beside a critic, got {clashing[0]}; leave "
+            "them out of the targets, or use advantage='group' or 'rloo', which need no critic"
+        )
 
 
 def _copy_adapter(model: PeftModel, name: str, copy_name: str) -> None:
@@ -408,37 +542,96 @@ def _peft_config(lora: LoraConfig, model: nn.Module) -> Any:
     import peft
     from transformers.pytorch_utils import Conv1D
 
-    if lora.targets != "all-linear":
-        targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-        _check_targets(targets, model)
-    # GPT-2 stores the weights of its linear layers transposed, as Conv1D.
+    # GPT-2 stores the weights of its linear layers transposed, as Conv1D; a model may have layers of both kinds.
+    targets = _target_modules(lora.targets, model)
     is_transposed = any(isinstance(module, Conv1D) for module in model.modules())
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        target_modules=lora.targets,
+        target_modules=targets,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         fan_in_fan_out=is_transposed,
     )
 
 
-def _check_targets(targets: list[str], model: nn.Module) -> None:
-    """Require that every target names a linear layer, by its name or the end of it."""
+def _target_modules(targets: str | list[str], model: nn.Module) -> str | list[str]:
+    """Read the targets of an adapter and return them as PEFT takes them.
+
+    A text is ``"all-linear"``, the name of a layer, several names with commas between them, or a regular expression
+    for the complete names of linear layers. PEFT takes every text but the first for a regular expression.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = _linear_layers(model)
+    has_copies = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    if targets == "all-linear":
+        # Without the output layer, and without copies that another adapter trains as a whole.
+        if not has_copies:
+            return "all-linear"
+        get_output: Any = model.get_output_embeddings
+        output_layer = get_output()
+        output_names = {name for name, module in model.named_modules() if module is output_layer}
+        return [name for name in layers if name not in output_names]
+
+    names = targets
+    if isinstance(names, str):
+        parts = [part.strip() for part in names.split(",")]
+        if not all(_named(part, layers) for part in parts):
+            return _matching(names, layers, model)
+        names = parts
+    for name in names:
+        if not _named(name, layers):
+            raise _unknown_target(name, layers, model)
+    if not has_copies:
+        return names
+    return [layer for layer in layers if any(layer in _named(name, layers) for name in names)]
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    """List the names of the linear layers that an adapter can be added to."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
     from transformers.pytorch_utils import Conv1D
 
-    names = []
+    names: list[str] = []
+    wrappers: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrappers.append(f"{name}.")
+        # Inside a wrapper lie the copies of a module that other adapters train.
+        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name and not name.startswith(tuple(wrappers)):
             # A layer that has an adapter already is wrapped, and its own name ends in ".base_layer".
             names.append(name.removesuffix(".base_layer"))
-    last_parts = sorted({name.split(".")[-1] for name in names})
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise PolicyError(
-                f"lora.targets: must name linear layers of the model, got {target!r}; {type(model).__name__} has "
-                f"{', '.join(last_parts)}, and 'all-linear' takes all but the output layer"
-            )
+    return names
+
+
+def _named(target: str, layers: list[str]) -> list[str]:
+    """List the layers with this name, or with this end of it."""
+    return [layer for layer in layers if layer == target or layer.endswith(f".{target}")]
+
+
+def _matching(pattern: str, layers: list[str], model: nn.Module) -> list[str]:
+    """List the layers whose complete names match a regular expression."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise PolicyError(
+            f"lora.targets: must be 'all-linear', names of layers or a regular expression, got {pattern!r} ({error}); "
+            r"write it like '.*\.(q_proj|v_proj)'"
+        ) from error
+    found = [layer for layer in layers if compiled.fullmatch(layer)]
+    if not found:
+        raise _unknown_target(pattern, layers, model)
+    return found
+
+
+def _unknown_target(target: str, layers: list[str], model: nn.Module) -> PolicyError:
+    """Build the error of a target that no linear layer has, with the names that there are."""
+    last_parts = sorted({name.split(".")[-1] for name in layers})
+    return PolicyError(
+        f"lora.targets: must name linear layers of the model, got {target!r}; {type(model).__name__} has "
+        f"{', '.join(last_parts)}, and 'all-linear' takes all but the output layer"
+    )
 
 
 def _value_head(model: Any) -> nn.Linear:
@@ -448,16 +641,3 @@ def _value_head(model: Any) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _is_value(name: str) -> bool:
-    """Tell whether a parameter belongs to the critic."""
-    return name.startswith("value_head.") or _adapter_of(name) == VALUE
-
-
-def _adapter_of(name: str) -> str | None:
-    """Return the adapter of a LoRA weight, ``....lora_A.ADAPTER.weight``; None for other weights."""
-    for part, next_part in pairwise(name.split(".")):
-        if part.startswith("lora_"):
-            return next_part
-    return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from flowgraph import MissingExtraError
 from rl.errors import CheckpointError, ConfigError, PolicyError
 from rl.policy.actor_critic import quiet_peft
 
@@ -35,7 +38,9 @@ _MODEL_FAILURES = (
 _ADAPTER_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
-def load_policy(model: str, dtype: str, device: str | None, adapter: Path | None) -> tuple[Any, Any]:
+def load_policy(
+    model: str, dtype: str, device: str | None, adapter: Path | None, *, quantize: str | None = None
+) -> tuple[Any, Any]:
     """Load a model and its tokenizer to a device, with a trainable adapter if one is given.
 
     Args:
@@ -43,32 +48,45 @@ def load_policy(model: str, dtype: str, device: str | None, adapter: Path | None
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: as torch names it; None: the CPU.
         adapter: a PEFT folder; None: the base alone.
+        quantize: "4bit" holds the linear layers of the base in 4 bits (QLoRA); None: in the dtype.
 
     Returns:
         The model, a PEFT model with an adapter, and its tokenizer.
 
     Raises:
-        ConfigError: an unknown dtype, or a device that this machine lacks.
+        ConfigError: an unknown dtype or quantisation, or a device that this machine lacks.
+        MissingExtraError: bitsandbytes is not installed, and ``quantize`` needs it.
         PolicyError: the model cannot be loaded.
         CheckpointError: the adapter cannot be loaded, or does not fit the model.
     """
     check_device(device)
     loaded: Any
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, quantize=quantize, device=device)
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    if device is not None:
+    # Quantised weights were loaded to their device.
+    if device is not None and quantize is None:
         loaded.to(device)
     return loaded, tokenizer
 
 
-def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: str = "auto", *, quantize: str | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer by name or folder, or the shipped one for "chain".
 
+    Args:
+        name: name or folder, or "chain".
+        dtype: as for :func:`load_policy`; with ``quantize`` also that of the computation, bfloat16 for "auto".
+        quantize: as for :func:`load_policy`.
+        device: of quantised weights; None: the GPU of this process, or the CPU. Other weights are loaded to the CPU.
+
     Raises:
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype or quantisation.
+        MissingExtraError: bitsandbytes is not installed, and ``quantize`` needs it.
         PolicyError: the model cannot be loaded.
     """
+    check_quantize(quantize, name)
     if dtype not in _DTYPES:
         raise ConfigError(
             f"dtype: must be one of {', '.join(_DTYPES)}, got {dtype!r}; 'auto' takes the checkpoint's own"
@@ -81,7 +99,8 @@ def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
     try:
         # Without ``trust_remote_code=False`` transformers offers on a terminal to run code of the folder.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=_DTYPES[dtype], trust_remote_code=False)
+        options = {} if quantize is None else _four_bits(dtype, device)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=_DTYPES[dtype], trust_remote_code=False, **options)
     except _MODEL_FAILURES as error:
         raise PolicyError(
             f"model: must be a folder or a name that transformers can load, got {name!r} ({_first_line(error)}); check "
@@ -120,6 +139,59 @@ def load_chain_model(folder: str | Path = CHAIN_MODEL) -> tuple[Any, Any]:
         model.config._name_or_path = "chain"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def check_quantize(quantize: str | None, model: str) -> None:
+    """Check that a base can be quantised here, before anything is loaded.
+
+    Raises:
+        ConfigError: another value than "4bit", or the shipped model.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if quantize is None:
+        return
+    if quantize != "4bit":
+        raise ConfigError(
+            f"quantize: must be '4bit' or left out, got {quantize!r}; leave it out for the base's own dtype"
+        )
+    if model == "chain":
+        raise ConfigError(
+            "quantize: must come with a model of your own, got '4bit' for 'chain', which has only 0.7 million "
+            "parameters; leave it out"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            "quantize: '4bit' must have the package bitsandbytes, got an environment without it; pip install "
+            "bitsandbytes, or leave quantize out"
+        )
+
+
+def quantization_of(model: Any) -> str | None:
+    """Describe how the weights of a base are quantised, for the settings that a resumed run must share; None: not."""
+    settings: Any = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    method = values.get("quant_method", "unknown")
+    method = str(getattr(method, "value", method))
+    if values.get("load_in_4bit") or values.get("_load_in_4bit"):
+        return f"{method} 4bit {values.get('bnb_4bit_quant_type', '')}".strip()
+    return method
+
+
+def _four_bits(dtype: str, device: str | None) -> dict[str, Any]:
+    """Return the arguments that load a base in NF4, as QLoRA does (Dettmers et al., arXiv 2305.14314)."""
+    if device is None:
+        # The place that accelerate gives to this process.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    compute_dtype = torch.bfloat16 if dtype == "auto" else _DTYPES[dtype]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,  # type: ignore[arg-type]
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def check_device(device: str | None) -> None:

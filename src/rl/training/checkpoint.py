@@ -9,6 +9,7 @@
         random.safetensors          global generators, for reward functions that draw from them
         rollout-0.safetensors       only inside a step: the rollout buffer of each process
         state.json                  position, settings, and size and hash of every file above
+    best/                           the same files, after the step with the best evaluation
 
 A folder gets its final name when it is complete, and is loaded only if the size and hash of every file match.
 """
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 FORMAT = "flowgraph-rl-checkpoint"
 VERSION = 1
+BEST = "best"
+"""Name of the checkpoint with the best evaluation; it is no part of the sequence that a run resumes from."""
 _NAME = re.compile(r"checkpoint-(\d{6,})(?:-(\d{3,}))?")
 _STATE_FILE = "state.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -54,12 +57,20 @@ class Position:
         updates: optimiser updates made within the step in progress.
         kl_weight: beta, where it adapts.
         averages: metrics so far within the step in progress.
+        rewards: those that a learning-rate schedule may react to: of each evaluation, or of each step without any.
+        best_reward: of the best evaluation; None before the first.
+        best_step: finished steps at the best evaluation.
+        evaluations_since_best: evaluations after it.
     """
 
     step: int = 0
     updates: int = 0
     kl_weight: float = 0.0
     averages: dict[str, Any] = field(default_factory=dict)
+    rewards: list[float] = field(default_factory=list)
+    best_reward: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
 
     @property
     def name(self) -> str:
@@ -91,6 +102,7 @@ def write_checkpoint(
     keep: int,
     accelerator: Any,
     write_buffer: Callable[[Path], None] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write a checkpoint under a temporary name, rename it, and delete the oldest beyond ``keep``.
 
@@ -103,6 +115,7 @@ def write_checkpoint(
         keep: how many checkpoints stay.
         accelerator: of the run; its first process writes.
         write_buffer: called with a path in every process, for the rollout buffer.
+        name: of the folder; None: that of the position.
 
     Returns:
         The folder of the checkpoint.
@@ -110,8 +123,8 @@ def write_checkpoint(
     Raises:
         OutputError: the disk is full or the folder cannot be written; earlier checkpoints are unchanged.
     """
-    target = folder / position.name
-    temporary = folder / f".writing-{position.name}"
+    target = folder / (name or position.name)
+    temporary = folder / f".writing-{target.name}"
     try:
         # The first process makes the folder before any process writes its buffer there, and the buffers are complete
         # before their hashes are taken.
@@ -326,6 +339,11 @@ def load_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
             f"adapter: must fit the model's LoRA layers, got {folder}, which differs first at {first_name}; "
             "use the base model, rank and targets that it was trained with"
         )
+    if name == VALUE:
+        with torch.no_grad():
+            for key, parameter in _value_tensors(policy).items():
+                parameter.copy_(tensors[key])
+        return
     set_peft_model_state_dict(policy.peft, tensors, adapter_name=name)
 
 
@@ -345,7 +363,23 @@ def _adapter_tensors(policy: ActorCritic, name: str) -> dict[str, Tensor]:
     """Read the weights of one adapter under PEFT's names."""
     from peft import get_peft_model_state_dict
 
+    if name == VALUE:
+        return _value_tensors(policy)
     return get_peft_model_state_dict(policy.peft, adapter_name=name, save_embedding_layers=False)
+
+
+def _value_tensors(policy: ActorCritic) -> dict[str, Tensor]:
+    """Read the weights of the critic's adapter under PEFT's names, which leave the adapter's name out.
+
+    PEFT itself refuses an adapter without the trainable tokens that another adapter of the model has. The critic's is
+    plain LoRA, ``....lora_A.value.weight``.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in policy.value_parameters().items():
+        layer, is_adapter, weight = name.removeprefix("peft.").rpartition(f".{VALUE}.")
+        if is_adapter:
+            tensors[f"{layer}.{weight}"] = parameter
+    return tensors
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

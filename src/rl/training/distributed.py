@@ -83,6 +83,16 @@ def gathered(averages: Averages, accelerator: Any) -> Averages:
     return total
 
 
+def of_main_process(value: Any, accelerator: Any) -> Any:
+    """Return the first process's value in every process, so that all decide alike."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    (shared,) = broadcast_object_list([value])
+    return shared
+
+
 def whiten_together(
     advantages: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], accelerator: Any
 ) -> Float[Tensor, "batch response"]:

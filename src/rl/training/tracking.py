@@ -132,6 +132,7 @@ class Display:
         self._finished = finished
         self._progress: Any = None
         self._task: Any = None
+        self._evaluation = ""
 
     def __enter__(self) -> Display:
         if self._is_live:
@@ -161,6 +162,12 @@ class Display:
             value = row.get(name)
             if value is not None:
                 shown.append(f"{label} {form.format(value)}")
+        # The last evaluation stays in the line until the next one.
+        if row.get("eval_reward") is not None:
+            best = f"best {row['eval_best_reward']:.3f} at step {row['eval_best_step']}"
+            self._evaluation = f"eval {row['eval_reward']:.3f} ({best})"
+        if self._evaluation:
+            shown.append(self._evaluation)
         line = ", ".join(shown)
         step = int(row["step"])
 

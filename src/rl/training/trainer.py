@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from flowgraph import InvalidInputError, OutputError
-from rl.algorithm.schedules import adapted_kl_weight, learning_rate_factor
+from rl.algorithm.schedules import adapted_kl_weight, check_schedule, depends_on_length, learning_rate_factor
 from rl.config import CreditConfig, PPOConfig, flat_settings
 from rl.credit.registry import find_rule
 from rl.credit.scoring import score_rollout
 from rl.errors import CheckpointError
+from rl.evaluation.evaluate import Evaluation, evaluate
 from rl.policy.actor_critic import ActorCritic, TokenOutput, model_name
+from rl.policy.loading import quantization_of
 from rl.records import Experience, Responses
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
 from rl.tasks.base import Task
 from rl.tasks.registry import make_task
 from rl.training.checkpoint import (
+    BEST,
     Position,
     check_run,
     find_checkpoints,
@@ -34,9 +37,10 @@ from rl.training.checkpoint import (
     reference_mark,
     write_checkpoint,
 )
-from rl.training.distributed import check_accelerator, gathered, make_accelerator, whiten_together
+from rl.training.distributed import check_accelerator, gathered, make_accelerator, of_main_process, whiten_together
 from rl.training.experience import build_experience
 from rl.training.metrics import Averages, Clock, step_averages, step_row
+from rl.training.random_state import python_random, random_tensors, restore_random
 from rl.training.tracking import Display, MetricsFile, check_trackers, read_metrics
 from rl.training.update import Updater, learning_rates, make_optimizer, minibatch_order
 
@@ -44,8 +48,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-_FREE = {"config.save_every", "config.save_every_updates", "config.keep_checkpoints", "config.report_every"}
-"""Settings that a resumed run may change: they decide what is written, not what is learned."""
+_FREE = {
+    "config.save_every",
+    "config.save_every_updates",
+    "config.keep_checkpoints",
+    "config.report_every",
+    "config.patience",
+}
+"""Settings that a resumed run may change: they decide what is written and when to stop, not what is learned."""
 _REPORTED_PROBLEMS = 8
 """Problems of a step that the rollout file for a report holds."""
 
@@ -113,6 +123,7 @@ class PPOTrainer:
         # Everything that can be checked without the model is checked first.
         config = _with_credit(config or PPOConfig(), credit)
         find_rule(config.credit.rule)
+        check_schedule(config)
         self.config = config
         self.task = make_task(task)
         self.tokenizer = tokenizer
@@ -125,7 +136,13 @@ class PPOTrainer:
 
         # Policy, critic and optimiser.
         self.model_name = model_name(model)
-        self.policy = ActorCritic(model, config.lora, critic=config.has_critic, seed=config.seed)
+        self.policy = ActorCritic(
+            model,
+            config.lora,
+            critic=config.has_critic,
+            seed=config.seed,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
         self.encoder = PromptEncoder(
             tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
         )
@@ -170,8 +187,9 @@ class PPOTrainer:
         """
         self._check_prompts()
         with self._display:
-            while self.position.step < self.config.steps:
+            while self.position.step < self.config.steps and not self.is_out_of_patience:
                 self.step()
+            self._announce_early_stop()
         # The last step has a checkpoint already where ``save_every`` divides it.
         if self.config.save_every == 0 or self.position.step % self.config.save_every:
             self.save()
@@ -263,7 +281,7 @@ class PPOTrainer:
         """
         config = self.config
         position = self.position
-        factor = learning_rate_factor(config, position.step)
+        factor = learning_rate_factor(config, position.step, position.rewards)
         for group, base_rate in zip(self.optimizer.param_groups, learning_rates(config), strict=False):
             group["lr"] = base_rate * factor
 
@@ -302,8 +320,46 @@ class PPOTrainer:
                 self.save()
                 clock.restart()
 
-    def save(self) -> Path | None:
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the last ``patience`` evaluations brought no new best reward."""
+        patience = self.config.patience
+        return patience is not None and self.position.evaluations_since_best >= patience
+
+    def evaluate(self) -> Evaluation:
+        """Measure the present policy on the held-out problems that the settings name.
+
+        The global random generators, from which reward functions may draw, are as before afterwards.
+
+        Returns:
+            The evaluation of the first process, in every process.
+
+        Cost: every process responds to all of the problems.
+        """
+        config = self.config
+        tensors = random_tensors()
+        python_state = python_random()
+        with self._generation_weights(), self.policy.autocast():
+            found = evaluate(
+                self.policy.causal_lm,
+                self.tokenizer,
+                self.task,
+                num_problems=config.evaluation_problems,
+                samples=config.evaluation_samples,
+                temperature=config.evaluation_temperature,
+                max_prompt_tokens=config.max_prompt_tokens,
+                max_response_tokens=config.max_response_tokens,
+                batch_size=config.generation_batch_size or config.num_prompts * config.group_size,
+                seed=config.seed,
+            )
+        restore_random(tensors, python_state)
+        return of_main_process(found, self.accelerator)
+
+    def save(self, *, name: str | None = None) -> Path | None:
         """Write a checkpoint of the present state; None without an output folder.
+
+        Args:
+            name: of its folder; None: that of the position.
 
         Raises:
             OutputError: the disk is full.
@@ -329,10 +385,13 @@ class PPOTrainer:
             keep=self.config.keep_checkpoints,
             accelerator=self.accelerator,
             write_buffer=write_buffer,
+            name=name,
         )
 
     def _check_prompts(self) -> None:
         """Check the prompts of all remaining problems of a finite task; those of others are checked when drawn."""
+        if self.config.evaluate_every:
+            self.encoder.check(draw_samples(self.task, "eval", range(self.config.evaluation_problems)))
         if self.task.size is None:
             return
         first = self.position.step * self.config.num_prompts
@@ -363,6 +422,10 @@ class PPOTrainer:
         position.step += 1
         position.updates = 0
         position.averages = {}
+        if config.evaluate_every == 0:
+            position.rewards.append(row["reward"])
+        elif position.step % config.evaluate_every == 0:
+            row |= self._evaluated()
 
         self.history.append(row)
         if self._metrics is not None:
@@ -377,6 +440,43 @@ class PPOTrainer:
             self._write_rollout(self.output, experience)
         if config.save_every and position.step % config.save_every == 0:
             self.save()
+
+    def _evaluated(self) -> dict[str, Any]:
+        """Evaluate the policy, keep it where it is the best so far, and return the figures for the log."""
+        position = self.position
+        clock = Clock()
+        found = self.evaluate()
+        clock.stop("evaluation_seconds")
+
+        position.rewards.append(found.reward)
+        is_best = position.best_reward is None or found.reward > position.best_reward
+        if is_best:
+            position.best_reward = found.reward
+            position.best_step = position.step
+            position.evaluations_since_best = 0
+            self.save(name=BEST)
+        else:
+            position.evaluations_since_best += 1
+        return {
+            "eval_reward": found.reward,
+            "eval_low": found.low,
+            "eval_high": found.high,
+            "eval_answer_share": found.answer_share,
+            "eval_truncated_share": found.truncated_share,
+            "eval_response_tokens": found.response_tokens,
+            "eval_best_reward": position.best_reward,
+            "eval_best_step": position.best_step,
+            **clock.seconds,
+        }
+
+    def _announce_early_stop(self) -> None:
+        """Tell why a run ended before its last step."""
+        position = self.position
+        if self.is_out_of_patience and position.step < self.config.steps:
+            self._display.message(
+                f"stopped after step {position.step}: {position.evaluations_since_best} evaluations in a row without "
+                f"a reward above {position.best_reward:.3f}, that of step {position.best_step}"
+            )
 
     def _generation_weights(self) -> AbstractContextManager[None]:
         """Merge the adapter into the base for generation, where that keeps the policy the same."""
@@ -432,18 +532,22 @@ class PPOTrainer:
     def _run(self) -> dict[str, Any]:
         """Collect the settings that a resumed run must share."""
         config = self.config.to_dict()
-        # Under a constant rate a longer run has the same beginning.
-        if self.config.lr_schedule == "constant":
+        # Under a rate that does not depend on the number of steps, a longer run has the same beginning.
+        if not depends_on_length(self.config):
             config.pop("steps")
         # The address of an object in the text of a task differs from run to run.
         task = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.task))
-        return {
+        run = {
             "config": config,
             "task": task,
             "model": self.model_name,
             "reference": self._reference,
             "processes": self.accelerator.num_processes,
         }
+        quantization = quantization_of(self.policy.causal_lm)
+        if quantization is not None:
+            run["quantization"] = quantization
+        return run
 
     def _open(self, output: Path, resume: bool, allow_changes: bool) -> None:
         """Make a new folder, or continue from the newest complete checkpoint of an existing one."""

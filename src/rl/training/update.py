@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from rl.algorithm.losses import aggregate, kl_estimate, policy_loss, value_loss
+from rl.algorithm.losses import aggregate, kl_estimate, kl_loss, policy_loss, value_loss
 from rl.config import PPOConfig
 from rl.errors import DivergedError
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
@@ -27,13 +27,21 @@ def learning_rates(config: PPOConfig) -> tuple[float, float]:
 
 
 def make_optimizer(policy: ActorCritic, config: PPOConfig) -> torch.optim.Optimizer:
-    """Make Adam over the policy's weights and, with a critic, over those of the critic as a second group."""
+    """Make AdamW over the policy's weights and, with a critic, over those of the critic as a second group.
+
+    Without weight decay it is Adam.
+    """
     policy_rate, value_rate = learning_rates(config)
     groups = [{"params": list(policy.policy_parameters().values()), "lr": policy_rate}]
     value_parameters = list(policy.value_parameters().values())
     if value_parameters:
         groups.append({"params": value_parameters, "lr": value_rate})
-    return torch.optim.Adam(groups, eps=1e-5)
+    return torch.optim.AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 def minibatch_order(config: PPOConfig, step: int, epoch: int) -> list[Int64[Tensor, " sequences"]]:
@@ -57,7 +65,7 @@ def micro_losses(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "batch response"]]]:
     """Compute the loss of one micro-batch with the denominators of its minibatch, and the metrics of each token.
 
-    ``loss = policy + value_coefficient * value + kl_weight * k3 - entropy_coefficient * entropy``; only the first
+    ``loss = policy + value_coefficient * value + kl_weight * kl - entropy_coefficient * entropy``; only the first
     is multiplied with the credit weights.
 
     Args:
@@ -114,9 +122,10 @@ def micro_losses(
         loss = loss + config.value_coefficient * total(value_per_token)
         metrics["value_loss"] = value_per_token
 
-    # KL term k3, where the KL belongs to the loss.
+    # KL term, where the KL belongs to the loss; its gradient is that of the KL also after earlier updates.
     if config.kl_in == "loss" and part.scores.ref_logprobs is not None and kl_weight > 0:
-        kl_per_token = kl_estimate(logprobs, part.scores.ref_logprobs.to(device), "k3")
+        ref_logprobs = part.scores.ref_logprobs.to(device)
+        kl_per_token = kl_loss(logprobs, old_logprobs, ref_logprobs, config.kl_estimator)
         loss = loss + kl_weight * total(kl_per_token)
 
     # Entropy bonus.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rl import ConfigError, aggregate, kl_estimate, policy_loss, token_logprobs, value_loss
+from rl import ConfigError, aggregate, kl_estimate, kl_loss, policy_loss, token_logprobs, value_loss
 from tests.reference import rl_math as reference
 
 some = settings(max_examples=60, deadline=None)
@@ -126,6 +126,69 @@ def test_kl_estimates_equal_their_definitions(ours: list[float], theirs: list[fl
     expected = [reference.kl_estimate(a, b, kind) for a, b in zip(ours, theirs, strict=True)]
     assert_close(got, torch.tensor([expected]), rtol=1e-4, atol=1e-5)
     assert bool(kl_estimate(torch.tensor([ours]), torch.tensor([ours]), kind).eq(0).all())
+
+
+# One distribution over a small vocabulary, so that every expectation is a sum over all of its tokens.
+def distributions(seed: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the policy, and log-probabilities of old policy and reference, over seven tokens."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(7, generator=random, dtype=torch.float64)
+
+    logits = (spread * normal()).requires_grad_()
+    old = (logits.detach() + 0.5 * normal()).log_softmax(0)
+    ref = (logits.detach() + spread * normal()).log_softmax(0)
+    return logits, old, ref
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_the_expected_gradient_of_the_kl_loss_is_that_of_the_kl(kind: str, on_policy: bool, spread: float):
+    """OpenRLHF PR#1309, trl PR#6503: exactly, over all tokens of a vocabulary, also when the old policy drew them."""
+    for seed in range(5):
+        logits, old, ref = distributions(seed, spread)
+        policy = logits.log_softmax(0)
+        if on_policy:
+            old = policy.detach()
+        (wanted,) = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits, retain_graph=True)
+        loss = kl_loss(policy[None], old[None], ref[None], kind)
+        (got,) = torch.autograd.grad((old.exp() * loss[0]).sum(), logits, retain_graph=True)
+        assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_the_expected_value_of_the_kl_loss_k3_is_the_kl():
+    logits, old, ref = distributions(0, 1.0)
+    policy = logits.detach().log_softmax(0)
+    exact = (policy.exp() * (policy - ref)).sum()
+    assert_close((old.exp() * kl_loss(policy[None], old[None], ref[None], "k3")[0]).sum(), exact)
+
+
+def test_a_bare_k3_has_the_gradient_of_the_other_kl():
+    """What the correction is for: the gradient of KL(reference, policy) points elsewhere, and without bound."""
+    cosines = []
+    for seed in range(20):
+        logits, _, ref = distributions(seed, 3.0)
+        policy = logits.log_softmax(0)
+        (wanted,) = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits, retain_graph=True)
+        (forward,) = torch.autograd.grad((ref.exp() * (ref - policy)).sum(), logits, retain_graph=True)
+        bare = (policy.detach().exp() * kl_estimate(policy[None], ref[None], "k3")[0]).sum()
+        (got,) = torch.autograd.grad(bare, logits)
+        assert_close(got, forward)
+        cosines.append(float(torch.cosine_similarity(got, wanted, 0)))
+    assert min(cosines) < 0.7
+
+
+def test_the_kl_loss_pulls_back_however_far_the_policy_has_gone():
+    """Beyond the clamp the value stops to grow; the force must not vanish there."""
+    for distance in (-300.0, -25.0, 25.0, 300.0):
+        logprobs = torch.tensor([[-1.0 + distance]], requires_grad=True)
+        loss = kl_loss(logprobs, logprobs.detach(), torch.tensor([[-1.0]]))
+        loss.sum().backward()
+        assert logprobs.grad is not None
+        assert_close(logprobs.grad.item(), distance, rtol=1e-5, atol=0)
+        assert bool(loss.isfinite().all())
 
 
 def test_k1_and_k3_average_to_the_kl_and_k2_has_its_gradient():
@@ -302,6 +365,8 @@ def test_bad_input():
         (lambda: token_logprobs(logits, [[0]], 1.0), r"tokens: must be an int64 tensor .*got list; convert"),
         (lambda: token_logprobs(logits[:1], tokens, 1.0), r"logits: must be a float tensor of shape \(2, 3, 4\), got"),
         (lambda: token_logprobs(flat, tokens, 1.0), r"logits: must be a float tensor of shape \(2, 3, 3\), got"),
+        (lambda: kl_loss(flat, flat, flat, "k1"), r"kind: must be one of 'k3', 'k2', got 'k1'; choose one of them"),
+        (lambda: kl_loss(flat, flat, flat[:1]), "ref_logprobs"),
         (lambda: kl_estimate(flat, flat, "k4"), r"kind: must be one of 'k1', 'k2', 'k3', got 'k4'; choose one of them"),
         (lambda: kl_estimate(flat, flat[0], "k1"), r"ref_logprobs: must be a float tensor of shape \(2, 3\), got"),
         (lambda: kl_estimate([0.0], [0.0], "k1"), r"logprobs: must be a float tensor of shape \(\), got list"),

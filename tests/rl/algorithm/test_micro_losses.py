@@ -76,7 +76,8 @@ def by_hand(experience: Experience, output: TokenOutput, config: PPOConfig) -> t
         loss += config.value_coefficient * 0.5 * max(errors)
         if config.kl_in == "loss":
             log_ratio = new - at(experience.scores.ref_logprobs)
-            loss += BETA * (math.exp(-log_ratio) - 1 + log_ratio)
+            value = math.exp(-log_ratio) - 1 + log_ratio if config.kl_estimator == "k3" else log_ratio**2 / 2
+            loss += BETA * ratio * value
         total += loss - config.entropy_coefficient * at(output.entropy)
     return total, acted
 
@@ -85,6 +86,7 @@ def by_hand(experience: Experience, output: TokenOutput, config: PPOConfig) -> t
     "changes",
     [
         {}, {"clip_high": None}, {"dual_clip": None}, {"value_clip": None}, {"kl_in": "reward"},
+        {"kl_estimator": "k2"},
         {"entropy_coefficient": 0.0}, {"value_coefficient": 0.9}, {"clip": 0.5},
     ],
     ids=str,

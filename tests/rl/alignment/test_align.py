@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 
 from flowgraph import MemoryLimitError, MissingExtraError, OutputError
 from rl import ActorCritic, ConfigError, CreditConfig, CreditError, DivergedError, LoraConfig, PPOConfig, align
@@ -385,3 +387,25 @@ def test_the_picture(measured, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"needs matplotlib.*flowgraph-llm\[plot\]"):
         plot_alignment(measured, tmp_path / "b.png")
+
+
+def test_recomputed_layers_give_the_same_gradients_for_every_arm():
+    config = replace(SETTINGS, gradient_checkpointing=True)
+    arms = ["flow", "entropy:soft"]
+    plain = align(tiny_policy(), alphabet(), Digits(), arms=arms, config=SETTINGS, num_batches=3, seed=3)
+    saving = align(tiny_policy(), alphabet(), Digits(), arms=arms, config=config, num_batches=3, seed=3)
+    assert plain.table() == saving.table()
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 12]}])
+def test_adapters_that_train_modules_and_tokens_are_as_before_afterwards(settings: dict):
+    model = get_peft_model(
+        tiny_policy(), PeftLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+    align(model, alphabet(), Digits(), arms=["flow"], config=SETTINGS, num_batches=3, seed=3)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == trainable

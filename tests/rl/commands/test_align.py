@@ -15,7 +15,7 @@ from tests.fixtures.policies import Digits, alphabet, tiny_policy
 
 
 def test_align_prints_tables_and_writes_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rl.policy.loading.load_model", lambda name, dtype: (tiny_policy(), alphabet()))
+    monkeypatch.setattr("rl.policy.loading.load_model", lambda name, dtype, **options: (tiny_policy(), alphabet()))
     monkeypatch.setattr("rl.tasks.registry.make_task", lambda task, **options: Digits())
     app = typer.Typer()
     app.command()(align_command)

@@ -12,7 +12,7 @@ Where the definitions coincide (TRL 1.16; one accumulation window, one process),
 | ``"cispo"``, ``"sapo"``, ``"vespo"``, ``"luspo"`` | | no counterpart |
 | ``epsilon``, ``epsilon_high`` | ``clip``, ``clip_high`` | equal |
 | ``delta`` | ``dual_clip`` | equal where ``delta`` exceeds ``1 + epsilon_high`` |
-| ``beta``, ``use_bias_correction_kl=False`` | ``kl_in="loss"`` | equal; TRL's default corrects k3 by the ratio |
+| ``beta``, ``use_bias_correction_kl=True`` | ``kl_in="loss"`` | equal; ``False`` is a bare k3, which has none here |
 | ``entropy_coef`` | ``entropy_coefficient`` | equal with ``token_mean``: TRL's is a token mean under every loss type |
 | ``importance_sampling_level="token"`` | always | equal; ``"sequence"`` has no counterpart |
 
@@ -378,7 +378,7 @@ SAME = {
     "dr_grpo": ("dr_grpo", {"loss_type": "dr_grpo"}, {}),
     "clip_high": ("token_mean", {"epsilon": 0.1, "epsilon_high": 0.28}, {"clip": 0.1, "clip_high": 0.28}),
     "dual_clip": ("token_mean", {"delta": 1.4}, {"dual_clip": 1.4}),
-    "kl": ("seq_mean", {"loss_type": "grpo", "beta": 0.5, "use_bias_correction_kl": False},
+    "kl": ("seq_mean", {"loss_type": "grpo", "beta": 0.5, "use_bias_correction_kl": True},
            {"kl_coefficient": 0.5, "kl_in": "loss"}),
     "entropy": ("token_mean", {"entropy_coef": 0.1}, {"entropy_coefficient": 0.1}),
 }  # fmt: skip
@@ -398,7 +398,11 @@ def test_left_padding_changes_roundings_alone(tmp_path):
 
 
 DIFFERENT = {
-    "kl_with_bias_correction": ("token_mean", {"beta": 0.5}, {"kl_coefficient": 0.5, "kl_in": "loss"}),
+    "kl_without_correction": (
+        "token_mean",
+        {"beta": 0.5, "use_bias_correction_kl": False},
+        {"kl_coefficient": 0.5, "kl_in": "loss"},
+    ),
     "entropy_under_seq_mean": ("seq_mean", {"loss_type": "grpo", "entropy_coef": 0.1}, {"entropy_coefficient": 0.1}),
     "cispo": ("token_mean", {"loss_type": "cispo", "epsilon_high": 5.0}, {}),
 }

@@ -169,6 +169,42 @@ def test_lora_targets_that_do_not_exist_are_refused_with_those_that_do():
         ActorCritic(tiny_policy(), LoraConfig(targets=["q_proj", "c_attn"]), critic=True)
 
 
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        ("q_proj", {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"}),
+        ("q_proj, layers.1.mlp.up_proj", {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj",
+                                          "layers.1.mlp.up_proj"}),
+        (r".*\.(q|k)_proj", {f"layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qk"}),
+        (r"model\.layers\.[1-9]\.self_attn\..*_proj", {f"layers.1.self_attn.{p}_proj" for p in "qkvo"}),
+        ("lm_head", {"lm_head"}),
+        (".*", {f"layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"}
+         | {f"layers.{n}.mlp.{p}_proj" for n in (0, 1) for p in ("gate", "up", "down")} | {"lm_head"}),
+    ],
+)  # fmt: skip
+def test_lora_targets_are_a_name_several_or_a_pattern(targets: str, layers: set[str]):
+    """peft#1206: PEFT takes a text for a pattern, and a pattern that meets other modules for an error."""
+    policy = ActorCritic(tiny_policy(), LoraConfig(rank=2, targets=targets), critic=True)
+    for names in (policy.policy_parameters(), policy.value_parameters()):
+        adapted = {name.split(".lora_")[0].removeprefix("peft.base_model.model.") for name in names if "lora_" in name}
+        assert {name.removeprefix("model.") for name in adapted} == layers
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("c_attn", r"lora.targets: must name linear layers of the model, got 'c_attn'; LlamaForCausalLM has down_proj"),
+        ("q_proj,c_attn", "must name linear layers of the model, got 'q_proj,c_attn'"),
+        ("model", "must name linear layers of the model, got 'model'"),
+        ("(q_proj", r"lora.targets: must be 'all-linear', names of layers or a regular expression, got '\(q_proj' \("),
+        (["all-linear"], "must name linear layers of the model, got 'all-linear'"),
+    ],
+)
+def test_text_that_names_no_linear_layer_is_refused(targets: str | list[str], message: str):
+    with pytest.raises(PolicyError, match=message):
+        ActorCritic(tiny_policy(), LoraConfig(rank=2, targets=targets), critic=True)
+
+
 def test_a_peft_model_without_lora_is_refused():
     from peft import IA3Config
 
@@ -269,3 +305,72 @@ def test_all_passes_have_one_precision_and_values_keep_float32():
     assert values is not None
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float()), "the head itself was computed in 16 bits"
+
+
+# Training mode and gradient checkpointing --------------------------------------------------------------------
+
+
+def passes(policy: ActorCritic) -> list[Tensor]:
+    """Everything that the policy computes of one text."""
+    logprobs, entropy, values = policy(inputs(IDS, FULL), IDS[:, 4:], 1.0)
+    assert values is not None
+    reference = policy.reference_pass(inputs(IDS, FULL), IDS[:, 4:], 1.0)
+    return [logprobs, entropy, values, reference]
+
+
+def test_passes_are_without_dropout_whatever_the_user_set_and_the_mode_is_restored():
+    policy = disturbed(actor("gpt2"))
+    expected = passes(policy)
+    policy.causal_lm.train()
+    policy.causal_lm.get_submodule("transformer.h.1").eval()
+    modes = [module.training for module in policy.modules()]
+    assert any(modes)
+    for found, other in zip(passes(policy), expected, strict=True):
+        assert torch.equal(found, other)
+    assert [module.training for module in policy.modules()] == modes
+
+
+def gradients_and_bytes(policy: ActorCritic) -> tuple[dict[str, Tensor], int]:
+    """The gradients of policy and critic from one backward pass, and the bytes that autograd kept for it."""
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    ids = torch.randint(3, 40, (4, 40), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs, entropy, values = policy(inputs(ids, torch.ones_like(ids)), ids[:, 4:], 1.0)
+    assert values is not None
+    (logprobs.sum() + 0.1 * entropy.sum() + (values - 1).square().sum()).backward()
+    trained = policy.policy_parameters() | policy.value_parameters()
+    return {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}, sum(kept)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["setting", "before", "after", "in training mode"])
+def test_gradient_checkpointing_keeps_fewer_bytes_and_gives_the_same_gradients(family: str, how: str):
+    """trl#3089. The critic's pass is recomputed under the critic's adapter, though the policy's is active by then."""
+    plain, kept = gradients_and_bytes(disturbed(actor(family)))
+    model = tiny_policy(family)
+    if how == "before":
+        model.gradient_checkpointing_enable()
+    policy = disturbed(ActorCritic(model, LORA, critic=True, gradient_checkpointing=how == "setting"))
+    if how in ("after", "in training mode"):
+        policy.causal_lm.gradient_checkpointing_enable()
+    if how == "in training mode":
+        policy.causal_lm.train()
+    found, fewer = gradients_and_bytes(policy)
+    assert fewer < kept / 2
+    assert found.keys() == plain.keys()
+    assert any("value" in name for name in found)
+    for name, gradient in plain.items():
+        assert torch.equal(found[name], gradient), name
+    assert not any("forward" in vars(module) for module in policy.causal_lm.modules()), "nothing is left behind"
+
+
+def test_layers_that_cannot_be_recomputed_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rl.policy.recomputation.recomputable_layers", lambda model: [])
+    with pytest.raises(PolicyError, match=r"gradient_checkpointing: must have layers .*, got LlamaForCausalLM without"):
+        ActorCritic(tiny_policy(), LORA, critic=False, gradient_checkpointing=True)

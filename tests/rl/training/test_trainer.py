@@ -193,6 +193,49 @@ def test_learning_from_the_scoring_pass_is_learning_from_one_of_its_own(
         }
 
 
+def bytes_kept(run: PPOTrainer) -> int:
+    """The bytes that autograd keeps during a run."""
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run.train()
+    return sum(kept)
+
+
+@pytest.mark.parametrize("rule", ["flow", "gradient", "fai"])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_gradient_checkpointing_keeps_fewer_bytes_and_learns_the_same(rule: str, one_pass: bool):
+    """trl#3089. Credit rules record attention in the pass that is recomputed later, or differentiate through it."""
+    config = replace(ONE_UPDATE if one_pass else SETTINGS, steps=2, credit=CreditConfig(rule=rule))
+    plain = trainer(config)
+    saving = trainer(replace(config, gradient_checkpointing=True))
+    kept = bytes_kept(plain)
+    assert bytes_kept(saving) < kept / 2
+    assert same(weights(plain), weights(saving))
+    for row, other in zip(plain.history, saving.history, strict=True):
+        for name in ("weight_mean", "raised_share", "policy_loss", "policy_grad_norm", "value_grad_norm"):
+            assert row[name] == other[name], name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_training_mode_set_by_the_user_changes_nothing_and_stays(family: str):
+    """trl#744: dropout in rollouts, scoring or updates would make old and new probabilities differ by chance."""
+    untouched = trainer(SETTINGS, family=family)
+    untouched.train()
+    run = trainer(SETTINGS, family=family)
+    run.step()
+    run.policy.causal_lm.train()
+    while run.position.step < SETTINGS.steps:
+        row = run.step()
+        assert run.policy.causal_lm.training
+    assert same(weights(run), weights(untouched))
+    assert row["kl_old"] == untouched.history[-1]["kl_old"]
+
+
 def test_a_pass_over_other_responses_is_not_learned_from():
     config = replace(ONE_UPDATE, advantage="group")
     run = trainer(config)
@@ -406,6 +449,24 @@ def test_under_mixed_precision_rollout_and_update_are_one_function():
     assert row["ratio"] == 1.0
     assert row["kl_old"] == 0.0
     assert row["kl_reference"] == 0.0
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_recomputed_layers_have_the_precision_of_their_forward_pass(minibatches: int):
+    """The backward pass runs outside of the autocast under which a layer was computed first."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    config = replace(SETTINGS, epochs=1, num_minibatches=minibatches, steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        mixed = Accelerator(cpu=True, mixed_precision="bf16")
+        plain = trained(config, accelerator=mixed)
+        saving = trained(replace(config, gradient_checkpointing=True), accelerator=mixed)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert same(plain, saving)
+    assert not same(plain, trained(config)), "the precision matters"
 
 
 def test_values_on_padding_reach_no_gradient_even_nan():

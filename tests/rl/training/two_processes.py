@@ -18,7 +18,10 @@ SETTINGS = PPOConfig(
     learning_rate=3e-3, lora=LoraConfig(rank=4), credit=CreditConfig(rule="flow"), save_every_updates=1,
     keep_checkpoints=100, save_every=1,
 )  # fmt: skip
-RUNS = {"gae": SETTINGS, "group": replace(SETTINGS, advantage="group", kl_coefficient=0.02, kl_target=0.05)}
+EVALUATED = replace(
+    SETTINGS, advantage="group", kl_coefficient=0.02, kl_target=0.05, evaluate_every=2, evaluation_problems=3,
+)  # fmt: skip
+RUNS = {"gae": replace(SETTINGS, gradient_checkpointing=True), "group": EVALUATED}
 INSIDE = "checkpoint-000001-001"
 
 
@@ -48,7 +51,7 @@ def main(folder: Path) -> None:
         shutil.copytree(whole / INSIDE, resumed / INSIDE, dirs_exist_ok=True)
         shutil.copy(whole / "metrics.jsonl", resumed)
     run.accelerator.wait_for_everyone()
-    train(resumed, SETTINGS, resume=True)
+    train(resumed, RUNS["gae"], resume=True)
     if run.accelerator.num_processes > 1:
         import torch.distributed
 
