@@ -15,7 +15,7 @@ from torch import Tensor
 from rl.errors import ConfigError
 from rl.evaluation.significance import Z_95, wilson_interval
 from rl.policy.sampling import evaluating, generate
-from rl.rollouts.rollout import PromptEncoder, draw_samples, judge
+from rl.rollouts.rollout import PromptEncoder, draw_samples, join, judge
 from rl.seeds import generator
 from rl.tasks.base import SPLITS, Task
 
@@ -121,22 +121,29 @@ def evaluate(
     num_answered = torch.zeros(())
     num_truncated = torch.zeros(())
     num_tokens = torch.zeros(())
-    for start in range(0, len(planned), batch_size):
-        part = planned[start : start + batch_size]
-        # A noise stream is a function of the problem and the number, so the batch size changes no response.
-        noise = None
-        if temperature > 0:
-            noise = [generator(seed, "evaluation", split, sample.index, number) for sample, number in part]
-        with evaluating(model):
-            generated = generate(
-                model,
-                [encoder.ids(sample) for sample, _ in part],
-                noise,
-                ending=encoder.ending,
-                max_new_tokens=max_response_tokens,
-                temperature=temperature or 1.0,
-            )
-        responses = judge(task, tokenizer, [sample for sample, _ in part], generated)
+    # All responses to a problem are judged in one call, because a reward may compare them.
+    problems_at_once = max(1, batch_size // samples)
+    for start in range(0, len(planned), problems_at_once * samples):
+        part = planned[start : start + problems_at_once * samples]
+        generated_parts = []
+        for first in range(0, len(part), batch_size):
+            batch = part[first : first + batch_size]
+            # A noise stream is a function of the problem and the number, so the batch size changes no response.
+            noise = None
+            if temperature > 0:
+                noise = [generator(seed, "evaluation", split, sample.index, number) for sample, number in batch]
+            with evaluating(model):
+                generated = generate(
+                    model,
+                    [encoder.ids(sample) for sample, _ in batch],
+                    noise,
+                    ending=encoder.ending,
+                    max_new_tokens=max_response_tokens,
+                    temperature=temperature or 1.0,
+                )
+            generated_parts.append(generated)
+        joined = join(generated_parts, encoder.ending.pad_id)
+        responses = judge(task, tokenizer, [sample for sample, _ in part], joined)
 
         num_answered += responses.answer.any(1).sum()
         num_truncated += responses.truncated.sum()

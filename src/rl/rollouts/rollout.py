@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from flowgraph import EncodedText, FlowgraphError, NoAnswerError, encode, find_question, find_regions
-from rl.errors import PolicyError, RewardError, TaskError
+from rl.errors import PolicyError, RewardError, TaskError, describe_cause
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
 from rl.seeds import generator
-from rl.tasks.base import Task
-from rl.tasks.rewards import checked_rewards
+from rl.tasks.base import BatchTask, Task
+from rl.tasks.rewards import checked_rewards, checked_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,12 +134,15 @@ def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]
             sample = task.sample(split, index)
         except FlowgraphError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # A task is user code and may raise anything; the message names the problem.
             raise TaskError(
-                f"task: must have a problem for every number, got {type(error).__name__}: {error} for number {index} "
-                f"of {split!r}; correct the task"
+                "task: must have a problem for every number, got "
+                f"{describe_cause(error, f'for number {index} of {split!r}')}; correct the task"
             ) from error
+        if inspect.iscoroutine(sample):
+            # An open coroutine makes Python warn later that it was never awaited.
+            sample.close()
         # Responses are grouped by this number.
         if not isinstance(sample, Sample) or sample.index != index:
             got = f"number {sample.index}" if isinstance(sample, Sample) else f"a {type(sample).__name__}"
@@ -279,10 +283,6 @@ def judge(
             spans = [_checked_span("oracle", span, sample, completion) for span in _checked_list(decisive, sample)]
             oracle[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
 
-    # Rewards come last: the check of their number and range needs all completions.
-    def reward_all(chosen: list[Sample], texts: list[str]) -> list[float]:
-        return [task.reward(sample, text) for sample, text in zip(chosen, texts, strict=True)]
-
     return Responses(
         samples=tuple(samples),
         completions=tuple(completions),
@@ -292,11 +292,23 @@ def judge(
         response_mask=generated.response_mask,
         truncated=generated.truncated,
         groups=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
-        rewards=checked_rewards(reward_all, samples, completions, name=f"task {task.name!r}"),
+        # Rewards come last, because a task may compare all completions.
+        rewards=_rewards(task, samples, completions),
         question=question,
         answer=answer,
         oracle=oracle if has_oracle else None,
     )
+
+
+def _rewards(task: Task, samples: Sequence[Sample], completions: Sequence[str]) -> Float[Tensor, " batch"]:
+    """Let the task judge all responses in one call where it can, and one by one otherwise."""
+    name = f"task {task.name!r}"
+    if isinstance(task, BatchTask):
+        return checked_rewards(task.batch_rewards, samples, completions, name=name)
+    values = []
+    for sample, completion in zip(samples, completions, strict=True):
+        values.append(_call(task.reward, sample, completion, sample, completion, may_wait=True))
+    return checked_values(values, samples, completions, name=name)
 
 
 def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
@@ -346,12 +358,23 @@ def _covered(encoded: EncodedText, spans: Sequence[CharSpan]) -> Bool[Tensor, " 
     return mask
 
 
-def _call(method: Callable[..., Any], sample: Sample, completion: str, *arguments: Any) -> Any:
+def _call(method: Callable[..., Any], sample: Sample, completion: str, *arguments: Any, may_wait: bool = False) -> Any:
     """Call a method of a task, which is user code and may raise anything; the error names the problem."""
+    name = getattr(method, "__qualname__", method)
     try:
-        return method(*arguments)
-    except Exception as error:
+        value = method(*arguments)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
         raise RewardError(
-            f"task: {getattr(method, '__qualname__', method)} must serve every completion, got "
-            f"{type(error).__name__}: {error} for sample {sample.index} and {completion[:80]!r}; correct the task"
+            f"task: {name} must serve every completion, got "
+            f"{describe_cause(error, f'for sample {sample.index} and {completion[:80]!r}')}; correct the task"
         ) from error
+    if inspect.iscoroutine(value) and not may_wait:
+        # An open coroutine makes Python warn later that it was never awaited.
+        value.close()
+        raise RewardError(
+            f"task: {name} must return its result, got the coroutine {value.__qualname__!r} for sample "
+            f"{sample.index}; define it without async, which only reward functions may have"
+        )
+    return value

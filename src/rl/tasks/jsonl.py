@@ -23,7 +23,7 @@ from rl.tasks.answers import (
     parse_number,
 )
 from rl.tasks.base import check_integer, check_problem
-from rl.tasks.rewards import RewardFunction, checked_rewards, function_name, load_function
+from rl.tasks.rewards import RewardFunction, WeightedReward, function_name, load_function, weighted_rewards
 
 EQUALITIES: Mapping[str, Callable[[str, str], bool]] = {
     "text": equal_text,
@@ -65,7 +65,10 @@ class JsonlTask:
         prompt: field of the prompt.
         answer: field of the reference answer; None for problems without one, which need ``reward``.
         reward: ``reward(samples, completions) -> list of numbers``, or its name: ``package.module:function`` or
-            ``folder/file.py:function``. None compares the stated answer with the reference.
+            ``folder/file.py:function``; or a list of several, whose rewards are summed with their weights. A function
+            gets all responses of a batch in one call, and may be a coroutine function. Of several functions one may
+            return None for a response that it does not apply to. None compares the stated answer with the reference.
+        reward_weights: a number for each of several functions; default 1 each.
         equality: how to compare: ``"text"`` (case and white space ignored), ``"number"`` (exact) or ``"math"``
             (math-verify).
         pattern: how responses state their answer; see :func:`rl.tasks.answers.find_answer`.
@@ -86,8 +89,9 @@ class JsonlTask:
         path: str | Path,
         prompt: str = "prompt",
         answer: str | None = "answer",
-        reward: RewardFunction | str | None = None,
+        reward: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
         *,
+        reward_weights: Sequence[float] | None = None,
         equality: str = "text",
         pattern: str | None = None,
         eval_path: str | Path | None = None,
@@ -100,12 +104,12 @@ class JsonlTask:
         self.pattern = pattern
         self.shuffle = shuffle
         self.seed = seed
-        self._function = load_function(reward) if isinstance(reward, str) else reward
-        _check_options(self._function, equality, answer, eval_path, eval_every, seed)
+        self._rewards = _weighted(reward, reward_weights)
+        _check_options(bool(self._rewards), equality, answer, eval_path, eval_every, seed)
         check_pattern(pattern)
 
         # With a reward function any answer is valid; otherwise each must suit the equality.
-        answer_equality = equality if self._function is None else None
+        answer_equality = None if self._rewards else equality
         problems = _read_file(Path(path), prompt, answer, answer_equality)
         if eval_path is not None:
             held_out = _read_file(Path(eval_path), prompt, answer, answer_equality)
@@ -122,7 +126,11 @@ class JsonlTask:
 
     def __repr__(self) -> str:
         """Name everything that decides the problems and their rewards, the lines of the file included."""
-        judge = self.equality if self._function is None else function_name(self._function)
+        judge = self.equality
+        if len(self._rewards) == 1:
+            judge = self._rewards[0].name
+        elif self._rewards:
+            judge = " + ".join(f"{reward.weight:g} {reward.name}" for reward in self._rewards)
         return (
             f"JsonlTask({self.name!r}, by {judge}, pattern={self.pattern!r}, shuffle={self.shuffle}, "
             f"seed={self.seed}, {self.size} problems {self._digest})"
@@ -157,20 +165,33 @@ class JsonlTask:
         return find_answer(completion, self.pattern)
 
     def reward(self, sample: Sample, completion: str) -> float:
-        """Return the reward of the user's function, or 1 if the stated answer equals the reference, else 0.
+        """Return the reward of the user's functions, or 1 if the stated answer equals the reference, else 0.
+
+        A function that compares responses sees this one alone; see :meth:`batch_rewards`.
 
         Raises:
-            RewardError: the function raised, or did not return a finite number.
+            RewardError: a function raised, or did not return a finite number.
         """
-        if self._function is not None:
-            name = function_name(self._function)
-            return float(checked_rewards(self._function, [sample], [completion], name=name)[0])
+        if self._rewards:
+            return float(weighted_rewards(self._rewards, [sample], [completion])[0])
         span = self.find_answer(completion)
         if span is None:
             return 0.0
         start, end = span
         are_equal = EQUALITIES[self.equality]
         return float(are_equal(sample.answer, completion[start:end]))
+
+    def batch_rewards(self, samples: Sequence[Sample], completions: Sequence[str]) -> Sequence[Any]:
+        """Return the reward of every response; each of the user's functions gets all of them in one call.
+
+        Raises:
+            RewardError: a function raised, or did not return a finite number for every response.
+        """
+        # A subclass that replaces the reward of one response means every response.
+        is_replaced = type(self).reward is not JsonlTask.reward
+        if is_replaced or not self._rewards:
+            return [self.reward(sample, text) for sample, text in zip(samples, completions, strict=True)]
+        return weighted_rewards(self._rewards, samples, completions).tolist()
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:
         """Return None: the decisive tokens of a file's problems are not known."""
@@ -201,18 +222,48 @@ class JsonlTask:
                 )
 
 
+def _weighted(reward: Any, weights: Any) -> list[WeightedReward]:
+    """Load the reward functions and pair them with their weights; none for a task that compares answers."""
+    if reward is None:
+        if weights is not None:
+            raise TaskError(f"reward_weights: must be left out without reward, got {weights!r}; give both")
+        return []
+    given = list(reward) if isinstance(reward, list | tuple) else [reward]
+    if not given:
+        raise TaskError("reward: must name at least one function, got an empty list; leave it out to compare answers")
+    functions = [load_function(item) if isinstance(item, str) else item for item in given]
+    for function in functions:
+        if not callable(function):
+            raise TaskError(
+                f"reward: must be a function or its place, got {function!r}; 'rewards.py:score' is an example"
+            )
+
+    if weights is None:
+        weights = [1.0] * len(functions)
+    # bool is a subclass of int, and is not a weight.
+    is_list = isinstance(weights, list | tuple) and len(weights) == len(functions)
+    is_valid = is_list and all(type(weight) in (int, float) and math.isfinite(weight) for weight in weights)
+    if not is_valid:
+        raise TaskError(
+            f"reward_weights: must be {len(functions)} finite numbers, one for each reward function, got {weights!r}; "
+            "leave them out for 1 each"
+        )
+    return [
+        WeightedReward(function_name(function), function, float(weight))
+        for function, weight in zip(functions, weights, strict=True)
+    ]
+
+
 def _check_options(
-    function: object, equality: str, answer: str | None, eval_path: object, eval_every: int | None, seed: int
+    has_function: bool, equality: str, answer: str | None, eval_path: object, eval_every: int | None, seed: int
 ) -> None:
     """Check the options of a task before its file is read."""
-    if function is not None and not callable(function):
-        raise TaskError(f"reward: must be a function or its place, got {function!r}; 'rewards.py:score' is an example")
     if equality not in EQUALITIES:
         raise TaskError(f"equality: must be one of {', '.join(EQUALITIES)}, got {equality!r}; choose one of them")
-    if equality == "math" and function is None:
+    if equality == "math" and not has_function:
         # A missing package raises here, not at the first reward.
         equal_math("0", "0")
-    if function is None and answer is None:
+    if not has_function and answer is None:
         raise TaskError("answer: must name a field where no reward function judges, got None; give one of the two")
     if eval_path is not None and eval_every is not None:
         raise TaskError(

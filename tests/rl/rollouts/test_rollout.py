@@ -279,3 +279,54 @@ def test_a_task_that_gives_another_problem_is_named(made, message: str):
     with pytest.raises(TaskError, match=message):
         draw_samples(Wrong(), "train", range(2))
     assert [sample.index for sample in draw_samples(Digits(), "train", range(3, 6))] == [3, 4, 5]
+
+
+# Whole batches ---------------------------------------------------------------------------------------------
+
+
+class Ranked(Digits):
+    """Shorter is better within a group (trl#3896): a function of one response alone could not tell."""
+
+    def batch_rewards(self, samples, completions):
+        lengths: dict[int, list[int]] = {}
+        for sample, text in zip(samples, completions, strict=True):
+            lengths.setdefault(sample.index, []).append(len(text))
+        return [
+            float(sum(other > len(text) for other in lengths[sample.index]))
+            for sample, text in zip(samples, completions, strict=True)
+        ]
+
+    def reward(self, sample, completion):
+        raise AssertionError("judged alone")
+
+
+def test_a_task_gets_all_responses_of_a_batch_in_one_call():
+    task = Ranked()
+    samples = [task.sample("train", index) for index in (0, 0, 0, 1, 1)]
+    generated = written([str(sample.prompt) for sample in samples], ["a=1", "a", "a=", "b=1", "b=11"])
+    assert judge(task, TOKENIZER, samples, generated).rewards.tolist() == [0, 2, 1, 1, 0]
+
+
+def test_rewards_of_single_responses_may_be_coroutines():
+    class Late(Digits):
+        async def reward(self, sample, completion):
+            return Digits.reward(self, sample, completion)
+
+    assert judged(Late(), ["a=1,b2", "="]).rewards.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("method", ["find_answer", "oracle"])
+def test_other_methods_that_are_coroutines_are_named(method: str):
+    async def late(self, *arguments):
+        return None
+
+    task = type("Late", (Digits,), {method: late})()
+    with pytest.raises(RewardError, match=r"got the coroutine '.*late' for sample 0; define it without async"):
+        judged(task, ["a=1"])
+
+
+def test_a_task_that_raises_is_told_with_its_line():
+    line = Task._choice.__code__.co_firstlineno + 3
+    with pytest.raises(RewardError, match=rf"at {__file__}, line {line}, in _choice; correct the task"):
+        judged(Task(oracle=KeyError("lost")), ["a=1"])

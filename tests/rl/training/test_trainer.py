@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from rl import (
     CreditInput,
     DivergedError,
     Experience,
+    JsonlTask,
     LoraConfig,
     PolicyError,
     PPOConfig,
@@ -421,3 +423,21 @@ def test_values_on_padding_reach_no_gradient_even_nan():
     assert torch.isfinite(values.grad).all()
     assert not values.grad[~mask].any()
     assert values.grad[mask].any()
+
+
+def test_rewards_that_compare_a_group_reach_the_gradient(tmp_path):
+    """Judged one by one, a rank inside the group is 1 for all and teaches nothing (trl#3896, trl#4707)."""
+    calls = []
+
+    def shortest_first(samples, completions):
+        calls.append([sample.index for sample in samples])
+        order = sorted(completions, key=len)
+        return [1 - order.index(text) / (len(order) - 1) for text in completions]
+
+    lines = [json.dumps({"prompt": f"a={number};b=a+1;b?", "answer": str(number + 1)}) for number in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    task = JsonlTask(tmp_path / "p.jsonl", reward=shortest_first)
+    row = trainer(replace(SETTINGS, steps=1, advantage="group"), task=task).train()[0]
+    assert calls == [[0, 0, 1, 1, 2, 2]]
+    assert row["policy_grad_norm"] > 0
+    assert row["zero_variance_share"] < 1
