@@ -47,7 +47,7 @@ class Responses:
 
     Attributes:
         samples: the B problems; the G responses to one prompt repeat it.
-        completions: the B response texts, without special tokens.
+        completions: the B response texts, without the end token; other special tokens are part of the text.
         input_ids: ``[B, P + R]`` int64, token ids of prompt and response.
         attention_mask: ``[B, P + R]`` bool, False on the padding of both sides.
         prompt_length: P, padding included, in tokens.

@@ -27,6 +27,7 @@ class Generated:
         prompt_length: P, padding included, in tokens.
         response_mask: ``[B, R]`` bool, the tokens that the model chose, an end token included.
         truncated: ``[B]`` bool, the response reached the token limit before an end token.
+        end_ids: ids of the tokens that end a response; None: the tokenizer's end token alone.
     """
 
     input_ids: Int64[Tensor, "batch tokens"]
@@ -34,6 +35,7 @@ class Generated:
     prompt_length: int
     response_mask: Bool[Tensor, "batch response"]
     truncated: Bool[Tensor, " batch"]
+    end_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def generate(
         prompt_length=prompt_length,
         response_mask=response_mask,
         truncated=truncated,
+        end_ids=ending.end_ids,
     )
 
 

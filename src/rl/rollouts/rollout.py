@@ -231,6 +231,7 @@ def join(parts: Sequence[Generated], pad_id: int) -> Generated:
         prompt_length=prompt_length,
         response_mask=torch.cat(response_masks),
         truncated=torch.cat([part.truncated for part in parts]),
+        end_ids=parts[0].end_ids,
     )
 
 
@@ -259,12 +260,15 @@ def judge(
     oracle = torch.zeros_like(generated.response_mask)
     has_oracle = False
     completions: list[str] = []
+    end_ids = generated.end_ids
+    if end_ids is None:
+        end_ids = (tokenizer.eos_token_id,)
 
     for row, sample in enumerate(samples):
         # Each token gets the characters that it stands for in the text of prompt and response.
         ids = generated.input_ids[row, prompt_length:][generated.response_mask[row]].tolist()
         encoded = encode(tokenizer, sample.prompt, ids)
-        completion = encoded.response_text
+        completion = _completion(encoded, end_ids)
         completions.append(completion)
 
         # Question and answer: spans of the text, then masks over the columns behind the left padding.
@@ -300,6 +304,19 @@ def judge(
     )
 
 
+def _completion(encoded: EncodedText, end_ids: Sequence[int | None]) -> str:
+    """Return the text of a response without the end token behind it.
+
+    Other special tokens stay: a tag such as ``</answer>`` may be one, and belongs to what the policy wrote.
+    """
+    end = len(encoded.text)
+    for index in range(encoded.num_tokens - 1, encoded.prompt_length - 1, -1):
+        if int(encoded.input_ids[index]) not in end_ids:
+            break
+        end = encoded.spans[index][0]
+    return encoded.text[encoded.response_start : end]
+
+
 def _rewards(task: Task, samples: Sequence[Sample], completions: Sequence[str]) -> Float[Tensor, " batch"]:
     """Let the task judge all responses in one call where it can, and one by one otherwise."""
     name = f"task {task.name!r}"
@@ -316,6 +333,9 @@ def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, 
     no_answer = torch.zeros(encoded.num_tokens, dtype=torch.bool)
     if span is None or span[0] == span[1]:
         return find_question(encoded), no_answer
+    # Special tokens at the end count as text here: an answer may be one of them.
+    if span[1] > len(encoded.response_text):
+        return find_question(encoded), _covered(encoded, [span])
     # A span without a visible character is not an answer.
     try:
         regions = find_regions(encoded, answer=span)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rl import PolicyError, Responses, RewardError, Sample, TaskError
+from rl import JsonlTask, PolicyError, Responses, RewardError, Sample, TaskError
 from rl.policy.sampling import Generated
 from rl.rollouts.rollout import PromptEncoder, draw_samples, join, judge, sample_responses
 from tests.fixtures.policies import FAMILIES, Digits, alphabet, tiny_policy
@@ -330,3 +331,40 @@ def test_a_task_that_raises_is_told_with_its_line():
     line = Task._choice.__code__.co_firstlineno + 3
     with pytest.raises(RewardError, match=rf"at {__file__}, line {line}, in _choice; correct the task"):
         judged(Task(oracle=KeyError("lost")), ["a=1"])
+
+
+# Special tokens at the end ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "completion", "answer"),
+    [
+        ("<answer>3</answer>", None, "<answer>3</answer>", "3"),
+        ("<answer>3</answer> done", None, "<answer>3</answer> done", "3"),
+        ("<answer>3</answer>\n", None, "<answer>3</answer>\n", "3"),
+        ("<answer>3</answer><turn>", None, "<answer>3</answer><turn>", "3"),
+        ("<answer>3</answer><end>", None, "<answer>3</answer>", "3"),
+        ("it is <yes>", "(<yes>)", "it is <yes>", "<yes>"),
+    ],
+)
+def test_only_end_tokens_are_cut_off(tmp_path, text: str, pattern: str | None, completion: str, answer: str):
+    """Closing tags that are special tokens are what the policy wrote (trl#2897, trl#3026)."""
+    tokenizer = byte_level()
+    tags = ["<answer>", "</answer>", "<yes>", "<turn>", "<end>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    end_ids = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>"))
+    path = tmp_path / "sums.jsonl"
+    path.write_text(json.dumps({"prompt": "What is 1+2?", "answer": answer}))
+    task = JsonlTask(path, pattern=pattern, eval_every=0)
+    sample = task.sample("train", 0)
+    prompt = tokenizer(sample.prompt).input_ids
+    response = tokenizer(text).input_ids
+    if not text.endswith("<end>"):
+        response.append(tokenizer.eos_token_id)
+    ids = torch.tensor([prompt + response])
+    ones = torch.ones_like(ids, dtype=torch.bool)
+    generated = Generated(ids, ones, len(prompt), ones[:, len(prompt) :], torch.tensor([False]), end_ids)
+    responses = judge(task, tokenizer, [sample], generated)
+    assert responses.completions == (completion,)
+    assert responses.rewards.tolist() == [1.0]
+    assert tokenizer.decode(ids[0][responses.answer[0]]) == answer
