@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SUMMARY = (
     ("reward", "reward", ".3f"),
+    ("with an answer", "answer_share", ".1%"),
     ("entropy", "entropy", ".3f"),
     ("tokens a response", "response_tokens", ".1f"),
     ("seconds a step", "seconds", ".2f"),

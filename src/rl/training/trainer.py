@@ -25,6 +25,7 @@ from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_respo
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
 from rl.tasks.base import Task
 from rl.tasks.registry import make_task
+from rl.training.advice import FIRST_STEPS, learning_warning
 from rl.training.checkpoint import (
     Position,
     check_run,
@@ -36,8 +37,9 @@ from rl.training.checkpoint import (
 )
 from rl.training.distributed import check_accelerator, gathered, make_accelerator, whiten_together
 from rl.training.experience import build_experience
+from rl.training.interruption import StopRequest
 from rl.training.metrics import Averages, Clock, step_averages, step_row
-from rl.training.tracking import Display, MetricsFile, check_trackers, read_metrics
+from rl.training.tracking import Display, MetricsFile, check_trackers, read_metrics, set_aside
 from rl.training.update import Updater, learning_rates, make_optimizer, minibatch_order
 
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ class PPOTrainer:
         credit: a credit rule's name or settings; overrides ``config.credit``.
         config: see :class:`PPOConfig`.
         output: folder for metrics, checkpoints and rollouts; None: nothing is written.
-        resume: continue from the newest complete checkpoint in ``output``, bit-identical on the CPU; start where there
-            is none.
+        resume: continue from the newest complete checkpoint in ``output``, bit-identical on the CPU; where there is
+            none, say so and start, with the metrics of the earlier run set aside.
         allow_changes: resume although settings differ from those of the checkpoint.
         trackers: any of ``"tensorboard"``, ``"wandb"``, ``"trackio"``.
         progress: whether a progress line is shown.
@@ -154,10 +156,14 @@ class PPOTrainer:
         self._display = Display(config.steps, self.position.step, enabled=progress and is_main)
         self._metrics: MetricsFile | None = None
         if self.output is not None and is_main:
-            self._metrics = MetricsFile(self.output / "metrics.jsonl", self.position.step)
+            self._metrics = self._open_metrics(self.output, resume=resume, allow_changes=allow_changes)
 
     def train(self) -> list[dict[str, Any]]:
         """Run to the last step.
+
+        With an output folder, Ctrl-C, SIGTERM and SIGHUP end the run after the running step, with a checkpoint: the
+        signal then has its usual effect (``KeyboardInterrupt``, or the end of the process). A second one more than 2
+        seconds later acts at once.
 
         Returns:
             One row of metrics for each step, those from before a resume included.
@@ -169,14 +175,19 @@ class PPOTrainer:
             PolicyError: prompts of a finite task are too long; raised before the first step.
         """
         self._check_prompts()
-        with self._display:
-            while self.position.step < self.config.steps:
+        stop = StopRequest(enabled=self.output is not None, notify=self._display.notice_signal)
+        with self._display, stop:
+            while self.position.step < self.config.steps and not stop.agreed(self.accelerator):
                 self.step()
-        # The last step has a checkpoint already where ``save_every`` divides it.
-        if self.config.save_every == 0 or self.position.step % self.config.save_every:
-            self.save()
+            # The last step has a checkpoint already where ``save_every`` divides it.
+            is_saved = self.config.save_every != 0 and self.position.step % self.config.save_every == 0
+            if not is_saved:
+                self.save()
+            if stop.received:
+                self._display.message(f"stopped after step {self.position.step} with a complete {self.position.name}")
         if self._trackers:
             self.accelerator.end_training()
+        stop.deliver()
         return self.history
 
     def step(self) -> dict[str, Any]:
@@ -346,7 +357,8 @@ class PPOTrainer:
         config = self.config
         position = self.position
         updates = Averages(**position.averages.get("updates", {}))
-        averages = gathered(step_averages(updates, experience), self.accelerator)
+        own_averages = step_averages(updates, experience, config, kl_weight=position.kl_weight)
+        averages = gathered(own_averages, self.accelerator)
         row = step_row(
             position.step + 1,
             averages,
@@ -371,6 +383,10 @@ class PPOTrainer:
             numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
             self.accelerator.log(numbers, step=position.step)
         self._display.show(row)
+        if position.step == min(FIRST_STEPS, config.steps):
+            warning = learning_warning(self.history, config)
+            if warning is not None and self.accelerator.is_main_process:
+                self._display.warn(warning)
 
         report_is_due = config.report_every and position.step % config.report_every == 0
         if report_is_due and self.output is not None and self.accelerator.is_main_process:
@@ -476,6 +492,20 @@ class PPOTrainer:
         metrics = output / "metrics.jsonl"
         if metrics.exists():
             self.history = [row for row in read_metrics(metrics) if row["step"] <= self.position.step]
+
+    def _open_metrics(self, output: Path, *, resume: bool, allow_changes: bool) -> MetricsFile:
+        """Open the metrics file; rows that this run does not make again as they were are set aside."""
+        path = output / "metrics.jsonl"
+        is_new = not find_checkpoints(output)
+        copy = None
+        if is_new or allow_changes:
+            copy = set_aside(path, self.position.step)
+        kept = "" if copy is None else f"; the rows of the earlier run are kept in {copy}"
+        if is_new and resume:
+            self._display.warn(f"resume: no checkpoint in {output}, so the run starts at its first step{kept}")
+        elif copy is not None:
+            self._display.warn(f"output: {output} holds metrics of other steps{kept}")
+        return MetricsFile(path, self.position.step)
 
     def _restore_buffer(self, checkpoint: Path) -> None:
         """Load the rollout buffer of this process, and check that it has the size of a step."""
