@@ -58,6 +58,8 @@ class Responses:
         question: ``[B, P + R]`` bool, prompt tokens where flow enters.
         answer: ``[B, P + R]`` bool, response tokens that state the answer; all False where no answer was found.
         oracle: ``[B, R]`` bool, tokens known to be decisive; None for tasks without this knowledge.
+        sampled_logprobs: ``[B, R]`` float32, log-probability in nats with which generation drew each token, 0 on
+            padding; None where it is not known.
     """
 
     samples: tuple[Sample, ...]
@@ -72,6 +74,7 @@ class Responses:
     question: Bool[Tensor, "batch tokens"]
     answer: Bool[Tensor, "batch tokens"]
     oracle: Bool[Tensor, "batch response"] | None = None
+    sampled_logprobs: Float[Tensor, "batch response"] | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from rl.errors import ConfigError
 from rl.evaluation.significance import Z_95, wilson_interval
 from rl.policy.sampling import evaluating, generate
+from rl.rollouts.chat_templates import with_template_options
 from rl.rollouts.rollout import PromptEncoder, draw_samples, join, judge
 from rl.seeds import generator
 from rl.tasks.base import SPLITS, Task
@@ -79,6 +80,8 @@ def evaluate(
     max_response_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    stop_strings: str | Sequence[str] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Generate responses to fresh problems and reward them.
@@ -95,6 +98,8 @@ def evaluate(
         max_response_tokens: responses are cut off there.
         batch_size: responses at a time.
         seed: of the sampling; the same problems get the same noise.
+        stop_strings: texts that end a response, beside the end tokens.
+        chat_template_kwargs: options of the chat template.
         progress: called with the numbers of finished and of all responses.
 
     Raises:
@@ -109,7 +114,8 @@ def evaluate(
         batch_size=batch_size,
     )
     _check_sampling(samples, temperature, split)
-    encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens)
+    tokenizer = with_template_options(tokenizer, chat_template_kwargs or {})
+    encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens, stop_strings)
 
     # One entry for each response: its problem, and its number among the responses to that problem.
     planned = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowgraph import EncodedText, FlowgraphError, NoAnswerError, encode, find_question, find_regions
+from rl.config import stop_string_list
 from rl.errors import PolicyError, RewardError, TaskError, describe_cause
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
@@ -34,10 +35,11 @@ class PromptEncoder:
         model: its context length is read.
         max_prompt_tokens: longer prompts are refused.
         max_response_tokens: tokens of the context that must be left for the response.
+        stop_strings: texts that end a response, beside the end tokens.
 
     Attributes:
         tokenizer: of the model.
-        ending: the tokens that end a response.
+        ending: the tokens and texts that end a response.
 
     Raises:
         PolicyError: the context is too short for a prompt and a response.
@@ -49,9 +51,10 @@ class PromptEncoder:
         model: PreTrainedModel,
         max_prompt_tokens: int,
         max_response_tokens: int,
+        stop_strings: str | Sequence[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.ending = Ending.of(model, tokenizer)
+        self.ending = Ending.of(model, tokenizer, stop_string_list(stop_strings))
         self._vocabulary_size = vocabulary_size(model)
 
         # The limit is the smaller of the budget and what the context leaves; messages name the one that applies.
@@ -218,6 +221,7 @@ def join(parts: Sequence[Generated], pad_id: int) -> Generated:
     input_ids: list[Tensor] = []
     attention_masks: list[Tensor] = []
     response_masks: list[Tensor] = []
+    logprobs: list[Tensor] = []
     for part in parts:
         # Prompts end at one column, and responses start at the next, in every part.
         left = prompt_length - part.prompt_length
@@ -225,6 +229,8 @@ def join(parts: Sequence[Generated], pad_id: int) -> Generated:
         input_ids.append(pad(part.input_ids, (left, right), value=pad_id))
         attention_masks.append(pad(part.attention_mask, (left, right), value=False))
         response_masks.append(pad(part.response_mask, (0, right), value=False))
+        if part.logprobs is not None:
+            logprobs.append(pad(part.logprobs, (0, right), value=0.0))
     return Generated(
         input_ids=torch.cat(input_ids),
         attention_mask=torch.cat(attention_masks),
@@ -232,6 +238,7 @@ def join(parts: Sequence[Generated], pad_id: int) -> Generated:
         response_mask=torch.cat(response_masks),
         truncated=torch.cat([part.truncated for part in parts]),
         end_ids=parts[0].end_ids,
+        logprobs=torch.cat(logprobs) if logprobs else None,
     )
 
 
@@ -301,6 +308,7 @@ def judge(
         question=question,
         answer=answer,
         oracle=oracle if has_oracle else None,
+        sampled_logprobs=generated.logprobs,
     )
 
 

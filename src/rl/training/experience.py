@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl.algorithm.advantages import gae, group_advantages, rloo_advantages, spread, token_rewards, whiten
-from rl.algorithm.losses import kl_estimate
+from rl.algorithm.losses import kl_estimate, truncated_importance
 from rl.config import PPOConfig
 from rl.credit.weights import loss_weights, potential_rewards, redistribute
+from rl.errors import ConfigError
 from rl.records import Credit, Experience, Responses, TokenScores
 
 Whitening = Callable[[Tensor, Tensor], Tensor]
@@ -63,6 +64,8 @@ def build_experience(
     weights = torch.ones_like(advantages)
     if config.credit.entry == "advantage":
         weights = loss_weights(credit, advantages, mask, config.credit)
+    if config.sampling_correction is not None:
+        weights = weights * _sampling_correction(responses, scores, config.sampling_correction)
     return Experience(
         responses=responses,
         scores=scores,
@@ -72,6 +75,17 @@ def build_experience(
         loss_mask=loss_mask,
         policy_weights=weights,
     )
+
+
+def _sampling_correction(responses: Responses, scores: TokenScores, cap: float) -> Float[Tensor, "batch response"]:
+    """Weigh tokens for the difference between generation and scoring; 1 on padding."""
+    if responses.sampled_logprobs is None:
+        raise ConfigError(
+            f"sampling_correction: must be left out for a rollout without the log-probabilities of its sampling, got "
+            f"{cap}; sample with PPOTrainer, or turn it off"
+        )
+    weights = truncated_importance(scores.logprobs, responses.sampled_logprobs, cap)
+    return torch.where(responses.response_mask, weights, 1.0)
 
 
 def _with_critic(

@@ -118,6 +118,13 @@ def step_averages(updates: Averages, experience: Experience, config: PPOConfig, 
     averages.add("raised_share", is_raised.sum(), int(credit.scored.sum()))
     averages.add("advantage", (experience.advantages * mask).sum(), num_tokens)
 
+    # How far generation and scoring disagree about the tokens that were drawn, which PPO takes for equal.
+    if responses.sampled_logprobs is not None:
+        gap = (scores.logprobs - responses.sampled_logprobs)[mask]
+        averages.add("sampling_gap", gap.abs().sum(), num_tokens)
+        if num_tokens:
+            averages.extend("sampling_ratio", gap.min().exp(), gap.max().exp())
+
     # The KL is a sum over the tokens of a response, so its mean is over responses.
     if scores.ref_logprobs is not None:
         averages.add("kl_reference", (scores.logprobs - scores.ref_logprobs).sum(), num_responses)

@@ -21,6 +21,7 @@ from rl.credit.scoring import score_rollout
 from rl.errors import CheckpointError
 from rl.policy.actor_critic import ActorCritic, TokenOutput, model_name
 from rl.records import Experience, Responses
+from rl.rollouts.chat_templates import with_template_options
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
 from rl.tasks.base import Task
@@ -117,7 +118,7 @@ class PPOTrainer:
         find_rule(config.credit.rule)
         self.config = config
         self.task = make_task(task)
-        self.tokenizer = tokenizer
+        self.tokenizer = with_template_options(tokenizer, config.chat_template_kwargs)
         self.output = None if output is None else Path(output)
         trackers = check_trackers(trackers)
         if accelerator is None:
@@ -129,7 +130,11 @@ class PPOTrainer:
         self.model_name = model_name(model)
         self.policy = ActorCritic(model, config.lora, critic=config.has_critic, seed=config.seed)
         self.encoder = PromptEncoder(
-            tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
+            self.tokenizer,
+            self.policy.causal_lm,
+            config.max_prompt_tokens,
+            config.max_response_tokens,
+            config.stop_strings,
         )
         self.policy.to(accelerator.device)
         # Rollouts and scoring do not pass through the wrapper that applies autocast.

@@ -26,6 +26,7 @@ from rl import (
     RewardError,
     TaskError,
     credit_rule,
+    load_chain_model,
 )
 from rl.credit import registry
 from rl.policy.actor_critic import TokenOutput
@@ -441,3 +442,36 @@ def test_rewards_that_compare_a_group_reach_the_gradient(tmp_path):
     assert calls == [[0, 0, 1, 1, 2, 2]]
     assert row["policy_grad_norm"] > 0
     assert row["zero_variance_share"] < 1
+
+
+def test_the_difference_between_sampling_and_scoring_is_logged():
+    """In float32 it is rounding; in bfloat16 the cached steps of generation and the full pass disagree."""
+    exact = trainer(replace(SETTINGS, steps=1)).train()[0]
+    assert exact["sampling_gap"] < 1e-5
+    assert exact["sampling_ratio_min"] == pytest.approx(1.0, abs=1e-4)
+    assert exact["sampling_ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    model, tokenizer = load_chain_model()
+    config = replace(SETTINGS, steps=1, max_response_tokens=32)
+    run = PPOTrainer(model.to(torch.bfloat16), tokenizer, task="chain", config=config, progress=False)
+    experience = run.collect()
+    run.learn(experience)
+    run._finish(experience)
+    row = run.history[0]
+    sampled = experience.responses.sampled_logprobs
+    assert sampled is not None
+    gap = (experience.scores.logprobs - sampled)[experience.responses.response_mask]
+    assert row["sampling_gap"] == pytest.approx(float(gap.abs().mean()), rel=1e-5)
+    assert row["sampling_gap"] > 1e-4
+    assert row["sampling_ratio_min"] == pytest.approx(float(gap.min().exp()), rel=1e-5)
+    assert row["sampling_ratio_max"] == pytest.approx(float(gap.max().exp()), rel=1e-5)
+
+
+def test_stop_strings_and_the_correction_reach_the_rollout():
+    run = trainer(replace(SETTINGS, stop_strings="1", sampling_correction=1.0, max_response_tokens=40))
+    experience = run.collect()
+    responses = experience.responses
+    assert all("1" not in text[:-1] for text in responses.completions)
+    ends = [text.endswith("1") for text in responses.completions]
+    assert any(ends)
+    assert not (responses.truncated & torch.tensor(ends)).any()
+    assert float(experience.policy_weights.max()) <= 1.0
