@@ -1,4 +1,4 @@
-"""JsonlTask: problems of a JSONL file, judged by an equality or by a reward function of the user."""
+"""JsonlTask: problems of a file or a dataset, judged by an equality or by reward functions of the user."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from rl.tasks.answers import (
 )
 from rl.tasks.base import check_integer, check_problem
 from rl.tasks.rewards import RewardFunction, WeightedReward, function_name, load_function, weighted_rewards
+from rl.tasks.tables import is_table, json_values, read_table, source_name
 
 EQUALITIES: Mapping[str, Callable[[str, str], bool]] = {
     "text": equal_text,
@@ -37,10 +38,10 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 class Problem(NamedTuple):
-    """One line of a file.
+    """One line of a file, or row of a table.
 
     Attributes:
-        line: number of the line, from 1.
+        line: number of the line or row, from 1.
         prompt: plain text, or chat messages.
         answer: the reference answer; empty if the file has none.
         metadata: the other fields of the line.
@@ -53,15 +54,16 @@ class Problem(NamedTuple):
 
 
 class JsonlTask:
-    """The task of a file of problems.
+    """The task of a file or a dataset of problems.
 
-    Every line is one JSON object: a prompt (text, or chat messages with ``role`` and ``content``), an answer (text or
-    number), and other fields, which become the sample's metadata. An invalid line is an error; no line is skipped.
-    Training problems come in a new order in every pass, a function of the seed and the pass; eval problems in the
-    order of the file.
+    Every line or row is one JSON object: a prompt (text, or chat messages with ``role`` and ``content``), an answer
+    (text or number), and other fields, which become the sample's metadata. An invalid line is an error; no line is
+    skipped. Training problems come in a new order in every pass, a function of the seed and the pass; eval problems in
+    the order of the file.
 
     Args:
-        path: the file, UTF-8.
+        path: a JSONL file, UTF-8; a ``.parquet`` file; a ``datasets.Dataset``, a folder that its ``save_to_disk``
+            wrote, or ``"datasets:NAME@CONFIG:SPLIT"`` to load one by name.
         prompt: field of the prompt.
         answer: field of the reference answer; None for problems without one, which need ``reward``.
         reward: ``reward(samples, completions) -> list of numbers``, or its name: ``package.module:function`` or
@@ -72,7 +74,7 @@ class JsonlTask:
         equality: how to compare: ``"text"`` (case and white space ignored), ``"number"`` (exact) or ``"math"``
             (math-verify).
         pattern: how responses state their answer; see :func:`rl.tasks.answers.find_answer`.
-        eval_path: file of the eval split.
+        eval_path: file or dataset of the eval split.
         eval_every: hold out every k-th line for eval instead; 0 holds out none. Default 10 without ``eval_path``.
         shuffle: whether training problems change their order.
         seed: of that order.
@@ -81,12 +83,13 @@ class JsonlTask:
         TaskError: an unreadable file, invalid lines (with number and reason), a prompt that occurs in both splits, or
             options that break a rule.
         ConfigError: ``reward`` names no function.
-        MissingExtraError: ``equality="math"`` without math-verify.
+        MissingExtraError: ``equality="math"`` without math-verify, Parquet without pyarrow, or a dataset without the
+            library datasets.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: Any,
         prompt: str = "prompt",
         answer: str | None = "answer",
         reward: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
@@ -94,12 +97,12 @@ class JsonlTask:
         reward_weights: Sequence[float] | None = None,
         equality: str = "text",
         pattern: str | None = None,
-        eval_path: str | Path | None = None,
+        eval_path: Any = None,
         eval_every: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        self.name = str(path)
+        self.name = source_name(path)
         self.equality = equality
         self.pattern = pattern
         self.shuffle = shuffle
@@ -110,9 +113,9 @@ class JsonlTask:
 
         # With a reward function any answer is valid; otherwise each must suit the equality.
         answer_equality = None if self._rewards else equality
-        problems = _read_file(Path(path), prompt, answer, answer_equality)
+        problems = _read(path, prompt, answer, answer_equality)
         if eval_path is not None:
-            held_out = _read_file(Path(eval_path), prompt, answer, answer_equality)
+            held_out = _read(eval_path, prompt, answer, answer_equality)
             self._problems = {"train": problems, "eval": held_out}
         else:
             self._problems = _split(problems, _DEFAULT_EVAL_EVERY if eval_every is None else eval_every)
@@ -290,8 +293,37 @@ def _split(problems: list[Problem], eval_every: int) -> dict[str, list[Problem]]
 # Reading ------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, prompt: str, answer: str | None, equality: str | None) -> list[Problem]:
-    """Read all problems of a file; one error lists the first invalid lines."""
+def _read(source: Any, prompt: str, answer: str | None, equality: str | None) -> list[Problem]:
+    """Read all problems of a file or a dataset; one error lists the first invalid lines."""
+    unit = "line"
+    items: list[Any]
+    if is_table(source):
+        unit = "row"
+        items = list(read_table(source))
+    else:
+        items = _lines(Path(source))
+
+    problems = []
+    failures = []
+    for number, item in enumerate(items, 1):
+        try:
+            fields = _row_fields(item, prompt) if unit == "row" else _line_fields(item)
+            problems.append(_problem(number, fields, prompt, answer, equality))
+        except ValueError as error:
+            failures.append(f"{unit} {number}: {error}")
+    if failures:
+        shown = "; ".join(failures[:_SHOWN_LINES])
+        if len(failures) > _SHOWN_LINES:
+            shown += f"; and {len(failures) - _SHOWN_LINES} more"
+        raise TaskError(
+            f"path: must hold one problem per {unit}, got {len(failures)} bad of {len(items)} {unit}s in "
+            f"{source_name(source)}: {shown}; correct or remove them, as none is skipped"
+        )
+    return problems
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Read the lines of a file."""
     try:
         content = path.expanduser().read_bytes()
     except OSError as error:
@@ -303,26 +335,10 @@ def _read_file(path: Path, prompt: str, answer: str | None, equality: str | None
     lines = content.removeprefix(_UTF8_MARK).split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-
-    problems = []
-    failures = []
-    for number, line in enumerate(lines, 1):
-        try:
-            problems.append(_parse_line(number, line, prompt, answer, equality))
-        except ValueError as error:
-            failures.append(f"line {number}: {error}")
-    if failures:
-        shown = "; ".join(failures[:_SHOWN_LINES])
-        if len(failures) > _SHOWN_LINES:
-            shown += f"; and {len(failures) - _SHOWN_LINES} more"
-        raise TaskError(
-            f"path: must hold one problem per line, got {len(failures)} bad of {len(lines)} lines in {path}: "
-            f"{shown}; correct or remove them, as none is skipped"
-        )
-    return problems
+    return lines
 
 
-def _parse_line(number: int, line: bytes, prompt: str, answer: str | None, equality: str | None) -> Problem:
+def _line_fields(line: bytes) -> dict[str, Any]:
     """Parse one line; the message of a ValueError is the reason that it is invalid."""
     try:
         fields = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_fields, parse_constant=_reject_constant)
@@ -336,6 +352,21 @@ def _parse_line(number: int, line: bytes, prompt: str, answer: str | None, equal
         raise ValueError("nested too deeply") from error
     if not isinstance(fields, dict):
         raise ValueError(f"a {type(fields).__name__} instead of an object")
+    return fields
+
+
+def _row_fields(row: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    """Read one row of a table; the message of a ValueError is the reason that it is invalid."""
+    fields = json_values(row)
+    messages = fields.get(prompt)
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        # A table gives every message of a column the same keys, with None where a message lacks one.
+        fields[prompt] = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    return fields
+
+
+def _problem(number: int, fields: dict[str, Any], prompt: str, answer: str | None, equality: str | None) -> Problem:
+    """Build the problem of a line or row; the message of a ValueError is the reason that it is invalid."""
     for name in (prompt, answer):
         if name is not None and name not in fields:
             raise ValueError(f"no field {name!r} (there are {', '.join(map(repr, fields)) or 'none'})")
