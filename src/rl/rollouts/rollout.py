@@ -267,9 +267,9 @@ def judge(
     oracle = torch.zeros_like(generated.response_mask)
     has_oracle = False
     completions: list[str] = []
-    end_ids = generated.end_ids
-    if end_ids is None:
-        end_ids = (tokenizer.eos_token_id,)
+    end_ids: tuple[Any, ...] = (tokenizer.eos_token_id,)
+    if generated.end_ids is not None:
+        end_ids = generated.end_ids
 
     for row, sample in enumerate(samples):
         # Each token gets the characters that it stands for in the text of prompt and response.
@@ -312,7 +312,7 @@ def judge(
     )
 
 
-def _completion(encoded: EncodedText, end_ids: Sequence[int | None]) -> str:
+def _completion(encoded: EncodedText, end_ids: Sequence[Any]) -> str:
     """Return the text of a response without the end token behind it.
 
     Other special tokens stay: a tag such as ``</answer>`` may be one, and belongs to what the policy wrote.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowgraph import InvalidInputError, OutputError
+from flowgraph import FlowgraphError, InvalidInputError, OutputError
 from rl.algorithm.schedules import adapted_kl_weight, learning_rate_factor
 from rl.config import CreditConfig, PPOConfig, flat_settings
 from rl.credit.registry import find_rule
@@ -174,7 +174,7 @@ class PPOTrainer:
             One row of metrics for each step, those from before a resume included.
 
         Raises:
-            RewardError, CreditError: the task or the rule failed; earlier checkpoints stay.
+            RewardError, CreditError: the task or the rule failed; with one process the finished steps are saved.
             DivergedError: a gradient is not finite.
             OutputError: the disk is full.
             PolicyError: prompts of a finite task are too long; raised before the first step.
@@ -184,9 +184,7 @@ class PPOTrainer:
         with self._display, stop:
             while self.position.step < self.config.steps and not stop.agreed(self.accelerator):
                 self.step()
-            # The last step has a checkpoint already where ``save_every`` divides it.
-            is_saved = self.config.save_every != 0 and self.position.step % self.config.save_every == 0
-            if not is_saved:
+            if not self._step_is_saved:
                 self.save()
             if stop.received:
                 self._display.message(f"stopped after step {self.position.step} with a complete {self.position.name}")
@@ -203,7 +201,7 @@ class PPOTrainer:
         """
         # A run that resumes inside a step has its rollout already.
         if self._buffer is None:
-            self._buffer = self.collect()
+            self._buffer = self._collect_or_save()
         experience = self._buffer
         self.learn(experience)
         self._finish(experience)
@@ -346,6 +344,22 @@ class PPOTrainer:
             accelerator=self.accelerator,
             write_buffer=write_buffer,
         )
+
+    @property
+    def _step_is_saved(self) -> bool:
+        """Whether the last finished step has a checkpoint because ``save_every`` divides it."""
+        return self.config.save_every != 0 and self.position.step % self.config.save_every == 0
+
+    def _collect_or_save(self) -> Experience:
+        """Collect; where that fails, save the finished steps first, because a reward may fail late in a long run."""
+        try:
+            return self.collect()
+        except (FlowgraphError, torch.OutOfMemoryError):
+            # Nothing has changed since the last step. Other processes would not take part in the checkpoint.
+            is_alone = self.accelerator.num_processes == 1
+            if is_alone and self.position.step > 0 and not self._step_is_saved:
+                self.save()
+            raise
 
     def _check_prompts(self) -> None:
         """Check the prompts of all remaining problems of a finite task; those of others are checked when drawn."""

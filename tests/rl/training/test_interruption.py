@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer
+from rl import CreditConfig, LoraConfig, PPOConfig, PPOTrainer, RewardError
 from rl.training import interruption
 from rl.training.checkpoint import find_checkpoints, read_state
 from rl.training.interruption import StopRequest
@@ -103,6 +103,25 @@ def test_two_signals_at_once_are_one_request_and_a_later_one_acts_at_once(
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "two", Signalling(signal.SIGINT, times=2)).train()
     assert find_checkpoints(tmp_path / "two") == []
+
+
+def test_a_reward_that_fails_leaves_the_finished_steps(tmp_path: Path):
+    class Failing(Digits):
+        __repr__ = Signalling.__repr__
+
+        def reward(self, sample, completion):
+            if sample.index == 5:
+                raise ConnectionError("the judge is away")
+            return super().reward(sample, completion)
+
+    with pytest.raises(RewardError, match="ConnectionError: the judge is away"):
+        trainer(tmp_path, Failing()).train()
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-000002"]
+    resumed = trainer(tmp_path, Digits(), resume=True)
+    resumed.train()
+    never = trainer(None, Digits())
+    never.train()
+    assert all(torch.equal(one, other) for one, other in zip(weights(resumed), weights(never), strict=True))
 
 
 def test_without_a_folder_a_signal_acts_at_once():
