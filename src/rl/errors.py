@@ -75,7 +75,7 @@ def _described(error: BaseException, subject: str = "") -> str:
     """Describe one exception, and the members of a group, without its causes."""
     text = type(error).__name__
     # A syntax error names its own place in its text.
-    message = "\n".join([str(error), *getattr(error, "__notes__", [])]).strip()
+    message = "\n".join([_text_of(error), *getattr(error, "__notes__", [])]).strip()
     if message:
         text += f": {_without_middle(message)}"
     if subject:
@@ -87,6 +87,14 @@ def _described(error: BaseException, subject: str = "") -> str:
         members = [_described(member) for member in error.exceptions[:_SHOWN_CAUSES]]
         text += f" ({'; '.join(members)})"
     return text
+
+
+def _text_of(error: BaseException) -> str:
+    """Return the text of an exception, whose class may be the user's own."""
+    try:
+        return str(error)
+    except Exception as failure:  # noqa: BLE001  (the user's __str__ may raise anything; the error itself is told)
+        return f"(its text raised {type(failure).__name__})"
 
 
 def _place(error: BaseException) -> str:

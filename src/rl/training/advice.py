@@ -34,10 +34,11 @@ def learning_warning(rows: Sequence[Mapping[str, Any]], config: PPOConfig) -> st
     lowest = min(row["reward_min"] for row in rows)
     highest = max(row["reward_max"] for row in rows)
 
-    is_constant = lowest == highest
-    if not config.has_critic:
-        is_constant = all(row["zero_variance_share"] == 1 for row in rows)
-    if is_constant:
+    # A penalty for truncated responses makes a difference where only some of them are truncated.
+    is_penalised = config.missing_eos_penalty > 0 and any(0 < row["truncated_share"] < 1 for row in rows)
+    is_constant = lowest == highest and not is_penalised
+    is_constant_in_groups = all(row["zero_variance_share"] == 1 for row in rows)
+    if is_constant or (is_constant_in_groups and not config.has_critic):
         return _equal_rewards(rows, config, scope, has_no_answer=has_no_answer, lowest=lowest, highest=highest)
 
     # Rewards differ, so the run learns; but credit that needs an answer changes nothing.

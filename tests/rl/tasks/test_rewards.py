@@ -205,6 +205,15 @@ def leaving(samples, completions):
     sys.exit(3)  # leaves
 
 
+class UnreadableError(Exception):
+    def __str__(self):
+        raise LookupError
+
+
+def broken_text(samples, completions):
+    raise UnreadableError  # no text
+
+
 async def broken_group(samples, completions):
     async with asyncio.TaskGroup() as group:
         group.create_task(broken_late(samples, completions))
@@ -222,6 +231,11 @@ async def broken_group(samples, completions):
         ),
         (broken_twice, RuntimeError, ["RuntimeError: no such text", "caused by KeyError: 'four'", "{the first cause}"]),
         (leaving, SystemExit, ["SystemExit: 3", "line {leaves}, in leaving"]),
+        (
+            broken_text,
+            UnreadableError,
+            ["UnreadableError: (its text raised LookupError), at {file}, line {no text}, in"],
+        ),
         (broken_group, ExceptionGroup, ["ExceptionGroup", "ValueError: vvv", "line {raises late}, in broken_late"]),
     ],
 )

@@ -53,6 +53,16 @@ def test_equal_rewards_with_answers():
     assert "got no difference between the responses to any problem in all 40 responses" in found
 
 
+def test_a_kl_in_the_reward_is_no_difference_and_a_penalty_is():
+    """The KL makes the rewards of a group differ a little, and teaches nothing about the task."""
+    found = advice(replace(GROUP, kl_coefficient=0.1), reward_max=0, zero_variance_share=0.2)
+    assert found is not None
+    assert "got reward 0 for all 40 responses" in found
+    penalty = replace(GROUP, missing_eos_penalty=0.5)
+    assert advice(penalty, reward_max=0, truncated_share=0.5) is None
+    assert advice(penalty, reward_max=0, truncated_share=1.0) is not None
+
+
 def test_credit_without_an_answer():
     found = advice(answer_share=0, raised_share=0)
     assert found is not None
