@@ -234,7 +234,7 @@ async def broken_group(samples, completions):
         (
             broken_text,
             UnreadableError,
-            ["UnreadableError: (its text raised LookupError), at {file}, line {no text}, in"],
+            ["UnreadableError: (its text raised LookupError), at {file}, line {no text}"],
         ),
         (broken_group, ExceptionGroup, ["ExceptionGroup", "ValueError: vvv", "line {raises late}, in broken_late"]),
     ],
