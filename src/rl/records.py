@@ -60,6 +60,9 @@ class Responses:
         oracle: ``[B, R]`` bool, tokens known to be decisive; None for tasks without this knowledge.
         sampled_logprobs: ``[B, R]`` float32, log-probability in nats with which generation drew each token, 0 on
             padding; None where it is not known.
+        reward_parts: ``[B, K]`` float32, rewards of each of several reward functions before its weight, NaN where it
+            does not apply; None for a single reward.
+        reward_names: of these K functions.
     """
 
     samples: tuple[Sample, ...]
@@ -75,6 +78,8 @@ class Responses:
     answer: Bool[Tensor, "batch tokens"]
     oracle: Bool[Tensor, "batch response"] | None = None
     sampled_logprobs: Float[Tensor, "batch response"] | None = None
+    reward_parts: Float[Tensor, "batch functions"] | None = None
+    reward_names: list[str] = field(default_factory=list)
 
     @property
     def num_sequences(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -18,7 +18,7 @@ from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
 from rl.seeds import generator
 from rl.tasks.base import BatchTask, Task
-from rl.tasks.rewards import checked_rewards, checked_values
+from rl.tasks.rewards import RewardParts, batch_rewards, checked_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -294,6 +294,9 @@ def judge(
             spans = [_checked_span("oracle", span, sample, completion) for span in _checked_list(decisive, sample)]
             oracle[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
 
+    # Rewards come last, because a task may compare all completions.
+    rewards = _rewards(task, samples, completions)
+    has_parts = len(rewards.names) > 1
     return Responses(
         samples=tuple(samples),
         completions=tuple(completions),
@@ -303,12 +306,13 @@ def judge(
         response_mask=generated.response_mask,
         truncated=generated.truncated,
         groups=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
-        # Rewards come last, because a task may compare all completions.
-        rewards=_rewards(task, samples, completions),
+        rewards=rewards.totals,
         question=question,
         answer=answer,
         oracle=oracle if has_oracle else None,
         sampled_logprobs=generated.logprobs,
+        reward_parts=rewards.parts if has_parts else None,
+        reward_names=list(rewards.names) if has_parts else [],
     )
 
 
@@ -325,15 +329,16 @@ def _completion(encoded: EncodedText, end_ids: Sequence[Any]) -> str:
     return encoded.text[encoded.response_start : end]
 
 
-def _rewards(task: Task, samples: Sequence[Sample], completions: Sequence[str]) -> Float[Tensor, " batch"]:
+def _rewards(task: Task, samples: Sequence[Sample], completions: Sequence[str]) -> RewardParts:
     """Let the task judge all responses in one call where it can, and one by one otherwise."""
     name = f"task {task.name!r}"
     if isinstance(task, BatchTask):
-        return checked_rewards(task.batch_rewards, samples, completions, name=name)
+        return batch_rewards(task.batch_rewards, samples, completions, name=name)
     values = []
     for sample, completion in zip(samples, completions, strict=True):
         values.append(_call(task.reward, sample, completion, sample, completion, may_wait=True))
-    return checked_values(values, samples, completions, name=name)
+    totals = checked_values(values, samples, completions, name=name)
+    return RewardParts(totals, totals[:, None], (name,))
 
 
 def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, " tokens"], Bool[Tensor, " tokens"]]:

@@ -59,7 +59,10 @@ class BatchTask(Task, Protocol):
     """
 
     def batch_rewards(self, samples: Sequence[Sample], completions: Sequence[str]) -> Any:
-        """Return the reward of every response: a list, array or tensor of finite numbers, or a coroutine of it."""
+        """Return the reward of every response: a list, array or tensor of finite numbers, or a coroutine of it.
+
+        :class:`rl.tasks.rewards.RewardParts` is valid too; the mean of each part is logged.
+        """
         ...
 
 

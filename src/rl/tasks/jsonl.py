@@ -23,7 +23,14 @@ from rl.tasks.answers import (
     parse_number,
 )
 from rl.tasks.base import check_integer, check_problem
-from rl.tasks.rewards import RewardFunction, WeightedReward, function_name, load_function, weighted_rewards
+from rl.tasks.rewards import (
+    RewardFunction,
+    RewardParts,
+    WeightedReward,
+    function_name,
+    load_function,
+    weighted_rewards,
+)
 from rl.tasks.tables import is_table, json_values, read_table, source_name
 
 EQUALITIES: Mapping[str, Callable[[str, str], bool]] = {
@@ -176,7 +183,7 @@ class JsonlTask:
             RewardError: a function raised, or did not return a finite number.
         """
         if self._rewards:
-            return float(weighted_rewards(self._rewards, [sample], [completion])[0])
+            return float(weighted_rewards(self._rewards, [sample], [completion]).totals[0])
         span = self.find_answer(completion)
         if span is None:
             return 0.0
@@ -184,8 +191,11 @@ class JsonlTask:
         are_equal = EQUALITIES[self.equality]
         return float(are_equal(sample.answer, completion[start:end]))
 
-    def batch_rewards(self, samples: Sequence[Sample], completions: Sequence[str]) -> Sequence[Any]:
+    def batch_rewards(self, samples: Sequence[Sample], completions: Sequence[str]) -> RewardParts | list[Any]:
         """Return the reward of every response; each of the user's functions gets all of them in one call.
+
+        Returns:
+            The rewards of the functions and their sums; without functions one number for each response.
 
         Raises:
             RewardError: a function raised, or did not return a finite number for every response.
@@ -194,7 +204,7 @@ class JsonlTask:
         is_replaced = type(self).reward is not JsonlTask.reward
         if is_replaced or not self._rewards:
             return [self.reward(sample, text) for sample, text in zip(samples, completions, strict=True)]
-        return weighted_rewards(self._rewards, samples, completions).tolist()
+        return weighted_rewards(self._rewards, samples, completions)
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:
         """Return None: the decisive tokens of a file's problems are not known."""
@@ -251,10 +261,14 @@ def _weighted(reward: Any, weights: Any) -> list[WeightedReward]:
             f"reward_weights: must be {len(functions)} finite numbers, one for each reward function, got {weights!r}; "
             "leave them out for 1 each"
         )
-    return [
-        WeightedReward(function_name(function), function, float(weight))
-        for function, weight in zip(functions, weights, strict=True)
-    ]
+    rewards: list[WeightedReward] = []
+    for function, weight in zip(functions, weights, strict=True):
+        # Figures are logged by name, and two functions may have the same.
+        name = function_name(function)
+        if any(reward.name == name for reward in rewards):
+            name = f"{name}_{len(rewards) + 1}"
+        rewards.append(WeightedReward(name, function, float(weight)))
+    return rewards
 
 
 def _check_options(

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import numbers
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -55,6 +56,21 @@ class WeightedReward:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class RewardParts:
+    """Rewards of a batch, with the rewards of each function before its weight.
+
+    Attributes:
+        totals: ``[B]`` float32, what the policy learns from.
+        parts: ``[B, K]`` float32, of each of the K functions; NaN where it does not apply.
+        names: of the functions.
+    """
+
+    totals: Float[Tensor, " batch"]
+    parts: Float[Tensor, "batch functions"]
+    names: tuple[str, ...]
+
+
 class _Failure(NamedTuple):
     """An exception in place of a result.
 
@@ -93,12 +109,12 @@ def checked_rewards(
         >>> checked_rewards(exact, samples, ["yes", "yes"], name="exact")
         tensor([1., 0.])
     """
-    return weighted_rewards([WeightedReward(name, function)], samples, completions)
+    return weighted_rewards([WeightedReward(name, function)], samples, completions).totals
 
 
 def weighted_rewards(
     rewards: Sequence[WeightedReward], samples: Sequence[Sample], completions: Sequence[str]
-) -> Float[Tensor, " batch"]:
+) -> RewardParts:
     """Call every reward function once for all responses, and sum their rewards with their weights.
 
     ``R_i = sum_k w_k r_ki`` over the functions k that apply to response i. Coroutines are awaited together, so slow
@@ -110,7 +126,7 @@ def weighted_rewards(
         completions: the B responses, without the end token.
 
     Returns:
-        ``[B]`` float32, finite.
+        The sums, finite in float32, and the reward of each function.
 
     Raises:
         RewardError: as :func:`checked_rewards`, or no function applies to a response.
@@ -124,7 +140,7 @@ def weighted_rewards(
         ...     return [None if sample.index else 1 / len(text) for sample, text in zip(samples, completions)]
         >>> samples = [Sample(0, "Say yes.", "yes"), Sample(1, "Say no.", "no")]
         >>> both = [WeightedReward("exact", exact), WeightedReward("brief", brief, 0.5)]
-        >>> weighted_rewards(both, samples, ["ye", "no"])
+        >>> weighted_rewards(both, samples, ["ye", "no"]).totals
         tensor([0.2500, 1.0000])
     """
     if len(samples) != len(completions):
@@ -138,7 +154,8 @@ def weighted_rewards(
     results = settled(results)
     totals = [0.0] * len(samples)
     num_applied = [0] * len(samples)
-    for reward, result in zip(rewards, results, strict=True):
+    parts = torch.full((len(samples), len(rewards)), math.nan)
+    for column, (reward, result) in enumerate(zip(rewards, results, strict=True)):
         if isinstance(result, _Failure):
             raise _raised(reward.name, result.error, samples) from result.error
         values = settled(_as_list(result, len(samples), reward.name))
@@ -149,7 +166,9 @@ def weighted_rewards(
             if value is None and len(rewards) > 1:
                 continue
             response = _described_response(index, samples[index], completions[index])
-            totals[index] += reward.weight * _as_number(value, response, reward.name)
+            number = _as_number(value, response, reward.name)
+            parts[index, column] = number
+            totals[index] += reward.weight * number
             num_applied[index] += 1
 
     _check_applied(rewards, num_applied, samples, completions)
@@ -157,7 +176,7 @@ def weighted_rewards(
     for index, total in enumerate(totals):
         # Finite rewards may have a sum beyond float32.
         _as_number(total, _described_response(index, samples[index], completions[index]), names)
-    return torch.tensor(totals, dtype=torch.float32)
+    return RewardParts(torch.tensor(totals, dtype=torch.float32), parts, tuple(reward.name for reward in rewards))
 
 
 def checked_values(
@@ -174,7 +193,30 @@ def checked_values(
     Raises:
         RewardError: as :func:`checked_rewards`.
     """
-    return weighted_rewards([WeightedReward(name, lambda samples, completions: list(values))], samples, completions)
+    judge = WeightedReward(name, lambda samples, completions: list(values))
+    return weighted_rewards([judge], samples, completions).totals
+
+
+def batch_rewards(
+    function: RewardFunction, samples: Sequence[Sample], completions: Sequence[str], *, name: str
+) -> RewardParts:
+    """Let a task judge a batch in one call, and check what it returns, as :func:`checked_rewards` does.
+
+    Args:
+        function: ``batch_rewards`` of the task; it may return :class:`RewardParts` too, which are checked already.
+        samples: the B problems.
+        completions: the B responses.
+        name: of the task, for messages.
+
+    Raises:
+        RewardError: as :func:`checked_rewards`.
+    """
+    (result,) = settled([_call(function, list(samples), list(completions))])
+    if isinstance(result, _Failure):
+        raise _raised(name, result.error, samples) from result.error
+    if isinstance(result, RewardParts):
+        return result
+    return weighted_rewards([WeightedReward(name, lambda samples, completions: result)], samples, completions)
 
 
 def settled(values: Sequence[Any]) -> list[Any]:

@@ -103,6 +103,10 @@ def step_averages(updates: Averages, experience: Experience, config: PPOConfig, 
 
     # Means over responses.
     averages.add("reward", responses.rewards.sum(), num_responses)
+    if responses.reward_parts is not None:
+        for name, part in zip(responses.reward_names, responses.reward_parts.unbind(1), strict=True):
+            applies = ~part.isnan()
+            averages.add(f"reward/{name}", part[applies].sum(), applies.sum())
     averages.extend("reward", responses.rewards.min(), responses.rewards.max())
     averages.add("response_tokens", num_tokens, num_responses)
     averages.add("truncated_share", responses.truncated.sum(), num_responses)

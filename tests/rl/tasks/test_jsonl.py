@@ -9,6 +9,7 @@ import pytest
 from flowgraph import MissingExtraError
 from rl import ConfigError, JsonlTask, RewardError, Task, TaskError
 from rl.tasks import answers
+from rl.tasks.rewards import RewardParts
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -226,8 +227,11 @@ async def late(samples, completions):
 def test_functions_get_the_batch_in_one_call_and_are_summed_with_weights(path: Path):
     task = JsonlTask(path, reward=[rank, first_level, late], reward_weights=[1, -0.5, 0.25], shuffle=False)
     samples = [task.sample("train", index) for index in (0, 0, 1, 1)]
-    assert task.batch_rewards(samples, ["a", "aa", "bbb", "b"]) == [0.5, 1.5, 2.0, 1.0]
+    found = task.batch_rewards(samples, ["a", "aa", "bbb", "b"])
+    assert isinstance(found, RewardParts)
+    assert found.totals.tolist() == [0.5, 1.5, 2.0, 1.0]
     assert task.reward(samples[2], "b") == 2.0
+    assert JsonlTask(path, reward=[rank, rank]).batch_rewards(samples, ["a"] * 4).names == ("rank", "rank_2")
     assert "by 1 rank + -0.5 first_level + 0.25 late" in repr(task)
 
 

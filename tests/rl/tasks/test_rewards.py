@@ -162,7 +162,7 @@ def test_coroutines_of_several_functions_run_at_the_same_time():
         return judge
 
     both = [WeightedReward("a", waiting("a", "b")), WeightedReward("b", waiting("b", "a"), 2.0)]
-    assert weighted_rewards(both, SAMPLES, TEXTS).tolist() == [3.0, 3.0, 3.0]
+    assert weighted_rewards(both, SAMPLES, TEXTS).totals.tolist() == [3.0, 3.0, 3.0]
 
 
 def test_what_cannot_be_awaited_is_named():
@@ -264,7 +264,16 @@ def odd_samples(samples, completions):
 
 def test_several_functions_are_summed_with_their_weights_where_they_apply():
     both = [WeightedReward("length", length, 0.5), WeightedReward("odd", odd_samples, -3.0)]
-    assert weighted_rewards(both, SAMPLES, TEXTS).tolist() == [2.0, 0.5, 244.0]
+    assert weighted_rewards(both, SAMPLES, TEXTS).totals.tolist() == [2.0, 0.5, 244.0]
+
+
+def test_the_rewards_of_each_function_are_kept_before_their_weights():
+    found = weighted_rewards(
+        [WeightedReward("length", length, 0.5), WeightedReward("odd", odd_samples)], SAMPLES, TEXTS
+    )
+    assert found.names == ("length", "odd")
+    assert found.parts[:, 0].tolist() == [4.0, 1.0, 500.0]
+    assert found.parts[:, 1].isnan().tolist() == [True, True, False]
 
 
 def test_some_function_must_apply_to_every_response():

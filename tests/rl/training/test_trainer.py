@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -475,3 +476,27 @@ def test_stop_strings_and_the_correction_reach_the_rollout():
     assert any(ends)
     assert not (responses.truncated & torch.tensor(ends)).any()
     assert float(experience.policy_weights.max()) <= 1.0
+
+
+def test_each_of_several_rewards_is_logged_and_survives_a_resume_inside_a_step(tmp_path):
+    def even(samples, completions):
+        return [2.0 if sample.index % 2 == 0 else None for sample in samples]
+
+    def length(samples, completions):
+        return [float(len(text)) for text in completions]
+
+    lines = [json.dumps({"prompt": f"a={number};a?", "answer": str(number)}) for number in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    task = JsonlTask(tmp_path / "p.jsonl", reward=[even, length], reward_weights=[1, 0.5], eval_every=0)
+    config = replace(SETTINGS, steps=1, save_every_updates=1, keep_checkpoints=9)
+    row = trainer(config, task=task, output=tmp_path / "run").train()[0]
+    assert row["reward/even"] == 2.0
+    assert row["reward"] == pytest.approx(2.0 * 2 / 3 + 0.5 * row["reward/length"])
+    for path in (tmp_path / "run").glob("checkpoint-000001*"):
+        shutil.rmtree(path)
+    again = trainer(config, task=task, output=tmp_path / "run", resume=True)
+    assert again.position.updates
+    resumed = again.train()[0]
+    assert {name: resumed[name] for name in row if name.startswith("reward")} == {
+        name: row[name] for name in row if name.startswith("reward")
+    }
