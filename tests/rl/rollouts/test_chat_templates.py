@@ -40,6 +40,45 @@ def test_the_prompt_is_rendered_with_the_options():
     assert own.decode(PromptEncoder(own, model, 128, 16).ids(Sample(0, MESSAGES, "3"))).endswith("1+2?!")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        3,
+        -2.5e-7,
+        "",
+        'say "%}" }} {# \\n\n\t\u00e9\U0001f34e',
+        [1, [None, "a"]],
+        {"a b": {"c": [True]}, "d": "e"},
+    ],
+)
+@pytest.mark.parametrize("start", ["", "\n", "  {% if true %}{% endif %}", "  "])
+def test_a_value_reaches_the_template_as_transformers_would_pass_it(value: object, start: str):
+    text = (
+        start
+        + "{{ option | tojson }}{% for message in messages %}{{ message.content }}{{ option is none }}{% endfor %}"
+    )
+    plain = with_template(byte_level(), text)
+    made = with_template_options(plain, {"option": value})
+    expected = plain.apply_chat_template(MESSAGES, tokenize=False, option=value)
+    assert made.apply_chat_template(MESSAGES, tokenize=False) == expected
+    assert plain.chat_template == text
+
+
+def test_a_named_template_is_chosen():
+    plain = tokenizer()
+    plain.chat_template = {"default": TEMPLATE, "short": "{{ messages[0].content }}{{ enable_thinking }}"}
+    options = {"chat_template": "short", "enable_thinking": False}
+    made = with_template_options(plain, options)
+    assert made.apply_chat_template(MESSAGES, tokenize=False) == plain.apply_chat_template(
+        MESSAGES, tokenize=False, **options
+    )
+    both = with_template_options(plain, {"enable_thinking": False})
+    rendered = both.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert rendered.endswith("[assistant](brief)")
+
+
 def test_training_and_evaluation_read_the_options():
     options = {"enable_thinking": False}
     settings = PPOConfig(
