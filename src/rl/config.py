@@ -8,7 +8,7 @@ settings are in ``PPOConfig._check_combinations``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
@@ -233,6 +233,12 @@ class PPOConfig:
     generation_batch_size: Annotated[int | None, positive(_OMIT_IS_OFF)] = None
     """Responses generated at a time; None: all those of a process."""
 
+    stop_strings: str | list[str] | tuple[str, ...] = ()
+    """Texts that end a response, beside the end tokens; the response includes them."""
+
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Options of the chat template, such as ``{"enable_thinking": False}``."""
+
     merge_for_generation: bool = True
     """Generate from weights that include the adapter. This is faster and needs a copy of the adapted weights; the
     base weights are bit-identical afterwards."""
@@ -287,6 +293,10 @@ class PPOConfig:
 
     entropy_coefficient: Annotated[float, at_least(0, _ZERO_IS_OFF)] = 0.0
     """Weight of the entropy bonus."""
+
+    sampling_correction: Annotated[float | None, at_least(1, "2 is usual; leave it out to turn it off")] = None
+    """C: multiply the policy loss of each token by ``min(pi_old / pi_sampled, C)``, the ratio of its probabilities in
+    scoring and in generation, which differ in 16 bits (truncated importance sampling); None: off."""
 
     aggregation: Aggregation = "token_mean"
     """Mean over a minibatch: ``"token_mean"``, ``"seq_mean"`` or ``"dr_grpo"``."""
@@ -389,6 +399,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "stop_strings", stop_string_list(self.stop_strings))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -612,6 +623,24 @@ def _has_type(value: Any, types: tuple[type, ...]) -> bool:
         if kind not in exact and isinstance(value, kind):
             return True
     return False
+
+
+def stop_string_list(given: str | Sequence[str]) -> list[str]:
+    """Return stop strings as a list; one text alone is a list of one.
+
+    Raises:
+        ConfigError: an empty text, or something else than texts.
+
+    Example:
+        >>> stop_string_list("</answer>")
+        ['</answer>']
+    """
+    texts = [given] if isinstance(given, str) else list(given)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise broken_rule(
+            "stop_strings", "be texts of at least one character", texts, "use ['</answer>'], or leave it out"
+        )
+    return texts
 
 
 def broken_rule(name: str, rule: str, value: Any, remedy: str) -> ConfigError:

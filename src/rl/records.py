@@ -50,7 +50,7 @@ class Responses:
 
     Attributes:
         samples: the B problems; the G responses to one prompt repeat it.
-        completions: the B response texts, without special tokens.
+        completions: the B response texts, without the end token; other special tokens are part of the text.
         input_ids: ``[B, P + R]`` int64, token ids of prompt and response.
         attention_mask: ``[B, P + R]`` bool, False on the padding of both sides.
         prompt_length: P, padding included, in tokens.
@@ -61,6 +61,11 @@ class Responses:
         question: ``[B, P + R]`` bool, prompt tokens where flow enters.
         answer: ``[B, P + R]`` bool, response tokens that state the answer; all False where no answer was found.
         oracle: ``[B, R]`` bool, tokens known to be decisive; None for tasks without this knowledge.
+        sampled_logprobs: ``[B, R]`` float32, log-probability in nats with which generation drew each token, 0 on
+            padding; None where it is not known.
+        reward_parts: ``[B, K]`` float32, rewards of each of several reward functions before its weight, NaN where it
+            does not apply; None for a single reward.
+        reward_names: of these K functions.
     """
 
     samples: tuple[Sample, ...]
@@ -75,6 +80,9 @@ class Responses:
     question: Bool[Tensor, "batch tokens"]
     answer: Bool[Tensor, "batch tokens"]
     oracle: Bool[Tensor, "batch response"] | None = None
+    sampled_logprobs: Float[Tensor, "batch response"] | None = None
+    reward_parts: Float[Tensor, "batch functions"] | None = None
+    reward_names: list[str] = field(default_factory=list)
 
     @property
     def num_sequences(self) -> int:

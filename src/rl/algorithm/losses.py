@@ -7,6 +7,7 @@ ignores padded positions, whatever their value. Set non-finite log-probabilities
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -281,6 +282,39 @@ def policy_loss(
         require_floats("weights", weights, logprobs.shape)
         per_token = per_token * weights.detach()
     return PolicyLoss(per_token, ratio.detach(), is_clipped)
+
+
+def truncated_importance(
+    logprobs: Float[Tensor, "batch response"], sampled_logprobs: Float[Tensor, "batch response"], cap: float
+) -> Float[Tensor, "batch response"]:
+    r"""Compute the weight that corrects for tokens drawn from another distribution than the one that is scored.
+
+    :math:`\min(\pi_{old}(y_t) / \pi_{sampled}(y_t), C)`; the cap bounds the variance and leaves a bias where it acts.
+
+    Args:
+        logprobs: ``[B, R]``, of the pass that scored the rollout, in nats.
+        sampled_logprobs: ``[B, R]``, with which generation drew the tokens, in nats.
+        cap: C, at least 1.
+
+    Returns:
+        ``[B, R]``, detached, in (0, C].
+
+    Raises:
+        ConfigError: wrong shapes, or a cap below 1.
+
+    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025; the truncation,
+    Ionides, "Truncated importance sampling", 2008.
+
+    Example:
+        >>> logprobs, sampled = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -4.0]])
+        >>> truncated_importance(logprobs, sampled, 2.0)
+        tensor([[1., 2.]])
+    """
+    require_alike(logprobs=logprobs, sampled_logprobs=sampled_logprobs)
+    if not 1 <= cap < math.inf:
+        raise ConfigError(f"cap: must be finite and at least 1, got {cap!r}; 2 is usual")
+    log_ratio = (logprobs - sampled_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp().clamp(max=cap)
 
 
 def value_loss(

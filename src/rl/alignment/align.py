@@ -36,6 +36,7 @@ from rl.config import CreditConfig, PPOConfig
 from rl.errors import ConfigError
 from rl.policy.actor_critic import ActorCritic, model_name
 from rl.records import Responses
+from rl.rollouts.chat_templates import with_template_options
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.tasks.base import Task
 from rl.tasks.registry import make_task
@@ -121,7 +122,7 @@ def align(
         _require_memory(num_parameters, num_batches, len(named), memory_limit)
         run = _AlignmentRun(
             policy=policy,
-            tokenizer=tokenizer,
+            tokenizer=with_template_options(tokenizer, config.chat_template_kwargs),
             task=make_task(task),
             arms=named,
             config=config,
@@ -194,7 +195,11 @@ class _AlignmentRun:
         started = time.perf_counter()
         config = self.config
         encoder = PromptEncoder(
-            self.tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
+            self.tokenizer,
+            self.policy.causal_lm,
+            config.max_prompt_tokens,
+            config.max_response_tokens,
+            config.stop_strings,
         )
         batches: list[_Batch] = []
         for number in range(len(gradients)):
@@ -325,7 +330,7 @@ def _rollout_settings(config: PPOConfig, num_batches: int, seed: int) -> PPOConf
         )
     if num_batches < _MIN_BATCHES:
         raise ConfigError(f"num_batches: must be at least {_MIN_BATCHES}, got {num_batches}; take 200")
-    return replace(config, credit=CreditConfig(rule=UNIFORM), seed=seed)
+    return replace(config, credit=CreditConfig(rule=UNIFORM), sampling_correction=None, seed=seed)
 
 
 def _arms_with_uniform(arms: Sequence[str | CreditConfig], config: PPOConfig) -> dict[str, CreditConfig]:

@@ -30,6 +30,11 @@ def evaluate_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stop_string: Annotated[list[str] | None, typer.Option(help="A text that ends a response; may be repeated.")] = None,
+    template_option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the chat template, such as enable_thinking=false; may be repeated."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every response here, as JSON lines.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     device: Device = None,
@@ -41,6 +46,7 @@ def evaluate_command(
 
     # Check the input before the model is loaded, which takes seconds.
     options = parse_options(task_option or [], flag="--task-option")
+    template_options = parse_options(template_option or [], flag="--template-option")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"out: its folder must exist, got {out}; make it first")
     folder = optional_policy_folder(adapter)
@@ -65,6 +71,8 @@ def evaluate_command(
             max_response_tokens=max_response_tokens,
             batch_size=batch_size,
             seed=seed,
+            stop_strings=stop_string or [],
+            chat_template_kwargs=template_options,
             progress=lambda done, total: progress(f"{done}/{total} responses"),
         )
 

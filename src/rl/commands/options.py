@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-TASKS = "'chain', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME' or a .jsonl file"
+TASKS = (
+    "'chain', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME', a .jsonl or .parquet file or "
+    "'datasets:NAME'"
+)
 """The values of ``--task``, for help texts."""
 
 Model = Annotated[

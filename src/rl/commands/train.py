@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SUMMARY = (
     ("reward", "reward", ".3f"),
+    ("with an answer", "answer_share", ".1%"),
     ("entropy", "entropy", ".3f"),
     ("tokens a response", "response_tokens", ".1f"),
     ("seconds a step", "seconds", ".2f"),
@@ -51,7 +52,10 @@ def train(
         Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: runs/TASK-RULE.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest complete checkpoint in the folder.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue from the newest complete checkpoint in the folder; start where there is none."
+        ),
     ] = False,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume although settings differ.")] = False,
     tracker: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; may be repeated.")] = None,

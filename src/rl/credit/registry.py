@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgraph import AttentionRows, FlowgraphError, HeadSelector
-from rl.errors import CreditError
+from rl.errors import CreditError, describe_cause
 from rl.records import Responses, TokenScores
 
 
@@ -188,11 +188,10 @@ def score_tokens(rule: CreditRule, batch: CreditInput) -> Float[Tensor, "batch r
         scores = rule.function(batch)
     except FlowgraphError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A rule is user code and may raise anything; the message names the rule.
         raise CreditError(
-            f"credit: rule {rule.name!r} must serve every rollout, got {type(error).__name__}: {error}; "
-            "correct the rule"
+            f"credit: rule {rule.name!r} must serve every rollout, got {describe_cause(error)}; correct the rule"
         ) from error
 
     shape = tuple(batch.scored.shape)

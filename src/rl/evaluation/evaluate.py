@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from rl.config import shown
 from rl.errors import ConfigError
 from rl.evaluation.significance import Z_95, wilson_interval
 from rl.policy.sampling import generate
-from rl.rollouts.rollout import PromptEncoder, draw_samples, judge
+from rl.rollouts.chat_templates import with_template_options
+from rl.rollouts.rollout import PromptEncoder, draw_samples, join, judge
 from rl.seeds import derive
 from rl.tasks.base import SPLITS, Task
 
@@ -81,6 +82,8 @@ def evaluate(
     max_response_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    stop_strings: str | Sequence[str] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Generate responses to fresh problems and reward them.
@@ -97,6 +100,8 @@ def evaluate(
         max_response_tokens: responses are cut off there.
         batch_size: responses at a time.
         seed: of the sampling; the same problems get the same noise.
+        stop_strings: texts that end a response, beside the end tokens.
+        chat_template_kwargs: options of the chat template.
         progress: called with the numbers of finished and of all responses.
 
     Raises:
@@ -111,7 +116,8 @@ def evaluate(
         batch_size=batch_size,
     )
     _check_sampling(samples, temperature, split)
-    encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens)
+    tokenizer = with_template_options(tokenizer, chat_template_kwargs or {})
+    encoder = PromptEncoder(tokenizer, model, max_prompt_tokens, max_response_tokens, stop_strings)
 
     # One entry for each response: its problem, and its number among the responses to that problem.
     planned = []
@@ -123,21 +129,28 @@ def evaluate(
     num_answered = torch.zeros((), dtype=torch.float32)
     num_truncated = torch.zeros((), dtype=torch.float32)
     num_tokens = torch.zeros((), dtype=torch.float32)
-    for start in range(0, len(planned), batch_size):
-        part = planned[start : start + batch_size]
-        # The noise is a function of the problem and the number, so the batch size changes no response.
-        seeds = None
-        if temperature > 0:
-            seeds = [derive(seed, "evaluation", split, sample.index, number) for sample, number in part]
-        generated = generate(
-            model,
-            [encoder.ids(sample) for sample, _ in part],
-            seeds,
-            ending=encoder.ending,
-            max_new_tokens=max_response_tokens,
-            temperature=temperature or 1.0,
-        )
-        responses = judge(task, tokenizer, [sample for sample, _ in part], generated)
+    # All responses to a problem are judged in one call, because a reward may compare them.
+    problems_at_once = max(1, batch_size // samples)
+    for start in range(0, len(planned), problems_at_once * samples):
+        part = planned[start : start + problems_at_once * samples]
+        generated_parts = []
+        for first in range(0, len(part), batch_size):
+            batch = part[first : first + batch_size]
+            # The noise is a function of the problem and the number, so the batch size changes no response.
+            seeds = None
+            if temperature > 0:
+                seeds = [derive(seed, "evaluation", split, sample.index, number) for sample, number in batch]
+            generated = generate(
+                model,
+                [encoder.ids(sample) for sample, _ in batch],
+                seeds,
+                ending=encoder.ending,
+                max_new_tokens=max_response_tokens,
+                temperature=temperature or 1.0,
+            )
+            generated_parts.append(generated)
+        joined = join(generated_parts, encoder.ending.pad_id)
+        responses = judge(task, tokenizer, [sample for sample, _ in part], joined)
 
         num_answered += responses.answer.any(1).sum()
         num_truncated += responses.truncated.sum()

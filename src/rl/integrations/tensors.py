@@ -100,7 +100,7 @@ def read_responses(
     last_token = ids[:, prompt_length:].gather(1, last_column).squeeze(1)
     truncated = ~torch.isin(last_token, torch.tensor(ends, dtype=ids.dtype))
 
-    generated = Generated(ids, mask, prompt_length, response_mask, truncated)
+    generated = Generated(ids, mask, prompt_length, response_mask, truncated, tuple(ends))
     responses = judge(_AnswerFinder(find_answer), tokenizer, samples, generated)
     if rewards is None:
         rewards = torch.zeros(len(ids), dtype=torch.float32)

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rl.errors import PolicyError
+from rl.policy.sampled_logprobs import SampledLogprobs
+from rl.policy.stop_strings import StopStringCriterion, StopStrings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +28,10 @@ class Generated:
         attention_mask: ``[B, P + R]`` bool, False on the padding of both sides.
         prompt_length: P, padding included, in tokens.
         response_mask: ``[B, R]`` bool, the tokens that the model chose, an end token included.
-        truncated: ``[B]`` bool, the response reached the token limit before an end token.
+        truncated: ``[B]`` bool, the response reached the token limit before an end token or a stop string.
+        end_ids: ids of the tokens that end a response; None: the tokenizer's end token alone.
+        logprobs: ``[B, R]`` float32, log-probability in nats with which each token was drawn, 0 on padding; None where
+            nothing was drawn.
     """
 
     input_ids: Int64[Tensor, "batch tokens"]
@@ -34,22 +39,26 @@ class Generated:
     prompt_length: int
     response_mask: Bool[Tensor, "batch response"]
     truncated: Bool[Tensor, " batch"]
+    end_ids: tuple[int, ...] | None = None
+    logprobs: Float[Tensor, "batch response"] | None = None
 
 
 @dataclass(frozen=True)
 class Ending:
-    """The token ids that end a response, and the id that pads it.
+    """The token ids and texts that end a response, and the id that pads it.
 
     Attributes:
         end_ids: ids of end tokens.
         pad_id: id of padding.
+        stops: texts that end a response too; None: there are none.
     """
 
     end_ids: tuple[int, ...]
     pad_id: int
+    stops: StopStrings | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ending:
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()) -> Ending:
         """Collect the end tokens of the model and of the tokenizer.
 
         A tokenizer without padding, or with a padding token that the model has no embedding for, pads with an end
@@ -73,7 +82,8 @@ class Ending:
         pad_id: Any = tokenizer.pad_token_id
         if pad_id is None or pad_id >= vocabulary_size(model):
             pad_id = end_ids[0]
-        return cls(tuple(end_ids), pad_id)
+        stops = StopStrings(tuple(stop_strings), tokenizer) if stop_strings else None
+        return cls(tuple(end_ids), pad_id, stops)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -111,7 +121,7 @@ def generate(
     Cost: that of the model's own ``generate``, and for each token one hash and two logarithms of each vocabulary entry,
     on the model's device.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     input_ids, attention_mask = _left_padded(prompts, ending.pad_id)
     prompt_length = input_ids.shape[1]
@@ -123,6 +133,15 @@ def generate(
         eos_token_id=list(ending.end_ids),
     )
     processors = LogitsProcessorList()
+    criteria = StoppingCriteriaList()
+    recorder: SampledLogprobs | None = None
+    stopping: StopStringCriterion | None = None
+    if seeds is not None:
+        recorder = SampledLogprobs(temperature)
+        processors.append(recorder)  # type: ignore[arg-type]
+    if ending.stops is not None:
+        stopping = StopStringCriterion(ending.stops, prompt_length)
+        criteria.append(stopping)  # type: ignore[arg-type]
     if seeds is not None:
         processors.append(GumbelNoise(seeds, temperature, prompt_length))  # type: ignore[arg-type]
 
@@ -133,10 +152,16 @@ def generate(
             attention_mask=attention_mask.to(device).long(),
             generation_config=settings,
             logits_processor=processors,
+            stopping_criteria=criteria,
         )
 
     response = output[:, prompt_length:].cpu()
     response_mask, truncated = _until_end(response, ending.end_ids)
+    if stopping is not None:
+        truncated &= ~stopping.within(response_mask)
+    logprobs = None
+    if recorder is not None:
+        logprobs = recorder.result(output).masked_fill(~response_mask, 0.0)
     response = response.masked_fill(~response_mask, ending.pad_id)
     return Generated(
         input_ids=torch.cat([input_ids, response], 1),
@@ -144,6 +169,8 @@ def generate(
         prompt_length=prompt_length,
         response_mask=response_mask,
         truncated=truncated,
+        end_ids=ending.end_ids,
+        logprobs=logprobs,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,13 @@ from flowgraph import (
     find_regions,
     response_opening,
 )
-from rl.errors import PolicyError, RewardError, TaskError
+from rl.config import stop_string_list
+from rl.errors import PolicyError, RewardError, TaskError, describe_cause
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
 from rl.seeds import derive
-from rl.tasks.base import Task
-from rl.tasks.rewards import checked_rewards
+from rl.tasks.base import BatchTask, Task
+from rl.tasks.rewards import RewardParts, batch_rewards, checked_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,10 +46,11 @@ class PromptEncoder:
         model: its context length is read.
         max_prompt_tokens: longer prompts are refused.
         max_response_tokens: tokens of the context that must be left for the response.
+        stop_strings: texts that end a response, beside the end tokens.
 
     Attributes:
         tokenizer: of the model.
-        ending: the tokens that end a response.
+        ending: the tokens and texts that end a response.
 
     Raises:
         PolicyError: the context is too short for a prompt and a response.
@@ -59,9 +62,10 @@ class PromptEncoder:
         model: PreTrainedModel,
         max_prompt_tokens: int,
         max_response_tokens: int,
+        stop_strings: str | Sequence[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.ending = Ending.of(model, tokenizer)
+        self.ending = Ending.of(model, tokenizer, stop_string_list(stop_strings))
         self._vocabulary_size = vocabulary_size(model)
 
         # The limit is the smaller of the budget and what the context leaves; messages name the one that applies.
@@ -138,12 +142,15 @@ def draw_samples(task: Task, split: str, indices: Iterable[int]) -> list[Sample]
             sample = task.sample(split, index)
         except FlowgraphError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # A task is user code and may raise anything; the message names the problem.
             raise TaskError(
-                f"task: must have a problem for every number, got {type(error).__name__}: {error} for number {index} "
-                f"of {split!r}; correct the task"
+                "task: must have a problem for every number, got "
+                f"{describe_cause(error, f'for number {index} of {split!r}')}; correct the task"
             ) from error
+        if inspect.iscoroutine(sample):
+            # An open coroutine makes Python warn later that it was never awaited.
+            sample.close()
         # Responses are grouped by this number.
         if not isinstance(sample, Sample) or sample.index != index:
             got = f"number {sample.index}" if isinstance(sample, Sample) else f"a {type(sample).__name__}"
@@ -219,6 +226,7 @@ def join(parts: Sequence[Generated], pad_id: int) -> Generated:
     input_ids: list[Tensor] = []
     attention_masks: list[Tensor] = []
     response_masks: list[Tensor] = []
+    logprobs: list[Tensor] = []
     for part in parts:
         # Prompts end at one column, and responses start at the next, in every part.
         left = prompt_length - part.prompt_length
@@ -226,12 +234,16 @@ def join(parts: Sequence[Generated], pad_id: int) -> Generated:
         input_ids.append(pad(part.input_ids, (left, right), value=pad_id))
         attention_masks.append(pad(part.attention_mask, (left, right), value=False))
         response_masks.append(pad(part.response_mask, (0, right), value=False))
+        if part.logprobs is not None:
+            logprobs.append(pad(part.logprobs, (0, right), value=0.0))
     return Generated(
         input_ids=torch.cat(input_ids),
         attention_mask=torch.cat(attention_masks),
         prompt_length=prompt_length,
         response_mask=torch.cat(response_masks),
         truncated=torch.cat([part.truncated for part in parts]),
+        end_ids=parts[0].end_ids,
+        logprobs=torch.cat(logprobs) if logprobs else None,
     )
 
 
@@ -265,12 +277,15 @@ def judge(
     has_oracle = False
     completions: list[str] = []
     judged: list[Sample] = []
+    end_ids: tuple[Any, ...] = (tokenizer.eos_token_id,)
+    if generated.end_ids is not None:
+        end_ids = generated.end_ids
 
     for row, sample in enumerate(samples):
         # Each token gets the characters that it stands for in the text of prompt and response.
         ids = generated.input_ids[row, prompt_length:][generated.response_mask[row]].tolist()
         encoded = encode(tokenizer, sample.prompt, ids)
-        completion = encoded.response_text
+        completion = _completion(encoded, end_ids)
         completions.append(completion)
         opening = response_opening(encoded)
         judged.append(replace(sample, opening=opening) if opening else sample)
@@ -293,10 +308,9 @@ def judge(
             spans = [_checked_span("oracle", span, sample, completion) for span in _checked_list(decisive, sample)]
             oracle[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
 
-    # Rewards come last: the check of their number and range needs all completions.
-    def reward_all(chosen: list[Sample], texts: list[str]) -> list[float]:
-        return [task.reward(sample, text) for sample, text in zip(chosen, texts, strict=True)]
-
+    # Rewards come last, because a task may compare all completions.
+    rewards = _rewards(task, judged, completions)
+    has_parts = len(rewards.names) > 1
     return Responses(
         samples=tuple(samples),
         completions=tuple(completions),
@@ -306,11 +320,39 @@ def judge(
         response_mask=generated.response_mask,
         truncated=generated.truncated,
         groups=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
-        rewards=checked_rewards(reward_all, judged, completions, name=f"task {task.name!r}"),
+        rewards=rewards.totals,
         question=question,
         answer=answer,
         oracle=oracle if has_oracle else None,
+        sampled_logprobs=generated.logprobs,
+        reward_parts=rewards.parts if has_parts else None,
+        reward_names=list(rewards.names) if has_parts else [],
     )
+
+
+def _completion(encoded: EncodedText, end_ids: Sequence[Any]) -> str:
+    """Return the text of a response without the end token behind it.
+
+    Other special tokens stay: a tag such as ``</answer>`` may be one, and belongs to what the policy wrote.
+    """
+    end = len(encoded.text)
+    for index in range(encoded.num_tokens - 1, encoded.prompt_length - 1, -1):
+        if int(encoded.input_ids[index]) not in end_ids:
+            break
+        end = encoded.spans[index][0]
+    return encoded.text[encoded.response_start : end]
+
+
+def _rewards(task: Task, samples: Sequence[Sample], completions: Sequence[str]) -> RewardParts:
+    """Let the task judge all responses in one call where it can, and one by one otherwise."""
+    name = f"task {task.name!r}"
+    if isinstance(task, BatchTask):
+        return batch_rewards(task.batch_rewards, samples, completions, name=name)
+    values = []
+    for sample, completion in zip(samples, completions, strict=True):
+        values.append(_call(task.reward, sample, completion, sample, completion, may_wait=True))
+    totals = checked_values(values, samples, completions, name=name)
+    return RewardParts(totals, totals[:, None], (name,))
 
 
 def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
@@ -318,6 +360,9 @@ def _regions(encoded: EncodedText, span: CharSpan | None) -> tuple[Bool[Tensor, 
     no_answer = torch.zeros(encoded.num_tokens, dtype=torch.bool)
     if span is None or span[0] == span[1]:
         return find_question(encoded), no_answer
+    # Special tokens at the end count as text here: an answer may be one of them.
+    if span[1] > len(encoded.response_text):
+        return find_question(encoded), _covered(encoded, [span])
     # A span without a visible character is not an answer.
     try:
         regions = find_regions(encoded, answer=span)
@@ -360,12 +405,23 @@ def _covered(encoded: EncodedText, spans: Sequence[CharSpan]) -> Bool[Tensor, " 
     return mask
 
 
-def _call(method: Callable[..., Any], sample: Sample, completion: str, *arguments: Any) -> Any:
+def _call(method: Callable[..., Any], sample: Sample, completion: str, *arguments: Any, may_wait: bool = False) -> Any:
     """Call a method of a task, which is user code and may raise anything; the error names the problem."""
+    name = getattr(method, "__qualname__", method)
     try:
-        return method(*arguments)
-    except Exception as error:
+        value = method(*arguments)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
         raise RewardError(
-            f"task: {getattr(method, '__qualname__', method)} must serve every completion, got "
-            f"{type(error).__name__}: {error} for sample {sample.index} and {completion[:80]!r}; correct the task"
+            f"task: {name} must serve every completion, got "
+            f"{describe_cause(error, f'for sample {sample.index} and {completion[:80]!r}')}; correct the task"
         ) from error
+    if inspect.iscoroutine(value) and not may_wait:
+        # An open coroutine makes Python warn later that it was never awaited.
+        value.close()
+        raise RewardError(
+            f"task: {name} must return its result, got the coroutine {value.__qualname__!r} for sample "
+            f"{sample.index}; define it without async, which only reward functions may have"
+        )
+    return value

@@ -39,7 +39,7 @@ class _TensorField:
         record: the part of the experience that holds it; empty for the experience itself.
         name: its field in that record.
         kind: ``"float"``, ``"bool"`` or ``"int64"``.
-        dimensions: of B responses, R response columns and T columns in all.
+        dimensions: of B responses, R response columns, T columns in all and K reward functions.
         optional: whether the record may hold None instead.
     """
 
@@ -68,6 +68,8 @@ _EXPERIENCE_FIELDS = (
     _TensorField("responses", "question", "bool", "BT"),
     _TensorField("responses", "answer", "bool", "BT"),
     _TensorField("responses", "oracle", "bool", "BR", optional=True),
+    _TensorField("responses", "sampled_logprobs", "float", "BR", optional=True),
+    _TensorField("responses", "reward_parts", "float", "BK", optional=True),
     _TensorField("scores", "logprobs", "float", "BR"),
     _TensorField("scores", "entropy", "float", "BR"),
     _TensorField("scores", "ref_logprobs", "float", "BR", optional=True),
@@ -255,13 +257,14 @@ def load_rollout(path: PathLike) -> Rollout:
         completions = tuple(_text(text) for text in record["completions"])
         samples = tuple(Sample(**sample) for sample in record["samples"])
         prompt_length = int(record["prompt_length"])
+        reward_names = [_text(name) for name in record.get("reward_names", [])]
         info = dict(record["info"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"path: must hold a complete rollout record, got {path} ({error!r}); write it again"
         ) from error
 
-    _check_tensors(path, tensors, len(samples), prompt_length)
+    _check_tensors(path, tensors, len(samples), prompt_length, len(reward_names))
     # Every response must have its text and the text of each of its columns.
     num_responses, num_columns = tensors["responses.response_mask"].shape
     right_rows = len(completions) == num_responses and len(tokens) == num_responses
@@ -275,7 +278,13 @@ def load_rollout(path: PathLike) -> Rollout:
     parts: dict[str, dict[str, Any]] = {"responses": {}, "scores": {}, "credit": {}, "": {}}
     for field in _EXPERIENCE_FIELDS:
         parts[field.record][field.name] = tensors.get(field.key)
-    responses = Responses(samples=samples, completions=completions, prompt_length=prompt_length, **parts["responses"])
+    responses = Responses(
+        samples=samples,
+        completions=completions,
+        prompt_length=prompt_length,
+        reward_names=reward_names,
+        **parts["responses"],
+    )
     experience = Experience(
         responses=responses,
         scores=TokenScores(**parts["scores"]),
@@ -296,6 +305,7 @@ def _record_text(responses: Responses, tokens: Tokens, info: Mapping[str, Any]) 
         "tokens": [list(row) for row in tokens],
         "info": dict(info),
         "prompt_length": responses.prompt_length,
+        "reward_names": list(responses.reward_names),
         "completions": list(responses.completions),
         "samples": samples,
     }
@@ -349,14 +359,16 @@ def _read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
-def _check_tensors(path: PathLike, tensors: Mapping[str, Tensor], batch: int, prompt_length: int) -> None:
+def _check_tensors(
+    path: PathLike, tensors: Mapping[str, Tensor], batch: int, prompt_length: int, num_rewards: int
+) -> None:
     """Check the kind and the shape of every tensor, so that a damaged file is refused here and not in an update."""
     # The response mask gives R; all other shapes follow from B, R and the prompt.
     mask = tensors.get("responses.response_mask")
     num_columns = 0
     if mask is not None and mask.ndim:
         num_columns = mask.shape[-1]
-    sizes = {"B": batch, "R": num_columns, "T": prompt_length + num_columns}
+    sizes = {"B": batch, "R": num_columns, "T": prompt_length + num_columns, "K": num_rewards}
 
     for field in (*_EXPERIENCE_FIELDS, _RATIO):
         tensor = tensors.get(field.key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from rl.errors import TaskError
@@ -45,12 +46,28 @@ class Task(Protocol):
         """Return the reward of a response, a finite number; usually 1 for a right answer and 0 for a wrong one.
 
         ``sample.opening`` is what the prompt wrote of the response: thinking that it opens must be closed before an
-        answer counts.
+        answer counts. It may be a coroutine function; the coroutines of a batch are awaited together.
         """
         ...
 
     def oracle(self, sample: Sample, completion: str) -> list[CharSpan] | None:
         """Return the characters known to be decisive; None for tasks without this knowledge."""
+        ...
+
+
+@runtime_checkable
+class BatchTask(Task, Protocol):
+    """A task that judges all responses of a batch in one call, for rewards that compare responses to one problem.
+
+    Where a task has ``batch_rewards``, training and evaluation call it in place of ``reward``. A batch holds all
+    responses to each of its problems, next to each other.
+    """
+
+    def batch_rewards(self, samples: Sequence[Sample], completions: Sequence[str]) -> Any:
+        """Return the reward of every response: a list, array or tensor of finite numbers, or a coroutine of it.
+
+        :class:`rl.tasks.rewards.RewardParts` is valid too; the mean of each part is logged.
+        """
         ...
 
 

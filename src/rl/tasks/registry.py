@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import TaskError
+from rl.tasks.tables import DATASET_PREFIX, is_dataset, is_table
 
 if TYPE_CHECKING:
     from rl.tasks.base import Task
@@ -19,22 +21,27 @@ _TASK_MEMBERS = ("name", "size", "sample", "find_answer", "reward", "oracle")
 
 
 def task_names() -> list[str]:
-    """List the names that :func:`make_task` accepts; each of the last two is a pattern for many.
+    """List the names that :func:`make_task` accepts; each of the last four is a pattern for many.
 
     Example:
-        >>> task_names()
-        ['chain', 'chain_sum', 'countdown', 'gsm_symbolic', 'reasoning_gym:<dataset>', '<path>.jsonl']
+        >>> task_names()[:5]
+        ['chain', 'chain_sum', 'countdown', 'gsm_symbolic', 'reasoning_gym:<dataset>']
+        >>> task_names()[5:]
+        ['datasets:<name>', '<path>.parquet', '<path>.jsonl']
     """
-    return ["chain", *GYM_NAMES, f"{_GYM_PREFIX}<dataset>", "<path>.jsonl"]
+    files = [f"{DATASET_PREFIX}<name>", "<path>.parquet", "<path>.jsonl"]
+    return ["chain", *GYM_NAMES, f"{_GYM_PREFIX}<dataset>", *files]
 
 
-def make_task(task: str | Task, **options: Any) -> Task:
+def make_task(task: Any, **options: Any) -> Task:
     """Make the task of this name.
 
     Args:
         task: ``"chain"`` (:class:`rl.tasks.chain.Chain`); ``"countdown"``, ``"gsm_symbolic"``, ``"chain_sum"`` or
-            ``"reasoning_gym:<dataset>"`` (:class:`rl.tasks.procedural.Procedural`); a path that ends in ``.jsonl``
-            (:class:`rl.tasks.jsonl.JsonlTask`); or a task, which is returned as it is.
+            ``"reasoning_gym:<dataset>"`` (:class:`rl.tasks.procedural.Procedural`); a path that ends in ``.jsonl`` or
+            ``.parquet``, a folder of ``Dataset.save_to_disk``, or ``"datasets:NAME"`` for a dataset of the library
+            datasets, or such a dataset itself (:class:`rl.tasks.jsonl.JsonlTask`); or a task, which is returned as it
+            is.
         **options: the keyword arguments of that class.
 
     Raises:
@@ -45,6 +52,12 @@ def make_task(task: str | Task, **options: Any) -> Task:
         >>> make_task("countdown", min_numbers=3, max_numbers=3).name
         'reasoning_gym:countdown'
     """
+    if is_dataset(task):
+        from rl.tasks.jsonl import JsonlTask
+
+        return _construct(JsonlTask, "dataset", {"path": task, **options})
+    if isinstance(task, Path):
+        task = str(task)
     if not isinstance(task, str):
         return _checked_task(task, options)
     if task == "chain":
@@ -55,7 +68,7 @@ def make_task(task: str | Task, **options: Any) -> Task:
         from rl.tasks.procedural import Procedural
 
         return _construct(Procedural, task, {"dataset": task.removeprefix(_GYM_PREFIX), **options})
-    if task.endswith(".jsonl"):
+    if task.endswith(".jsonl") or is_table(task):
         from rl.tasks.jsonl import JsonlTask
 
         return _construct(JsonlTask, task, {"path": task, **options})

@@ -71,15 +71,14 @@ def check_accelerator(accelerator: Any, num_prompts: int) -> None:
 
 
 def gathered(averages: Averages, accelerator: Any) -> Averages:
-    """Add the sums and counts of all processes."""
+    """Join the averages of all processes."""
     if accelerator.num_processes == 1:
         return averages
     from accelerate.utils import gather_object
 
     total = Averages()
-    for sums, counts in gather_object([(averages.sums, averages.counts)]):
-        for name in sums:
-            total.add(name, sums[name], counts[name])
+    for of_process in gather_object([averages]):
+        total.join(of_process)
     return total
 
 

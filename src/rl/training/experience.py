@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl.algorithm.advantages import gae, group_advantages, rloo_advantages, spread, token_rewards, whiten
-from rl.algorithm.losses import kl_estimate
+from rl.algorithm.losses import kl_estimate, truncated_importance
 from rl.config import PPOConfig
 from rl.credit.weights import loss_weights, potential_rewards, redistribute
+from rl.errors import ConfigError
 from rl.records import Credit, Experience, Responses, TokenScores
 
 Whitening = Callable[[Tensor, Tensor], Tensor]
@@ -49,10 +50,7 @@ def build_experience(
     if config.truncated == "mask":
         loss_mask = mask & ~responses.truncated[:, None]
 
-    # KL estimate k1 = log(pi_old / pi_ref) per token, where the KL belongs to the reward.
-    kl = None
-    if scores.ref_logprobs is not None and config.kl_in == "reward":
-        kl = kl_estimate(scores.logprobs, scores.ref_logprobs, "k1").masked_fill(~mask, 0.0)
+    kl = _reward_kl(responses, scores, config)
 
     returns = None
     if config.has_critic:
@@ -66,6 +64,8 @@ def build_experience(
     weights = torch.ones_like(advantages)
     if config.credit.entry == "advantage":
         weights = loss_weights(credit, advantages, mask, config.credit)
+    if config.sampling_correction is not None:
+        weights = weights * _sampling_correction(responses, scores, config.sampling_correction)
     return Experience(
         responses=responses,
         scores=scores,
@@ -75,6 +75,17 @@ def build_experience(
         loss_mask=loss_mask,
         policy_weights=weights,
     )
+
+
+def _sampling_correction(responses: Responses, scores: TokenScores, cap: float) -> Float[Tensor, "batch response"]:
+    """Weigh tokens for the difference between generation and scoring; 1 on padding."""
+    if responses.sampled_logprobs is None:
+        raise ConfigError(
+            f"sampling_correction: must be left out for a rollout without the log-probabilities of its sampling, got "
+            f"{cap}; sample with PPOTrainer, or turn it off"
+        )
+    weights = truncated_importance(scores.logprobs, responses.sampled_logprobs, cap)
+    return torch.where(responses.response_mask, weights, 1.0)
 
 
 def _with_critic(
@@ -122,6 +133,42 @@ def _with_critic(
     )
 
 
+def compared_rewards(
+    responses: Responses, scores: TokenScores, config: PPOConfig, *, kl_weight: float
+) -> Float[Tensor, " batch"]:
+    """Compute the total reward of each response that the advantages are built from.
+
+    ``task reward - missing_eos_penalty [truncated] - beta sum_t k1_t``; the last term only where the KL belongs to the
+    reward. Estimators that compare the responses to one problem compare these numbers.
+
+    Args:
+        responses: with rewards.
+        scores: of the policy that wrote them.
+        config: of the run.
+        kl_weight: beta at this step.
+
+    Returns:
+        ``[B]`` float32.
+    """
+    return _less_kl(_outcome(responses, config), _reward_kl(responses, scores, config), kl_weight)
+
+
+def _reward_kl(responses: Responses, scores: TokenScores, config: PPOConfig) -> Float[Tensor, "batch response"] | None:
+    """Estimate the KL k1 = log(pi_old / pi_ref) per token, where the KL belongs to the reward; None elsewhere."""
+    if scores.ref_logprobs is None or config.kl_in != "reward":
+        return None
+    return kl_estimate(scores.logprobs, scores.ref_logprobs, "k1").masked_fill(~responses.response_mask, 0.0)
+
+
+def _less_kl(
+    rewards: Float[Tensor, " batch"], kl: Float[Tensor, "batch response"] | None, kl_weight: float
+) -> Float[Tensor, " batch"]:
+    """Subtract beta times the KL of the response."""
+    if kl is None:
+        return rewards
+    return rewards - kl_weight * kl.sum(1)
+
+
 def _outcome(responses: Responses, config: PPOConfig) -> Float[Tensor, " batch"]:
     """Subtract the penalty for truncated responses; the record keeps the task's own reward."""
     return responses.rewards - config.missing_eos_penalty * responses.truncated.float()
@@ -131,9 +178,7 @@ def _by_group(
     responses: Responses, config: PPOConfig, kl: Float[Tensor, "batch response"] | None, kl_weight: float
 ) -> Float[Tensor, "batch response"]:
     """Compute one advantage for each response, from the other responses to its problem, and copy it to all tokens."""
-    rewards = _outcome(responses, config)
-    if kl is not None:
-        rewards = rewards - kl_weight * kl.sum(1)
+    rewards = _less_kl(_outcome(responses, config), kl, kl_weight)
     if config.advantage == "rloo":
         advantages = rloo_advantages(rewards, responses.groups)
     else:
@@ -145,6 +190,9 @@ def zero_variance_share(responses: Responses) -> float:
     """Compute the share of problems whose responses all have the same reward.
 
     Such problems have advantage 0 in a critic-free estimator, and so no gradient.
+
+    Args:
+        responses: whose rewards are those of :func:`compared_rewards`: with penalties, as the advantages see them.
     """
     is_constant: list[Tensor] = []
     for group in responses.groups.unique():

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from rl.config import PPOConfig
 from rl.records import Experience
-from rl.training.experience import zero_variance_share
+from rl.training.experience import compared_rewards, zero_variance_share
 
 
 @dataclass
 class Averages:
-    """Running weighted means.
+    """Running weighted means, and extremes.
 
     Attributes:
         sums: weighted sum of each quantity.
         counts: sum of the weights, for example the number of tokens.
+        minima: smallest value of each quantity that has one.
+        maxima: greatest value of each quantity that has one.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    minima: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a sum over ``count`` items to the quantity of this name."""
         self.sums[name] = self.sums.get(name, 0.0) + float(total)
         self.counts[name] = self.counts.get(name, 0.0) + float(count)
+
+    def extend(self, name: str, least: Tensor | float, greatest: Tensor | float) -> None:
+        """Extend the range of the quantity of this name."""
+        self.minima[name] = min(self.minima.get(name, math.inf), float(least))
+        self.maxima[name] = max(self.maxima.get(name, -math.inf), float(greatest))
+
+    def join(self, other: Averages) -> None:
+        """Add the sums and counts, and the ranges, of another process."""
+        for name in other.sums:
+            self.add(name, other.sums[name], other.counts[name])
+        for name in other.minima:
+            self.extend(name, other.minima[name], other.maxima[name])
+
+    def ranges(self) -> dict[str, float]:
+        """Return the smallest and the greatest value of each quantity that has them."""
+        found = {}
+        for name in self.minima:
+            found[f"{name}_min"] = self.minima[name]
+            found[f"{name}_max"] = self.maxima[name]
+        return found
 
     def means(self) -> dict[str, float]:
         """Compute the means of all quantities with a positive count."""
@@ -57,14 +83,17 @@ class Clock:
         self._since = time.perf_counter()
 
 
-def step_averages(updates: Averages, experience: Experience) -> Averages:
+def step_averages(updates: Averages, experience: Experience, config: PPOConfig, *, kl_weight: float) -> Averages:
     """Sum the metrics of a step in one process: those of its updates and those of the rollout.
 
     Args:
         updates: of the step's updates.
         experience: of the step.
+        config: of the run.
+        kl_weight: beta at this step.
     """
-    averages = Averages(dict(updates.sums), dict(updates.counts))
+    averages = Averages()
+    averages.join(updates)
     responses = experience.responses
     scores = experience.scores
     credit = experience.credit
@@ -74,10 +103,16 @@ def step_averages(updates: Averages, experience: Experience) -> Averages:
 
     # Means over responses.
     averages.add("reward", responses.rewards.sum(), num_responses)
+    if responses.reward_parts is not None:
+        for name, part in zip(responses.reward_names, responses.reward_parts.unbind(1), strict=True):
+            applies = ~part.isnan()
+            averages.add(f"reward/{name}", part[applies].sum(), applies.sum())
+    averages.extend("reward", responses.rewards.min(), responses.rewards.max())
     averages.add("response_tokens", num_tokens, num_responses)
     averages.add("truncated_share", responses.truncated.sum(), num_responses)
     averages.add("answer_share", responses.answer.any(1).sum(), num_responses)
-    averages.add("zero_variance_share", zero_variance_share(responses), 1)
+    compared = replace(responses, rewards=compared_rewards(responses, scores, config, kl_weight=kl_weight))
+    averages.add("zero_variance_share", zero_variance_share(compared), 1)
 
     # Means over tokens.
     token_weights = experience.policy_weights.masked_fill(~mask, 0.0)
@@ -86,6 +121,13 @@ def step_averages(updates: Averages, experience: Experience) -> Averages:
     averages.add("weight_mean", token_weights.sum(), num_tokens)
     averages.add("raised_share", is_raised.sum(), int(credit.scored.sum()))
     averages.add("advantage", (experience.advantages * mask).sum(), num_tokens)
+
+    # How far generation and scoring disagree about the tokens that were drawn, which PPO takes for equal.
+    if responses.sampled_logprobs is not None:
+        gap = (scores.logprobs - responses.sampled_logprobs)[mask]
+        averages.add("sampling_gap", gap.abs().sum(), num_tokens)
+        if num_tokens:
+            averages.extend("sampling_ratio", gap.min().exp(), gap.max().exp())
 
     # The KL is a sum over the tokens of a response, so its mean is over responses.
     if scores.ref_logprobs is not None:
@@ -109,6 +151,7 @@ def step_row(step: int, averages: Averages, seconds: Mapping[str, float], **sett
     return {
         "step": step,
         **averages.means(),
+        **averages.ranges(),
         **settings,
         "seconds": total_seconds,
         **seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,7 @@ from rl.errors import ConfigError
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SHOWN = (
     ("reward", "reward", "{:.3f}"),
+    ("answer_share", "answers", "{:.0%}"),
     ("kl_reference", "KL", "{:.3f}"),
     ("clip_share", "clipped", "{:.1%}"),
     ("entropy", "entropy", "{:.2f}"),
@@ -94,6 +96,33 @@ class MetricsFile:
             raise OutputError(
                 f"output: metrics must fit into {self.path}, got: {error.strerror or error}; make room there and resume"
             ) from error
+
+
+def set_aside(path: Path, finished: int) -> Path | None:
+    """Copy a metrics file that holds rows beyond the finished steps to ``metrics-001.jsonl`` or the next free number.
+
+    A new start or changed settings make these rows again with other values; a plain resume makes them again as they
+    were.
+
+    Args:
+        path: of the file; it stays as it is.
+        finished: finished steps of the run.
+
+    Returns:
+        The copy; None where no row would be lost.
+
+    Raises:
+        OutputError: the copy cannot be written.
+    """
+    if not path.exists() or all(row["step"] <= finished for row in read_metrics(path)):
+        return None
+    number = 1
+    while path.with_name(f"{path.stem}-{number:03d}{path.suffix}").exists():
+        number += 1
+    copy = path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
+    with atomic_write(copy) as temporary:
+        temporary.write_bytes(path.read_bytes())
+    return copy
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -182,6 +211,19 @@ class Display:
             self._progress.console.print(text, markup=False)
         elif self.enabled:
             print(text, file=sys.stderr)  # noqa: T201
+
+    def warn(self, text: str) -> None:
+        """Show a warning between the steps; where nothing is shown, log it."""
+        if self.enabled:
+            self.message(f"warning: {text}")
+        else:
+            logging.getLogger("rl").warning(text)
+
+    def notice_signal(self, name: str) -> None:
+        """Say that a signal was received, from inside its handler, which may have interrupted a print."""
+        text = f"{name}: the running step ends with a checkpoint; a second one stops at once\n"
+        if self.enabled and sys.__stderr__ is not None:
+            os.write(sys.__stderr__.fileno(), text.encode())
 
     def _print_now_and_then(self, step: int, line: str) -> None:
         """Print a line if the last one is some seconds old, and for the last step."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowgraph import InvalidInputError, OutputError
+from flowgraph import FlowgraphError, InvalidInputError, OutputError
 from rl.algorithm.schedules import adapted_kl_weight, check_schedule, depends_on_length, learning_rate_factor
 from rl.config import CreditConfig, PPOConfig, flat_settings
 from rl.credit.registry import find_rule
@@ -23,10 +23,12 @@ from rl.evaluation.evaluate import Evaluation, evaluate
 from rl.policy.actor_critic import ActorCritic, TokenOutput, model_name
 from rl.policy.loading import quantization_of
 from rl.records import Experience, Responses
+from rl.rollouts.chat_templates import with_template_options
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
 from rl.rollouts.rollout_file import load_rollout, save_rollout, token_texts
 from rl.tasks.base import Task
 from rl.tasks.registry import make_task
+from rl.training.advice import FIRST_STEPS, learning_warning
 from rl.training.checkpoint import (
     BEST,
     Position,
@@ -39,9 +41,10 @@ from rl.training.checkpoint import (
 )
 from rl.training.distributed import check_accelerator, gathered, make_accelerator, of_main_process, whiten_together
 from rl.training.experience import build_experience
+from rl.training.interruption import StopRequest
 from rl.training.metrics import Averages, Clock, step_averages, step_row
 from rl.training.random_state import python_random, random_tensors, restore_random
-from rl.training.tracking import Display, MetricsFile, check_trackers, read_metrics
+from rl.training.tracking import Display, MetricsFile, check_trackers, read_metrics, set_aside
 from rl.training.update import Updater, learning_rates, make_optimizer, minibatch_order
 
 if TYPE_CHECKING:
@@ -70,8 +73,8 @@ class PPOTrainer:
         credit: a credit rule's name or settings; overrides ``config.credit``.
         config: see :class:`PPOConfig`.
         output: folder for metrics, checkpoints and rollouts; None: nothing is written.
-        resume: continue from the newest complete checkpoint in ``output``, bit-identical on the CPU; start where there
-            is none.
+        resume: continue from the newest complete checkpoint in ``output``, bit-identical on the CPU; where there is
+            none, say so and start, with the metrics of the earlier run set aside.
         allow_changes: resume although settings differ from those of the checkpoint.
         trackers: any of ``"tensorboard"``, ``"wandb"``, ``"trackio"``.
         progress: whether a progress line is shown.
@@ -126,7 +129,7 @@ class PPOTrainer:
         check_schedule(config)
         self.config = config
         self.task = make_task(task)
-        self.tokenizer = tokenizer
+        self.tokenizer = with_template_options(tokenizer, config.chat_template_kwargs)
         self.output = None if output is None else Path(output)
         trackers = check_trackers(trackers)
         if accelerator is None:
@@ -144,7 +147,11 @@ class PPOTrainer:
             gradient_checkpointing=config.gradient_checkpointing,
         )
         self.encoder = PromptEncoder(
-            tokenizer, self.policy.causal_lm, config.max_prompt_tokens, config.max_response_tokens
+            self.tokenizer,
+            self.policy.causal_lm,
+            config.max_prompt_tokens,
+            config.max_response_tokens,
+            config.stop_strings,
         )
         self.policy.to(accelerator.device)
         # Rollouts and scoring do not pass through the wrapper that applies autocast.
@@ -171,30 +178,39 @@ class PPOTrainer:
         self._display = Display(config.steps, self.position.step, enabled=progress and is_main)
         self._metrics: MetricsFile | None = None
         if self.output is not None and is_main:
-            self._metrics = MetricsFile(self.output / "metrics.jsonl", self.position.step)
+            self._metrics = self._open_metrics(self.output, resume=resume, allow_changes=allow_changes)
 
     def train(self) -> list[dict[str, Any]]:
         """Run to the last step.
+
+        With an output folder, Ctrl-C, SIGTERM and SIGHUP end the run after the running step, with a checkpoint: the
+        signal then has its usual effect (``KeyboardInterrupt``, or the end of the process). A second one more than 2
+        seconds later acts at once.
 
         Returns:
             One row of metrics for each step, those from before a resume included.
 
         Raises:
-            RewardError, CreditError: the task or the rule failed; earlier checkpoints stay.
+            RewardError, CreditError: the task or the rule failed; with one process the finished steps are saved.
             DivergedError: a gradient is not finite.
             OutputError: the disk is full.
             PolicyError: prompts of a finite task are too long; raised before the first step.
         """
         self._check_prompts()
-        with self._display:
+        stop = StopRequest(enabled=self.output is not None, notify=self._display.notice_signal)
+        with self._display, stop:
             while self.position.step < self.config.steps and not self.is_out_of_patience:
+                if stop.agreed(self.accelerator):
+                    break
                 self.step()
             self._announce_early_stop()
-        # The last step has a checkpoint already where ``save_every`` divides it.
-        if self.config.save_every == 0 or self.position.step % self.config.save_every:
-            self.save()
+            if not self._step_is_saved:
+                self.save()
+            if stop.received:
+                self._display.message(f"stopped after step {self.position.step} with a complete {self.position.name}")
         if self._trackers:
             self.accelerator.end_training()
+        stop.deliver()
         return self.history
 
     def step(self) -> dict[str, Any]:
@@ -205,7 +221,7 @@ class PPOTrainer:
         """
         # A run that resumes inside a step has its rollout already.
         if self._buffer is None:
-            self._buffer = self.collect()
+            self._buffer = self._collect_or_save()
         experience = self._buffer
         self.learn(experience)
         self._finish(experience)
@@ -351,6 +367,7 @@ class PPOTrainer:
                 max_response_tokens=config.max_response_tokens,
                 batch_size=config.generation_batch_size or config.num_prompts * config.group_size,
                 seed=config.seed,
+                stop_strings=config.stop_strings,
             )
         restore_random(tensors, python_state)
         return of_main_process(found, self.accelerator)
@@ -388,6 +405,22 @@ class PPOTrainer:
             name=name,
         )
 
+    @property
+    def _step_is_saved(self) -> bool:
+        """Whether the last finished step has a checkpoint because ``save_every`` divides it."""
+        return self.config.save_every != 0 and self.position.step % self.config.save_every == 0
+
+    def _collect_or_save(self) -> Experience:
+        """Collect; where that fails, save the finished steps first, because a reward may fail late in a long run."""
+        try:
+            return self.collect()
+        except (FlowgraphError, torch.OutOfMemoryError):
+            # Nothing has changed since the last step. Other processes would not take part in the checkpoint.
+            is_alone = self.accelerator.num_processes == 1
+            if is_alone and self.position.step > 0 and not self._step_is_saved:
+                self.save()
+            raise
+
     def _check_prompts(self) -> None:
         """Check the prompts of all remaining problems of a finite task; those of others are checked when drawn."""
         if self.config.evaluate_every:
@@ -405,7 +438,8 @@ class PPOTrainer:
         config = self.config
         position = self.position
         updates = Averages(**position.averages.get("updates", {}))
-        averages = gathered(step_averages(updates, experience), self.accelerator)
+        own_averages = step_averages(updates, experience, config, kl_weight=position.kl_weight)
+        averages = gathered(own_averages, self.accelerator)
         row = step_row(
             position.step + 1,
             averages,
@@ -434,6 +468,10 @@ class PPOTrainer:
             numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
             self.accelerator.log(numbers, step=position.step)
         self._display.show(row)
+        if position.step == min(FIRST_STEPS, config.steps):
+            warning = learning_warning(self.history, config)
+            if warning is not None and self.accelerator.is_main_process:
+                self._display.warn(warning)
 
         report_is_due = config.report_every and position.step % config.report_every == 0
         if report_is_due and self.output is not None and self.accelerator.is_main_process:
@@ -580,6 +618,20 @@ class PPOTrainer:
         metrics = output / "metrics.jsonl"
         if metrics.exists():
             self.history = [row for row in read_metrics(metrics) if row["step"] <= self.position.step]
+
+    def _open_metrics(self, output: Path, *, resume: bool, allow_changes: bool) -> MetricsFile:
+        """Open the metrics file; rows that this run does not make again as they were are set aside."""
+        path = output / "metrics.jsonl"
+        is_new = not find_checkpoints(output)
+        copy = None
+        if is_new or allow_changes:
+            copy = set_aside(path, self.position.step)
+        kept = "" if copy is None else f"; the rows of the earlier run are kept in {copy}"
+        if is_new and resume:
+            self._display.warn(f"resume: no checkpoint in {output}, so the run starts at its first step{kept}")
+        elif copy is not None:
+            self._display.warn(f"output: {output} holds metrics of other steps{kept}")
+        return MetricsFile(path, self.position.step)
 
     def _restore_buffer(self, checkpoint: Path) -> None:
         """Load the rollout buffer of this process, and check that it has the size of a step."""

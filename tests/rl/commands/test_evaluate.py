@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from rl import ConfigError
+from rl.cli import app
 from tests.fixtures.rl_commands import SHORT, invoke
 
 
@@ -32,3 +35,19 @@ def test_the_shipped_model_is_evaluated_with_no_option_at_all():
     figures = json.loads(invoke("eval", "-n", 2, "--json").stdout)
     assert figures["num_problems"] == 2
     assert figures["truncated_share"] == 0.0
+
+
+def test_stop_strings_and_template_options_reach_the_evaluation(saved_model: Path, tmp_path: Path):
+    out = tmp_path / "responses.jsonl"
+    settings = ["-n", 8, "--max-response-tokens", 30, "--temperature", 1]
+    stops = ["--stop-string", "1", "--stop-string", "b"]
+    figures = json.loads(
+        invoke("eval", "--model", saved_model, *SHORT, *settings, *stops, "--out", out, "--json").stdout
+    )
+    texts = [json.loads(line)["completion"] for line in out.read_text().splitlines()]
+    assert all("1" not in text[:-1] and "b" not in text[:-1] for text in texts)
+    assert any(text.endswith(("1", "b")) for text in texts)
+    assert figures["truncated_share"] < 1
+    refused = CliRunner().invoke(app, ["eval", *map(str, settings), "--template-option", "enable_thinking=false"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "chat_template_kwargs: must be left out for a tokenizer without a chat template" in str(refused.exception)

@@ -156,3 +156,20 @@ def test_generation_settings_of_the_model_have_no_say():
 def test_a_figure_can_be_read():
     shown = repr(replace(measured(), reward=0.5, low=0.25, high=0.75))
     assert shown.startswith("Evaluation(reward 0.500 [0.250, 0.750] on 5 problems, best of 1")
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 7, 64])
+def test_all_samples_of_a_problem_are_judged_in_one_call(batch_size: int):
+    sizes = []
+
+    class Counting(Digits):
+        def batch_rewards(self, samples, completions):
+            for sample in samples:
+                assert sum(other.index == sample.index for other in samples) == 3
+            sizes.append(len(samples))
+            return [Digits.reward(self, sample, text) for sample, text in zip(samples, completions, strict=True)]
+
+    options = {"num_problems": 4, "samples": 3, "temperature": 1.0, "max_response_tokens": 6}
+    found = evaluate(tiny_policy(), alphabet(), Counting(), batch_size=batch_size, **options)
+    assert sum(sizes) == 12
+    assert found == evaluate(tiny_policy(), alphabet(), Digits(), **options)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rl import PolicyError, Responses, RewardError, Sample, TaskError
+from rl import JsonlTask, PolicyError, Responses, RewardError, Sample, TaskError
 from rl.policy.sampling import Generated
 from rl.rollouts.rollout import PromptEncoder, draw_samples, join, judge, sample_responses
 from rl.tasks.answers import find_answer
@@ -318,3 +319,91 @@ def test_an_answer_inside_the_thinking_is_neither_found_nor_paid(opening: str):
     assert responses.answer.any(1).tolist() == expected
     assert responses.rewards.tolist() == [float(paid) for paid in expected]
     assert responses.samples == tuple(samples)
+
+
+# Whole batches ---------------------------------------------------------------------------------------------
+
+
+class Ranked(Digits):
+    """Shorter is better within a group (trl#3896): a function of one response alone could not tell."""
+
+    def batch_rewards(self, samples, completions):
+        lengths: dict[int, list[int]] = {}
+        for sample, text in zip(samples, completions, strict=True):
+            lengths.setdefault(sample.index, []).append(len(text))
+        return [
+            float(sum(other > len(text) for other in lengths[sample.index]))
+            for sample, text in zip(samples, completions, strict=True)
+        ]
+
+    def reward(self, sample, completion):
+        raise AssertionError("judged alone")
+
+
+def test_a_task_gets_all_responses_of_a_batch_in_one_call():
+    task = Ranked()
+    samples = [task.sample("train", index) for index in (0, 0, 0, 1, 1)]
+    generated = written([str(sample.prompt) for sample in samples], ["a=1", "a", "a=", "b=1", "b=11"])
+    assert judge(task, TOKENIZER, samples, generated).rewards.tolist() == [0, 2, 1, 1, 0]
+
+
+def test_rewards_of_single_responses_may_be_coroutines():
+    class Late(Digits):
+        async def reward(self, sample, completion):
+            return Digits.reward(self, sample, completion)
+
+    assert judged(Late(), ["a=1,b2", "="]).rewards.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("method", ["find_answer", "oracle"])
+def test_other_methods_that_are_coroutines_are_named(method: str):
+    async def late(self, *arguments):
+        return None
+
+    task = type("Late", (Digits,), {method: late})()
+    with pytest.raises(RewardError, match=r"got the coroutine '.*late' for sample 0; define it without async"):
+        judged(task, ["a=1"])
+
+
+def test_a_task_that_raises_is_told_with_its_line():
+    line = Task._choice.__code__.co_firstlineno + 3
+    with pytest.raises(RewardError, match=rf"at {__file__}, line {line}, in _choice; correct the task"):
+        judged(Task(oracle=KeyError("lost")), ["a=1"])
+
+
+# Special tokens at the end ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "completion", "answer"),
+    [
+        ("<answer>3</answer>", None, "<answer>3</answer>", "3"),
+        ("<answer>3</answer> done", None, "<answer>3</answer> done", "3"),
+        ("<answer>3</answer>\n", None, "<answer>3</answer>\n", "3"),
+        ("<answer>3</answer><turn>", None, "<answer>3</answer><turn>", "3"),
+        ("<answer>3</answer><end>", None, "<answer>3</answer>", "3"),
+        ("it is <yes>", "(<yes>)", "it is <yes>", "<yes>"),
+    ],
+)
+def test_only_end_tokens_are_cut_off(tmp_path, text: str, pattern: str | None, completion: str, answer: str):
+    """Closing tags that are special tokens are what the policy wrote (trl#2897, trl#3026)."""
+    tokenizer = byte_level()
+    tags = ["<answer>", "</answer>", "<yes>", "<turn>", "<end>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    end_ids = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>"))
+    path = tmp_path / "sums.jsonl"
+    path.write_text(json.dumps({"prompt": "What is 1+2?", "answer": answer}))
+    task = JsonlTask(path, pattern=pattern, eval_every=0)
+    sample = task.sample("train", 0)
+    prompt = tokenizer(sample.prompt).input_ids
+    response = tokenizer(text).input_ids
+    if not text.endswith("<end>"):
+        response.append(tokenizer.eos_token_id)
+    ids = torch.tensor([prompt + response])
+    ones = torch.ones_like(ids, dtype=torch.bool)
+    generated = Generated(ids, ones, len(prompt), ones[:, len(prompt) :], torch.tensor([False]), end_ids)
+    responses = judge(task, tokenizer, [sample], generated)
+    assert responses.completions == (completion,)
+    assert responses.rewards.tolist() == [1.0]
+    assert tokenizer.decode(ids[0][responses.answer[0]]) == answer

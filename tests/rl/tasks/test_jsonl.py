@@ -10,6 +10,7 @@ import pytest
 from flowgraph import MissingExtraError
 from rl import ConfigError, JsonlTask, RewardError, Task, TaskError
 from rl.tasks import answers
+from rl.tasks.rewards import RewardParts
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -214,3 +215,60 @@ def test_thinking_that_the_prompt_opens_must_be_closed(path: Path):
     assert task.reward(told, right) == 0.0
     assert task.reward(told, f"So.</think>{right}") == 1.0
     assert task.reward(sample, f"<think>{right}") == 0.0
+
+
+# Several reward functions ----------------------------------------------------------------------------------
+
+
+def rank(samples, completions):
+    """1 for the longest response to each problem (trl#3896, trl#4707)."""
+    groups: dict[int, int] = {}
+    for sample, text in zip(samples, completions, strict=True):
+        groups[sample.index] = max(groups.get(sample.index, 0), len(text))
+    return [len(text) == groups[sample.index] for sample, text in zip(samples, completions, strict=True)]
+
+
+def first_level(samples, completions):
+    return [None if sample.metadata["level"] else 1.0 for sample in samples]
+
+
+async def late(samples, completions):
+    return [4.0 for _ in samples]
+
+
+def test_functions_get_the_batch_in_one_call_and_are_summed_with_weights(path: Path):
+    task = JsonlTask(path, reward=[rank, first_level, late], reward_weights=[1, -0.5, 0.25], shuffle=False)
+    samples = [task.sample("train", index) for index in (0, 0, 1, 1)]
+    found = task.batch_rewards(samples, ["a", "aa", "bbb", "b"])
+    assert isinstance(found, RewardParts)
+    assert found.totals.tolist() == [0.5, 1.5, 2.0, 1.0]
+    assert task.reward(samples[2], "b") == 2.0
+    assert JsonlTask(path, reward=[rank, rank]).batch_rewards(samples, ["a"] * 4).names == ("rank", "rank_2")
+    assert "by 1 rank + -0.5 first_level + 0.25 late" in repr(task)
+
+
+def test_a_subclass_that_replaces_the_reward_of_one_response_means_all(path: Path):
+    class Half(JsonlTask):
+        def reward(self, sample, completion):
+            return 0.5
+
+    samples = [Half(path).sample("train", 0)] * 2
+    assert Half(path, reward=rank).batch_rewards(samples, ["a", "aa"]) == [0.5, 0.5]
+
+
+@pytest.mark.unchecked
+def test_rewards_and_weights_that_do_not_fit(path: Path):
+    for options, message in (
+        ({"reward": []}, r"reward: must name at least one function, got an empty list; leave"),
+        ({"reward": [rank, 3]}, r"reward: must be a function or its place, got 3; 'rewards.py:score'"),
+        ({"reward_weights": [1]}, r"reward_weights: must be left out without reward, got \[1\]; give both"),
+        (
+            {"reward": [rank, late], "reward_weights": [1]},
+            r"reward_weights: must be 2 finite .* got \[1\]; leave",
+        ),
+        ({"reward": rank, "reward_weights": [float("nan")]}, r"reward_weights: must be 1 finite numbers"),
+        ({"reward": rank, "reward_weights": [True]}, r"reward_weights: must be 1 finite numbers"),
+        ({"reward": rank, "reward_weights": 2}, r"reward_weights: must be 1 finite numbers"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            JsonlTask(path, **options)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rl import Credit, CreditConfig, Experience, PPOConfig, Responses, Sample, TokenScores, shape_weights
+from rl import ConfigError, Credit, CreditConfig, Experience, PPOConfig, Responses, Sample, TokenScores, shape_weights
 from rl.credit.scope import tokens_in_scope
-from rl.training.experience import build_experience, zero_variance_share
+from rl.training.experience import build_experience, compared_rewards, zero_variance_share
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
 VALUES = torch.tensor([[0.5, 0.25, 0.0], [0.5, 0.5, 0.0], [0.25, 0.0, 0.0], [0.0, 0.5, 1.0]])
@@ -186,3 +187,35 @@ def test_what_an_update_learns_from_is_detached():
     for tensor in (made.advantages, made.returns, made.policy_weights):
         assert tensor is not None
         assert not tensor.requires_grad
+
+
+def test_variance_is_that_of_the_rewards_the_advantages_see():
+    """Equal rewards of the task are not equal after a penalty, and may become equal by one."""
+    config = PPOConfig(advantage="group", missing_eos_penalty=1.0)
+    scores = TokenScores(LOGPROBS, -LOGPROBS, REFERENCE)
+    for rewards, kl_weight, share in (
+        ([1.0, 1.0, 1.0, 1.0], 0.0, 0.5),
+        ([1.0, 1.0, 0.0, 1.0], 0.0, 1.0),
+        ([1.0, 1.0, 0.0, 1.0], 0.1, 0.0),
+    ):
+        responses = replace(rollout(), rewards=torch.tensor(rewards))
+        compared = compared_rewards(responses, scores, config, kl_weight=kl_weight)
+        assert zero_variance_share(replace(responses, rewards=compared)) == share
+        made = built(responses, kl_weight=kl_weight, advantage="group", missing_eos_penalty=1.0)
+        idle = [not made.advantages[rows].any() for rows in ([0, 1], [2, 3])]
+        assert sum(idle) / 2 == share
+
+
+def test_the_sampling_correction_weighs_tokens_by_their_capped_ratio():
+    sampled = LOGPROBS - torch.tensor([[0.0, 0.5, -0.5], [9.0, 0.0, 3.0], [0.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
+    responses = replace(rollout(), sampled_logprobs=sampled)
+    credit = CreditConfig(rule="flow")
+    plain = built(responses, advantage="group", credit=credit)
+    corrected = built(responses, advantage="group", credit=credit, sampling_correction=2.0)
+    ratio = [[1, math.exp(0.5), math.exp(-0.5)], [2, 1, 1], [1, 1, 1], [1, 1, 1]]
+    close(corrected.policy_weights, (plain.policy_weights * torch.tensor(ratio)).tolist())
+    close(corrected.advantages, plain.advantages.tolist())
+    with pytest.raises(
+        ConfigError, match=r"sampling_correction: must be left out for a rollout without .* got 2.0; sam"
+    ):
+        built(rollout(), sampling_correction=2.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ from rl import (
     CreditInput,
     DivergedError,
     Experience,
+    JsonlTask,
     LoraConfig,
     PolicyError,
     PPOConfig,
@@ -24,6 +27,7 @@ from rl import (
     RewardError,
     TaskError,
     credit_rule,
+    load_chain_model,
 )
 from rl.credit import registry
 from rl.policy.actor_critic import TokenOutput
@@ -482,3 +486,78 @@ def test_values_on_padding_reach_no_gradient_even_nan():
     assert torch.isfinite(values.grad).all()
     assert not values.grad[~mask].any()
     assert values.grad[mask].any()
+
+
+def test_rewards_that_compare_a_group_reach_the_gradient(tmp_path):
+    """Judged one by one, a rank inside the group is 1 for all and teaches nothing (trl#3896, trl#4707)."""
+    calls = []
+
+    def shortest_first(samples, completions):
+        calls.append([sample.index for sample in samples])
+        order = sorted(completions, key=len)
+        return [1 - order.index(text) / (len(order) - 1) for text in completions]
+
+    lines = [json.dumps({"prompt": f"a={number};b=a+1;b?", "answer": str(number + 1)}) for number in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    task = JsonlTask(tmp_path / "p.jsonl", reward=shortest_first)
+    row = trainer(replace(SETTINGS, steps=1, advantage="group"), task=task).train()[0]
+    assert calls == [[0, 0, 1, 1, 2, 2]]
+    assert row["policy_grad_norm"] > 0
+    assert row["zero_variance_share"] < 1
+
+
+def test_the_difference_between_sampling_and_scoring_is_logged():
+    """In float32 it is rounding; in bfloat16 the cached steps of generation and the full pass disagree."""
+    exact = trainer(replace(SETTINGS, steps=1)).train()[0]
+    assert exact["sampling_gap"] < 1e-5
+    assert exact["sampling_ratio_min"] == pytest.approx(1.0, abs=1e-4)
+    assert exact["sampling_ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    model, tokenizer = load_chain_model()
+    config = replace(SETTINGS, steps=1, max_response_tokens=32)
+    run = PPOTrainer(model.to(torch.bfloat16), tokenizer, task="chain", config=config, progress=False)
+    experience = run.collect()
+    run.learn(experience)
+    run._finish(experience)
+    row = run.history[0]
+    sampled = experience.responses.sampled_logprobs
+    assert sampled is not None
+    gap = (experience.scores.logprobs - sampled)[experience.responses.response_mask]
+    assert row["sampling_gap"] == pytest.approx(float(gap.abs().mean()), rel=1e-5)
+    assert row["sampling_gap"] > 1e-4
+    assert row["sampling_ratio_min"] == pytest.approx(float(gap.min().exp()), rel=1e-5)
+    assert row["sampling_ratio_max"] == pytest.approx(float(gap.max().exp()), rel=1e-5)
+
+
+def test_stop_strings_and_the_correction_reach_the_rollout():
+    run = trainer(replace(SETTINGS, stop_strings="1", sampling_correction=1.0, max_response_tokens=40))
+    experience = run.collect()
+    responses = experience.responses
+    assert all("1" not in text[:-1] for text in responses.completions)
+    ends = [text.endswith("1") for text in responses.completions]
+    assert any(ends)
+    assert not (responses.truncated & torch.tensor(ends)).any()
+    assert float(experience.policy_weights.max()) <= 1.0
+
+
+def test_each_of_several_rewards_is_logged_and_survives_a_resume_inside_a_step(tmp_path):
+    def even(samples, completions):
+        return [2.0 if sample.index % 2 == 0 else None for sample in samples]
+
+    def length(samples, completions):
+        return [float(len(text)) for text in completions]
+
+    lines = [json.dumps({"prompt": f"a={number};a?", "answer": str(number)}) for number in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    task = JsonlTask(tmp_path / "p.jsonl", reward=[even, length], reward_weights=[1, 0.5], eval_every=0)
+    config = replace(SETTINGS, steps=1, save_every_updates=1, keep_checkpoints=9)
+    row = trainer(config, task=task, output=tmp_path / "run").train()[0]
+    assert row["reward/even"] == 2.0
+    assert row["reward"] == pytest.approx(2.0 * 2 / 3 + 0.5 * row["reward/length"])
+    for path in (tmp_path / "run").glob("checkpoint-000001*"):
+        shutil.rmtree(path)
+    again = trainer(config, task=task, output=tmp_path / "run", resume=True)
+    assert again.position.updates
+    resumed = again.train()[0]
+    assert {name: resumed[name] for name in row if name.startswith("reward")} == {
+        name: row[name] for name in row if name.startswith("reward")
+    }
