@@ -102,6 +102,15 @@ def test_transforms_that_add_edges_are_refused(backend: str):
         solve(transforms.AddSelfLoops()(random_graph()), backend=backend)  # type: ignore[arg-type]
 
 
+def test_validate_finds_what_no_version_counter_sees():
+    graph = random_graph()
+    assert graph.validate()
+    graph.edge_index.numpy()[0, 3] = 39
+    with pytest.raises(GraphError, match="an edge must run from an earlier to a later token"):
+        graph.validate()
+    assert not graph.validate(raise_on_error=False)
+
+
 def test_reversed_edges_are_refused():
     graph = random_graph()
     solve(graph)

@@ -229,7 +229,7 @@ def test_an_adapter_is_told_from_its_base_and_from_other_weights():
     assert weights_of(model) == adapted
 
     # Other weights of the same shape.
-    layer = next(module for module in model.modules() if hasattr(module, "lora_B"))
+    layer: Any = next(module for module in model.modules() if hasattr(module, "lora_B"))
     with torch.no_grad():
         layer.lora_B["default"].weight[0, 0] += 1
     assert weights_of(model)["adapters"]["default"]["digest"] != adapter["digest"]

@@ -291,7 +291,7 @@ class FlowGraph(Data):
         Cost: a few reads of the edges.
         """
         try:
-            require_usable(self)
+            require_usable(self, anew=True)
             check_regions(self)
         except (GraphError, RegionError):
             if raise_on_error:

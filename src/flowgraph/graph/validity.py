@@ -67,7 +67,7 @@ class GraphVersion:
         return True
 
 
-def require_usable(graph: Data) -> None:
+def require_usable(graph: Data, *, anew: bool = False) -> None:
     """Refuse a graph or batch on which no sweep, max flow or export would be right.
 
     A graph is checked when it is made, but PyG edits it in place (``sort``, transforms), and so may the caller. The
@@ -76,6 +76,7 @@ def require_usable(graph: Data) -> None:
 
     Args:
         graph: a ``FlowGraph``, or a batch of them. Empty or overlapping regions are no error here.
+        anew: check the structure even where no tensor has another version.
 
     Raises:
         GraphError: edges that are missing, outside the graph or their graph of the batch, backwards, twice, or in
@@ -86,7 +87,7 @@ def require_usable(graph: Data) -> None:
     """
     version = GraphVersion(graph)
     checked = vars(graph).get(_CHECKED)
-    if checked is not None and checked.is_same(version):
+    if not anew and checked is not None and checked.is_same(version):
         check_capacities(graph["edge_index"], graph["capacity"])
         return
 

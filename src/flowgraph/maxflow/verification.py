@@ -134,8 +134,8 @@ def verified_max_flow(
     if broken:
         raise NumericalRangeError(
             f"max flow: the solver's answer must pass its re-check, got a failure of {', '.join(broken)} (V in "
-            f"[{cut_capacity - error:.17g}, {cut_capacity:.17g}] in units of 2**k); rescale the capacities or try "
-            "backend='networkx'"
+            f"[{cut_capacity - error:.17g}, {cut_capacity:.17g}], scaled by a power of two); rescale the capacities or "
+            "try backend='networkx'"
         )
 
     return MaxFlow(
