@@ -300,7 +300,7 @@ class Run:
     def _assemble(self, attention: AttentionRows, place: int, item: Prepared) -> FlowTrace:
         """Trace one sequence of a batch."""
         options = self.options.trace
-        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options)
+        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options, item.encoded)
         provenance["line"] = item.line.number
         provenance["id"] = item.line.id
         return assemble(attention.sequence(place), item.encoded, item.regions, options, provenance)

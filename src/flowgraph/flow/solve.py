@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.masks import as_tensor
 from flowgraph.propagation.checks import token_vector
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.edge_sweeps import EdgeSweeps
@@ -17,6 +20,8 @@ from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.topology import topology_of
 
 SourceRule = Literal["uniform", "potential"]
+Vector = Tensor | np.ndarray | Sequence[float]
+"""One number for each token."""
 Absorption = Literal["absorb", "pass_through"]
 
 
@@ -24,8 +29,8 @@ def solve(
     graph: FlowGraph | Batch,
     *,
     backend: Backend = "auto",
-    source: SourceRule | Tensor = "uniform",
-    demand: Tensor | None = None,
+    source: SourceRule | Vector = "uniform",
+    demand: Vector | None = None,
     absorption: Absorption | None = None,
     damping: float = 1.0,
 ) -> Flow:
@@ -120,7 +125,7 @@ def solve(
     )
 
 
-def absorption_rule(absorption: Absorption | None, demand: Tensor | None) -> Absorption:
+def absorption_rule(absorption: Absorption | None, demand: Vector | None) -> Absorption:
     """Return the rule that applies: by default the answer absorbs, and a custom demand lets all edges pass."""
     if absorption is not None:
         return absorption
@@ -129,7 +134,7 @@ def absorption_rule(absorption: Absorption | None, demand: Tensor | None) -> Abs
 
 def check_options(
     backend: str,
-    source: str | Tensor,
+    source: str | Vector | None,
     absorption: str | None,
     damping: float,
 ) -> None:
@@ -139,7 +144,9 @@ def check_options(
         InvalidInputError: the option, its allowed values, and the value got.
     """
     _check_choice("backend", backend, get_args(Backend))
-    if not isinstance(source, Tensor):
+    if isinstance(source, Tensor | np.ndarray | Sequence) and not isinstance(source, str):
+        as_tensor(source, "source", "pass a vector over the tokens, 'uniform' or 'potential'")
+    else:
         _check_choice("source", source, get_args(SourceRule))
     if absorption is not None:
         _check_choice("absorption", absorption, get_args(Absorption))

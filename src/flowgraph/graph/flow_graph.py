@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torch_geometric.data import Data
 
 from flowgraph.errors import GraphError, RegionError
 from flowgraph.graph.edge_collection import collect_edges
 from flowgraph.graph.edge_rules import EdgeRules
-from flowgraph.masks import MaskLike, as_mask, between
+from flowgraph.masks import MaskLike, as_mask, as_tensor, between
 from flowgraph.propagation.row_sources import RowSource
 
 REGIONS = ("question", "reasoning", "answer")
@@ -60,8 +62,8 @@ class FlowGraph(Data):
     @classmethod
     def from_edges(
         cls,
-        edge_index: Int64[Tensor, "2 edges"],
-        capacity: Float[Tensor, " edges"],
+        edge_index: Int[Tensor, "2 edges"] | Int[np.ndarray, "2 edges"] | Sequence[Sequence[int]],
+        capacity: Float[Tensor, " edges"] | Float[np.ndarray, " edges"] | Sequence[float],
         *,
         num_nodes: int,
         question: MaskLike,
@@ -72,7 +74,7 @@ class FlowGraph(Data):
         """Build from an edge list in any order; edges of zero capacity are dropped.
 
         Args:
-            edge_index: ``[2, E]``, source before target.
+            edge_index: ``[2, E]``, source before target; a tensor, an array or two lists.
             capacity: ``[E]``, finite and non-negative.
             num_nodes: number of tokens, isolated ones included.
             question: mask, indices or slice of the tokens where flow enters.
@@ -96,6 +98,11 @@ class FlowGraph(Data):
             >>> graph.edge_index.tolist(), graph.capacity.tolist()
             ([[0, 1], [1, 2]], [1.0, 0.5])
         """
+        # Arrays and lists are read as tensors; those hold no reason for another integer type.
+        if not isinstance(edge_index, Tensor):
+            edge_index = as_tensor(edge_index, "edge_index", "pass [sources, targets]", error=GraphError)
+            edge_index = edge_index if edge_index.is_floating_point() else edge_index.long()
+        capacity = as_tensor(capacity, "capacity", "pass one weight per edge", error=GraphError, is_precise=True)
         _check_shapes(edge_index, capacity, num_nodes)
         is_edge = capacity != 0
         edge_index = edge_index[:, is_edge]
@@ -114,7 +121,7 @@ class FlowGraph(Data):
     @classmethod
     def from_dense(
         cls,
-        capacity: Float[Tensor, "tokens tokens"],
+        capacity: Float[Tensor, "tokens tokens"] | Float[np.ndarray, "tokens tokens"] | Sequence[Sequence[float]],
         *,
         question: MaskLike,
         answer: MaskLike,
@@ -136,7 +143,7 @@ class FlowGraph(Data):
 
         Cost: a few reads of the matrix.
         """
-        capacity = torch.as_tensor(capacity)
+        capacity = as_tensor(capacity, "capacity", "pass a matrix [tokens, tokens]", error=GraphError, is_precise=True)
         if capacity.ndim != 2 or capacity.shape[0] != capacity.shape[1]:
             raise GraphError(
                 f"capacity: must be a square matrix [tokens, tokens], got shape {tuple(capacity.shape)}; "
@@ -174,7 +181,12 @@ class FlowGraph(Data):
     @classmethod
     def from_rows(
         cls,
-        rows: RowSource | Float[Tensor, "tokens tokens"],
+        rows: (
+            RowSource
+            | Float[Tensor, "tokens tokens"]
+            | Float[np.ndarray, "tokens tokens"]
+            | Sequence[Sequence[float]]
+        ),
         *,
         question: MaskLike,
         answer: MaskLike,
@@ -208,6 +220,8 @@ class FlowGraph(Data):
 
         Cost: one read of the rows, or two with a limit; memory O(block x T + E).
         """
+        if isinstance(rows, Tensor | np.ndarray | Sequence):
+            rows = _row_matrix(rows)
         num_nodes = rows.shape[-1] if isinstance(rows, Tensor) else rows.num_tokens
         question_mask = as_mask(question, num_nodes, "question")
         answer_mask = as_mask(answer, num_nodes, "answer")
@@ -291,6 +305,17 @@ class FlowGraph(Data):
         if key == "edge_index":
             return self.num_nodes
         return super().__inc__(key, value, *args, **kwargs)
+
+
+def _row_matrix(rows: Any) -> Float[Tensor, "tokens tokens"]:
+    """Read a matrix of rows given as a tensor, an array or lists."""
+    remedy = "pass a matrix [tokens, tokens] of one sequence, or rows of flowgraph.capture(...).sequence(0)"
+    matrix = as_tensor(rows, "rows", remedy, error=GraphError, is_precise=True)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+        raise GraphError(
+            f"rows: must be a square matrix of floats, got {matrix.dtype} of shape {tuple(matrix.shape)}; {remedy}"
+        )
+    return matrix
 
 
 def _sort_key(edge_index: Int64[Tensor, "2 edges"], num_nodes: int) -> Int64[Tensor, " edges"]:

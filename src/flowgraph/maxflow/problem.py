@@ -17,6 +17,7 @@ from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError,
 from flowgraph.flow.flow import Flow
 from flowgraph.flow.solve import Absorption
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.masks import as_tensor
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 from flowgraph.maxflow.solvers import igraph_solver, networkx_solver
 from flowgraph.maxflow.verification import MaxFlow, verified_max_flow
@@ -248,7 +249,7 @@ def _edge_weights(
 
 def _support(vector: Tensor, graph: FlowGraph, name: str) -> Bool[Tensor, " tokens"]:
     """Find the tokens where a source or demand vector is positive, after checking it."""
-    vector = torch.as_tensor(vector, device=graph.capacity.device).double()
+    vector = as_tensor(vector, name, "pass a mask or a vector [N]", device=graph.capacity.device).double()
     if vector.shape != (graph.num_nodes,):
         raise InvalidInputError(
             f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; "

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
+from flowgraph.masks import as_tensor
 from flowgraph.propagation.block_substitution import BLOCK, token_blocks
 
 
@@ -23,7 +27,7 @@ def as_batch(vector: Tensor) -> Tensor:
 
 
 def token_vector(
-    vector: Tensor,
+    vector: Tensor | np.ndarray | Sequence[float],
     shape: torch.Size,
     device: torch.device,
     name: str,
@@ -39,7 +43,7 @@ def token_vector(
     Raises:
         InvalidInputError: another shape, a negative number, NaN or infinity.
     """
-    vector = torch.as_tensor(vector, device=device).double()
+    vector = as_tensor(vector, name, "pass a vector over the tokens", device=device, is_precise=True).double()
     if vector.shape != shape:
         raise InvalidInputError(
             f"{name}: must have one entry per token {tuple(shape)}, got shape {tuple(vector.shape)}; "

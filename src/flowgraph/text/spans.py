@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -19,6 +19,35 @@ Offsets = tuple[int, int]
 ANCHOR = 4
 # Longest such difference, in characters.
 RESYNC = 64
+
+
+def check_unicode(text: str, argument: str, place: str = "the text") -> None:
+    """Refuse text with half of a surrogate pair, which no tokenizer and no file can hold.
+
+    Args:
+        text: the text.
+        argument: name of the argument, for the message.
+        place: where the text stands in it.
+
+    Raises:
+        InvalidInputError: the first half found, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise InvalidInputError(
+            f"{argument}: {place} must be complete Unicode characters, got half of a surrogate pair, {found}; remove "
+            "it, or read the text again with its encoding (text.encode('utf-16', 'surrogatepass').decode('utf-16', "
+            "'replace') joins halves that belong together)"
+        ) from None
+
+
+def shorten(text: str) -> str:
+    """Return both ends of a long text, for messages."""
+    if len(text) <= 60:
+        return text
+    return f"{text[:28]}...{text[-28:]}"
 
 
 def covers(spans: Sequence[Offsets], text: str, selected: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
@@ -77,6 +106,46 @@ def close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]
         closed.append((low, high))
         reached = max(reached, high)
     return closed
+
+
+def join_marks(spans: Sequence[Offsets], text: str) -> list[Offsets]:
+    """Give characters that a normaliser composed with the one before them to the tokens of that one.
+
+    A tokenizer that composes (NFC) reads "e" and a combining accent as one character, and may report the place of the
+    "e" alone. The same holds for the parts of a Hangul syllable.
+
+    Args:
+        spans: one range for each token, as the tokenizer reports them.
+        text: the text that the ranges refer to.
+
+    Returns:
+        The ranges, extended over marks that no token reports.
+
+    Cost: linear in the text.
+    """
+    if unicodedata.is_normalized("NFC", text):
+        return list(spans)
+    starts = sorted({start for start, end in spans if start < end})
+    extended = []
+    for start, end in spans:
+        if start >= end:
+            extended.append((start, end))
+            continue
+        # Up to the next token, as far as each character joins those before it.
+        following = bisect_right(starts, end - 1)
+        limit = starts[following] if following < len(starts) else len(text)
+        while end < limit and _joins(text[start:end], text[end]):
+            end += 1
+        extended.append((start, end))
+    return extended
+
+
+def _joins(before: str, character: str) -> bool:
+    """Return whether a character is a mark on the text before it, or composes with it."""
+    if unicodedata.category(character).startswith("M"):
+        return True
+    composed = unicodedata.normalize("NFC", before)
+    return len(unicodedata.normalize("NFC", before + character)) == len(composed)
 
 
 def align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:

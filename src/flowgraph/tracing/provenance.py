@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from flowgraph.capacities.registry import find_capacity
+from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.trace_options import TraceOptions
 
@@ -22,6 +23,7 @@ def provenance_of(
     regions: Regions,
     layers: tuple[int, ...],
     options: TraceOptions,
+    encoded: EncodedText,
 ) -> dict[str, Any]:
     """Describe what was run, with which choices and versions, as plain JSON values.
 
@@ -31,12 +33,14 @@ def provenance_of(
         regions: their selectors are recorded.
         layers: indices of the layers that were read.
         options: the other choices.
+        encoded: the text, which records how it was made.
     """
     return {
         "model": model_name(model),
         "architecture": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
+        "text": dict(encoded.origin),
         "capacity": options.capacity,
         "score": find_capacity(options.capacity).score,
         "layers": list(layers),

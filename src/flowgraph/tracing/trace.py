@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule, resolve_layers
 from flowgraph.attention.modules import attention_modules, base_model, num_layers, text_config
-from flowgraph.errors import InvalidInputError
+from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.files import PathLike, check_writable
-from flowgraph.flow.solve import Absorption, SourceRule, solve
+from flowgraph.flow.solve import Absorption, SourceRule, Vector, solve
 from flowgraph.graph.edge_collection import BYTES_PER_EDGE, edges_kept
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.memory import require_memory
@@ -24,7 +25,13 @@ from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
-from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
+from flowgraph.tracing.inputs import (
+    TextRequest,
+    check_no_template_arguments,
+    check_text_arguments,
+    regions_of_ids,
+    regions_of_text,
+)
 from flowgraph.tracing.provenance import provenance_of
 from flowgraph.tracing.trace_options import TraceOptions
 
@@ -44,8 +51,12 @@ def trace(
     question: Any = None,
     answer: Any = None,
     reasoning: Any = None,
-    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    input_ids: (
+        Int[Tensor, "*one tokens"] | Int[np.ndarray, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None
+    ) = None,
     prompt_length: int | None = None,
+    attention_mask: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     capacity: str = "attention",
     layers: LayerRule | None = None,
     heads: str | Sequence[int] | HeadSelector | None = None,
@@ -54,8 +65,8 @@ def trace(
     rows: str | None = None,
     self_attention: str | None = None,
     first_token: str | None = None,
-    source: SourceRule | Tensor = "uniform",
-    demand: Tensor | None = None,
+    source: SourceRule | Vector = "uniform",
+    demand: Vector | None = None,
     absorption: Absorption | None = None,
     damping: float = 1.0,
     max_edges: int | str = "auto",
@@ -77,8 +88,12 @@ def trace(
         answer: where flow leaves: a regular expression, a character span in the response, or a selector;
             with ``input_ids`` a mask or indices. Default: a boxed, marked or stated answer, else the last line.
         reasoning: with ``input_ids``: mask or indices; default: generated tokens before the answer.
-        input_ids: prompt and response as ids, instead of text.
+        input_ids: prompt and response as ids, instead of text; a tensor, an array or a list.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
+        attention_mask: with ``input_ids``: 1 on tokens and 0 on padding, for all ids or for the prompt. The trace
+            holds the tokens without padding; masks and indices refer to the ids as given.
+        chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``, ``tools`` or
+            ``reasoning_effort``.
         capacity: what an edge weighs: ``"attention"``, ``"vtrace_share"``, ``"vtrace"``, ``"sharp"``, ``"sharp_max"``,
             ``"centred"``, ``"value_norm"`` or a registered one.
         layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices. This argument and those down
@@ -139,17 +154,20 @@ def trace(
     if input_ids is not None:
         if prompt is not None or response is not None:
             raise InvalidInputError("input_ids: replaces prompt and response, got both; pass one or the other")
+        check_no_template_arguments(chat_template_kwargs)
         encoded, regions = regions_of_ids(
+            inner,
             tokenizer,
             input_ids,
             question=question,
             answer=answer,
             reasoning=reasoning,
             prompt_length=prompt_length,
+            attention_mask=attention_mask,
         )
     else:
-        check_text_arguments(tokenizer, prompt, reasoning)
-        request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
+        check_text_arguments(tokenizer, prompt, reasoning, attention_mask)
+        request = TextRequest(prompt, response, question, answer, chat_template_kwargs)  # type: ignore[arg-type]
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
     num_tokens = encoded.input_ids.numel()
     require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)
@@ -157,7 +175,7 @@ def trace(
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
     attention = options.capture(model, encoded.input_ids[None])
-    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options)
+    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options, encoded)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 
 
@@ -193,7 +211,7 @@ def assemble(
     progress("building the graph")
     graph = FlowGraph.from_rows(
         attention,
-        question=_without_first(regions.question),
+        question=_question(regions, options),
         answer=regions.answer,
         reasoning=regions.reasoning,
         generated=regions.generated,
@@ -223,13 +241,39 @@ def assemble(
     )
 
 
-def _without_first(question: Tensor) -> Tensor:
-    """Remove the first token, an attention sink, from the question unless it is the only question token."""
-    rest = question.clone()
-    rest[0] = False
-    if not bool(rest.any()):
+def _question(regions: Regions, options: TraceOptions) -> Tensor:
+    """Choose the question tokens of the graph.
+
+    The first token is an attention sink. While its edges are excluded, it is left out of a question that was found; a
+    question that names it keeps it, although nothing enters there. A question of the first token alone is refused.
+
+    Raises:
+        RegionError: no other token is in the question.
+
+    Warns:
+        UserWarning: the first token was named.
+    """
+    question = regions.question
+    if not bool(question[0]) or options.rules.first_token == "keep":
         return question
-    return rest
+    if int(question.sum()) == 1:
+        raise RegionError(
+            "question: must hold a token besides the first one, whose edges are excluded as those of an attention "
+            "sink, got the first token alone; pass first_token='keep', or a longer question"
+        )
+    if regions.question_selector.startswith(("auto", "Prompt(")):
+        rest = question.clone()
+        rest[0] = False
+        return rest
+    selector = regions.question_selector
+    named = "the mask or indices given" if selector == "mask" else selector
+    warnings.warn(
+        "question: the first token carries no flow, because edges of this attention sink are excluded, got it in "
+        f"{named}; pass first_token='keep' to let flow enter there",
+        UserWarning,
+        stacklevel=3,
+    )
+    return question
 
 
 def require_trace_memory(model: PreTrainedModel, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:
