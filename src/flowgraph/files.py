@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flowgraph.errors import OutputError
 
 PathLike = str | os.PathLike[str]
+Result = TypeVar("Result", bound=Callable[..., Any])
+
+
+def loadable(cls: Result) -> Result:
+    """Register a class of plain values with torch, so that ``torch.load`` reads what ``torch.save`` wrote of it.
+
+    By default ``torch.load`` runs no code of a file, and builds objects of registered classes alone.
+    """
+    import torch
+
+    torch.serialization.add_safe_globals([cls])
+    return cls
 
 
 def check_writable(path: PathLike) -> Path:

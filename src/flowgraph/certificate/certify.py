@@ -32,12 +32,14 @@ from flowgraph.certificate.checks import (
 from flowgraph.certificate.flow_arrays import FlowArrays
 from flowgraph.certificate.rational import RATIONAL_EDGES, against_fractions, require_rational_size
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow
 from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
 
 Level = Literal["auto", "fast", "exact", "rational"]
 
 
+@loadable
 @dataclass(frozen=True)
 class Certificate:
     """The result of checking one flow.

@@ -10,6 +10,7 @@ from flowgraph.certificate.certify import Certificate
 from flowgraph.pages import signs
 from flowgraph.pages.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DARK
 from flowgraph.steps.step_relevance import StepRelevance
+from flowgraph.text.spans import printed_pieces, selected_text
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
 
@@ -79,9 +80,20 @@ def render_trace(
 def heat_text(trace: FlowTrace) -> Text:
     """Render the text, each token on a background that grows brighter with the square root of its throughput."""
     text = Text(no_wrap=False)
-    # The square root spreads small shares, which most tokens have.
-    strengths = trace.throughput.sqrt().tolist()
-    for token, region, strength in zip(trace.tokens, token_regions(trace.graph), strengths, strict=True):
+    # Tokens that share a character print it once, as strong as the strongest of them.
+    pieces = printed_pieces(trace.tokens, trace.spans.tolist(), trace.text)
+    throughput = trace.throughput.tolist()
+    printing = 0
+    for index, piece in enumerate(pieces):
+        if piece:
+            printing = index
+        throughput[printing] = max(throughput[printing], throughput[index])
+
+    for token, region, share in zip(pieces, token_regions(trace.graph), throughput, strict=True):
+        if not token:
+            continue
+        # The square root spreads small shares, which most tokens have.
+        strength = share**0.5
         style = _heat_style(strength)
         if region == "question":
             style = f"underline {style}"
@@ -206,9 +218,9 @@ def _where_it_ends(relevance: StepRelevance) -> list[tuple[str, float]]:
 
 def _selection(trace: FlowTrace) -> Text:
     """Show the answer and the rule that found it, the first thing to check when a trace looks wrong."""
-    answer = "".join(trace.tokens[token] for token in trace.answer.nonzero().flatten().tolist())
+    answer = selected_text(trace.text, trace.spans[trace.answer].tolist())
     rule = trace.provenance.get("answer_selector", "")
-    line = Text(f"answer: {answer.strip()!r}")
+    line = Text(f"answer: {answer!r}")
     if rule in _FOUND_AS:
         line.append(f" {_FOUND_AS[rule]}", style="dim")
     elif rule:

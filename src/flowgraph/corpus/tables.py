@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from flowgraph.corpus.requests import Line
 from flowgraph.corpus.run_folder import CorpusFolder
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import atomic_write, write_text
 from flowgraph.pages.corpus_page import write_index
+from flowgraph.text.spans import selected_text
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import finite_or_none, token_regions
 
@@ -182,7 +181,7 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "question": int(trace.question.sum()),
         "reasoning": int(trace.reasoning.sum()),
         "answer": int(trace.answer.sum()),
-        "answer_text": _storable(_text_of(trace, trace.answer)),
+        "answer_text": _storable(selected_text(trace.text, trace.spans[trace.answer].tolist())),
         "feasible": trace.feasible,
         "mean_hops": mean_hops,
         "alpha": finite_or_none(float(flow.alpha)),
@@ -203,23 +202,6 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "g": [finite_or_none(value) for value in influence.tolist()],
     }
     return {"trace": row, "tokens": tokens}
-
-
-def _text_of(trace: FlowTrace, mask: Tensor) -> str:
-    """Join the text of some tokens: blanks between them are kept, other characters left out show as an ellipsis."""
-    text = ""
-    end_so_far = None
-    for start, end in sorted(trace.spans[mask].tolist()):
-        if end_so_far is None:
-            text += trace.text[start:end]
-            end_so_far = end
-            continue
-        between = trace.text[end_so_far:start]
-        text += " … " if between.strip() else between
-        # Tokens may share characters, which are shown once.
-        text += trace.text[max(start, end_so_far) : end]
-        end_so_far = max(end, end_so_far)
-    return text.strip()
 
 
 def _storable(text: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.propagation.ratios import masked_ratio
 from flowgraph.propagation.scaling import scaled
@@ -20,6 +21,7 @@ NEGLIGIBLE_FLOW = 1e-12
 """Shares of the unit flow below this, and differences of shares below this, are rounding."""
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class Flow:
     r"""The unit flow from question to answer on one graph, or on each graph of a batch.

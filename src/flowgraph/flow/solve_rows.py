@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError, RegionError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import log2_potential
 from flowgraph.flow.solve import Absorption, SourceRule, Vector, absorption_rule, check_options
 from flowgraph.graph.edge_rules import EdgeRows, EdgeRules
@@ -30,6 +31,7 @@ _DENSE_BYTES = 2**28
 """Capacities up to this size are written into one matrix, which is then solved in place."""
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class RowFlow:
     r"""The unit flow from question to answer on each sequence of a batch; vectors ``[B, T]``, float64.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from flowgraph.errors import GraphError, RegionError
+from flowgraph.files import loadable
 from flowgraph.graph.edge_collection import collect_edges
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.masks import MaskLike, as_mask, as_tensor, between
@@ -182,10 +183,7 @@ class FlowGraph(Data):
     def from_rows(
         cls,
         rows: (
-            RowSource
-            | Float[Tensor, "tokens tokens"]
-            | Float[np.ndarray, "tokens tokens"]
-            | Sequence[Sequence[float]]
+            RowSource | Float[Tensor, "tokens tokens"] | Float[np.ndarray, "tokens tokens"] | Sequence[Sequence[float]]
         ),
         *,
         question: MaskLike,
@@ -220,7 +218,7 @@ class FlowGraph(Data):
 
         Cost: one read of the rows, or two with a limit; memory O(block x T + E).
         """
-        if isinstance(rows, Tensor | np.ndarray | Sequence):
+        if isinstance(rows, np.ndarray | Sequence):
             rows = _row_matrix(rows)
         num_nodes = rows.shape[-1] if isinstance(rows, Tensor) else rows.num_tokens
         question_mask = as_mask(question, num_nodes, "question")
@@ -300,6 +298,10 @@ class FlowGraph(Data):
             return False
         return True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the graph as its named values, which ``torch.load`` reads without running code of the file."""
+        return _restored, (self.to_dict(),)
+
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Return by how much batching shifts an attribute: node ids by the number of nodes, the rest as PyG does."""
         if key == "edge_index":
@@ -307,8 +309,14 @@ class FlowGraph(Data):
         return super().__inc__(key, value, *args, **kwargs)
 
 
+@loadable
+def _restored(values: dict[str, Any]) -> FlowGraph:
+    """Build a graph from its named values, as pickling wrote them."""
+    return FlowGraph(**values)
+
+
 def _row_matrix(rows: Any) -> Float[Tensor, "tokens tokens"]:
-    """Read a matrix of rows given as a tensor, an array or lists."""
+    """Read a matrix of rows given as an array or lists."""
     remedy = "pass a matrix [tokens, tokens] of one sequence, or rows of flowgraph.capture(...).sequence(0)"
     matrix = as_tensor(rows, "rows", remedy, error=GraphError, is_precise=True)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():

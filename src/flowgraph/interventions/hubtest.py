@@ -19,6 +19,7 @@ from torch_geometric.utils import scatter
 from flowgraph.analysis.statistics import Interval, t_interval, wilson_interval
 from flowgraph.attention.layers_and_heads import LayerRule
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, RegionError
+from flowgraph.files import loadable
 from flowgraph.interventions.knockout import Intervention, KnockoutResult, knockouts
 from flowgraph.tracing.flow_trace import FlowTrace
 
@@ -82,6 +83,7 @@ class HubRow:
     count: int
 
 
+@loadable
 @dataclass(frozen=True)
 class HubTest:
     """The result of :func:`hub_test`.

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgraph.errors import NumericalRangeError
+from flowgraph.files import loadable
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 
 TOLERANCE = 1e-12
 """Error that the re-check accepts, as a share of the sum of capacities; igraph was measured at 1e-15 and below."""
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class MaxFlow:
     """A max flow and a min cut of one graph, each re-checked and each proving the other.

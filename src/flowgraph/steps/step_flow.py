@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from flowgraph.files import PathLike, write_text
+from flowgraph.files import PathLike, loadable, write_text
 from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.masks import MaskLike
 from flowgraph.steps.contraction import Contraction, contract
@@ -37,6 +37,7 @@ _MAX_LINE = 70
 """Characters of a step in the summary."""
 
 
+@loadable
 @dataclass(frozen=True)
 class Step:
     """A run of tokens that is one node of the contracted graph.
@@ -56,6 +57,7 @@ class Step:
     region: Region | None
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class StepFlow(Contraction):
     """A :class:`Contraction` whose nodes are the steps of a text.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowgraph.errors import InvalidInputError, RegionError
+from flowgraph.files import loadable
 from flowgraph.text.spans import Offsets, check_unicode, shorten
 from flowgraph.text.template_origins import TEMPLATE_ERRORS, content_spans, unread_options
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 
 
+@loadable
 class RoleSpan(NamedTuple):
     """The characters of one chat message's content; a message has several spans where a template splits it.
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError, RegionError
+from flowgraph.files import loadable
 from flowgraph.text.chat import Messages, RoleSpan, checked_template_options, ends_with_response, render_chat
 from flowgraph.text.decoding import decode, special_ids, token_name
 from flowgraph.text.rendered_chat import RenderedChat, looks_rendered, recognise_rendered
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class EncodedText:
     """A prompt and a response as the model reads them, with the characters of every token.

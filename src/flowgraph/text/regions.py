@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from flowgraph.errors import NoAnswerError, RegionError
+from flowgraph.files import loadable
 from flowgraph.masks import Mask, MaskLike, read_mask
 from flowgraph.text.encoding import EncodedText, shorten
 from flowgraph.text.selectors import (
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class Regions:
     """The three disjoint regions over T tokens, and the generated tokens.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,13 +205,20 @@ def _opening(tokenizer: PreTrainedTokenizerBase, layout: _Layout, text: str) -> 
                 return role, len(written)
 
     # Another system prompt or date: the first header of a user message, where it has a mark of its own.
-    writes_user = [layout.openings["user"], layout.separators["assistant", "user"]]
-    header = os.path.commonprefix([written[::-1] for written in writes_user])[::-1]
+    header = _common_ending(layout.openings["user"], layout.separators["assistant", "user"])
     if MARKER.search(header):
         place = text.find(header)
         if place >= 0:
             return "user", place + len(header)
     return None
+
+
+def _common_ending(one: str, other: str) -> str:
+    """Return the longest text with which both texts end."""
+    length = 0
+    while length < min(len(one), len(other)) and one[-length - 1] == other[-length - 1]:
+        length += 1
+    return one[len(one) - length :]
 
 
 def _renders_to(tokenizer: PreTrainedTokenizerBase, roles: Sequence[RoleSpan], text: str, ending: str) -> bool:

@@ -81,6 +81,53 @@ def inside(spans: Sequence[Offsets], text: str, contents: Sequence[Offsets]) -> 
     return covers(spans, text, contents) | torch.tensor(is_within, dtype=torch.bool)
 
 
+def printed_pieces(tokens: Sequence[str], spans: Sequence[Offsets], text: str) -> list[str]:
+    """Divide a text between its tokens, so that tokens that share a character print it once.
+
+    Args:
+        tokens: readable text of each token.
+        spans: range of characters of each, in order.
+        text: the text that the ranges refer to.
+
+    Returns:
+        What each token prints when all are printed one after another: the characters that no token before it
+        prints; the name of a token that has no character.
+
+    Example:
+        >>> printed_pieces(["<s>", "汤", "汤", "汤 3"], [(0, 0), (0, 1), (0, 1), (0, 3)], "汤 3")
+        ['<s>', '汤', '', ' 3']
+    """
+    pieces = []
+    reached = 0
+    for token, (start, end) in zip(tokens, spans, strict=True):
+        pieces.append(text[max(start, reached) : end] if start < end else token)
+        reached = max(reached, end)
+    return pieces
+
+
+def selected_text(text: str, spans: Sequence[Offsets]) -> str:
+    """Join the characters of some tokens, each once.
+
+    Blanks between two tokens are kept; other characters between them show as an ellipsis.
+
+    Args:
+        text: the text that the ranges refer to.
+        spans: range of characters of each token.
+    """
+    joined = ""
+    end_so_far = None
+    for start, end in sorted(spans):
+        if end_so_far is None:
+            joined += text[start:end]
+            end_so_far = end
+            continue
+        between = text[end_so_far:start]
+        joined += " … " if between.strip() else between
+        joined += text[max(start, end_so_far) : end]
+        end_so_far = max(end, end_so_far)
+    return joined.strip()
+
+
 def close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]:
     """Give whitespace that no token reports to the token after it, and empty spans a place in the order.
 

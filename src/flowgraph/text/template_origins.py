@@ -109,7 +109,7 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(form: str) -> str:
     """Write the current time."""
-    return datetime.now().strftime(form)  # noqa: DTZ005 (as transformers does)
+    return datetime.now().strftime(form)
 
 
 class _Content(NamedTuple):

@@ -17,7 +17,7 @@ from flowgraph.capacities.capture import capture
 from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import TraceFileError
-from flowgraph.files import PathLike, write_json
+from flowgraph.files import PathLike, loadable, write_json
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.pages.notebook import repr_html
@@ -49,6 +49,7 @@ _FLOW_FACTS = ("damping", "source_rule", "absorption", "backend")
 _GRAPH_LOSSES = ("kept_attention", "kept_flow", "throughput_error")
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class FlowTrace:
     """The flow from a question to one answer: how the answer drew on the question.
