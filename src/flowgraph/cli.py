@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -53,8 +54,16 @@ for command in (trace, demo, trace_corpus, show, steps, compare, certify, knocko
 app.command("trace-file", hidden=True, deprecated=True)(trace_corpus)
 
 
+def _replace_unprintable() -> None:
+    """Let the output streams replace characters that their encoding lacks, as cp1252 on Windows lacks bars."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Run the command line; invalid input ends with its message and exit code 2, without a stack trace."""
+    _replace_unprintable()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

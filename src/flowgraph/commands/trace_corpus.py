@@ -22,6 +22,7 @@ from flowgraph.commands.common import (
     Preset,
     Rows,
     Source,
+    TemplateArguments,
     TraceHeads,
     TraceLayers,
     console,
@@ -29,6 +30,8 @@ from flowgraph.commands.common import (
     layer_choice,
     load_model,
     stages,
+    template_arguments,
+    warnings_on_stderr,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +64,10 @@ def trace_corpus(
     answer: Annotated[str | None, typer.Option(help="For lines without one: a regular expression.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message in front of text prompts.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: a prompt is the text itself.")] = False,
+    chat_template_kwargs: TemplateArguments = None,
+    chat_template_kwargs_field: Annotated[
+        str, typer.Option(help="Key of a line's arguments of the chat template; '' for none.")
+    ] = "chat_template_kwargs",
     capacity: Capacity = "attention",
     layers: TraceLayers = None,
     heads: TraceHeads = None,
@@ -93,7 +100,9 @@ def trace_corpus(
         id=id_field,
         question=question_field,
         answer=answer_field,
+        chat_template_kwargs=chat_template_kwargs_field,
     )
+    arguments = template_arguments(chat_template_kwargs)
     scan(file, fields)
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
@@ -101,7 +110,7 @@ def trace_corpus(
         network, tokenizer = load_model(model, dtype, device, progress)
 
     try:
-        with _reporting() as report:
+        with warnings_on_stderr(), _reporting() as report:
             summary = flowgraph.trace_corpus(
                 network,
                 tokenizer,
@@ -112,6 +121,7 @@ def trace_corpus(
                 answer=answer,
                 plain=plain,
                 system=system,
+                chat_template_kwargs=arguments,
                 capacity=capacity,
                 layers=chosen_layers,
                 heads=chosen_heads,

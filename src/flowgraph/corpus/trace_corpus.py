@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ def trace_corpus(
     answer: str | Selector | None = None,
     plain: bool = False,
     system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     capacity: str = "attention",
     layers: LayerRule | None = None,
     heads: str | Sequence[int] | HeadSelector | None = None,
@@ -109,6 +110,7 @@ def trace_corpus(
         answer: for lines that name none: a regular expression or a selector. Default: found.
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
+        chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``; a line may override them.
         capacity: what an edge weighs, as for :func:`flowgraph.trace`.
         layers: this argument and those down to ``max_new_tokens`` are those of :func:`flowgraph.trace`, and are
             explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
@@ -166,6 +168,7 @@ def trace_corpus(
         answer=answer,
         plain=plain,
         system=system,
+        chat_template_kwargs=chat_template_kwargs,
         keep=keep,
         batch_tokens=batch_tokens,
         html=html,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flowgraph.errors import InvalidInputError
@@ -77,18 +77,39 @@ def recognise_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> Rendere
     layout = _learn_layout(tokenizer)
     if layout is None:
         return None
-    divided = _divide(tokenizer, layout, text)
-    if divided is None:
+
+    # A template may write an empty block of reasoning in some responses and not in others, so that the text in front
+    # of a response is known in part. An exact division is right; of others, the one with most messages.
+    found: list[tuple[bool, int, list[RoleSpan], str]] = []
+    for header in _response_headers(layout):
+        separators = {**layout.separators, ("user", "assistant"): header}
+        divided = _divide(tokenizer, replace(layout, separators=separators), text)
+        if divided is None:
+            continue
+        roles, ending = divided
+        is_exact = _renders_to(tokenizer, roles, text, ending)
+        found.append((is_exact, len(roles), roles, ending))
+    if not found:
         return None
-    roles, ending = divided
-    is_exact = _renders_to(tokenizer, roles, text, ending)
+    is_exact, _, roles, ending = max(found, key=lambda division: division[:2])
     if not is_exact and not _has_marks(tokenizer, layout):
         return None
-    # An empty message of the assistant is the generation prompt.
-    has_generation_prompt = ending != "ending"
-    if roles[-1].role == "assistant" and roles[-1].start == roles[-1].end:
+
+    # An assistant's message without words is a part of the generation prompt.
+    last = roles[-1]
+    if last.role == "assistant" and not MARKER.sub("", text[last.start : last.end]).strip():
         roles = roles[:-1]
-    return RenderedChat(tuple(roles), is_exact, has_generation_prompt)
+    return RenderedChat(tuple(roles), is_exact, has_generation_prompt=ending != "ending")
+
+
+def _response_headers(layout: _Layout) -> list[str]:
+    """List what may stand between a user's message and a response: the text learned, and two starts of it."""
+    learned = layout.separators["user", "assistant"]
+    headers = [learned]
+    for shorter in (_common_start(learned, layout.generation), re.split(r"<\|?think", learned, maxsplit=1)[0]):
+        if shorter not in headers and MARKER.search(shorter):
+            headers.append(shorter)
+    return headers
 
 
 def looks_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -213,12 +234,17 @@ def _opening(tokenizer: PreTrainedTokenizerBase, layout: _Layout, text: str) -> 
     return None
 
 
+def _common_start(one: str, other: str) -> str:
+    """Return the longest text with which both texts start."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]
+
+
 def _common_ending(one: str, other: str) -> str:
     """Return the longest text with which both texts end."""
-    length = 0
-    while length < min(len(one), len(other)) and one[-length - 1] == other[-length - 1]:
-        length += 1
-    return one[len(one) - length :]
+    return _common_start(one[::-1], other[::-1])[::-1]
 
 
 def _renders_to(tokenizer: PreTrainedTokenizerBase, roles: Sequence[RoleSpan], text: str, ending: str) -> bool:
