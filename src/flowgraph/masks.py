@@ -49,6 +49,7 @@ def as_tensor(
         >>> as_tensor({3, 1}, "question", "pass indices").tolist()
         [1, 3]
     """
+    given = values
     reason = ""
     try:
         if isinstance(values, Set):
@@ -71,7 +72,8 @@ def as_tensor(
             return tensor
     except (TypeError, ValueError, RuntimeError, OverflowError) as failure:
         reason = f" ({str(failure).splitlines()[0]})"
-    raise error(f"{name}: must be a tensor or list of numbers, or an array, got {values!r:.80}{reason}; {remedy}")
+    shown = " ".join(repr(given).split())
+    raise error(f"{name}: must be a tensor or list of numbers, or an array, got {shown:.80}{reason}; {remedy}")
 
 
 def _with_signed_integers(values: Tensor) -> Tensor:

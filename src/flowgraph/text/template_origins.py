@@ -28,7 +28,15 @@ from flowgraph.text.traced_text import TEMPLATE, TracedText, join, join_with, or
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 """What a template raises for messages that it does not fit."""
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 """What transformers appends to the message that the response continues, and cuts off again."""
