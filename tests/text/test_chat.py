@@ -210,6 +210,16 @@ class TestTemplateArguments:
         assert off.origin["chat_template_kwargs"] == {"enable_thinking": False}
         assert off.origin["chat_template"].startswith("sha256:")
 
+    def test_another_template_by_its_name_or_its_text(self) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), None)
+        tokenizer.chat_template = {"default": tiny.CHATML, "short": "[{{ messages[0].content }}]"}  # type: ignore[assignment]
+        named = encode(tokenizer, chat("user: a"), "7", chat_template_kwargs={"chat_template": "short"})
+        given = encode(
+            tokenizer, chat("user: a"), "7", chat_template_kwargs={"chat_template": "{{ messages[0].content }}"}
+        )
+        assert (named.prompt_text, given.prompt_text) == ("[a]", "a")
+        assert contents(named) == contents(given) == [("user", "a")]
+
     def test_functions_become_their_schemas(self) -> None:
         def add(a: int) -> int:
             """Add one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ def is_valid_weight(weight: Tensor) -> Bool[Tensor, "*shape"]:
     return torch.isfinite(weight) & (weight >= 0)
 
 
-def as_batch(vector: Tensor) -> Tensor:
+def as_batch(vector: Any) -> Any:
     """Return a vector over the tokens of one sequence as a batch of one; anything else unchanged."""
-    if isinstance(vector, Tensor) and vector.ndim == 1:
+    if isinstance(vector, Tensor | np.ndarray) and vector.ndim == 1:
         return vector[None]
+    is_list = isinstance(vector, Sequence) and not isinstance(vector, str)
+    if is_list and vector and not isinstance(vector[0], Sequence | Tensor | np.ndarray):
+        return [vector]
     return vector
 
 

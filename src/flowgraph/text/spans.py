@@ -81,7 +81,7 @@ def inside(spans: Sequence[Offsets], text: str, contents: Sequence[Offsets]) -> 
     return covers(spans, text, contents) | torch.tensor(is_within, dtype=torch.bool)
 
 
-def printed_pieces(tokens: Sequence[str], spans: Sequence[Offsets], text: str) -> list[str]:
+def printed_pieces(tokens: Sequence[str], spans: Sequence[Sequence[int]], text: str) -> list[str]:
     """Divide a text between its tokens, so that tokens that share a character print it once.
 
     Args:
@@ -105,7 +105,7 @@ def printed_pieces(tokens: Sequence[str], spans: Sequence[Offsets], text: str) -
     return pieces
 
 
-def selected_text(text: str, spans: Sequence[Offsets]) -> str:
+def selected_text(text: str, spans: Sequence[Sequence[int]]) -> str:
     """Join the characters of some tokens, each once.
 
     Blanks between two tokens are kept; other characters between them show as an ellipsis.

@@ -156,7 +156,10 @@ def content_spans(
     Cost: two runs of the template, and a few operations for each character.
     """
     try:
-        seen = json.loads(tokenizer.apply_chat_template(list(messages), chat_template=_SEEN, tokenize=False, **options))
+        conversation: Any = list(messages)
+        seeing = {**options, "chat_template": _SEEN}
+        shown = tokenizer.apply_chat_template(conversation, tokenize=False, **seeing)
+        seen = json.loads(str(shown))
         origins = _rendered_origins(tokenizer, seen, rendered, options, is_continued)
     except TEMPLATE_ERRORS:
         return None

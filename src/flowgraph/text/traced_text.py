@@ -52,14 +52,15 @@ class TracedText(str):
         """Repeat."""
         return join([self] * count.__index__())
 
-    __rmul__ = __mul__
+    def __rmul__(self, count: SupportsIndex) -> str:
+        """Repeat."""
+        return self * count
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         """Select a character or a slice."""
-        text = super().__getitem__(key)
         if isinstance(key, slice):
-            return TracedText(text, self.origins[key])
-        return TracedText(text, [self.origins[key]])
+            return TracedText(super().__getitem__(key), self.origins[key])
+        return TracedText(super().__getitem__(key), [self.origins[key.__index__()]])
 
     def lstrip(self, chars: str | None = None, /) -> str:
         """Remove characters from the left."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,7 +124,7 @@ def _check_response(model: PreTrainedModel, response: Any) -> None:
     # Larger ids have no embedding, and some tokenizers fail on them with an overflow.
     vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     for index in ids:
-        if isinstance(index, Integral) and index >= vocabulary_size:
+        if isinstance(index, int | np.integer) and index >= vocabulary_size:
             raise InvalidInputError(
                 f"response: ids must lie in 0..{vocabulary_size - 1}, the model's vocabulary, got {index}; "
                 "pass what this model generated, or the text"
@@ -162,7 +161,7 @@ def regions_of_ids(
     """
     ids = _one_sequence(input_ids)
     num_ids = ids.numel()
-    is_integral = isinstance(prompt_length, Integral) and not isinstance(prompt_length, bool)
+    is_integral = isinstance(prompt_length, int | np.integer) and not isinstance(prompt_length, bool)
     if prompt_length is not None and (not is_integral or not 0 < prompt_length < num_ids):
         raise InvalidInputError(
             f"prompt_length: must lie in 1..{num_ids - 1}, got {prompt_length}; it counts the prompt's tokens"
