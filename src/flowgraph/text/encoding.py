@@ -174,15 +174,16 @@ def encode(
         raise RegionError(f"prompt: must hold visible text, got {read.text!r}; pass the question the model was asked")
 
     # Ids of the prompt, then ids and text of the response.
-    prompt_tokens = _tokenize_prompt(tokenizer, read.text, read.form)
+    frame = _frame(tokenizer)
+    prompt_tokens = _tokenize_prompt(tokenizer, read.text, read.form, frame)
     if isinstance(response, str):
         check_unicode(response, "response")
         response_text = response
-        response_tokens, is_joint = _tokenize_response(tokenizer, prompt_tokens, read, response)
+        response_tokens, is_joint = _tokenize_response(tokenizer, prompt_tokens, read, response, frame)
     else:
         response_tokens, response_text = _decode_response(tokenizer, prompt_tokens, response)
         is_joint = False
-    found = read.warnings + _seam_warnings(tokenizer, read, prompt_tokens, response_tokens, response_text)
+    found = read.warnings + _seam_warnings(tokenizer, read, prompt_tokens, response_tokens, response_text, frame)
     for message in found:
         warnings.warn(message, UserWarning, stacklevel=2)
 
@@ -220,7 +221,7 @@ def encode_ids(
         names = [f"<{index}>" for index in ids]
         return _named_tokens(input_ids, names, prompt_length, origin)
 
-    message = _doubled_opening(_opening_ids(tokenizer), ids, "input_ids", tokenizer)
+    message = _doubled_opening(_frame(tokenizer).opening, ids, "input_ids", tokenizer)
     if message:
         warnings.warn(message, UserWarning, stacklevel=2)
         origin["warnings"] = [message]
@@ -382,10 +383,15 @@ def _describe_prompt(tokenizer: PreTrainedTokenizerBase, read: _Read, tokens: _T
 
 
 def _seam_warnings(
-    tokenizer: PreTrainedTokenizerBase, read: _Read, prompt: _Tokens, response: _Tokens, response_text: str
+    tokenizer: PreTrainedTokenizerBase,
+    read: _Read,
+    prompt: _Tokens,
+    response: _Tokens,
+    response_text: str,
+    frame: _Frame,
 ) -> list[str]:
     """Notice text or special tokens that stand twice at the start of the prompt or where the response begins."""
-    opening = _opening_ids(tokenizer)
+    opening = frame.opening
     found = []
     doubled = _doubled_opening(opening, prompt.ids, "prompt", tokenizer)
     if doubled:
@@ -414,13 +420,6 @@ def _seam_warnings(
         is_text=isinstance(read.response, str),
     )
     return found + check_seam(tokenizer, seam)
-
-
-def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts in front of a text."""
-    plain = _tokenize(tokenizer, "a", add_specials=False).ids
-    opening, _ = _added_around(_tokenize(tokenizer, "a", add_specials=True).ids, plain)
-    return opening
 
 
 def _doubled_opening(
@@ -517,51 +516,67 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_specials: bool)
     return _Tokens(ids, align(decoded, decoded_spans, text), [False] * len(ids))
 
 
-def _tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str, form: Form) -> _Tokens:
+class _Frame(NamedTuple):
+    """The special tokens that a tokenizer puts around a text.
+
+    Attributes:
+        opening: ids in front.
+        closing: ids behind.
+    """
+
+    opening: list[int]
+    closing: list[int]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
+    """Find the special tokens that the tokenizer puts around a text, by a short one."""
+    complete = _tokenize(tokenizer, "a", add_specials=True).ids
+    bare = _tokenize(tokenizer, "a", add_specials=False).ids
+    if len(complete) == len(bare):
+        return _Frame([], [])
+    for start in range(len(complete) - len(bare) + 1):
+        end = start + len(bare)
+        if bare and complete[start:end] == bare:
+            return _Frame(complete[:start], complete[end:])
+    # A vocabulary without the letter: what is left opens the text.
+    return _Frame(complete, [])
+
+
+def _tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str, form: Form, frame: _Frame) -> _Tokens:
     """Tokenise a prompt with the special tokens that the tokenizer puts around a text, none of them twice."""
-    bare = _tokenize(tokenizer, text, add_specials=False)
     if form == "chat":
-        return bare
+        return _tokenize(tokenizer, text, add_specials=False)
     complete = _tokenize(tokenizer, text, add_specials=True)
-    opening, closing = _added_around(complete.ids, bare.ids)
-    if not opening and not closing:
+    opening, closing = frame
+    if complete.ids[: len(opening)] != opening:
         return complete
 
     # A rendered prompt starts with its opening tokens, of which the tokenizer would add another copy.
     num_doubled = 0
     for size in range(1, len(opening) + 1):
-        if bare.ids[:size] == opening[-size:]:
+        if complete.ids[len(opening) : len(opening) + size] == opening[-size:]:
             num_doubled = size
-    first = len(opening) - num_doubled
-    kept = list(range(first)) + list(range(len(opening), len(complete.ids)))
+    stop = len(complete.ids)
+    start_of_closing = stop - len(closing)
     if form == "rendered chat":
         # The response follows, so nothing closes the text.
-        kept = kept[: len(kept) - len(closing)]
-    is_added = [place < len(opening) or place >= len(complete.ids) - len(closing) for place in kept]
+        stop = start_of_closing
+    kept = [*range(len(opening) - num_doubled), *range(len(opening), stop)]
     return _Tokens(
         [complete.ids[place] for place in kept],
         [complete.spans[place] for place in kept],
-        is_added,
+        [place < len(opening) or place >= start_of_closing for place in kept],
     )
 
 
-def _added_around(complete: list[int], bare: list[int]) -> tuple[list[int], list[int]]:
-    """Return what stands before and after the ids of a text among its ids with special tokens; nothing if unclear."""
-    for start in range(len(complete) - len(bare) + 1):
-        end = start + len(bare)
-        if complete[start:end] == bare:
-            return complete[:start], complete[end:]
-    return [], []
-
-
 def _tokenize_response(
-    tokenizer: PreTrainedTokenizerBase, prompt_tokens: _Tokens, read: _Read, response: str
+    tokenizer: PreTrainedTokenizerBase, prompt_tokens: _Tokens, read: _Read, response: str, frame: _Frame
 ) -> tuple[_Tokens, bool]:
     """Tokenise the response jointly with the prompt where the prompt's tokens stay the same, else on its own."""
     if not response.strip():
         raise RegionError(f"response: must hold visible text, got {response!r}; pass what the model generated")
     count = len(prompt_tokens.ids)
-    joint = _tokenize_prompt(tokenizer, read.text + response, read.form)
+    joint = _tokenize_prompt(tokenizer, read.text + response, read.form, frame)
     # The spans must agree too: an unknown token that includes the response's first characters has the same id.
     keeps_ids = joint.ids[:count] == prompt_tokens.ids
     keeps_spans = joint.spans[:count] == prompt_tokens.spans

@@ -11,6 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -185,6 +186,12 @@ def content_spans(
     return spans
 
 
+@lru_cache(maxsize=32)
+def _compiled(source: str) -> jinja2.Template:
+    """Compile a template, which takes longer than to run it."""
+    return _TracingEnvironment().from_string(source)
+
+
 def _rendered_origins(
     tokenizer: PreTrainedTokenizerBase,
     seen: dict[str, Any],
@@ -193,7 +200,7 @@ def _rendered_origins(
     is_continued: bool,
 ) -> Sequence[int] | None:
     """Run the template on traced contents; None where it writes another text than ``rendered``."""
-    template = _TracingEnvironment().from_string(template_of(tokenizer, options))
+    template = _compiled(template_of(tokenizer, options))
     arguments = {**tokenizer.special_tokens_map, **_template_arguments(options)}
     arguments |= {"tools": seen["tools"], "documents": seen["documents"], "add_generation_prompt": not is_continued}
 
