@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from flowgraph import InvalidInputError, encode
+from flowgraph import InvalidInputError, encode, find_regions
 from flowgraph.text.spans import align, close_gaps, covers, inside, printed_pieces, selected_text
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import check_order, never_decreasing, pieces, response_pieces
@@ -120,5 +120,8 @@ def test_shared_characters_are_printed_once() -> None:
     assert len(emoji) == 4
     assert selected_text(encoded.text, emoji) == "🍎"
     assert selected_text(encoded.text, [spans[0], *emoji]) == "W … 🍎"
+    regions = find_regions(encoded, answer="🍎")
+    assert "answer: 4 tokens" in regions.describe(encoded)
+    assert regions.describe(encoded).count("🍎") == 3  # the answer, its selector, all generated tokens
     # One token may end inside the next character.
     assert printed_pieces(["a汤", "汤姆", "姆"], [(0, 2), (1, 3), (2, 3)], "a汤姆") == ["a汤", "姆", ""]

@@ -305,6 +305,7 @@ def test_template_arguments_reach_generation_and_provenance() -> None:
     )
     assert "<|im_start|>assistant\n<low>" in made.text
     assert made.provenance["text"]["chat_template_kwargs"] == {"effort": "<low>"}
+    assert made.provenance["text"]["response"] == "generated"
     same = trace(
         MODEL,
         tokenizer,

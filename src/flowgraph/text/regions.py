@@ -31,6 +31,7 @@ from flowgraph.text.selectors import (
     as_selector,
     part_mask,
 )
+from flowgraph.text.spans import selected_text
 
 # The selectors are part of this module's interface, beside the regions that they select.
 __all__ = [
@@ -140,11 +141,12 @@ class Regions:
             reasoning_mask = read_mask(reasoning, num_tokens, "reasoning")
         return cls(question_mask, reasoning_mask, answer_mask, generated_mask)
 
-    def describe(self, tokens: Sequence[str] | None = None) -> str:
+    def describe(self, tokens: Sequence[str] | EncodedText | None = None) -> str:
         """Describe each region in one line: number of tokens, indices, text and selector.
 
         Args:
-            tokens: the text of each token; the description shows no text without it.
+            tokens: the text of each token; the description shows no text without it. An encoded text shows the
+                characters that several tokens share once.
 
         Example:
             >>> print(Regions.from_masks([0, 1], [4], num_tokens=5).describe(["2", "+3", " is", " ", "5"]))
@@ -160,8 +162,11 @@ class Regions:
             line = f"{name}: 1 token" if len(indices) == 1 else f"{name}: {len(indices)} tokens"
             if indices:
                 line += f" ({_ranges(indices)})"
-            if indices and tokens:
-                text = "".join(tokens[index] for index in indices)
+            if indices and tokens is not None:
+                if isinstance(tokens, EncodedText):
+                    text = selected_text(tokens.text, [tokens.spans[index] for index in indices])
+                else:
+                    text = "".join(tokens[index] for index in indices)
                 line += f" {shorten(text)!r}"
             if name in selectors:
                 line += f" by {selectors[name]}"

@@ -101,13 +101,16 @@ def regions_of_text(
     check_prompt(request.prompt)
 
     response = request.response
-    if response is None and not ends_with_response(request.prompt):
+    is_generated = response is None and not ends_with_response(request.prompt)
+    if is_generated:
         response = generate_response(
             model, tokenizer, request.prompt, max_new_tokens, progress, request.chat_template_kwargs
         )
     else:
         _check_response(model, response)
     encoded = encode(tokenizer, request.prompt, response, chat_template_kwargs=request.chat_template_kwargs)
+    if is_generated:
+        encoded = replace(encoded, origin={**encoded.origin, "response": "generated"})
     regions = find_regions(encoded, question=request.question, answer=request.answer)
     return encoded, regions
 
