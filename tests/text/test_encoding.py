@@ -242,6 +242,11 @@ class TestUnicode:
             (chat("user: a", "user: " + HALF), "7", r"prompt: the content of message 1 must be complete Unicode"),
             (chat("user: a", "assistant: " + HALF), None, r"prompt: the content of message 1 must be complete Unicode"),
             ([{"role": "user", "content": [{"type": "text", "text": HALF}]}], "7", r"the content of message 0 must"),
+            (
+                [{"role": "\ud83d", "content": "a"}],
+                "7",
+                r"prompt: the rendered chat must be complete Unicode characters",
+            ),
         ],
     )
     def test_half_of_a_surrogate_pair_is_refused(self, prompt: Any, response: str | None, message: str) -> None:

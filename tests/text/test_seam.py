@@ -30,6 +30,8 @@ def tokenizer_with(template: str) -> Any:
         (EMPTY, "<think>\n\n</think>\n\n", "Seven."),
         (EMPTY, "<think></think>", "Seven."),
         (tiny.CHATML, "<|im_start|>assistant\n", "Seven."),
+        (THINKING.replace("<think>", "[THINK]"), "[THINK]", "Add.[/THINK]Seven."),
+        (THINKING.replace("<think>", "◁think▷"), "◁think▷", "Add.◁/think▷Seven."),
     ],
 )
 def test_what_the_template_wrote_may_not_stand_in_the_response_again(template: str, repeated: str, rest: str) -> None:
@@ -41,7 +43,7 @@ def test_what_the_template_wrote_may_not_stand_in_the_response_again(template: s
 
     # The remedy of the message: one header, one block.
     encoded = encode(tokenizer, chat("user: 3 + 4?"), rest)
-    assert encoded.text.count("<think>") == (template != tiny.CHATML)
+    assert encoded.text.count("<think>") == template.count("<think>")
     assert encoded.response_text == rest
     assert encoded.origin["warnings"] == []
 

@@ -190,6 +190,11 @@ class TestPadding:
         ):
             trace(model, input_ids=[0, 0, 5, 6, 7], question=[3], answer=[4])
 
+        model.config.pad_token_id = None
+        model.generation_config.pad_token_id = 0
+        with pytest.raises(InvalidInputError, match=r"got 2 times the padding token 0; pass attention_mask="):
+            trace(model, input_ids=[0, 0, 5, 6, 7], question=[3], answer=[4])
+
     def test_a_token_that_opens_texts_may_also_pad(self) -> None:
         tokenizer = tiny_tokenizers.with_template(tiny_tokenizers.byte_level(), None)
         tokenizer.pad_token = tokenizer.bos_token = "<|im_start|>"

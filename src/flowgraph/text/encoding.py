@@ -300,6 +300,7 @@ def _read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any,
     if not isinstance(prompt, str):
         checked = checked_template_options(tokenizer, options)
         text, roles, given = render_chat(tokenizer, prompt, response, checked)
+        check_unicode(text, "prompt", "the rendered chat")
         return _Read(
             text,
             "chat",

@@ -22,8 +22,8 @@ _PROBES = {
     "assistant": "flowgraphprobereply",
     "again": "flowgraphprobefollowup",
 }
-# Text that marks a place in a template: <|user|>, <start_of_turn>, [INST].
-MARKER = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]")
+# Text that marks a place in a template: <|user|>, <start_of_turn>, [INST], ◁think▷.
+MARKER = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|◁[^◁▷\s]{1,20}▷")
 _ROLE_WORD = r"(?:system|developer|user|human|assistant|model|tool)"
 
 

@@ -116,7 +116,7 @@ def selected_text(text: str, spans: Sequence[Sequence[int]]) -> str:
     """
     joined = ""
     end_so_far = None
-    for start, end in sorted(spans):
+    for start, end in sorted((start, end) for start, end in spans):
         if end_so_far is None:
             joined += text[start:end]
             end_so_far = end

@@ -267,18 +267,17 @@ def _token_mask(attention_mask: Any, num_ids: int, prompt_length: Any) -> Tensor
 
 def _refuse_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor) -> None:
     """Refuse ids that start with padding: the model would read it as text, and count positions from it."""
-    config = getattr(model, "config", None)
-    padding = getattr(tokenizer, "pad_token_id", None)
-    if padding is None:
-        padding = getattr(config, "pad_token_id", None)
+    # The tokenizer names the padding token, else the model does.
+    padding = None
+    opening = None
+    for named in (tokenizer, model.config, getattr(model, "generation_config", None)):
+        padding = padding if padding is not None else getattr(named, "pad_token_id", None)
+        opening = opening if opening is not None else getattr(named, "bos_token_id", None)
     if padding is None:
         return
     is_other = (ids != padding).nonzero().flatten()
     num_leading = int(is_other[0]) if is_other.numel() else ids.numel()
     # A tokenizer may open every text with the token that also pads.
-    opening = getattr(tokenizer, "bos_token_id", None)
-    if opening is None:
-        opening = getattr(config, "bos_token_id", None)
     num_opening = 1 if opening == padding else 0
     if num_leading > num_opening:
         raise InvalidInputError(
