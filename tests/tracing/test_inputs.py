@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
+import pickle
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flowgraph import FlowGraph, FlowTrace, InvalidInputError, RegionError, capture, solve, solve_rows, trace
+from flowgraph import (
+    FlowGraph,
+    FlowTrace,
+    InvalidInputError,
+    RegionError,
+    TraceFileError,
+    capture,
+    compare,
+    solve,
+    solve_rows,
+    trace,
+)
+from flowgraph.files import restored
 from flowgraph.selectors import LastLine, Prompt, Regex, Tokens
 from flowgraph.text.encoding import encode_ids
 from tests.fixtures import tokenizers as tiny_tokenizers
@@ -324,7 +340,16 @@ def test_template_arguments_reach_generation_and_provenance() -> None:
 
 def test_torch_load_reads_results_with_its_safe_default(tmp_path) -> None:
     made = trace(MODEL, TOKENIZER, chat(), RESPONSE)
-    for result in (made, made.graph, made.flow, made.backbone(), made.steps(), made.certify(), made.routes(2)):
+    for result in (
+        made,
+        made.graph,
+        made.flow,
+        made.backbone(),
+        made.steps(),
+        made.certify(),
+        made.routes(2),
+        compare(made, made),
+    ):
         buffer = io.BytesIO()
         torch.save(result, buffer)
         buffer.seek(0)
@@ -335,6 +360,21 @@ def test_torch_load_reads_results_with_its_safe_default(tmp_path) -> None:
             assert loaded.to_dict() == made.to_dict()
         if isinstance(loaded, FlowGraph):
             assert loaded.validate()
+
+
+def test_another_process_loads_a_trace_and_nothing_else(tmp_path) -> None:
+    made = trace(MODEL, TOKENIZER, chat(), RESPONSE)
+    torch.save(made, tmp_path / "t.pt")
+    code = "import torch, sys; import flowgraph; print(repr(torch.load(sys.argv[1])))"
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "t.pt"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == repr(made)
+    assert pickle.loads(pickle.dumps(made)).to_dict() == made.to_dict()  # noqa: S301
+    assert copy.deepcopy(made).to_dict() == made.to_dict()
+    for module, name in (("flowgraph.files", "Path"), ("os", "system"), ("flowgraph.graph.flow_graph", "Data")):
+        with pytest.raises(
+            TraceFileError, match=rf"^file: must hold results of flowgraph, got {module}.{name}; write it"
+        ):
+            restored(module, name, {})
 
 
 @pytest.mark.unchecked

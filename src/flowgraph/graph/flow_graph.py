@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from flowgraph.errors import GraphError, RegionError
-from flowgraph.files import loadable
+from flowgraph.files import loadable, restored
 from flowgraph.graph.edge_collection import collect_edges
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.masks import MaskLike, as_mask, as_tensor, between
@@ -21,6 +22,7 @@ from flowgraph.propagation.row_sources import RowSource
 REGIONS = ("question", "reasoning", "answer")
 
 
+@loadable
 class FlowGraph(Data):
     """A DAG over tokens; an edge ``s -> t`` (``s < t``) is information moving from token s to token t.
 
@@ -300,19 +302,20 @@ class FlowGraph(Data):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the graph as its named values, which ``torch.load`` reads without running code of the file."""
-        return _restored, (self.to_dict(),)
+        if type(self) is not FlowGraph:
+            return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]
+        return restored, (FlowGraph.__module__, FlowGraph.__qualname__, self.to_dict())
+
+    @classmethod
+    def _restored(cls, values: dict[str, Any]) -> Self:
+        """Build a graph from its named values."""
+        return cls(**values)
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Return by how much batching shifts an attribute: node ids by the number of nodes, the rest as PyG does."""
         if key == "edge_index":
             return self.num_nodes
         return super().__inc__(key, value, *args, **kwargs)
-
-
-@loadable
-def _restored(values: dict[str, Any]) -> FlowGraph:
-    """Build a graph from its named values, as pickling wrote them."""
-    return FlowGraph(**values)
 
 
 def _row_matrix(rows: Any) -> Float[Tensor, "tokens tokens"]:

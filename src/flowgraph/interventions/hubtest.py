@@ -30,6 +30,7 @@ _NUM_BINS = 10
 """Parts of the region that the matched arm keeps apart."""
 
 
+@loadable
 @dataclass(frozen=True)
 class HubRun:
     """The measurement of one set of masked tokens in one trace.
@@ -57,6 +58,7 @@ class HubRun:
     kl: float
 
 
+@loadable
 @dataclass(frozen=True)
 class HubRow:
     """The means of one arm at one fraction, or of the difference of two arms (``arm`` is then "top - random").
