@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -98,6 +99,117 @@ def test_prompt_and_response_from_files_and_standard_input(run, checkpoint: Path
     assert run("trace", "--prompt-file", tmp_path / "p", *options)[0] == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
     assert run("trace", "-", *options)[0] == 0
+
+
+def test_a_mark_and_a_line_break_of_an_editor_are_no_part_of_the_prompt(run, checkpoint, tmp_path: Path, monkeypatch):
+    import io
+
+    from flowgraph import load_trace
+
+    options = ("--model", checkpoint, "--plain", "--out", tmp_path)
+
+    def tokens(*arguments: object) -> tuple[list[int], str]:
+        code, _, said = run("trace", *arguments, *options)
+        assert code == 0, said
+        return load_trace(tmp_path / "trace.safetensors").token_ids.tolist(), said
+
+    expected, said = tokens(PROMPT, "--response", RESPONSE)
+    assert "removed" not in said
+    (tmp_path / "p").write_bytes(b"\xef\xbb\xbf" + PROMPT.encode() + b"\r\n")
+    (tmp_path / "r").write_bytes(RESPONSE.encode() + b"\n")
+    found, said = tokens("--prompt-file", tmp_path / "p", "--response-file", tmp_path / "r")
+    assert found == expected
+    assert f"flowgraph: removed the byte order mark and the final line break of {tmp_path / 'p'}" in said
+    assert f"flowgraph: removed the final line break of {tmp_path / 'r'}" in said
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + PROMPT.encode() + b"\n")))
+    found, said = tokens("-", "--response", RESPONSE)
+    assert found == expected
+    assert "of standard input" in said
+    # Only the break that ends the last line is removed.
+    (tmp_path / "p").write_text(f"{PROMPT}\n\n")
+    found, _ = tokens("--prompt-file", tmp_path / "p", "--response", RESPONSE)
+    assert len(found) > len(expected)
+
+
+def test_standard_input_in_another_encoding_is_refused(run, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Caf\xe9?")))
+    code, _, said = run("trace", "-")
+    assert code == 2
+    assert "standard input must be UTF-8, got others (byte 0xe9 at position 3)" in " ".join(
+        said.replace("│", " ").split()
+    )
+
+
+@pytest.mark.parametrize("command", ["show", "certify", "steps"])
+def test_a_stream_that_lacks_characters_gets_question_marks(checkpoint: Path, tmp_path: Path, run, command: str):
+    import os
+
+    run("trace", "汤姆有3个苹果", "--model", checkpoint, "--response", RESPONSE, "--out", tmp_path)
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(
+        [sys.executable, "-m", "flowgraph.cli", command, tmp_path / "trace.safetensors"],
+        capture_output=True,
+        env=environment,
+        check=True,
+    )
+    assert b"?" in result.stdout
+    assert b"Traceback" not in result.stderr
+    assert result.stdout.decode("cp1252")
+
+
+def test_template_arguments_are_a_json_object(run, tmp_path: Path, checkpoint: Path):
+    from tests.fixtures.tokenizers import CHATML, byte_level, with_template
+
+    template = CHATML.replace("assistant\n", "assistant\n{% if not enable_thinking %}<off>{% endif %}")
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    with_template(byte_level(), template).save_pretrained(folder)
+    options = ("--model", folder, "--response", RESPONSE, "--out", tmp_path)
+    assert run("trace", PROMPT, *options, "--chat-template-kwargs", '{"enable_thinking": true}')[0] == 0
+    payload = json.loads((tmp_path / "trace.json").read_text())
+    assert "<off>" not in payload["text"]
+    assert payload["provenance"]["text"]["chat_template_kwargs"] == {"enable_thinking": True}
+    code, _, said = run("trace", PROMPT, *options, "--chat-template-kwargs", '{"enable_thinkng": true}')
+    assert code == 0
+    assert "flowgraph: warning: chat_template_kwargs: the chat template reads no 'enable_thinkng'" in said
+    for arguments in ("{", "[1]", "7"):
+        code, _, said = run("trace", PROMPT, *options, "--chat-template-kwargs", arguments)
+        assert code == 2
+        assert "--chat-template-kwargs must be a JSON object, got" in " ".join(said.replace("│", " ").split())
+    code, _, said = run("trace", PROMPT, *options, "--plain", "--chat-template-kwargs", "{}")
+    assert code == 0
+    code, _, said = run("trace", PROMPT, *options, "--plain", "--chat-template-kwargs", '{"a": 1}')
+    assert code == 2
+
+
+def test_a_rendered_prompt_is_not_rendered_again(run, checkpoint: Path, tmp_path: Path):
+    from flowgraph import load_trace
+    from tests.fixtures.tiny import chat
+    from tests.fixtures.tokenizers import byte_level
+
+    rendered = byte_level().apply_chat_template(chat(), tokenize=False, add_generation_prompt=True)
+    traces = []
+    for prompt in (PROMPT, rendered):
+        assert run("trace", prompt, "--model", checkpoint, "--response", RESPONSE, "--out", tmp_path)[0] == 0
+        traces.append(load_trace(tmp_path / "trace.safetensors"))
+    assert traces[0].token_ids.tolist() == traces[1].token_ids.tolist()
+    assert traces[0].question.tolist() == traces[1].question.tolist()
+    code, _, said = run("trace", rendered, "--model", checkpoint, "--response", RESPONSE, "--system", "Be brief.")
+    assert code == 2
+    assert "--system needs a chat template" in said
+
+
+def test_characters_of_several_tokens_are_printed_once(run, checkpoint: Path, tmp_path: Path):
+    response = "答案是7个🍎。"
+    options = ("--model", checkpoint, "--response", response, "--out", tmp_path, "--answer", "7.*")
+    code, printed, _ = run("trace", "汤姆有3个苹果", *options)
+    assert code == 0
+    lines = "".join(line.strip() for line in printed.split("\n"))
+    assert "汤姆有3个苹果" in lines
+    assert response in lines
+    assert "answer: '7个🍎。'" in printed
 
 
 def test_a_certificate_that_fails_is_exit_code_1(run, checkpoint: Path, tmp_path: Path):

@@ -5,7 +5,15 @@ Start with :func:`trace`, or with :class:`FlowGraph` and :func:`solve` for other
 use, so importing the package (and ``flowgraph --help``) is quick.
 """
 
+import sys
+
 import lazy_loader
+
+if "torch" in sys.modules:
+    # torch.load then reads results of this package at once; otherwise from the first use of one of their classes on.
+    from flowgraph.files import allow_restored
+
+    allow_restored()
 
 __getattr__, _, _names = lazy_loader.attach_stub(__name__, __file__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -59,8 +60,16 @@ def _print_warning(message: Warning | str, *_: object) -> None:
     typer.secho(f"flowgraph: warning: {message}", err=True, fg=typer.colors.YELLOW)
 
 
+def _replace_unprintable() -> None:
+    """Let the output streams replace characters that their encoding lacks, as cp1252 on Windows lacks bars."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Run the command line; invalid input ends with its message and exit code 2, without a stack trace."""
+    _replace_unprintable()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.showwarning = _print_warning

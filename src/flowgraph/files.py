@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+import copyreg
+import importlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from flowgraph.errors import OutputError
+from flowgraph.errors import OutputError, TraceFileError
 
 PathLike = str | os.PathLike[str]
+Result = TypeVar("Result", bound=type)
+_LOADABLE: set[type] = set()
+
+
+def loadable(cls: Result) -> Result:
+    """Let ``torch.load`` read what ``torch.save`` wrote of a class of plain values, with its safe default.
+
+    By default ``torch.load`` runs no code of a file, and calls registered functions alone. An object is pickled as a
+    call of :func:`restored` with its values, so that one registration covers every such class.
+    """
+    _LOADABLE.add(cls)
+    if "__reduce__" not in vars(cls):
+        cls.__reduce__ = _reduced  # type: ignore[method-assign]
+    allow_restored()
+    return cls
+
+
+def allow_restored() -> None:
+    """Register :func:`restored` with torch."""
+    import torch
+
+    torch.serialization.add_safe_globals([restored])
+
+
+def _reduced(self: Any) -> tuple[Any, ...]:
+    """Describe an object as the call that builds it."""
+    cls = type(self)
+    items = tuple(self) if isinstance(self, tuple) else ()
+    if cls not in _LOADABLE:
+        # A subclass of the user's: pickled in the usual way.
+        return copyreg.__newobj__, (cls, *items), getattr(self, "__dict__", None)  # type: ignore[attr-defined]
+    return restored, (cls.__module__, cls.__qualname__, items or dict(vars(self)))
+
+
+def restored(module: str, name: str, values: Any) -> Any:
+    """Build an object of a registered class from its values, as pickling wrote them.
+
+    Args:
+        module: the module of the class, in this package.
+        name: the name of the class.
+        values: its attributes, or the items of a tuple.
+
+    Raises:
+        TraceFileError: a class that is not registered.
+    """
+    cls = None
+    if module.startswith("flowgraph."):
+        # Importing the module registers its classes.
+        cls = getattr(importlib.import_module(module), name, None)
+    if not isinstance(cls, type) or cls not in _LOADABLE:
+        raise TraceFileError(
+            f"file: must hold results of flowgraph, got {module}.{name}; write it again with this version"
+        )
+    if issubclass(cls, tuple):
+        return cls(*values)
+    if hasattr(cls, "_restored"):
+        return cls._restored(values)
+    result = object.__new__(cls)
+    vars(result).update(values)
+    return result
 
 
 def check_writable(path: PathLike) -> Path:

@@ -2,21 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flowgraph.errors import RegionError
+from flowgraph.errors import InvalidInputError, RegionError
 
 Mask = Bool[Tensor, " tokens"]
 Indices = Int[Tensor, " indices"] | Int[np.ndarray, " indices"]
 Nothing = Float[Tensor, "0"]
 """What torch makes of an empty list."""
-MaskLike = Mask | Bool[np.ndarray, " tokens"] | Indices | Nothing | Sequence[bool] | Sequence[int] | slice
+MaskLike = Mask | Bool[np.ndarray, " tokens"] | Indices | Nothing | Sequence[bool] | Sequence[int] | Set[int] | slice
 """A region of a text: a bool mask over tokens, token indices, or a slice of token indices."""
+
+
+def as_tensor(
+    values: Any,
+    name: str,
+    remedy: str,
+    *,
+    device: torch.device | str | None = None,
+    error: type[InvalidInputError] = InvalidInputError,
+    is_precise: bool = False,
+) -> Tensor:
+    """Read numbers given as a tensor, an array, a list, a range or a set as a tensor.
+
+    Args:
+        values: the numbers.
+        name: name of the argument, for messages.
+        remedy: what to pass instead, for messages.
+        device: device of the result; None: that of a tensor, else the CPU.
+        error: class of the error.
+        is_precise: read a list of floats in float64, whatever the default dtype of torch is.
+
+    Returns:
+        The tensor, which may share memory with the values.
+
+    Raises:
+        InvalidInputError: anything that is not numbers of a regular shape.
+
+    Example:
+        >>> as_tensor({3, 1}, "question", "pass indices").tolist()
+        [1, 3]
+    """
+    given = values
+    reason = ""
+    try:
+        if isinstance(values, Set):
+            # A set has no order, and indices need none.
+            values = sorted(values)
+        elif isinstance(values, range):
+            values = list(values)
+        elif hasattr(values, "__array__") and not isinstance(values, Tensor):
+            values = np.asarray(values)
+        if isinstance(values, Tensor):
+            return _with_signed_integers(values if device is None else values.to(device))
+        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+            # torch warns of arrays that it must not write, so those are copied.
+            array = values if values.flags.writeable else values.copy()
+            return _with_signed_integers(torch.as_tensor(array, device=device))
+        if isinstance(values, list | tuple):
+            tensor = torch.as_tensor(values, device=device)
+            if is_precise and tensor.is_floating_point():
+                tensor = torch.as_tensor(values, dtype=torch.float64, device=device)
+            return tensor
+    except (TypeError, ValueError, RuntimeError, OverflowError) as failure:
+        reason = f" ({str(failure).splitlines()[0]})"
+    shown = " ".join(repr(given).split())
+    raise error(f"{name}: must be a tensor or list of numbers, or an array, got {shown:.80}{reason}; {remedy}")
+
+
+def _with_signed_integers(values: Tensor) -> Tensor:
+    """Convert unsigned integers, for which torch lacks most operations."""
+    if values.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return values.long()
+    return values
 
 
 def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device | str = "cpu") -> Mask:
@@ -42,7 +106,7 @@ def as_mask(region: MaskLike, num_tokens: int, name: str, device: torch.device |
         mask = torch.zeros(num_tokens, dtype=torch.bool, device=device)
         mask[region] = True
         return mask
-    values = torch.as_tensor(region, device=device)
+    values = as_tensor(region, name, "pass a mask over tokens, or indices", device=device, error=RegionError)
 
     # A mask has one entry per token.
     if values.ndim != 1:
@@ -84,7 +148,7 @@ def read_mask(region: MaskLike, num_tokens: int, name: str) -> Mask:
     """
     if isinstance(region, slice):
         return as_mask(region, num_tokens, name)
-    values = torch.as_tensor(region)
+    values = as_tensor(region, name, "pass a mask over tokens, or indices", error=RegionError)
     if values.numel() == 0:
         # An empty mask would have the wrong length.
         values = values.long()

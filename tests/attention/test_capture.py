@@ -719,7 +719,16 @@ EMPTY[1] = 0
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
-        (IDS.tolist(), None, "input_ids: must be a tensor, got list; tokenize with return_tensors='pt'"),
+        (
+            "abc",
+            None,
+            "input_ids: must be a tensor or list of numbers, or an array, got 'abc'; tokenize with return_te",
+        ),
+        (
+            [[5, 6], [7]],
+            None,
+            "input_ids: must be a tensor or list of numbers, or an array, got [[5, 6], [7]] (expected",
+        ),
         (IDS[:, :0], None, "input_ids: must be integers of shape [batch, tokens], at least one, got torch.int64"),
         (IDS[None], None, "of shape (1, 2, 24); pass the tokenizer's input_ids"),
         (IDS.float(), None, "got torch.float32 of shape (2, 24)"),

@@ -510,3 +510,35 @@ def test_numbers_and_texts_are_found_in_any_script_and_spelling(tmp_path: Path):
         assert len(row["answer_text"]) <= len(text) + 2
     by = ["given: Literal"] * 4 + ["given: AllOf", "choice"]
     assert [row["answer_by"] for row in rows] == by
+
+
+def test_template_arguments_of_a_run_and_of_a_line(tmp_path: Path):
+    from tests.fixtures.tokenizers import CHATML, with_template
+
+    model, tokenizer = tiny()
+    template = CHATML.replace("assistant\n", "assistant\n{{ effort }}")
+    tokenizer = with_template(tokenizer, template)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True, effort="<own>"
+    )
+    lines = [
+        {"prompt": PROMPT, "response": RESPONSE},
+        {"prompt": PROMPT, "response": RESPONSE, "chat_template_kwargs": {"effort": "<low>"}},
+        # A prompt that is rendered already stays as it is.
+        {"prompt": rendered, "response": RESPONSE},
+        {"prompt": PROMPT, "response": RESPONSE, "chat_template_kwargs": "low"},
+        {"prompt": PROMPT, "response": RESPONSE, "chat_template_kwargs": {"tokenize": True}},
+    ]
+    path = write(tmp_path / "in.jsonl", lines)
+    summary = trace_corpus(model, tokenizer, path, tmp_path / "out", chat_template_kwargs={"effort": "<high>"})
+    texts = [load_trace(file).text for file in sorted((tmp_path / "out" / "traces").glob("*.safetensors"))]
+    assert [text.split("assistant\n")[1].split(">")[0] for text in texts] == ["<high", "<low", "<own"]
+    assert all(text.count("<|im_start|>") == 2 for text in texts)
+    assert [number for number, _ in summary.errors] == [4, 5]
+    assert "chat_template_kwargs: must be an object of template arguments, got 'low'" in summary.errors[0][1]
+    assert "must hold arguments of the template alone, got 'tokenize'" in summary.errors[1][1]
+    with pytest.raises(InvalidInputError, match="chat_template_kwargs"):
+        trace_corpus(model, tokenizer, path, tmp_path / "out", chat_template_kwargs={"effort": "<none>"})
+    plain = with_template(tokenizer, None)
+    with pytest.raises(InvalidInputError, match=r"chat_template_kwargs: need a chat template, got .* without; leave"):
+        trace_corpus(model, plain, path, tmp_path / "other", chat_template_kwargs={"effort": "<none>"})

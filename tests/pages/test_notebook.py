@@ -235,3 +235,14 @@ def test_a_notebook_runs_end_to_end():
     assert "&lt;b&gt;" in shown["text/html"]
     assert sorted(Fragment(shown["text/html"]).tokens) == [0, 1, 2]
     assert "FlowTrace of" in shown["text/plain"]
+
+
+def test_characters_of_several_tokens_are_printed_once():
+    trace = make(8, question=3, texts=("A", "汤", "汤", "汤", "姆", "姆", " ", "7"))
+    spans = torch.tensor([[0, 1], [1, 2], [1, 2], [1, 2], [2, 3], [2, 3], [3, 4], [4, 5]])
+    page = repr_html(FlowTrace(**{**vars(trace), "text": "A汤姆 7", "spans": spans}))
+    text = "".join(re.findall(r"<span title=[^>]*>(.*?)</span>", page))
+    assert text == "A汤姆 7"
+    # All tokens of a character stand in its tooltip.
+    assert len(re.findall(r'title="tokens 1 to 3, ', page)) == 1
+    assert len(re.findall(r'title="tokens 4 to 5, ', page)) == 1

@@ -69,7 +69,9 @@ class TestRendered:
         # Each content stands behind its own header, and the last one is the last of its text in the prompt.
         header = "[{}] " if strip else "<|im_start|>{}\n"
         for role in encoded.roles:
-            assert encoded.text[: role.start].endswith(header.format(role.role))
+            # A message without text has no place of its own.
+            if role.start < role.end:
+                assert encoded.text[: role.start].endswith(header.format(role.role))
 
     def test_a_role_the_template_drops_or_moves(self) -> None:
         template = (
@@ -97,23 +99,31 @@ class TestRendered:
         assert contents(encoded) == [("user", "a"), ("assistant", "c"), ("user", "e")]
 
     @pytest.mark.parametrize(
-        "template",
+        ("template", "expected"),
         [
-            "{% for m in messages %}{{ m.content[::-1] }}{% endfor %}",
-            "{{ messages[0].content | length }}:{{ messages[0].content }}.",
-            "{{ messages[0].content }}:{{ messages[0].content | length }}.",
-            "{% for m in messages %}{{ m.content[:2] }}{% endfor %}.",
-            "{{ messages[0].content }}{{ messages[0].content }}!",
+            ("{% for m in messages %}{{ m.content[::-1] }}!{% endfor %}", ["fed cb", "a"]),
+            ("{{ messages[0].content | length }}:{{ messages[0].content }}.", ["abc def"]),
+            ("{{ messages[0].content }}:{{ messages[0].content | length }}.", ["abc def"]),
+            ("{% for m in messages %}{{ m.content[:2] }}{% endfor %}.", ["ab"]),
+            ("{{ messages[0].content }}{{ messages[0].content }}!", ["abc def", "abc def"]),
+            ("{{ messages[0].content | tojson }}", ["abc def"]),
+            ("{{ messages[0].content.split() | join('-') }}", ["abc", "def"]),
+            ("{{ ', '.join(messages[0].content.split(' ')) }}", ["abc", "def"]),
+            ("{{ '<' ~ messages[0].content ~ '>' }}", ["abc def"]),
+            ("{{ messages[0].content.replace(' ', '__') | upper }}", ["ABC__DEF"]),
+            ("{% macro say(c) %}  {{ c }} {% endmacro %}({{ say(messages[0].content) | trim }})", ["abc def"]),
+            ("{% set c %}<{{ messages[0].content }}>{% endset %}{{ c[1:-1] }}", ["abc def"]),
+            ("{% generation %}{{ messages[0].content.partition(' ')[2] }}{% endgeneration %}", ["def"]),
         ],
     )
-    def test_a_template_that_rewrites_is_refused_or_right(self, template: str) -> None:
+    def test_a_content_is_followed_through_whatever_the_template_does(self, template: str, expected: list[str]) -> None:
         tokenizer = tiny.with_template(tiny.byte_level(), template)
         messages = chat("user: abc def")
-        if "[0].content }}{{" in template:
-            assert contents(encode(tokenizer, messages, "7")) == [("user", "abc def")] * 2
-        else:
-            with pytest.raises(InvalidInputError, match="prompt: the chat template must keep each message's text"):
-                encode(tokenizer, messages, "7")
+        encoded = encode(tokenizer, messages, "7")
+        assert encoded.prompt_text == tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        assert contents(encoded) == [("user", text) for text in expected]
 
     def test_the_final_assistant_message_is_the_response(self) -> None:
         messages = chat("user: How many?", "assistant: 7 apples")
@@ -136,7 +146,132 @@ class TestRendered:
         assert not_special(encoded) == "🙂?7"
 
 
+# A message without text gets no line break (Qwen 2.5), the system prompt decides on the thoughts (SmolLM3), and an
+# assistant's message is taken apart at its thoughts (Qwen 3).
+WITHOUT_TEXT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.content %}{{ '\\n' + m.content }}{% endif %}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>{% endfor %}<|im_start|>"
+)
+BY_CONTENT = (
+    "{% set s = messages[0].content %}{{ 'off' if '/no_think' in s else 'on' }}: {{ s.replace('/no_think', '') }}"
+    "{% for m in messages[1:] %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+)
+TAKEN_APART = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content }}"
+    "\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}"
+    "{% if not (loop.last and m.role == 'assistant') %}[end]{% endif %}{% endfor %}"
+)
+
+
+class TestTemplatesThatReadContents:
+    """What a template writes may depend on a content; transformers alone decides."""
+
+    def test_a_message_without_text(self) -> None:
+        call = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]
+        messages = [
+            *chat("user: Weather?"),
+            {"role": "assistant", "content": "", "tool_calls": call},
+            *chat("tool: 18 C"),
+        ]
+        encoded = encode(tiny.with_template(tiny.byte_level(), WITHOUT_TEXT), messages, "18.")
+        assert "<|im_start|>assistant<call>weather</call><|im_end|>" in encoded.prompt_text
+        assert contents(encoded) == [("user", "Weather?"), ("assistant", ""), ("tool", "18 C")]
+        assert not_special(encoded) == "Weather?18 C18."
+
+    def test_a_word_in_the_system_prompt(self) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), BY_CONTENT)
+        encoded = encode(tokenizer, chat("system: Be brief. /no_think", "user: Off?"), "7")
+        assert encoded.prompt_text == "off: Be brief. [user]Off?[assistant]"
+        assert contents(encoded) == [("system", "Be brief. "), ("user", "Off?")]
+
+    def test_a_prefill_that_closes_its_thoughts(self) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), TAKEN_APART)
+        prefill = "<think>\nI know.\n</think>\n\nIn Paris"
+        encoded = encode(tokenizer, chat("user: Weather?", f"assistant: {prefill}"), " 18 C.")
+        assert encoded.prompt_text == f"[user]Weather?[end][assistant]{prefill}"
+        assert contents(encoded) == [("user", "Weather?"), ("assistant", "I know."), ("assistant", "In Paris")]
+
+
+class TestTemplateArguments:
+    THINKING = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
+    )
+
+    def test_they_reach_the_template_and_the_record(self) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), self.THINKING)
+        messages = chat("user: How many?")
+        plain = encode(tokenizer, messages, "7")
+        off = encode(tokenizer, messages, "7", chat_template_kwargs={"enable_thinking": False})
+        assert off.prompt_text == plain.prompt_text + "<think></think>"
+        assert contents(off) == [("user", "How many?")]
+        assert off.origin["chat_template_kwargs"] == {"enable_thinking": False}
+        assert off.origin["chat_template"].startswith("sha256:")
+
+    def test_another_template_by_its_name_or_its_text(self) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), None)
+        tokenizer.chat_template = {"default": tiny.CHATML, "short": "[{{ messages[0].content }}]"}  # type: ignore[assignment]
+        named = encode(tokenizer, chat("user: a"), "7", chat_template_kwargs={"chat_template": "short"})
+        given = encode(
+            tokenizer, chat("user: a"), "7", chat_template_kwargs={"chat_template": "{{ messages[0].content }}"}
+        )
+        assert (named.prompt_text, given.prompt_text) == ("[a]", "a")
+        assert contents(named) == contents(given) == [("user", "a")]
+
+    def test_functions_become_their_schemas(self) -> None:
+        def add(a: int) -> int:
+            """Add one.
+
+            Args:
+                a: a number.
+            """
+            return a + 1
+
+        tokenizer = tiny.with_template(tiny.byte_level(), self.THINKING)
+        messages = chat("user: How many?")
+        encoded = encode(tokenizer, messages, "7", chat_template_kwargs={"tools": [add]})
+        assert encoded.prompt_text == tokenizer.apply_chat_template(
+            messages, tools=[add], tokenize=False, add_generation_prompt=True
+        )
+        assert encoded.origin["chat_template_kwargs"]["tools"][0]["function"]["name"] == "add"
+
+    def test_an_unread_argument_warns(self) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), self.THINKING)
+        message = r"^chat_template_kwargs: the chat template reads no 'enable_thinkng', so it has no effect; check the"
+        with pytest.warns(UserWarning, match=message):
+            encode(tokenizer, chat("user: How many?"), "7", chat_template_kwargs={"enable_thinkng": False})
+
+    @pytest.mark.unchecked
+    @pytest.mark.parametrize(
+        ("prompt", "options", "message"),
+        [
+            (chat("user: a"), ["x"], r"chat_template_kwargs: must be a dict of template arguments, got \['x'\]; pass"),
+            (chat("user: a"), {1: 2}, r"chat_template_kwargs: must be a dict of template arguments, got \{1: 2\}"),
+            (chat("user: a"), {"tokenize": True}, r"must hold arguments of the template alone, got 'tokenize', which"),
+            (chat("user: a"), {"tools": [object()]}, r"must hold plain JSON values and documented functions, got anot"),
+            (
+                chat("user: a"),
+                {"tools": "\ud83d"},
+                r"chat_template_kwargs: a value must be complete Unicode characters",
+            ),
+            ("a", {"enable_thinking": True}, r"chat_template_kwargs: go with chat messages, got \['enable_thinking'\]"),
+        ],
+    )
+    def test_what_are_no_arguments(self, prompt: Any, options: Any, message: str) -> None:
+        with pytest.raises(InvalidInputError, match=message):
+            encode(tiny.byte_level(), prompt, "7", chat_template_kwargs=options)
+
+
 class TestRefused:
+    def test_a_template_that_never_writes_the_same(self) -> None:
+        tokenizer = tiny.with_template(tiny.byte_level(), "{{ range(99999) | random }}{{ messages[0].content }}")
+        with pytest.raises(
+            InvalidInputError, match=r"^prompt: the chat template must write the same text each time, .*"
+        ):
+            encode(tokenizer, chat("user: Tom"), "7")
+
     @pytest.mark.unchecked
     @pytest.mark.parametrize(
         ("messages", "message"),
@@ -161,6 +296,12 @@ class TestRefused:
         message = r"final assistant message must hold the complete response in 'content', got \['reasoning_content'\]"
         with pytest.raises(InvalidInputError, match=message):
             encode(tiny.byte_level(), [*chat("user: How many?"), final])
+
+    def test_a_template_that_fails_in_its_own_way(self) -> None:
+        message = r"must fit the tokenizer's chat template, got its error .*; change the messages"
+        for template in ("{{ 1 // 0 }}", "{{ range(10**9) }}", "{{ messages[0].content / 2 }}"):
+            with pytest.raises(InvalidInputError, match=message):
+                encode(tiny.with_template(tiny.byte_level(), template), chat("user: Tom"), "7")
 
     def test_no_template(self) -> None:
         tokenizer = tiny.with_template(tiny.byte_level(), None)

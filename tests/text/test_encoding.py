@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import unicodedata
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flowgraph import InvalidInputError, RegionError, encode
 from tests.fixtures import tokenizers as tiny
@@ -137,10 +139,12 @@ class TestPlainPrompt:
 
 
 class TestGeneratedIds:
+    @pytest.mark.unchecked
     def test_tensor_list_and_array_are_alike(self) -> None:
         tokenizer = tiny.byte_level()
         ids = tokenizer(" 7.", add_special_tokens=False)["input_ids"]
         alike: list[Any] = [ids, tuple(ids), torch.tensor(ids), torch.tensor(ids, dtype=torch.int32), np.array(ids)]
+        alike += [[np.int64(index) for index in ids], list(torch.tensor(ids)), np.array(ids, dtype=np.uint16)]
         for given_ids in alike:
             assert encode(tokenizer, "Tom", given_ids).response_text == " 7."
 
@@ -189,6 +193,88 @@ class TestGeneratedIds:
     def test_what_are_no_ids(self, response: Any, message: str) -> None:
         with pytest.raises(InvalidInputError, match=message):
             encode(tiny.byte_level(), "Tom", response)
+
+
+class TestOpening:
+    """Special tokens that open a text stand in front of it once."""
+
+    @staticmethod
+    def _two_tokens() -> PreTrainedTokenizerFast:
+        """Put two special tokens in front of a text, without naming one of them BOS, as GLM-4 does."""
+        backend = Tokenizer.from_str(tiny.byte_level().backend_tokenizer.to_str())
+        backend.add_special_tokens(["[gMASK]", "<sop>"])
+        opening = [(token, backend.token_to_id(token)) for token in ("[gMASK]", "<sop>")]
+        backend.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=opening)
+        return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    @pytest.mark.parametrize("text", ["[gMASK]<sop>Tom has", "<sop>Tom has", "Tom has"])
+    def test_several_tokens_without_a_bos(self, text: str) -> None:
+        encoded = encode(self._two_tokens(), text, " 3 apples.")
+        assert encoded.tokens[:3] == ("[gMASK]", "<sop>", "Tom")
+        assert special_tokens(encoded) == ["[gMASK]", "<sop>"]
+        assert encoded.response_text == " 3 apples."
+        num_in_text = text.count("[gMASK]") + text.count("<sop>")
+        assert encoded.origin["added_tokens"] == ["[gMASK]", "<sop>"][: 2 - num_in_text]
+        assert encoded.origin["response_tokenized"] == "with the prompt"
+
+    def test_twice_in_the_text_itself_warns(self) -> None:
+        message = r"^prompt: must start once with the tokens that open a text, got '<s>' twice; tokenize rendered text"
+        with pytest.warns(UserWarning, match=message):
+            encode(tiny.byte_fallback(), "<s><s>Tom has", " 3")
+        # The template writes one, and a message holds another.
+        tokenizer = tiny.with_template(tiny.byte_fallback(), "{{ bos_token }}{{ messages[0].content }}")
+        with pytest.warns(UserWarning, match=message):
+            encode(tokenizer, chat("user: <s>Tom"), " 3")
+
+
+class TestUnicode:
+    HALF = "Seven \ud83d"
+
+    @pytest.mark.parametrize(
+        ("prompt", "response", "message"),
+        [
+            (
+                "How many? " + HALF,
+                "7",
+                r"prompt: the text must be complete .*, got half of .*, U\+D83D at character 16; ",
+            ),
+            ("How many?", HALF, r"response: the text must be complete .*, U\+D83D at character 6; remove it, or read"),
+            (chat("user: a", "user: " + HALF), "7", r"prompt: the content of message 1 must be complete Unicode"),
+            (chat("user: a", "assistant: " + HALF), None, r"prompt: the content of message 1 must be complete Unicode"),
+            ([{"role": "user", "content": [{"type": "text", "text": HALF}]}], "7", r"the content of message 0 must"),
+            (
+                [{"role": "\ud83d", "content": "a"}],
+                "7",
+                r"prompt: the rendered chat must be complete Unicode characters",
+            ),
+        ],
+    )
+    def test_half_of_a_surrogate_pair_is_refused(self, prompt: Any, response: str | None, message: str) -> None:
+        with pytest.raises(InvalidInputError, match=message):
+            encode(tiny.byte_level(), prompt, response)
+
+    def test_the_remedy_joins_halves(self) -> None:
+        halves = "Seven \ud83c\udf4e"
+        with pytest.raises(InvalidInputError, match="half of a surrogate pair"):
+            encode(tiny.byte_level(), "How many?", halves)
+        joined = halves.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert encode(tiny.byte_level(), "How many?", joined).response_text == "Seven \U0001f34e"
+
+    @pytest.mark.parametrize("text", ["Café", "한글", "n\u0303a", "क़", "e\u0301\u0323!"])
+    @pytest.mark.parametrize("form", ["NFC", "NFD"])
+    def test_a_tokenizer_that_composes_covers_every_part_of_a_character(self, text: str, form: Any) -> None:
+        backend = Tokenizer.from_str(tiny.byte_level().backend_tokenizer.to_str())
+        backend.normalizer = normalizers.NFC()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        prompt = unicodedata.normalize(form, f"{text} a {text}?")
+        encoded = encode(tokenizer, prompt, unicodedata.normalize(form, f" {text}."))
+        assert encoded.prompt_text == prompt
+        check_order(encoded)
+        # Both forms are the same tokens, and every token shows complete characters.
+        composed = encode(tokenizer, unicodedata.normalize("NFC", prompt), unicodedata.normalize("NFC", f" {text}."))
+        assert encoded.input_ids.tolist() == composed.input_ids.tolist()
+        shown = [unicodedata.normalize("NFC", token) for token in encoded.tokens]
+        assert shown == [unicodedata.normalize("NFC", token) for token in composed.tokens]
 
 
 class TestEmpty:

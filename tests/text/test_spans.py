@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from flowgraph import InvalidInputError, encode
-from flowgraph.text.spans import align, close_gaps, covers, inside
+from flowgraph import InvalidInputError, encode, find_regions
+from flowgraph.text.spans import align, close_gaps, covers, inside, printed_pieces, selected_text
 from tests.fixtures import tokenizers as tiny
 from tests.fixtures.texts import check_order, never_decreasing, pieces, response_pieces
 
@@ -108,3 +108,20 @@ class TestSlowSentencepiece:
         message = r"tokenizer: what it decodes must agree with the text it read, got '.*' for 'tomhas.*; pass input_ids"
         with pytest.raises(InvalidInputError, match=message):
             encode(tokenizer, "Tom has " * 20, "7")
+
+
+def test_shared_characters_are_printed_once() -> None:
+    text = "汤姆 has 🍎."
+    encoded = encode(tiny.byte_level(), "Who?", text)
+    spans = list(encoded.spans)
+    assert "".join(printed_pieces(encoded.tokens, spans, encoded.text)) == encoded.text
+    assert len(encoded.tokens) > len(encoded.text)
+    emoji = [span for span in spans if encoded.text[slice(*span)] == "🍎"]
+    assert len(emoji) == 4
+    assert selected_text(encoded.text, emoji) == "🍎"
+    assert selected_text(encoded.text, [spans[0], *emoji]) == "W … 🍎"
+    regions = find_regions(encoded, answer="🍎")
+    assert "answer: 4 tokens" in regions.describe(encoded)
+    assert regions.describe(encoded).count("🍎") == 3  # the answer, its selector, all generated tokens
+    # One token may end inside the next character.
+    assert printed_pieces(["a汤", "汤姆", "姆"], [(0, 2), (1, 3), (2, 3)], "a汤姆") == ["a汤", "姆", ""]

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.flow.solve import solve
 from flowgraph.graph.flow_graph import FlowGraph
@@ -20,6 +21,7 @@ _NEGLIGIBLE = 1e-12
 """Relative rounding error by which the share of a backbone may miss ``keep``."""
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class Backbone:
     """The fewest edges, strongest first, whose own routes carry a stated share of the flow.

@@ -18,12 +18,14 @@ import numpy as np
 from flowgraph.analysis.backbone import backbone
 from flowgraph.analysis.statistics import spearman
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
 
 _QUARTILES = (0.25, 0.5, 0.75)
 
 
+@loadable
 @dataclass(frozen=True)
 class GapReport:
     """One flow beside the max flow of its graph.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_geometric.utils import scatter
 
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow, require_single_feasible
 
 RoleRegion = Literal["reasoning", "all"]
@@ -23,6 +24,7 @@ _STARTS_HERE = -1
 """In place of an edge: the widest route into the token starts at it."""
 
 
+@loadable
 @dataclass(frozen=True)
 class Route:
     """One path from question to answer and the flow it carries.
@@ -44,6 +46,7 @@ class Route:
         return f"Route({' -> '.join(stops)}, flow={self.flow:.4g})"
 
 
+@loadable
 @dataclass(frozen=True)
 class TokenRole:
     """The part of one token in the flow.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
 from flowgraph.attention.modules import base_model, context_length, text_config
 from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.errors import CaptureError, InvalidInputError
+from flowgraph.masks import as_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,8 +28,8 @@ _RELATIVE_POSITIONS = {"bloom", "mpt", "roformer"}
 
 def capture(
     model: nn.Module,
-    input_ids: Int[Tensor, "*batch tokens"],
-    attention_mask: Shaped[Tensor, "*batch tokens"] | None = None,
+    input_ids: Int[Tensor, "*batch tokens"] | Int[np.ndarray, "*batch tokens"] | Sequence[Any],
+    attention_mask: Shaped[Tensor, "*batch tokens"] | Shaped[np.ndarray, "*batch tokens"] | Sequence[Any] | None = None,
     *,
     layers: LayerRule = "middle",
     heads: str | Sequence[int] | HeadSelector = "mean",
@@ -111,19 +113,16 @@ def forward_arguments(model: PreTrainedModel, attention_mask: Tensor) -> dict[st
     return arguments
 
 
-def checked_ids(input_ids: Tensor) -> Int[Tensor, "batch tokens"]:
+def checked_ids(input_ids: Any) -> Int[Tensor, "batch tokens"]:
     """Check the dtype and shape of ids, and add the dimension of the batch where it is missing.
 
     Args:
-        input_ids: ``[batch, tokens]`` or ``[tokens]``, of any integer dtype.
+        input_ids: ``[batch, tokens]`` or ``[tokens]``, of any integer dtype; a tensor, an array or lists.
 
     Raises:
-        InvalidInputError: not a tensor of integers, another number of dimensions, or no id.
+        InvalidInputError: no integers, another number of dimensions, or no id.
     """
-    if not isinstance(input_ids, Tensor):
-        raise InvalidInputError(
-            f"input_ids: must be a tensor, got {type(input_ids).__name__}; tokenize with return_tensors='pt'"
-        )
+    input_ids = as_tensor(input_ids, "input_ids", "tokenize with return_tensors='pt'")
     if input_ids.ndim == 1:
         input_ids = input_ids[None]
     dtype = input_ids.dtype
@@ -136,10 +135,11 @@ def checked_ids(input_ids: Tensor) -> Int[Tensor, "batch tokens"]:
     return input_ids
 
 
-def checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Int[Tensor, "batch tokens"]:
+def checked_mask(input_ids: Tensor, attention_mask: Any) -> Int[Tensor, "batch tokens"]:
     """Check that each row of a mask has tokens and pads on one or both sides; return it as 0 and 1."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.int64)
+    attention_mask = as_tensor(attention_mask, "attention_mask", "pass the tokenizer's", device=input_ids.device)
     if attention_mask.ndim == 1:
         attention_mask = attention_mask[None]
     if attention_mask.shape != input_ids.shape:

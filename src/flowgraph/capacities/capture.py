@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from flowgraph.errors import InvalidInputError
 
 def capture(
     model: nn.Module,
-    input_ids: Int[Tensor, "*batch tokens"],
-    attention_mask: Shaped[Tensor, "*batch tokens"] | None = None,
+    input_ids: Int[Tensor, "*batch tokens"] | Int[np.ndarray, "*batch tokens"] | Sequence[Any],
+    attention_mask: Shaped[Tensor, "*batch tokens"] | Shaped[np.ndarray, "*batch tokens"] | Sequence[Any] | None = None,
     *,
     capacity: str = "attention",
     layers: LayerRule | None = None,

@@ -35,6 +35,7 @@ from flowgraph.certificate.law import law
 from flowgraph.certificate.rational import RATIONAL_EDGES, against_fractions, require_rational_size
 from flowgraph.display.fragment import escaped, folded, fragment, table
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow
 from flowgraph.flow.signed_flow import SignedFlow
 from flowgraph.maxflow.problem import MAX_EDGES, MaxFlowProblem
@@ -44,6 +45,7 @@ _MAX_STATEMENT = 400
 """Characters of a statement, a detail or a note that a notebook shows."""
 
 
+@loadable
 @dataclass(frozen=True, repr=False)
 class Certificate:
     """The result of checking one flow.

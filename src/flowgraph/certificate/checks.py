@@ -30,6 +30,7 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 
 from flowgraph.certificate.flow_arrays import EPS, NEGLIGIBLE_FLOW, FlowArrays
+from flowgraph.files import loadable
 from flowgraph.maxflow.problem import MaxFlowProblem
 from flowgraph.maxflow.verification import relative_tolerance
 
@@ -82,6 +83,7 @@ _STATEMENTS = {
 """Every check, in the words of the table."""
 
 
+@loadable
 @dataclass(frozen=True)
 class Check:
     """One statement about a flow, with the number that decides it.

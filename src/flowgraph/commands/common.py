@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _RESULT_SUFFIXES = ("html", "json", "safetensors")
+_BYTE_ORDER_MARK = "\ufeff"
 _MAX_DIGITS = 7
 """Most digits of a number in a list, so that a typing error cannot make an endless range."""
 
@@ -73,6 +76,14 @@ Rows = Annotated[str | None, typer.Option(help="'emission', 'emission_all' or 'l
 Source = Annotated[str, typer.Option(help="'uniform' or 'potential'.")]
 Damping = Annotated[float, typer.Option(help="Factor per hop, in (0, 1].")]
 MaxNewTokens = Annotated[int, typer.Option(help="Limit of a generated response.")]
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        help="Arguments of the chat template as a JSON object, like '{\"enable_thinking\": false}'.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16'.")]
 Device = Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps'.")]
 
@@ -166,6 +177,90 @@ def _option_value(text: str) -> bool | int | float | str | None:
         except ValueError:
             continue
     return text or None
+
+
+def template_arguments(text: str | None) -> dict[str, Any] | None:
+    """Read the arguments of a chat template, a JSON object.
+
+    Raises:
+        BadParameter: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).split("\n")[0]
+        raise typer.BadParameter(
+            f"--chat-template-kwargs must be a JSON object, got {text[:80]!r} ({reason}); "
+            "e.g. '{\"enable_thinking\": false}'"
+        ) from None
+    if not isinstance(arguments, dict):
+        raise typer.BadParameter(
+            f"--chat-template-kwargs must be a JSON object, got {text[:80]!r}; e.g. '{{\"enable_thinking\": false}}'"
+        )
+    return arguments
+
+
+def read_text(name: str, given: str | None, file: Path | None, *, read_stdin: bool = False) -> str | None:
+    """Read a text from its argument, from a file, or from standard input.
+
+    Files and standard input are UTF-8. An editor's byte order mark and the line break that ends the last line are
+    removed, which standard error reports: the model would read them as part of the text.
+
+    Args:
+        name: what is read, for messages and for the name of the option.
+        given: the argument.
+        file: the file of ``--NAME-file``.
+        read_stdin: read standard input where neither is given.
+
+    Raises:
+        BadParameter: both, no text, or bytes that are not UTF-8.
+    """
+    if given is not None and file is not None:
+        raise typer.BadParameter(f"give the {name} as text or as --{name}-file, not both")
+    if file is not None:
+        try:
+            raw = file.read_bytes()
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(
+                f"--{name}-file must be a readable UTF-8 file, got {file} ({error}); check the path"
+            ) from error
+        return _cleaned(_decoded(raw, f"--{name}-file must be a readable UTF-8 file, got {file}"), str(file))
+    if given is None and read_stdin:
+        # A terminal would wait for input without a word.
+        if sys.stdin is None or sys.stdin.isatty():
+            raise typer.BadParameter(f"give the {name} as an argument, by --{name}-file, or on standard input")
+        source = "standard input"
+        buffer = getattr(sys.stdin, "buffer", None)
+        text = sys.stdin.read() if buffer is None else _decoded(buffer.read(), f"{source} must be UTF-8, got others")
+        return _cleaned(text, source)
+    return given
+
+
+def _decoded(raw: bytes, rule: str) -> str:
+    """Decode UTF-8, and write every line break as a line feed."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(
+            f"{rule} (byte 0x{raw[error.start]:02x} at position {error.start}); convert it to UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _cleaned(text: str, source: str) -> str:
+    """Remove a byte order mark and the final line break, and report it."""
+    removed = []
+    if text.startswith(_BYTE_ORDER_MARK):
+        text = text.removeprefix(_BYTE_ORDER_MARK)
+        removed.append("the byte order mark")
+    if text.endswith("\n"):
+        text = text.removesuffix("\n")
+        removed.append("the final line break")
+    if removed:
+        typer.echo(f"flowgraph: removed {' and '.join(removed)} of {source}", err=True)
+    return text
 
 
 def check_outputs(*paths: Path | None) -> None:
@@ -341,5 +436,6 @@ def warnings_on_stderr() -> Iterator[None]:
         # Python shows a repeated warning only once by default.
         warnings.simplefilter("always", UserWarning)
         yield
-    for warning in caught:
-        typer.secho(f"flowgraph: warning: {warning.message}", err=True, fg=typer.colors.YELLOW)
+    # Many texts may cause one warning.
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        typer.secho(f"flowgraph: warning: {message}", err=True, fg=typer.colors.YELLOW)

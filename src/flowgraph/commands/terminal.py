@@ -20,6 +20,7 @@ from flowgraph.display.palette import FIRST_STEP_WITH_BLACK_INK, FLOW_RAMP_ON_DA
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.steps.step_relevance import StepRelevance
 from flowgraph.text.quoting import shortened
+from flowgraph.text.spans import printed_pieces
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
 from flowgraph.tracing.provenance import describe_response
@@ -193,13 +194,23 @@ def heat_text(trace: FlowTrace, part: range | None = None) -> Text:
         part: the tokens to show; None shows all.
     """
     text = Text(no_wrap=False)
-    # The square root spreads small shares, which most tokens have.
-    strengths = trace.throughput.sqrt().tolist()
+    # Tokens that share a character print it once, as strong as the strongest of them.
+    pieces = printed_pieces(trace.tokens, trace.spans.tolist(), trace.text)
+    throughput = trace.throughput.tolist()
+    printing = 0
+    for index, piece in enumerate(pieces):
+        if piece:
+            printing = index
+        throughput[printing] = max(throughput[printing], throughput[index])
+
     regions = token_regions(trace.graph)
     for index in part if part is not None else range(trace.num_tokens):
-        token = trace.tokens[index]
+        token = pieces[index]
+        if not token:
+            continue
         region = regions[index]
-        strength = strengths[index]
+        # The square root spreads small shares, which most tokens have.
+        strength = throughput[index] ** 0.5
         style = _heat_style(strength)
         if region == "question":
             style = f"underline {style}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +23,7 @@ from flowgraph.commands.common import (
     Quiet,
     Rows,
     Source,
+    TemplateArguments,
     TraceHeads,
     TraceLayers,
     composition_choice,
@@ -32,7 +32,9 @@ from flowgraph.commands.common import (
     layer_choice,
     load_model,
     outputs_in,
+    read_text,
     stages,
+    template_arguments,
     warnings_on_stderr,
 )
 from flowgraph.commands.views import View
@@ -56,6 +58,7 @@ def trace(
     response_file: Annotated[Path | None, typer.Option(help="Read the response from a file.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message for the chat template.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: the prompt is the text itself.")] = False,
+    chat_template_kwargs: TemplateArguments = None,
     question: Annotated[
         str | None,
         typer.Option(
@@ -105,11 +108,12 @@ def trace(
     """Trace one answer; print it with its strongest tokens and routes, and check the flow."""
     # Read and check every option before the model is loaded.
     view = View(full=full, quiet=quiet, all_tokens=all_tokens, relevance=relevance, keep=keep)
-    text = _text("prompt", prompt if prompt != "-" else None, prompt_file, read_stdin=True)
-    given_response = _text("response", response, response_file)
+    text = read_text("prompt", prompt if prompt != "-" else None, prompt_file, read_stdin=True)
+    given_response = read_text("response", response, response_file)
     for name, value in (("prompt", text), ("response", given_response)):
         if value is not None and not value.strip():
             raise typer.BadParameter(f"the {name} is empty; give some text")
+    arguments = template_arguments(chat_template_kwargs)
     chosen_answer = _answer_choice(answer, answer_span, last_line)
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
@@ -119,44 +123,57 @@ def trace(
         # The folder is created and checked before the model is loaded.
         outputs = outputs_in(out)
         network, tokenizer = load_model(model, dtype, device, progress)
-        # A chat model expects a user message, a base model the text itself.
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        prompt_or_chat: Any = text
-        if not plain and has_template:
-            prompt_or_chat = [{"role": "user", "content": text}]
-            if system:
-                prompt_or_chat.insert(0, {"role": "system", "content": system})
-        elif system:
-            raise typer.BadParameter("--system needs a chat template; write it into the prompt")
+        prompt_or_chat = _as_chat(tokenizer, str(text), system, plain)
+        if arguments and isinstance(prompt_or_chat, str):
+            raise typer.BadParameter(
+                "--chat-template-kwargs needs a chat template and a prompt that is not rendered; leave it out"
+            )
         import flowgraph
         from flowgraph import RelevanceTrace
 
-        result = flowgraph.trace(
-            network,
-            tokenizer,
-            prompt_or_chat,
-            given_response,
-            question=question,
-            answer=chosen_answer,
-            capacity=capacity,
-            layers=chosen_layers,
-            heads=chosen_heads,
-            preset=preset,
-            rows=rows,
-            source=source,  # type: ignore[arg-type]
-            damping=damping,
-            max_new_tokens=max_new_tokens,
-            composition=composition_name,
-            composition_options=composition_options,
-            outputs=outputs,
-            progress=progress,
-        )
+        with warnings_on_stderr():
+            result = flowgraph.trace(
+                network,
+                tokenizer,
+                prompt_or_chat,
+                given_response,
+                question=question,
+                answer=chosen_answer,
+                chat_template_kwargs=arguments,
+                capacity=capacity,
+                layers=chosen_layers,
+                heads=chosen_heads,
+                preset=preset,
+                rows=rows,
+                source=source,  # type: ignore[arg-type]
+                damping=damping,
+                max_new_tokens=max_new_tokens,
+                composition=composition_name,
+                composition_options=composition_options,
+                outputs=outputs,
+                progress=progress,
+            )
         if isinstance(result, RelevanceTrace):
             _report_relevance(result, outputs, view, progress)
             return
         found = _relevance(network, result, progress) if relevance else None
         others = _beside(network, result, beside, progress)
     _report(result, out, view, found, others)
+
+
+def _as_chat(tokenizer: Any, text: str, system: str | None, plain: bool) -> str | list[dict[str, Any]]:
+    """Make the prompt a user's message for a chat model; a base model, or a rendered prompt, keeps the text itself."""
+    from flowgraph.text.rendered_chat import recognise_rendered
+
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if plain or not has_template or recognise_rendered(tokenizer, text) is not None:
+        if system:
+            raise typer.BadParameter("--system needs a chat template; write it into the prompt")
+        return text
+    messages = [{"role": "user", "content": text}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
 
 
 def demo(
@@ -180,25 +197,6 @@ def demo(
         found = _relevance(network, result, progress)
         others = _beside(network, result, _DEMO_CAPACITIES, progress)
     _report(result, out, view, found, others)
-
-
-def _text(name: str, given: str | None, file: Path | None, *, read_stdin: bool = False) -> str | None:
-    """Read a text from its argument, from a file, or from standard input."""
-    if given is not None and file is not None:
-        raise typer.BadParameter(f"give the {name} as text or as --{name}-file, not both")
-    if file is not None:
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(
-                f"--{name}-file must be a readable UTF-8 file, got {file} ({error}); check the path"
-            ) from error
-    if given is None and read_stdin:
-        # A terminal would wait for input without a word.
-        if sys.stdin is None or sys.stdin.isatty():
-            raise typer.BadParameter(f"give the {name} as an argument, by --{name}-file, or on standard input")
-        return sys.stdin.read()
-    return given
 
 
 def _answer_choice(pattern: str | None, span: str | None, last_line: bool) -> str | Selector | None:

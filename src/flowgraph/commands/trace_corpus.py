@@ -24,6 +24,7 @@ from flowgraph.commands.common import (
     Quiet,
     Rows,
     Source,
+    TemplateArguments,
     TraceHeads,
     TraceLayers,
     composition_choice,
@@ -32,6 +33,8 @@ from flowgraph.commands.common import (
     layer_choice,
     load_model,
     stages,
+    template_arguments,
+    warnings_on_stderr,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +67,10 @@ def trace_corpus(
     answer: Annotated[str | None, typer.Option(help="For lines without one: text or a regular expression.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message in front of text prompts.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: a prompt is the text itself.")] = False,
+    chat_template_kwargs: TemplateArguments = None,
+    chat_template_kwargs_field: Annotated[
+        str, typer.Option(help="Key of a line's arguments of the chat template; '' for none.")
+    ] = "chat_template_kwargs",
     capacity: Capacity = "attention",
     composition: CompositionText = None,
     layers: TraceLayers = None,
@@ -98,7 +105,9 @@ def trace_corpus(
         id=id_field,
         question=question_field,
         answer=answer_field,
+        chat_template_kwargs=chat_template_kwargs_field,
     )
+    arguments = template_arguments(chat_template_kwargs)
     scan(file, fields)
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
@@ -107,7 +116,7 @@ def trace_corpus(
         network, tokenizer = load_model(model, dtype, device, progress)
 
     try:
-        with _reporting(quiet) as report:
+        with warnings_on_stderr(), _reporting(quiet) as report:
             summary = flowgraph.trace_corpus(
                 network,
                 tokenizer,
@@ -118,6 +127,7 @@ def trace_corpus(
                 answer=answer,
                 plain=plain,
                 system=system,
+                chat_template_kwargs=arguments,
                 capacity=capacity,
                 composition=composition_name,
                 composition_options=composition_options,

@@ -14,6 +14,7 @@ from torch import Tensor
 from flowgraph.analysis.routes import widest_routes
 from flowgraph.analysis.statistics import spearman
 from flowgraph.comparison.alignment import Group
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.steps.contraction import Contraction, contract
@@ -26,6 +27,7 @@ _SHARED_RATIO = 0.5
 """A route is shared when the narrower of its two widths is at least this part of the wider."""
 
 
+@loadable
 @dataclass(frozen=True)
 class RoutePair:
     """One of the widest routes of either trace, looked up in both.

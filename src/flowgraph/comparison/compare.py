@@ -24,10 +24,11 @@ from flowgraph.comparison.agreement import (
 from flowgraph.comparison.alignment import SAME_TOKENS, Alignment, Group, align, question_text
 from flowgraph.display.fragment import bar, escaped, fragment, percent, table
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError
-from flowgraph.files import PathLike, write_json
+from flowgraph.files import PathLike, loadable, write_json
 from flowgraph.flow.flow import NEGLIGIBLE_FLOW
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.pages.comparison_page import write_comparison_html
+from flowgraph.text.spans import selected_text
 from flowgraph.tracing.flow_trace import FlowTrace
 
 SCHEMA = "flowgraph-comparison/1"
@@ -55,6 +56,7 @@ _TRACE_SETTINGS = (
 _FLOW_SETTINGS = ("damping", "source")
 
 
+@loadable
 @dataclass(frozen=True)
 class Unit:
     """A token, the tokens that spell the same characters, or a step: what is compared as one.
@@ -74,6 +76,7 @@ class Unit:
     region: str | None
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     r"""Two traces of one text, or of two answers to one question.
@@ -156,9 +159,10 @@ class Comparison:
     def context(self, pair: int, width: int = 16) -> tuple[str, str, str]:
         """Return up to ``width`` characters before the pair's text, the text, and as many characters after it."""
         trace, unit = self._trace_and_unit(pair)
-        # As many tokens as characters are enough.
-        before = "".join(trace.tokens[: unit.start][-width:])
-        after = "".join(trace.tokens[unit.stop :][:width])
+        # The characters before and after those of the unit; its tokens may share characters with others.
+        spans = trace.spans[unit.start : unit.stop]
+        before = trace.text[: int(spans[:, 0].min())]
+        after = trace.text[int(spans[:, 1].max()) :]
         return before[-width:], unit.text, after[:width]
 
     def _trace_and_unit(self, pair: int) -> tuple[FlowTrace, Unit]:
@@ -480,8 +484,7 @@ def _name(settings: Mapping[str, Any], differing: Sequence[str], answer: str | N
 
 def _answer(trace: FlowTrace) -> str:
     """Return the text of the answer, shortened to fit a name."""
-    answer_tokens = trace.answer.nonzero().flatten().tolist()
-    text = "".join(trace.tokens[t] for t in answer_tokens).strip()
+    text = selected_text(trace.text, trace.spans[trace.answer].tolist())
     if len(text) <= _MAX_ANSWER:
         return text
     return text[: _MAX_ANSWER - 1] + "…"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from flowgraph.errors import InvalidInputError
+from flowgraph.text.chat import checked_template_options
 from flowgraph.text.selectors import Regex, Selector
 from flowgraph.tracing.generation import check_max_new_tokens, is_integer
 from flowgraph.tracing.trace_options import TraceOptions
@@ -26,6 +28,7 @@ class CorpusOptions:
         answer: where flow leaves, for lines that do not name it; None: found.
         plain: text prompts are not made into chat messages.
         system: system message in front of text prompts.
+        chat_template_kwargs: arguments of the chat template; a line may override them.
         keep: share of the flow whose routes make the backbone, in (0, 1].
         batch_tokens: most tokens, padding included, of one forward pass. It changes rounding only.
         html: whether a page is written for each trace.
@@ -36,6 +39,7 @@ class CorpusOptions:
     answer: str | Selector | None
     plain: bool
     system: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
     keep: float
     batch_tokens: int
     html: bool
@@ -70,6 +74,12 @@ class CorpusOptions:
             raise InvalidInputError(
                 f"system: needs a chat template, got {self.system!r:.80} without; write it into the prompts"
             )
+        checked_template_options(tokenizer, self.chat_template_kwargs)
+        if self.chat_template_kwargs and not getattr(tokenizer, "chat_template", None):
+            raise InvalidInputError(
+                f"chat_template_kwargs: need a chat template, got {self.chat_template_kwargs!r:.80} without; "
+                "leave them out"
+            )
 
     def settings(self) -> dict[str, str]:
         """List the options that decide a result by name, as text, for the manifest of a run."""
@@ -85,6 +95,7 @@ class CorpusOptions:
             "answer": self.answer,
             "plain": self.plain,
             "system": self.system,
+            "chat_template_kwargs": checked_template_options(None, self.chat_template_kwargs),
             "source": trace.source,
             "absorption": trace.absorption,
             "damping": trace.damping,

@@ -38,6 +38,7 @@ class CorpusFields:
         question: literal text of the prompt, where flow enters; a list of texts: all of them.
         answer: literal text of the final part of the response, where flow leaves, or a list of texts; the last
             occurrence of each counts.
+        chat_template_kwargs: arguments of the chat template, an object; they override those of the run.
 
     Raises:
         InvalidInputError: no key for the prompt, or one key for two fields.
@@ -49,6 +50,7 @@ class CorpusFields:
     id: str = "id"
     question: str = "question"
     answer: str = "answer"
+    chat_template_kwargs: str = "chat_template_kwargs"
 
     def __post_init__(self) -> None:
         """Refuse a missing prompt, and two fields with one key, which would read one value as two things."""
@@ -242,7 +244,19 @@ def _request(values: Mapping[str, Any], names: CorpusFields) -> TextRequest:
         response,
         question=_literal(values, names.question),
         answer=_literal(values, names.answer),
+        chat_template_kwargs=_template_arguments(values, names.chat_template_kwargs),
     )
+
+
+def _template_arguments(values: Mapping[str, Any], key: str) -> dict[str, Any] | None:
+    """Read the arguments of the chat template."""
+    arguments = _optional(values, key)
+    if arguments is not None and not isinstance(arguments, dict):
+        raise InvalidInputError(
+            f"{key}: must be an object of template arguments, got {arguments!r:.80}; "
+            'write it as {"enable_thinking": false}'
+        )
+    return arguments
 
 
 def _prompt(values: Mapping[str, Any], names: CorpusFields) -> str | list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.text.chat import check_prompt, ends_with_response
 from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions, last_resort
+from flowgraph.text.rendered_chat import recognise_rendered
 from flowgraph.tracing.flow_trace import FlowTrace, load_trace
 from flowgraph.tracing.generation import generate_response
 from flowgraph.tracing.inputs import TextRequest, regions_of_text
@@ -213,10 +214,14 @@ class Run:
         try:
             # The prompt as the model reads it, and the response, generated where the line has none.
             prompt = _as_chat(self.tokenizer, request.prompt, options)
+            arguments = {**(options.chat_template_kwargs or {}), **(request.chat_template_kwargs or {})}
+            if isinstance(prompt, str) and not request.chat_template_kwargs:
+                # The run's arguments are for the lines that a template renders.
+                arguments = {}
             response = request.response
             is_generated = False
             if response is None:
-                response = self._generated(line, prompt)
+                response = self._generated(line, prompt, arguments)
                 is_generated = response is not None
             # What a line states about itself comes before the options of the run.
             complete = TextRequest(
@@ -225,6 +230,7 @@ class Run:
                 question=request.question or options.question,
                 answer=request.answer or options.answer,
                 is_generated=is_generated,
+                chat_template_kwargs=arguments,
             )
             max_new_tokens = options.trace.max_new_tokens
             encoded, regions = regions_of_text(self.inner, self.tokenizer, complete, max_new_tokens, self.progress)
@@ -238,7 +244,7 @@ class Run:
             return None
         return Prepared(line, encoded, regions, is_generated)
 
-    def _generated(self, line: Line, prompt: Prompt) -> list[int] | None:
+    def _generated(self, line: Line, prompt: Prompt, arguments: dict[str, Any]) -> list[int] | None:
         """Return the response of a line that states none, generated once and kept; None where the chat ends with it."""
         if ends_with_response(prompt):
             return None
@@ -249,7 +255,8 @@ class Run:
         def report(stage: str) -> None:
             self.progress(f"line {line.number}: {stage}")
 
-        ids = generate_response(self.inner, self.tokenizer, prompt, self.options.trace.max_new_tokens, report)
+        max_new_tokens = self.options.trace.max_new_tokens
+        ids = generate_response(self.inner, self.tokenizer, prompt, max_new_tokens, report, arguments)
         self.folder.keep_response(line, ids)
         return ids
 
@@ -321,7 +328,9 @@ class Run:
             was_generated=item.was_generated,
             max_new_tokens=options.max_new_tokens,
         )
-        provenance = provenance_of(self.inner, self.tokenizer, item.regions, attention.layers, options, response_facts)
+        provenance = provenance_of(
+            self.inner, self.tokenizer, item.regions, attention.layers, options, response_facts, item.encoded
+        )
         provenance["line"] = item.line.number
         provenance["id"] = item.line.id
         return assemble(attention.sequence(place), item.encoded, item.regions, options, provenance)
@@ -354,9 +363,19 @@ def batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[list[Pr
 
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: CorpusOptions) -> Prompt:
-    """Make a text prompt into a user's message, where the tokenizer has a chat template and ``plain`` is not set."""
+    """Make a text prompt into a user's message, where the tokenizer has a chat template and ``plain`` is not set.
+
+    A prompt that the template has rendered before stays as it is.
+    """
     check_prompt(prompt)
     if not isinstance(prompt, str) or options.plain or not getattr(tokenizer, "chat_template", None):
+        return prompt
+    if recognise_rendered(tokenizer, prompt) is not None:
+        if options.system:
+            raise InvalidInputError(
+                f"system: must be None for a prompt that is rendered already, got {options.system!r:.80}; "
+                "pass messages instead"
+            )
         return prompt
     messages = []
     if options.system:

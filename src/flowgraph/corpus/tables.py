@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from flowgraph.corpus.requests import Line
 from flowgraph.corpus.run_folder import CorpusFolder
 from flowgraph.errors import InvalidInputError, MissingExtraError
@@ -210,23 +208,6 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "score": [finite_or_none(value) for value in trace.scores.tolist()],
     }
     return {"trace": row, "tokens": tokens}
-
-
-def _text_of(trace: FlowTrace, mask: Tensor) -> str:
-    """Join the text of some tokens: blanks between them are kept, other characters left out show as an ellipsis."""
-    text = ""
-    end_so_far = None
-    for start, end in sorted(trace.spans[mask].tolist()):
-        if end_so_far is None:
-            text += trace.text[start:end]
-            end_so_far = end
-            continue
-        between = trace.text[end_so_far:start]
-        text += " … " if between.strip() else between
-        # Tokens may share characters, which are shown once.
-        text += trace.text[max(start, end_so_far) : end]
-        end_so_far = max(end, end_so_far)
-    return text.strip()
 
 
 def _storable(text: str) -> str:

@@ -74,6 +74,7 @@ def trace_corpus(
     answer: str | Selector | None = None,
     plain: bool = False,
     system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     capacity: str = "attention",
     capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
@@ -114,6 +115,7 @@ def trace_corpus(
         answer: for lines that name none: text, a regular expression or a selector. Default: found.
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
+        chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``; a line may override them.
         capacity: what an edge weighs, as for :func:`flowgraph.trace`; not a signed one.
         capacity_options: options of the capacity by name.
         layers: this argument and those down to ``max_new_tokens`` are those of :func:`flowgraph.trace`, and are
@@ -181,6 +183,7 @@ def trace_corpus(
         answer=answer,
         plain=plain,
         system=system,
+        chat_template_kwargs=chat_template_kwargs,
         keep=keep,
         batch_tokens=batch_tokens,
         html=html,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph.errors import GraphError, InfeasibleFlowError, InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.graph.validity import GraphVersion
 from flowgraph.propagation.ratios import masked_ratio
@@ -24,6 +25,7 @@ LEAST_FLOW = 2.0**-800
 """A share of the unit flow below this counts as no flow: its factors may leave the range of float64."""
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class Flow:
     r"""The unit flow from question to answer on one graph, or on each graph of a batch.

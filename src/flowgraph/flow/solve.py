@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 from torch import Tensor
 from torch_geometric.data import Batch
 
@@ -12,6 +14,7 @@ from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.graph.signed_graph import refuse_signed
 from flowgraph.graph.validity import require_usable
+from flowgraph.masks import as_tensor
 from flowgraph.propagation.checks import token_vector
 from flowgraph.propagation.conservation import conserve
 from flowgraph.propagation.edge_sweeps import EdgeSweeps
@@ -19,6 +22,8 @@ from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.topology import topology_of
 
 SourceRule = Literal["uniform", "potential"]
+Vector = Tensor | np.ndarray | Sequence[float]
+"""One number for each token."""
 Absorption = Literal["absorb", "pass_through"]
 
 
@@ -26,8 +31,8 @@ def solve(
     graph: FlowGraph | Batch,
     *,
     backend: Backend = "auto",
-    source: SourceRule | Tensor = "uniform",
-    demand: Tensor | None = None,
+    source: SourceRule | Vector = "uniform",
+    demand: Vector | None = None,
     absorption: Absorption | None = None,
     damping: float = 1.0,
 ) -> Flow:
@@ -126,7 +131,7 @@ def solve(
     )
 
 
-def absorption_rule(absorption: Absorption | None, demand: Tensor | None) -> Absorption:
+def absorption_rule(absorption: Absorption | None, demand: Vector | None) -> Absorption:
     """Return the rule that applies: by default the answer absorbs, and a custom demand lets all edges pass."""
     if absorption is not None:
         return absorption
@@ -135,7 +140,7 @@ def absorption_rule(absorption: Absorption | None, demand: Tensor | None) -> Abs
 
 def check_options(
     backend: str,
-    source: str | Tensor,
+    source: str | Vector | None,
     absorption: str | None,
     damping: float,
 ) -> None:
@@ -145,7 +150,9 @@ def check_options(
         InvalidInputError: the option, its allowed values, and the value got.
     """
     _check_choice("backend", backend, get_args(Backend))
-    if not isinstance(source, Tensor):
+    if isinstance(source, Tensor | np.ndarray | Sequence) and not isinstance(source, str):
+        as_tensor(source, "source", "pass a vector over the tokens, 'uniform' or 'potential'")
+    else:
         _check_choice("source", source, get_args(SourceRule))
     if absorption is not None:
         _check_choice("absorption", absorption, get_args(Absorption))

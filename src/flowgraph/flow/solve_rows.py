@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError, RegionError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import log2_potential
-from flowgraph.flow.solve import Absorption, SourceRule, absorption_rule, check_options
+from flowgraph.flow.solve import Absorption, SourceRule, Vector, absorption_rule, check_options
 from flowgraph.graph.edge_rules import EdgeRows, EdgeRules
+from flowgraph.masks import as_tensor
 from flowgraph.propagation.block_substitution import token_blocks
 from flowgraph.propagation.checks import as_batch, check_capacity_matrix, token_vector
 from flowgraph.propagation.conservation import conserve
@@ -21,10 +25,13 @@ from flowgraph.propagation.interface import Backend
 from flowgraph.propagation.row_sources import KeptRows, MatrixRows, RowSource, as_row_source
 from flowgraph.propagation.row_sweeps import DenseSweeps, StreamSweeps
 
+BatchMask = Shaped[Tensor, "*batch tokens"] | Shaped[np.ndarray, "*batch tokens"] | Sequence[Any]
+"""A region of each sequence of a batch."""
 _DENSE_BYTES = 2**28
 """Capacities up to this size are written into one matrix, which is then solved in place."""
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class RowFlow:
     r"""The unit flow from question to answer on each sequence of a batch; vectors ``[B, T]``, float64.
@@ -78,16 +85,16 @@ class RowFlow:
 
 
 def solve_rows(
-    rows: RowSource | Float[Tensor, "*batch tokens tokens"],
+    rows: RowSource | Float[Tensor, "*batch tokens tokens"] | Float[np.ndarray, "*batch tokens tokens"] | Sequence[Any],
     *,
-    question: Shaped[Tensor, "*batch tokens"],
-    answer: Shaped[Tensor, "*batch tokens"],
-    generated: Shaped[Tensor, "*batch tokens"] | None = None,
+    question: BatchMask,
+    answer: BatchMask,
+    generated: BatchMask | None = None,
     preset: str | None = "default",
     rules: EdgeRules | None = None,
     backend: Backend = "auto",
-    source: SourceRule | Tensor = "uniform",
-    demand: Tensor | None = None,
+    source: SourceRule | Vector = "uniform",
+    demand: Vector | None = None,
     absorption: Absorption | None = None,
     damping: float = 1.0,
 ) -> RowFlow:
@@ -133,6 +140,8 @@ def solve_rows(
         [[0.0, 1.0, 0.625, 1.0]]
     """
     check_options(backend, source, absorption, damping)
+    if isinstance(rows, np.ndarray | Sequence):
+        rows = as_tensor(rows, "rows", "pass a matrix [batch, tokens, tokens]", error=GraphError, is_precise=True)
     masks = _region_masks(rows, question=question, answer=answer, generated=generated)
 
     # D: the damping, or 0 where an answer token absorbs.
@@ -243,7 +252,7 @@ def _first_tokens(rows: Any, propagation_factor: Float64[Tensor, "batch tokens"]
     return attention_mask.long().argmax(-1)
 
 
-def _region_masks(rows: Any, **regions: Tensor | None) -> dict[str, Bool[Tensor, "batch tokens"]]:
+def _region_masks(rows: Any, **regions: BatchMask | None) -> dict[str, Bool[Tensor, "batch tokens"]]:
     """Check the regions, and return them as bool masks of one shape on the device of the rows."""
     shape = _batch_shape(rows)
     if 0 in shape:
@@ -257,11 +266,12 @@ def _region_masks(rows: Any, **regions: Tensor | None) -> dict[str, Bool[Tensor,
     for name, region in regions.items():
         if region is None:
             continue
-        mask = as_batch(torch.as_tensor(region, device=rows.device))
+        remedy = "build it over the padded input_ids"
+        mask = as_batch(as_tensor(region, name, remedy, device=rows.device, error=RegionError))
         if mask.dtype != torch.bool or mask.shape != shape:
             raise RegionError(
                 f"{name}: must be a bool mask of shape {shape}, one entry per token of each sequence, got "
-                f"{mask.dtype} of shape {tuple(mask.shape)}; build it over the padded input_ids"
+                f"{mask.dtype} of shape {tuple(mask.shape)}; {remedy}"
             )
         masks[name] = mask
 

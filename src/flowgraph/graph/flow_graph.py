@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
+from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.storage import GlobalStorage
@@ -13,6 +16,7 @@ from torch_geometric.utils import coalesce
 
 from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.errors import GraphError, RegionError
+from flowgraph.files import loadable, restored
 from flowgraph.graph.edge_collection import collect_edges
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.graph.validity import (
@@ -23,10 +27,11 @@ from flowgraph.graph.validity import (
     require_usable,
     sort_key,
 )
-from flowgraph.masks import MaskLike, as_mask, between
+from flowgraph.masks import MaskLike, as_mask, as_tensor, between
 from flowgraph.propagation.row_sources import RowSource
 
 
+@loadable
 class FlowGraph(Data):
     """A DAG over tokens; an edge ``s -> t`` (``s < t``) is information moving from token s to token t.
 
@@ -69,8 +74,8 @@ class FlowGraph(Data):
     @classmethod
     def from_edges(
         cls,
-        edge_index: Int64[Tensor, "2 edges"],
-        capacity: Float[Tensor, " edges"],
+        edge_index: Int[Tensor, "2 edges"] | Int[np.ndarray, "2 edges"] | Sequence[Sequence[int]],
+        capacity: Float[Tensor, " edges"] | Float[np.ndarray, " edges"] | Sequence[float],
         *,
         num_nodes: int,
         question: MaskLike,
@@ -81,7 +86,7 @@ class FlowGraph(Data):
         """Build from an edge list in any order; edges of zero capacity are dropped.
 
         Args:
-            edge_index: ``[2, E]``, source before target.
+            edge_index: ``[2, E]``, source before target; a tensor, an array or two lists.
             capacity: ``[E]``, finite and non-negative.
             num_nodes: number of tokens, isolated ones included.
             question: mask, indices or slice of the tokens where flow enters.
@@ -105,6 +110,11 @@ class FlowGraph(Data):
             >>> graph.edge_index.tolist(), graph.capacity.tolist()
             ([[0, 1], [1, 2]], [1.0, 0.5])
         """
+        # Arrays and lists are read as tensors; those hold no reason for another integer type.
+        if not isinstance(edge_index, Tensor):
+            edge_index = as_tensor(edge_index, "edge_index", "pass [sources, targets]", error=GraphError)
+            edge_index = edge_index if edge_index.is_floating_point() else edge_index.long()
+        capacity = as_tensor(capacity, "capacity", "pass one weight per edge", error=GraphError, is_precise=True)
         check_shapes(edge_index, capacity, num_nodes)
         check_capacities(edge_index, capacity)
         is_edge = capacity != 0
@@ -124,7 +134,7 @@ class FlowGraph(Data):
     @classmethod
     def from_dense(
         cls,
-        capacity: Float[Tensor, "tokens tokens"],
+        capacity: Float[Tensor, "tokens tokens"] | Float[np.ndarray, "tokens tokens"] | Sequence[Sequence[float]],
         *,
         question: MaskLike,
         answer: MaskLike,
@@ -146,7 +156,7 @@ class FlowGraph(Data):
 
         Cost: a few reads of the matrix.
         """
-        capacity = torch.as_tensor(capacity)
+        capacity = as_tensor(capacity, "capacity", "pass a matrix [tokens, tokens]", error=GraphError, is_precise=True)
         if capacity.ndim != 2 or capacity.shape[0] != capacity.shape[1]:
             raise GraphError(
                 f"capacity: must be a square matrix [tokens, tokens], got shape {tuple(capacity.shape)}; "
@@ -184,7 +194,9 @@ class FlowGraph(Data):
     @classmethod
     def from_rows(
         cls,
-        rows: RowSource | Float[Tensor, "tokens tokens"],
+        rows: (
+            RowSource | Float[Tensor, "tokens tokens"] | Float[np.ndarray, "tokens tokens"] | Sequence[Sequence[float]]
+        ),
         *,
         question: MaskLike,
         answer: MaskLike,
@@ -223,6 +235,8 @@ class FlowGraph(Data):
                 f"rows: must not be negative, got {rows}, which are signed; use flowgraph.relevance_flow(rows, ...), "
                 "whose graph has a positive and a negative part"
             )
+        if isinstance(rows, np.ndarray | Sequence):
+            rows = _row_matrix(rows)
         num_nodes = rows.shape[-1] if isinstance(rows, Tensor) else rows.num_tokens
         question_mask = as_mask(question, num_nodes, "question")
         answer_mask = as_mask(answer, num_nodes, "answer")
@@ -304,6 +318,17 @@ class FlowGraph(Data):
         # PyG makes the storage itself and has no argument for its class; its own setattr would store a value.
         object.__setattr__(self._store, "__class__", _FlowGraphStorage)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the graph as its named values, which ``torch.load`` reads without running code of the file."""
+        if type(self) is not FlowGraph:
+            return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]
+        return restored, (FlowGraph.__module__, FlowGraph.__qualname__, self.to_dict())
+
+    @classmethod
+    def _restored(cls, values: dict[str, Any]) -> Self:
+        """Build a graph from its named values."""
+        return cls(**values)
+
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Return by how much batching shifts an attribute: node ids by the number of nodes, the rest as PyG does."""
         if key == "edge_index":
@@ -333,6 +358,17 @@ class _FlowGraphStorage(GlobalStorage):
             self["edge_index"], self["capacity"], num_nodes=self.num_nodes, reduce=reduce, sort_by_row=False
         )
         return self
+
+
+def _row_matrix(rows: Any) -> Float[Tensor, "tokens tokens"]:
+    """Read a matrix of rows given as an array or lists."""
+    remedy = "pass a matrix [tokens, tokens] of one sequence, or rows of flowgraph.capture(...).sequence(0)"
+    matrix = as_tensor(rows, "rows", remedy, error=GraphError, is_precise=True)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+        raise GraphError(
+            f"rows: must be a square matrix of floats, got {matrix.dtype} of shape {tuple(matrix.shape)}; {remedy}"
+        )
+    return matrix
 
 
 def _after_last(mask: Bool[Tensor, " tokens"]) -> Bool[Tensor, " tokens"]:

@@ -19,6 +19,7 @@ from torch_geometric.utils import scatter
 from flowgraph.analysis.statistics import Interval, t_interval, wilson_interval
 from flowgraph.attention.layers_and_heads import LayerRule
 from flowgraph.errors import InfeasibleFlowError, InvalidInputError, RegionError
+from flowgraph.files import loadable
 from flowgraph.interventions.knockout import Intervention, KnockoutResult, knockouts
 from flowgraph.tracing.flow_trace import FlowTrace
 
@@ -29,6 +30,7 @@ _NUM_BINS = 10
 """Parts of the region that the matched arm keeps apart."""
 
 
+@loadable
 @dataclass(frozen=True)
 class HubRun:
     """The measurement of one set of masked tokens in one trace.
@@ -56,6 +58,7 @@ class HubRun:
     kl: float
 
 
+@loadable
 @dataclass(frozen=True)
 class HubRow:
     """The means of one arm at one fraction, or of the difference of two arms (``arm`` is then "top - random").
@@ -82,6 +85,7 @@ class HubRow:
     count: int
 
 
+@loadable
 @dataclass(frozen=True)
 class HubTest:
     """The result of :func:`hub_test`.

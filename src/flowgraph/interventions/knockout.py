@@ -19,6 +19,7 @@ from flowgraph.attention.layers_and_heads import LayerRule
 from flowgraph.attention.masking import Cut, cutting, resolve_cut_heads, resolve_cut_layers
 from flowgraph.attention.modules import attention_modules, base_model, text_config
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.graph.edge_rules import RowRule
 from flowgraph.interventions.answer_logprobs import answer_logprobs, check_fits
 from flowgraph.memory import require_memory
@@ -32,6 +33,7 @@ _NUM_DISTRIBUTIONS = 4
 """Arrays of the size of the answer's distributions that are in memory at once."""
 
 
+@loadable
 @dataclass(frozen=True)
 class Intervention:
     """The tokens, edges and routes that are masked together in one run; empty: nothing is masked.
@@ -59,6 +61,7 @@ class Intervention:
                 object.__setattr__(self, name, tuple(value))
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class KnockoutResult:
     """The answer before and after an intervention, under teacher forcing: the trace's own tokens are read throughout.

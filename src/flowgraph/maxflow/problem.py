@@ -20,6 +20,7 @@ from flowgraph.flow.solve import Absorption
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.graph.signed_graph import refuse_signed
 from flowgraph.graph.validity import require_usable
+from flowgraph.masks import as_tensor
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 from flowgraph.maxflow.solvers import igraph_solver, networkx_solver
 from flowgraph.maxflow.verification import MaxFlow, verified_max_flow
@@ -370,7 +371,7 @@ def _edge_weights(
 
 def _support(vector: Tensor, graph: FlowGraph, name: str) -> Bool[Tensor, " tokens"]:
     """Find the tokens where a source or demand vector is positive, after checking it."""
-    vector = torch.as_tensor(vector, device=graph.capacity.device, dtype=torch.float64)
+    vector = as_tensor(vector, name, "pass a mask or a vector [N]", device=graph.capacity.device).double()
     if vector.shape != (graph.num_nodes,):
         raise InvalidInputError(
             f"{name}: must have one entry per token ({graph.num_nodes}), got shape {tuple(vector.shape)}; "

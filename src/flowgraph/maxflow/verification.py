@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgraph.errors import NumericalRangeError
+from flowgraph.files import loadable
 from flowgraph.maxflow.capacity_arrays import CapacityArrays
 
 TOLERANCE = 1e-12
@@ -32,6 +33,7 @@ def relative_tolerance(num_edges: int) -> float:
     return max(TOLERANCE, _ROUNDING_PER_EDGE * num_edges)
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class MaxFlow:
     """A max flow and a min cut of one graph, each re-checked and each proving the other.

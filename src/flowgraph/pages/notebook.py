@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from flowgraph.analysis.routes import widest_routes
@@ -19,6 +19,7 @@ from flowgraph.display.fragment import FULL_OPACITY, REGION_STYLES, escaped, fra
 from flowgraph.display.signs import visible_name
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.text.spans import printed_pieces
 
 _MAX_TOKENS = 300
 """Most tokens shown; a longer trace is shortened."""
@@ -38,6 +39,8 @@ class TraceLike(Protocol):
 
     Attributes:
         tokens: T texts.
+        text: the text.
+        spans: ``[T, 2]``, range of characters of each token in the text.
         graph: with the masks of the regions and the share of the flow that pruning kept.
         flow: solved on the graph.
         provenance: how the trace was made; the name of the model is shown.
@@ -45,6 +48,10 @@ class TraceLike(Protocol):
 
     @property
     def tokens(self) -> Sequence[str]: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def spans(self) -> Int64[Tensor, "tokens 2"]: ...
     @property
     def graph(self) -> FlowGraph: ...
     @property
@@ -112,20 +119,29 @@ def _text(trace: TraceLike) -> str:
     outside_answer = [value for value, region in zip(throughput, regions, strict=True) if region != "answer"]
     full = max([*outside_answer, 1e-12])
 
+    spans = trace.spans.tolist()
     pieces = []
     last = 0
     for start, stop in _windows(throughput, regions):
         pieces.append(_gap(throughput[last:start]))
-        for token in range(start, stop):
-            pieces.append(_token(token, trace.tokens[token], throughput[token], regions[token], full))
+        # Tokens that share a character print it once, and stand together in its tooltip.
+        printed = printed_pieces(trace.tokens[start:stop], spans[start:stop], trace.text)
+        token = start
+        while token < stop:
+            following = token + 1
+            while following < stop and not printed[following - start]:
+                following += 1
+            pieces.append(_token(token, following, printed[token - start], throughput, regions[token], full))
+            token = following
         last = stop
     pieces.append(_gap(throughput[last:]))
     style = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;margin:.6em 0"
     return f'<div dir="auto" style="{style}">{"".join(pieces)}</div>'
 
 
-def _token(index: int, token: str, throughput: float, region: str, full: float) -> str:
-    """Write one token with its throughput as background and as tooltip, and its region as line."""
+def _token(start: int, stop: int, text: str, throughputs: Sequence[float], region: str, full: float) -> str:
+    """Write the tokens of one text with the largest throughput as background, all in the tooltip, region as line."""
+    throughput = max(throughputs[start:stop])
     styles = []
     strength = FULL_OPACITY * min(throughput / full, 1.0) ** 0.5
     if strength >= 0.005:
@@ -135,9 +151,13 @@ def _token(index: int, token: str, throughput: float, region: str, full: float) 
     style = ""
     if styles:
         style = f' style="{";".join(styles)}"'
-    title = f"token {index}, {region}: {percent(throughput)}"
-    line_breaks = "<br>" * min(token.count("\n"), 2)
-    return f'<span title="{title}"{style}>{escaped(token)}</span>{line_breaks}'
+    if stop - start == 1:
+        title = f"token {start}, {region}: {percent(throughput)}"
+    else:
+        shares = ", ".join(percent(share) for share in throughputs[start:stop])
+        title = f"tokens {start} to {stop - 1}, {region}: {shares}"
+    line_breaks = "<br>" * min(text.count("\n"), 2)
+    return f'<span title="{title}"{style}>{escaped(text)}</span>{line_breaks}'
 
 
 def _gap(throughput: Sequence[float]) -> str:

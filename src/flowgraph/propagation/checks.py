@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from flowgraph.errors import GraphError, InvalidInputError
+from flowgraph.masks import as_tensor
 from flowgraph.propagation.block_substitution import BLOCK, token_blocks
 
 
@@ -15,15 +20,18 @@ def is_valid_weight(weight: Tensor) -> Bool[Tensor, "*shape"]:
     return torch.isfinite(weight) & (weight >= 0)
 
 
-def as_batch(vector: Tensor) -> Tensor:
+def as_batch(vector: Any) -> Any:
     """Return a vector over the tokens of one sequence as a batch of one; anything else unchanged."""
-    if isinstance(vector, Tensor) and vector.ndim == 1:
+    if isinstance(vector, Tensor | np.ndarray) and vector.ndim == 1:
         return vector[None]
+    is_list = isinstance(vector, Sequence) and not isinstance(vector, str)
+    if is_list and vector and not isinstance(vector[0], Sequence | Tensor | np.ndarray):
+        return [vector]
     return vector
 
 
 def token_vector(
-    vector: Tensor,
+    vector: Tensor | np.ndarray | Sequence[float],
     shape: torch.Size,
     device: torch.device,
     name: str,
@@ -39,7 +47,7 @@ def token_vector(
     Raises:
         InvalidInputError: another shape, a negative number, NaN or infinity.
     """
-    vector = torch.as_tensor(vector, device=device, dtype=torch.float64)
+    vector = as_tensor(vector, name, "pass a vector over the tokens", device=device, is_precise=True).double()
     if vector.shape != shape:
         raise InvalidInputError(
             f"{name}: must have one entry per token {tuple(shape)}, got shape {tuple(vector.shape)}; "

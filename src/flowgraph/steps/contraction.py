@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.utils import coalesce, scatter
 
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.memory import require_memory
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class Contraction:
     """The exact flow of a graph whose tokens were merged, in order, into S steps.

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from flowgraph.display.fragment import REGION_STYLES, bar, escaped, folded, fragment, one_line, percent, table
-from flowgraph.files import PathLike, write_text
+from flowgraph.files import PathLike, loadable, write_text
 from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.masks import MaskLike
 from flowgraph.steps.contraction import Contraction, contract
@@ -43,6 +43,7 @@ _NUM_FLOWS = 8
 """Flows that a notebook lists."""
 
 
+@loadable
 @dataclass(frozen=True)
 class Step:
     """A run of tokens that is one node of the contracted graph.
@@ -62,6 +63,7 @@ class Step:
     region: Region | None
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class StepFlow(Contraction):
     """A :class:`Contraction` whose nodes are the steps of a text.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flowgraph.display.fragment import bar, fragment, one_line
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 
 if TYPE_CHECKING:
     from flowgraph.flow.signed_flow import SignedFlow
@@ -31,6 +32,7 @@ _MAX_TEXT = 70
 """Characters of a step that are printed."""
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class StepRelevance:
     """Signed relevance between the steps of a text, as shares of the answer's demand.

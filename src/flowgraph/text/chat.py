@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-
 from flowgraph.errors import InvalidInputError, RegionError
-from flowgraph.text.spans import Offsets
+from flowgraph.files import loadable
+from flowgraph.text.spans import Offsets, check_unicode, shorten
+from flowgraph.text.template_origins import TEMPLATE_ERRORS, content_spans, unread_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 
 
+@loadable
 class RoleSpan(NamedTuple):
     """The characters of one chat message's content; a message has several spans where a template splits it.
 
@@ -31,20 +33,6 @@ class RoleSpan(NamedTuple):
     start: int
     end: int
     message: int
-
-
-class _ContentSlot(NamedTuple):
-    """One text of a chat message, which the template writes somewhere.
-
-    Attributes:
-        message: index of the message.
-        part: index of the text among the parts of the message; None where the content is the text itself.
-        text: the text.
-    """
-
-    message: int
-    part: int | None
-    text: str
 
 
 def check_prompt(prompt: Any) -> None:
@@ -83,31 +71,57 @@ def ends_with_response(prompt: str | Messages) -> bool:
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: Any
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: Any, options: Mapping[str, Any] | None = None
 ) -> tuple[str, tuple[RoleSpan, ...], Any]:
-    """Render chat messages and locate the content of each.
+    """Render chat messages as transformers does, and locate the content of each.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         prompt: the messages. Without a response, the final message must be the assistant's and is the response.
         response: the response in any form, or None.
+        options: further arguments of the template, checked by :func:`checked_template_options`.
 
     Returns:
-        The prompt's text, the content of its messages in the order of the text, and the response.
+        The prompt's text, the content of its messages in the order of the text, and the response. A message that the
+        template does not write has no content; one without text has an empty range.
 
     Raises:
         RegionError: no message is left before the response.
-        InvalidInputError: malformed messages, no chat template, or one that does not keep the messages' text.
+        InvalidInputError: malformed messages, no chat template, or one that refuses the messages.
     """
+    options = options or {}
     messages, response = _split_messages(prompt, response)
-    text, roles = _render(tokenizer, messages)
-    return text, roles, response
+    is_continued = messages[-1]["role"] == "assistant"
+    text = apply_template(tokenizer, messages, options, is_continued=is_continued)
+    spans = content_spans(tokenizer, messages, text, options, is_continued=is_continued)
+    if spans is None:
+        raise InvalidInputError(
+            "prompt: the chat template must write the same text each time, so that contents can be located, got "
+            f"another one on a second run than {shorten(text)!r}; pass the rendered prompt as a string"
+        )
+    return text, _role_spans(messages, spans), response
+
+
+def _role_spans(messages: Sequence[Mapping[str, Any]], spans: Sequence[tuple[int, Offsets]]) -> tuple[RoleSpan, ...]:
+    """Name the role of each content; a message without text gets an empty range behind the one before it."""
+    roles = [RoleSpan(messages[number]["role"], start, end, number) for number, (start, end) in spans]
+    for number, message in enumerate(messages):
+        if "".join(text for text in _contents(message)):
+            continue
+        earlier = [place for place, role in enumerate(roles) if role.message < number]
+        place = earlier[-1] + 1 if earlier else 0
+        end = roles[place - 1].end if earlier else 0
+        roles.insert(place, RoleSpan(message["role"], end, end, number))
+    return tuple(roles)
 
 
 def _split_messages(prompt: Messages, response: Any) -> tuple[list[dict[str, Any]], Any]:
     """Separate the messages of the prompt from the response that may end them."""
     _check_messages(prompt)
     messages = [dict(message) for message in prompt]
+    for number, message in enumerate(messages):
+        for text in _contents(message):
+            check_unicode(text, "prompt", f"the content of message {number}")
     if response is None and messages and messages[-1]["role"] == "assistant":
         final = messages.pop()
         # Tool calls and the like are rendered by the template, so the text in 'content' is not the full response.
@@ -117,91 +131,59 @@ def _split_messages(prompt: Messages, response: Any) -> tuple[list[dict[str, Any
                 f"prompt: the final assistant message must hold the complete response in 'content', got "
                 f"{other_fields} beside it; pass response= with the text as the model generated it"
             )
-        response = "".join(text for _, text in _contents(final))
+        response = "".join(_contents(final))
     if not messages:
         raise RegionError("prompt: must hold a message before the response, got none; pass the user's message too")
     return messages, response
 
 
-def _contents(message: Mapping[str, Any]) -> Iterable[tuple[int | None, str]]:
-    """List the texts of a message, each with its index among the parts, None where the content is one text."""
+def _contents(message: Mapping[str, Any]) -> list[str]:
+    """List the texts of a message."""
     content = message.get("content")
     if content is None:
         return []
     if isinstance(content, str):
-        return [(None, content)]
+        return [content]
     parts: Sequence[Any] = content if isinstance(content, Sequence) else [None]
     if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        return [(index, part["text"]) for index, part in enumerate(parts)]
+        return [part["text"] for part in parts]
     raise InvalidInputError(
         f"prompt: message content must be text or a list of text parts, got {content!r:.80}; only text can be traced"
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[str, tuple[RoleSpan, ...]]:
-    """Apply the chat template and find every message's content in the text that it renders.
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    is_continued: bool,
+) -> str:
+    """Render the prompt with transformers, so that the assistant's response, or the rest of it, can follow.
 
-    A search for the content itself could find it in a system prompt, a role name or an earlier message with the same
-    text. So the template is applied twice, the second time with a marker in place of every content. The text between
-    the markers is the template's own, which fixes where the contents lie.
+    Args:
+        tokenizer: the tokenizer.
+        messages: the messages before the response.
+        options: further arguments of the template.
+        is_continued: whether the response continues the last message, an assistant's.
+
+    Raises:
+        InvalidInputError: no chat template, or one that refuses the messages.
     """
-    slots = []
-    for number, message in enumerate(messages):
-        for part, content in _contents(message):
-            slots.append(_ContentSlot(number, part, content))
-
-    # The marker must not occur in any content.
-    salt = 0
-    while any(f"flowgraph{salt}x" in slot.text for slot in slots):
-        salt += 1
-    marked = _replace_contents(messages, slots, [f"flowgraph{salt}x{number}y" for number in range(len(slots))])
-
-    # Even pieces are the template's text, odd pieces the numbers of the slots, which a template may reorder or omit.
-    text = _apply_template(tokenizer, messages)
-    pieces = re.split(rf"flowgraph{salt}x(\d+)y", _apply_template(tokenizer, marked))
-    template_texts = pieces[::2]
-    rendered_slots = [slots[int(number)] for number in pieces[1::2]]
-    spans = _locate(text, template_texts, [slot.text for slot in rendered_slots])
-    if spans is None:
-        raise InvalidInputError(
-            "prompt: the chat template must keep each message's text in one piece, got one that rewrites it "
-            "depending on its content; pass the rendered prompt as a string, with question= a Regex or a Span"
-        )
-    roles = []
-    for slot, (start, end) in zip(rendered_slots, spans, strict=True):
-        roles.append(RoleSpan(messages[slot.message]["role"], start, end, slot.message))
-    return text, tuple(roles)
-
-
-def _replace_contents(
-    messages: list[dict[str, Any]], slots: Sequence[_ContentSlot], texts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Copy messages with another text in each slot."""
-    replaced = [dict(message) for message in messages]
-    for slot, text in zip(slots, texts, strict=True):
-        message = replaced[slot.message]
-        if slot.part is None:
-            message["content"] = text
-        else:
-            parts = list(message["content"])
-            parts[slot.part] = {**parts[slot.part], "text": text}
-            message["content"] = parts
-    return replaced
-
-
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
-    """Render the prompt so that the assistant's response, or the rest of it, can follow."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError(
             "prompt: chat messages need a tokenizer with a chat template, got one without; "
             "set tokenizer.chat_template, or pass the prompt as a string"
         )
-    is_prefilled = messages[-1]["role"] == "assistant"
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not is_prefilled, continue_final_message=is_prefilled
+            messages,
+            tokenize=False,
+            add_generation_prompt=not is_continued,
+            continue_final_message=is_continued,
+            **options,
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
         raise InvalidInputError(
             f"prompt: the messages must fit the tokenizer's chat template, got its error {str(error)!r}; "
             "change the messages, or pass the rendered prompt as a string"
@@ -209,35 +191,89 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     return str(rendered)
 
 
-def _locate(text: str, template_texts: Sequence[str], contents: Sequence[str]) -> list[Offsets] | None:
-    """Place contents in ``text`` = template_texts[0] + content + template_texts[1] + ..., None where that fails."""
-    if not text.startswith(template_texts[0]):
-        return None
-    spans = []
-    cursor = len(template_texts[0])
-    for number, (content, following) in enumerate(zip(contents, template_texts[1:], strict=True), 1):
-        end = _content_end(text, cursor, content, following, is_last=number == len(contents))
-        if end is None:
-            return None
-        spans.append((cursor, end))
-        cursor = end + len(following)
-    return spans
+def checked_template_options(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> dict[str, Any]:
+    """Read ``chat_template_kwargs`` as plain JSON values; tools given as functions become their schemas.
+
+    Args:
+        tokenizer: its template must read the options; None: not checked.
+        options: arguments of the template by name, or None.
+
+    Returns:
+        The options, ready for ``apply_chat_template`` and for the record.
+
+    Raises:
+        InvalidInputError: no mapping, an option that flowgraph sets itself, or a value that JSON cannot hold.
+
+    Warns:
+        UserWarning: an option that the template never reads.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise InvalidInputError(
+            f"chat_template_kwargs: must be a dict of template arguments, got {options!r:.80}; "
+            "pass for example {'enable_thinking': False}"
+        )
+    own = sorted(_OWN_OPTIONS & options.keys())
+    if own:
+        raise InvalidInputError(
+            f"chat_template_kwargs: must hold arguments of the template alone, got {own[0]!r}, which flowgraph sets; "
+            "leave it out"
+        )
+    try:
+        plain = json.loads(json.dumps(dict(options), default=_tool_schema, allow_nan=False, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInputError(
+            f"chat_template_kwargs: must hold plain JSON values and documented functions, got another ({error}); "
+            "pass tools as JSON schemas"
+        ) from error
+    check_unicode(json.dumps(plain, ensure_ascii=False), "chat_template_kwargs", "a value")
+    if tokenizer is not None and getattr(tokenizer, "chat_template", None):
+        _warn_unread(tokenizer, plain)
+    return plain
 
 
-def _content_end(text: str, start: int, content: str, following: str, *, is_last: bool) -> int | None:
-    """Find where a content that starts at ``start`` ends, given the template's text that follows it."""
-    # Templates keep the content or strip blanks from its ends. The last content must end where the rest fits exactly.
-    for kept in (content, content.strip(), content.lstrip(), content.rstrip()):
-        end = start + len(kept)
-        reaches_end = end + len(following) == len(text)
-        if text.startswith(kept + following, start) and (not is_last or reaches_end):
-            return end
+_OWN_OPTIONS = frozenset(
+    {
+        "add_generation_prompt",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+"""Arguments of ``apply_chat_template`` that follow from the prompt, or change more than the text."""
 
-    # The template changed the content, for example dropped old reasoning: it extends to the template's next text.
-    if is_last:
-        end = len(text) - len(following)
-    else:
-        end = text.find(following, start)
-    if not following or end < start or not text.startswith(following, end):
-        return None
-    return end
+
+def _tool_schema(value: Any) -> Any:
+    """Convert a function to the JSON schema that transformers makes of it."""
+    if not callable(value):
+        raise TypeError(f"{type(value).__name__} is no JSON value")
+    from transformers.utils import get_json_schema
+
+    return get_json_schema(value)
+
+
+def _warn_unread(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    """Warn of options that have no effect, which are often spelling errors."""
+    try:
+        unread = unread_options(tokenizer, options)
+    except TEMPLATE_ERRORS as error:
+        raise InvalidInputError(
+            f"chat_template_kwargs: must choose a valid template of the tokenizer, got {str(error)!r}; "
+            "check chat_template and tools"
+        ) from error
+    if unread:
+        warnings.warn(
+            f"chat_template_kwargs: the chat template reads no {', '.join(map(repr, unread))}, so it has no effect; "
+            "check the name",
+            UserWarning,
+            stacklevel=4,
+        )

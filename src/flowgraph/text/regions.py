@@ -10,6 +10,7 @@ from typing import Self
 import torch
 
 from flowgraph.errors import RegionError
+from flowgraph.files import loadable
 from flowgraph.masks import Mask, MaskLike, read_mask
 from flowgraph.text.answer_search import find_answer, first_that_finds, is_auto, last_resort, reasons_of
 from flowgraph.text.encoding import EncodedText, shorten
@@ -39,6 +40,7 @@ from flowgraph.text.selectors import (
     part_mask,
     selectors_for,
 )
+from flowgraph.text.spans import selected_text
 
 # The selectors are part of this module's interface, beside the regions that they select.
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
 ]
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class Regions:
     """The three disjoint regions over T tokens, and the generated tokens.
@@ -160,11 +163,12 @@ class Regions:
             reasoning_mask = read_mask(reasoning, num_tokens, "reasoning")
         return cls(question_mask, reasoning_mask, answer_mask, generated_mask)
 
-    def describe(self, tokens: Sequence[str] | None = None) -> str:
+    def describe(self, tokens: Sequence[str] | EncodedText | None = None) -> str:
         """Describe each region in one line: number of tokens, indices, text and selector.
 
         Args:
-            tokens: the text of each token; the description shows no text without it.
+            tokens: the text of each token; the description shows no text without it. An encoded text shows the
+                characters that several tokens share once.
 
         Example:
             >>> print(Regions.from_masks([0, 1], [4], num_tokens=5).describe(["2", "+3", " is", " ", "5"]))
@@ -180,8 +184,11 @@ class Regions:
             line = f"{name}: 1 token" if len(indices) == 1 else f"{name}: {len(indices)} tokens"
             if indices:
                 line += f" ({_ranges(indices)})"
-            if indices and tokens:
-                text = "".join(tokens[index] for index in indices)
+            if indices and tokens is not None:
+                if isinstance(tokens, EncodedText):
+                    text = selected_text(tokens.text, [tokens.spans[index] for index in indices])
+                else:
+                    text = "".join(tokens[index] for index in indices)
                 line += f" {shorten(text)!r}"
             if name in selectors:
                 line += f" by {selectors[name]}"

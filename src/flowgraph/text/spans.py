@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -19,6 +19,35 @@ Offsets = tuple[int, int]
 ANCHOR = 4
 # Longest such difference, in characters.
 RESYNC = 64
+
+
+def check_unicode(text: str, argument: str, place: str = "the text") -> None:
+    """Refuse text with half of a surrogate pair, which no tokenizer and no file can hold.
+
+    Args:
+        text: the text.
+        argument: name of the argument, for the message.
+        place: where the text stands in it.
+
+    Raises:
+        InvalidInputError: the first half found, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise InvalidInputError(
+            f"{argument}: {place} must be complete Unicode characters, got half of a surrogate pair, {found}; remove "
+            "it, or read the text again with its encoding (text.encode('utf-16', 'surrogatepass').decode('utf-16', "
+            "'replace') joins halves that belong together)"
+        ) from None
+
+
+def shorten(text: str) -> str:
+    """Return both ends of a long text, for messages."""
+    if len(text) <= 60:
+        return text
+    return f"{text[:28]}...{text[-28:]}"
 
 
 def covers(spans: Sequence[Offsets], text: str, selected: Sequence[Offsets]) -> Bool[Tensor, " tokens"]:
@@ -52,6 +81,53 @@ def inside(spans: Sequence[Offsets], text: str, contents: Sequence[Offsets]) -> 
     return covers(spans, text, contents) | torch.tensor(is_within, dtype=torch.bool)
 
 
+def printed_pieces(tokens: Sequence[str], spans: Sequence[Sequence[int]], text: str) -> list[str]:
+    """Divide a text between its tokens, so that tokens that share a character print it once.
+
+    Args:
+        tokens: readable text of each token.
+        spans: range of characters of each, in order.
+        text: the text that the ranges refer to.
+
+    Returns:
+        What each token prints when all are printed one after another: the characters that no token before it
+        prints; the name of a token that has no character.
+
+    Example:
+        >>> printed_pieces(["<s>", "汤", "汤", "汤 3"], [(0, 0), (0, 1), (0, 1), (0, 3)], "汤 3")
+        ['<s>', '汤', '', ' 3']
+    """
+    pieces = []
+    reached = 0
+    for token, (start, end) in zip(tokens, spans, strict=True):
+        pieces.append(text[max(start, reached) : end] if start < end else token)
+        reached = max(reached, end)
+    return pieces
+
+
+def selected_text(text: str, spans: Sequence[Sequence[int]]) -> str:
+    """Join the characters of some tokens, each once.
+
+    Blanks between two tokens are kept; other characters between them show as an ellipsis.
+
+    Args:
+        text: the text that the ranges refer to.
+        spans: range of characters of each token.
+    """
+    joined = ""
+    end_so_far = None
+    for start, end in sorted((start, end) for start, end in spans):
+        if end_so_far is None:
+            joined += text[start:end]
+            end_so_far = end
+            continue
+        between = text[end_so_far:start]
+        joined += " … " if between.strip() else between
+        joined += text[max(start, end_so_far) : end]
+        end_so_far = max(end, end_so_far)
+    return joined.strip()
+
+
 def close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]:
     """Give whitespace that no token reports to the token after it, and empty spans a place in the order.
 
@@ -77,6 +153,46 @@ def close_gaps(spans: Sequence[Offsets], text: str, start: int) -> list[Offsets]
         closed.append((low, high))
         reached = max(reached, high)
     return closed
+
+
+def join_marks(spans: Sequence[Offsets], text: str) -> list[Offsets]:
+    """Give characters that a normaliser composed with the one before them to the tokens of that one.
+
+    A tokenizer that composes (NFC) reads "e" and a combining accent as one character, and may report the place of the
+    "e" alone. The same holds for the parts of a Hangul syllable.
+
+    Args:
+        spans: one range for each token, as the tokenizer reports them.
+        text: the text that the ranges refer to.
+
+    Returns:
+        The ranges, extended over marks that no token reports.
+
+    Cost: linear in the text.
+    """
+    if unicodedata.is_normalized("NFC", text):
+        return list(spans)
+    starts = sorted({start for start, end in spans if start < end})
+    extended = []
+    for start, end in spans:
+        if start >= end:
+            extended.append((start, end))
+            continue
+        # Up to the next token, as far as each character joins those before it.
+        following = bisect_right(starts, end - 1)
+        limit = starts[following] if following < len(starts) else len(text)
+        while end < limit and _joins(text[start:end], text[end]):
+            end += 1
+        extended.append((start, end))
+    return extended
+
+
+def _joins(before: str, character: str) -> bool:
+    """Return whether a character is a mark on the text before it, or composes with it."""
+    if unicodedata.category(character).startswith("M"):
+        return True
+    composed = unicodedata.normalize("NFC", before)
+    return len(unicodedata.normalize("NFC", before + character)) == len(composed)
 
 
 def align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:

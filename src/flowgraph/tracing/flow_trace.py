@@ -17,7 +17,7 @@ from flowgraph.analysis.specificity import Specificity, specificity
 from flowgraph.attention.layers_and_heads import LayerRule
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import InvalidInputError, TraceFileError
-from flowgraph.files import PathLike, write_json
+from flowgraph.files import PathLike, loadable, write_json
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.pages.notebook import repr_html
@@ -59,6 +59,7 @@ _MAX_ANSWER = 80
 _GRAPH_LOSSES = ("kept_attention", "kept_flow", "throughput_error")
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class FlowTrace:
     """The flow from a question to one answer: how the answer drew on the question.

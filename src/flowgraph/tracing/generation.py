@@ -8,7 +8,7 @@ reads it (its active adapters, its devices). Generation ends after an end token 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ def generate_response(
     prompt: str | list[dict[str, Any]],
     max_new_tokens: int,
     progress: Progress,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Generate a response by the rules of this module.
 
@@ -48,6 +49,7 @@ def generate_response(
         prompt: text or chat messages.
         max_new_tokens: limit of the response; the model's context limits it too.
         progress: called with the number of tokens after each.
+        chat_template_kwargs: arguments of the chat template.
 
     Returns:
         The ids of the response, the end token included.
@@ -58,7 +60,7 @@ def generate_response(
     check_max_new_tokens(max_new_tokens)
 
     # The trace will encode the prompt with a response. One token stands for it here, so that both see the same ids.
-    prompt_ids = encode(tokenizer, prompt, [0]).input_ids[:-1]
+    prompt_ids = encode(tokenizer, prompt, [0], chat_template_kwargs=chat_template_kwargs).input_ids[:-1]
     # Prompt and response must fit the context together.
     limit = context_length(model)
     if limit is not None:

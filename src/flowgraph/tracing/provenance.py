@@ -14,6 +14,7 @@ from torch import Tensor
 from flowgraph.attention.modules import context_length
 from flowgraph.capacities.registry import find_capacity
 from flowgraph.flow.compositions import ComposedScores
+from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions
 from flowgraph.tracing.generation import end_tokens
 from flowgraph.tracing.recapture import RECORD, capture_record
@@ -33,6 +34,7 @@ def provenance_of(
     layers: tuple[int, ...],
     options: TraceOptions,
     response: Mapping[str, Any],
+    encoded: EncodedText,
 ) -> dict[str, Any]:
     """Describe what was run, with which choices and versions, as plain JSON values.
 
@@ -43,6 +45,7 @@ def provenance_of(
         layers: indices of the layers that were read.
         options: the other choices.
         response: how the response was made, from :func:`response_record`.
+        encoded: the text, which records how it was made.
     """
     return {
         "model": model_name(model),
@@ -50,6 +53,7 @@ def provenance_of(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         **weights_record(model),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
+        "text": dict(encoded.origin),
         "capacity": options.capacity,
         "capacity_options": {name: _plain(value) for name, value in (options.capacity_options or {}).items()},
         "score": find_capacity(options.capacity).score,

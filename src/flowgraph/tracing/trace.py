@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule, resolve_layers
 from flowgraph.attention.modules import attention_modules, base_model, num_layers, text_config
-from flowgraph.errors import InvalidInputError
+from flowgraph.errors import InvalidInputError, RegionError
 from flowgraph.files import PathLike, check_writable
 from flowgraph.flow.compositions import LayerRows, run_composition
-from flowgraph.flow.solve import Absorption, SourceRule, solve
+from flowgraph.flow.solve import Absorption, SourceRule, Vector, solve
 from flowgraph.graph.edge_collection import BYTES_PER_EDGE, edges_kept
 from flowgraph.graph.flow_graph import FlowGraph
 from flowgraph.memory import require_memory
@@ -27,7 +27,13 @@ from flowgraph.text.encoding import EncodedText
 from flowgraph.text.regions import Regions, last_resort
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.generation import Progress
-from flowgraph.tracing.inputs import TextRequest, check_text_arguments, regions_of_ids, regions_of_text
+from flowgraph.tracing.inputs import (
+    TextRequest,
+    check_no_template_arguments,
+    check_text_arguments,
+    regions_of_ids,
+    regions_of_text,
+)
 from flowgraph.tracing.provenance import composition_record, provenance_of, response_record, warn_if_truncated
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.trace_options import TraceOptions
@@ -51,8 +57,12 @@ def trace(
     question: Any = None,
     answer: Any = None,
     reasoning: Any = None,
-    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    input_ids: (
+        Int[Tensor, "*one tokens"] | Int[np.ndarray, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None
+    ) = None,
     prompt_length: int | None = None,
+    attention_mask: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_edges: int | str = "auto",
     max_new_tokens: int = 256,
     outputs: Sequence[PathLike] = (),
@@ -68,8 +78,12 @@ def trace(
     question: Any = None,
     answer: Any = None,
     reasoning: Any = None,
-    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    input_ids: (
+        Int[Tensor, "*one tokens"] | Int[np.ndarray, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None
+    ) = None,
     prompt_length: int | None = None,
+    attention_mask: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     capacity: str = "attention",
     capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
@@ -79,8 +93,8 @@ def trace(
     rows: str | None = None,
     self_attention: str | None = None,
     first_token: str | None = None,
-    source: SourceRule | Tensor = "uniform",
-    demand: Tensor | None = None,
+    source: SourceRule | Vector = "uniform",
+    demand: Vector | None = None,
     absorption: Absorption | None = None,
     damping: float = 1.0,
     max_edges: int | str = "auto",
@@ -100,8 +114,12 @@ def trace(
     question: Any = None,
     answer: Any = None,
     reasoning: Any = None,
-    input_ids: Int[Tensor, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    input_ids: (
+        Int[Tensor, "*one tokens"] | Int[np.ndarray, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None
+    ) = None,
     prompt_length: int | None = None,
+    attention_mask: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     capacity: str = "attention",
     capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
@@ -111,8 +129,8 @@ def trace(
     rows: str | None = None,
     self_attention: str | None = None,
     first_token: str | None = None,
-    source: SourceRule | Tensor = "uniform",
-    demand: Tensor | None = None,
+    source: SourceRule | Vector = "uniform",
+    demand: Vector | None = None,
     absorption: Absorption | None = None,
     damping: float = 1.0,
     max_edges: int | str = "auto",
@@ -138,8 +156,12 @@ def trace(
             ends the response. All but positions are searched in the final part of the response: after its thinking,
             in the final channel; see :func:`flowgraph.find_regions`.
         reasoning: with ``input_ids``: mask or indices; default: generated tokens before the answer.
-        input_ids: prompt and response as ids, instead of text.
+        input_ids: prompt and response as ids, instead of text; a tensor, an array or a list.
         prompt_length: with ``input_ids``: number of prompt tokens; default: up to the last question token.
+        attention_mask: with ``input_ids``: 1 on tokens and 0 on padding, for all ids or for the prompt. The trace
+            holds the tokens without padding; masks and indices refer to the ids as given.
+        chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``, ``tools`` or
+            ``reasoning_effort``.
         capacity: what an edge weighs: ``"attention"``, ``"vtrace_share"``, ``"vtrace"``, ``"sharp"``, ``"sharp_max"``,
             ``"centred"``, ``"value_norm"``, ``"gradient_positive"``, a registered one, or ``"relevance"``, which is
             signed and conserved.
@@ -215,17 +237,26 @@ def trace(
     if input_ids is not None:
         if prompt is not None or response is not None:
             raise InvalidInputError("input_ids: replaces prompt and response, got both; pass one or the other")
+        check_no_template_arguments(chat_template_kwargs)
         encoded, regions = regions_of_ids(
+            inner,
             tokenizer,
             input_ids,
             question=question,
             answer=answer,
             reasoning=reasoning,
             prompt_length=prompt_length,
+            attention_mask=attention_mask,
         )
     else:
-        check_text_arguments(tokenizer, prompt, reasoning)
-        request = TextRequest(prompt, response, question, answer)  # type: ignore[arg-type]
+        check_text_arguments(tokenizer, prompt, reasoning, attention_mask)
+        request = TextRequest(
+            prompt,  # type: ignore[arg-type]
+            response,
+            question=question,
+            answer=answer,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
         was_generated = response is None and not ends_with_response(prompt)  # type: ignore[arg-type]
         guess = last_resort(regions.answer_by, encoded)
@@ -247,7 +278,7 @@ def trace(
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
     report(f"reading the attention of {num_tokens} tokens")
     attention = options.capture(model, encoded.input_ids[None], answer=regions.answer[None])
-    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options, response_facts)
+    provenance = provenance_of(inner, tokenizer, regions, attention.layers, options, response_facts, encoded)
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 
 
@@ -263,7 +294,7 @@ def _trace_relevance(
     """Compute the relevance of the answer: one forward pass, and a backward pass per hop."""
     progress(f"computing the relevance of the answer over {encoded.input_ids.numel()} tokens")
     inner = base_model(model)
-    provenance = provenance_of(inner, tokenizer, regions, (), options, response_facts)
+    provenance = provenance_of(inner, tokenizer, regions, (), options, response_facts, encoded)
     return relevance_trace(
         model,
         tokenizer,
@@ -271,7 +302,7 @@ def _trace_relevance(
         token_ids=encoded.input_ids.cpu(),
         text=encoded.text,
         spans=torch.tensor(encoded.spans, dtype=torch.int64).view(-1, 2),
-        question=_without_first(regions.question),
+        question=regions.question,
         reasoning=regions.reasoning,
         answer=regions.answer,
         generated=regions.generated,
@@ -313,7 +344,7 @@ def assemble(
     progress("building the graph")
     graph = FlowGraph.from_rows(
         attention,
-        question=_without_first(regions.question),
+        question=_question(regions, options),
         answer=regions.answer,
         reasoning=regions.reasoning,
         generated=regions.generated,
@@ -353,13 +384,39 @@ def assemble(
     )
 
 
-def _without_first(question: Tensor) -> Tensor:
-    """Remove the first token, an attention sink, from the question unless it is the only question token."""
-    rest = question.clone()
-    rest[0] = False
-    if not bool(rest.any()):
+def _question(regions: Regions, options: TraceOptions) -> Tensor:
+    """Choose the question tokens of the graph.
+
+    The first token is an attention sink. While its edges are excluded, it is left out of a question that was found; a
+    question that names it keeps it, although nothing enters there. A question of the first token alone is refused.
+
+    Raises:
+        RegionError: no other token is in the question.
+
+    Warns:
+        UserWarning: the first token was named.
+    """
+    question = regions.question
+    if not bool(question[0]) or options.rules.first_token == "keep":
         return question
-    return rest
+    if int(question.sum()) == 1:
+        raise RegionError(
+            "question: must hold a token besides the first one, whose edges are excluded as those of an attention "
+            "sink, got the first token alone; pass first_token='keep', or a longer question"
+        )
+    if regions.question_selector.startswith(("auto", "Prompt(")):
+        rest = question.clone()
+        rest[0] = False
+        return rest
+    selector = regions.question_selector
+    named = "the mask or indices given" if selector == "mask" else selector
+    warnings.warn(
+        "question: the first token carries no flow, because edges of this attention sink are excluded, got it in "
+        f"{named}; pass first_token='keep' to let flow enter there",
+        UserWarning,
+        stacklevel=3,
+    )
+    return question
 
 
 def require_trace_memory(model: PreTrainedModel, num_tokens: int, layers: LayerRule, max_edges: int | str) -> None:

@@ -17,7 +17,7 @@ from flowgraph.capacities.capture import capture
 from flowgraph.capacities.registry import find_capacity
 from flowgraph.errors import InvalidInputError
 from flowgraph.flow.compositions import Composition, find_composition
-from flowgraph.flow.solve import Absorption, SourceRule, check_options
+from flowgraph.flow.solve import Absorption, SourceRule, Vector, check_options
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.propagation.interface import Backend
@@ -58,8 +58,8 @@ class TraceOptions:
             of the position that generated it), ``"emission_all"`` (the same for every token) or ``"literal"`` (its
             own row).
         self_attention: ``"drop"``, or ``"renormalize"`` the rest of the row.
-        first_token: ``"exclude"`` or ``"keep"`` the edges from the first token, an attention sink. It is never a
-            question token.
+        first_token: ``"exclude"`` or ``"keep"`` the edges from the first token, an attention sink. Without its edges,
+            nothing enters at it, also where the question holds it.
         source: where the unit of flow enters: ``"uniform"`` over the question tokens, ``"potential"`` (in proportion
             to h), or a non-negative vector ``[T]``; see :func:`flowgraph.solve`.
         demand: b, a non-negative vector ``[T]`` of weights of the edges to the virtual sink; default: 1 on answer
@@ -85,8 +85,8 @@ class TraceOptions:
     rows: str | None = None
     self_attention: str | None = None
     first_token: str | None = None
-    source: SourceRule | Tensor = "uniform"
-    demand: Tensor | None = None
+    source: SourceRule | Vector = "uniform"
+    demand: Vector | None = None
     absorption: Absorption | None = None
     damping: float = 1.0
     max_edges: int | str = "auto"
