@@ -83,7 +83,7 @@ def test_the_command_line_prints_the_relevance(tmp_path: Path):
     command = ["trace", PROMPT, "--response", RESPONSE, "--model", str(folder), "--plain"]
     result = CliRunner().invoke(app, [*command, "--capacity", "sharp", "--relevance"])
     assert result.exit_code == 0, result.output
-    assert "relevance of the answer, by steps" in result.output
+    assert "where the answer came from: its relevance, by steps" in result.output
     assert "ends in: " in result.output
 
 
@@ -102,7 +102,7 @@ def test_the_command_line_traces_relevance_alone_or_beside(tmp_path: Path):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, [*command, "--capacity", "relevance", "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert "relevance of the answer, by steps" in result.output
+    assert "where the answer came from: its relevance, by steps" in result.output
     assert load_relevance(out / "trace.safetensors").certify().ok
     assert "Where the answer came from" in (out / "trace.html").read_text()
 

@@ -192,3 +192,18 @@ def test_bad_input(options: dict, message: str):
     model, tokenizer = tiny()
     with pytest.raises(InvalidInputError, match=message):
         trace(model, tokenizer, PROMPT, RESPONSE, capacity="relevance", **options)
+
+
+def test_blank_tokens_of_the_question_count_as_question():
+    model, tokenizer = tiny()
+    prompt = PROMPT.replace("apples. ", "apples.\n\n\n")
+    found = trace(model, tokenizer, prompt, RESPONSE, capacity="relevance", capacity_options=LOGPROB)
+    is_blank = torch.tensor([not text.strip() for text in found.tokens])
+    in_prompt = is_blank & ~found.generated
+    assert bool(in_prompt.any())
+    assert found.question[in_prompt].all()
+    by_region = {"question": 0.0}
+    steps = found.steps()
+    for step, absorbed in zip(steps.steps, steps.absorbed.tolist(), strict=True):
+        by_region[step.region or "context"] = by_region.get(step.region or "context", 0.0) + absorbed
+    assert found.shares()["question"] == pytest.approx(by_region["question"])

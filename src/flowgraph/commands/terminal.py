@@ -39,6 +39,11 @@ _NUM_BRIEF_TOKENS = 6
 _NUM_BRIEF_ROUTES = 3
 _NUM_BRIEF_LINES = 6
 """Lines of text in the brief view."""
+_NUM_BRIEF_PARTS = 8
+"""Lines of the tree of relevance in the brief view."""
+_BRIEF_DEPTH = 3
+_BRIEF_SHARE = 0.08
+"""Smallest contribution in the brief view's tree of relevance."""
 _BRIEF_WIDTH = 76
 """Characters of a line of text in the brief view."""
 
@@ -103,13 +108,19 @@ def render_trace(
     if trace.feasible:
         parts.append(_backbone(trace, keep))
         parts.append(_routes(trace, num_routes))
+        parts.append(_specificity(trace))
     else:
         parts.append(Text(_NO_FLOW, style="bold yellow"))
     return Group(*parts)
 
 
-def brief_trace(trace: FlowTrace) -> RenderableType:
-    """Render a trace in some twenty lines: its answer, the end of its text, the strongest tokens and routes."""
+def brief_trace(trace: FlowTrace, *, with_tokens: bool = True) -> RenderableType:
+    """Render a trace in some twenty lines: its answer, the end of its text, the strongest tokens and routes.
+
+    Args:
+        trace: the trace.
+        with_tokens: tabulate the strongest tokens.
+    """
     model = signs.visible(str(trace.provenance.get("model") or "a model"))
     sizes = ", ".join(f"{name} {int(trace.graph[f'{name}_mask'].sum()):,}" for name in REGIONS)
     selection = _selection(trace)
@@ -126,13 +137,29 @@ def brief_trace(trace: FlowTrace) -> RenderableType:
     if not trace.feasible:
         parts.append(Text(_NO_FLOW, style="bold yellow"))
         return Group(*parts)
-    parts.append(
-        Text("strongest tokens by throughput, the share of the flow that passes through a token", style="italic")
-    )
-    parts.append(_brief_tokens(trace))
-    parts.append(Text("widest routes", style="italic"))
+    if with_tokens:
+        parts.append(
+            Text("strongest tokens by throughput, the share of the flow that passes through a token", style="italic")
+        )
+        parts.append(_brief_tokens(trace))
+    parts.append(Text("widest routes of the flow", style="italic"))
     parts.append(_routes(trace, _NUM_BRIEF_ROUTES, is_brief=True))
+    parts.append(_specificity(trace))
     return Group(*parts)
+
+
+def _specificity(trace: FlowTrace) -> Text:
+    """Say how much the flow is about the question, so that a ranking is not read as more than it is."""
+    found = trace.specificity()
+    entry = ", ".join(f"{name} {share:.0%}" for name, share in found.entry.items() if share >= _SMALLEST_END)
+    line = Text("the flow is ")
+    if found.total_variation is None:
+        line.append("not comparable: one place of entry alone reaches the answer")
+    else:
+        line.append(found.description)
+        line.append(f" (total variation {found.total_variation:.2g} against {found.compared_with})", style="dim")
+    line.append(f"; its reach enters the prompt at: {entry}", style="dim")
+    return line
 
 
 def _response(trace: FlowTrace) -> list[Text]:
@@ -332,18 +359,20 @@ def _checks(checks: Sequence[Check]) -> Table:
 
 
 def brief_relevance(relevance: StepRelevance) -> RenderableType:
-    """Render in one line where the relevance of the answer ends."""
-    line = Text("relevance of the answer: ")
-    line.append(", ".join(f"{name} {share:.0%}" for name, share in _where_it_ends(relevance)))
-    return line
+    """Render the largest contributions of the tree in a few lines."""
+    return _tree(relevance, relevance.chain(depth=_BRIEF_DEPTH, smallest=_BRIEF_SHARE)[:_NUM_BRIEF_PARTS])
 
 
 def relevance_tree(relevance: StepRelevance) -> RenderableType:
     """Render what the answer took from which step, and that step from which; negative shares argue against it."""
-    title = Text("relevance of the answer, by steps", style="bold")
+    return _tree(relevance, relevance.chain())
+
+
+def _tree(relevance: StepRelevance, rows: Sequence[tuple[int, int, float]]) -> RenderableType:
+    title = Text("where the answer came from: its relevance, by steps", style="bold")
     title.append(f"  (of {relevance.total:.3g} logits; conserved to {relevance.residual:.0e})", style="dim")
     lines = [title]
-    for level, step, share in relevance.chain():
+    for level, step, share in rows:
         line = Text("    " * level, no_wrap=True, overflow="ellipsis")
         line.append(f"{share:+5.0%} ", style="red" if share < 0 else "bold")
         line.append(signs.visible(" ".join(relevance.steps[step].text.split())))

@@ -264,7 +264,8 @@ def _report(
     with stages(quiet=view.quiet) as progress:
         progress("finding the routes")
         # Everything is computed and written before anything is printed.
-        rendered = view.of_trace(result)
+        # The tree of the relevance takes the place of the strongest tokens.
+        rendered = view.of_trace(result, with_tokens=relevance is None)
         progress("checking the flow")
         certificate = result.certify()
         for path in outputs:

@@ -46,8 +46,8 @@ class View:
         """Whether everything is printed."""
         return self.full or self.all_tokens
 
-    def of_trace(self, trace: FlowTrace) -> RenderableType:
-        """Render a trace."""
+    def of_trace(self, trace: FlowTrace, *, with_tokens: bool = True) -> RenderableType:
+        """Render a trace; the view that fits a screen tabulates its strongest tokens on request."""
         from rich.text import Text
 
         from flowgraph.commands.terminal import NUM_TOKEN_ROWS, brief_trace, render_trace, visible
@@ -55,7 +55,7 @@ class View:
         if self.quiet:
             return Text(visible(trace.text_of(trace.answer).strip()), no_wrap=True, overflow="ignore")
         if not self.is_full:
-            return brief_trace(trace)
+            return brief_trace(trace, with_tokens=with_tokens)
         return render_trace(trace, keep=self.keep, rows=None if self.all_tokens else NUM_TOKEN_ROWS)
 
     def of_relevance(self, relevance: StepRelevance) -> list[RenderableType]:
@@ -66,7 +66,7 @@ class View:
             return []
         if self.is_full or self.relevance:
             return ["", relevance_tree(relevance)]
-        return [brief_relevance(relevance)]
+        return ["", brief_relevance(relevance)]
 
     def of_certificate(self, certificate: Certificate) -> list[RenderableType]:
         """Render a certificate, set apart from what stands before it; a quiet view has failures only."""

@@ -106,6 +106,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "cut_off_by": visible(str(made.get("stop"))) if made.get("truncated") else None,
         "provenance": list(flattened(payload["provenance"])),
         "schema": payload["schema"],
+        "specificity": payload.get("specificity"),
         "relevance": _relevance_header(payload.get("relevance")),
         "only_relevance": payload["schema"] == RELEVANCE_SCHEMA,
         "colourings": len(colourings(payload)),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-GAP = " … "
-"""Stands for characters between two quoted tokens that are not quoted."""
+from flowgraph.text.spans import selected_text
 
 
 def quote(tokens: Sequence[int], texts: Sequence[str], spans: Sequence[Sequence[int]], text: str) -> str:
@@ -25,18 +24,7 @@ def quote(tokens: Sequence[int], texts: Sequence[str], spans: Sequence[Sequence[
     """
     if not text:
         return "".join(texts[token] for token in tokens)
-    quoted = ""
-    end_so_far = None
-    for start, end in sorted((spans[token][0], spans[token][1]) for token in tokens):
-        if end_so_far is None:
-            quoted += text[start:end]
-            end_so_far = end
-            continue
-        between = text[end_so_far:start]
-        quoted += GAP if between.strip() else between
-        quoted += text[max(start, end_so_far) : end]
-        end_so_far = max(end, end_so_far)
-    return quoted
+    return selected_text(text, [spans[token] for token in tokens])
 
 
 def shortened(text: str, length: int) -> str:

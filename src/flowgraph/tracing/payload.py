@@ -19,6 +19,8 @@ Schema ``flowgraph-trace/1``::
                   edges: [[source step, target step, flow]], edges_left_out}, or null without a flow; a node is
                   the tokens start to stop (exclusive), split by the rule that ``by`` names, strongest edges first
     hubs, checkpoints   [{token, throughput, inflows, outflows, score}] of the reasoning tokens
+    specificity   {total_variation, compared_with, rank_correlation, entry, description}, or null without a flow; see
+                  flowgraph.analysis.specificity
     relevance     the relevance of the same answer, in the schema of flowgraph.tracing.relevance_payload; only if asked
                   for
     scores        [{capacity, kind, symbol, values}]: scores of the tokens by other capacities; only if asked for
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from flowgraph.analysis.backbone import backbone
 from flowgraph.analysis.routes import TokenRole, checkpoints, hubs, widest_routes
+from flowgraph.analysis.specificity import specificity
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.steps.step_flow import step_flow
@@ -106,6 +109,7 @@ def trace_payload(
         "steps": None,
         "hubs": [],
         "checkpoints": [],
+        "specificity": None,
         "provenance": dict(provenance),
     }
     if scores is not None:
@@ -126,6 +130,7 @@ def trace_payload(
     payload["routes"] = [{"tokens": route.tokens, "flow": route.flow} for route in widest_routes(flow, _NUM_ROUTES)]
     payload["steps"] = steps.to_dict(max_edges=max_edges)
     payload["hubs"] = _roles(hubs(flow, _NUM_ROLES))
+    payload["specificity"] = specificity(flow, generated=generated).to_dict()
     payload["checkpoints"] = _roles(checkpoints(flow, _NUM_ROLES))
     return payload
 

@@ -106,6 +106,7 @@ def page_payload(relevance: Mapping[str, Any]) -> dict[str, Any]:
         "steps": None,
         "hubs": [],
         "checkpoints": [],
+        "specificity": None,
         "relevance": relevance,
         "provenance": relevance["provenance"],
     }

@@ -18,6 +18,7 @@ from flowgraph.flow.signed_flow import SignedFlow, relevance_flow
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.pages.trace_page import write_html
+from flowgraph.steps.splitting import TokenText, region_of_tokens
 from flowgraph.steps.step_flow import By, split_steps
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
 from flowgraph.tracing.relevance_payload import page_payload, relevance_payload
@@ -271,7 +272,15 @@ def relevance_trace(
         target=goal,
         hops=hops,
     )
-    flow = relevance_flow(rows, question=question, answer=answer, reasoning=reasoning, max_edges=max_edges)
+    # A blank token belongs to the text that it stands in: what it holds is a share of the question too.
+    regions = region_of_tokens(TokenText.of(tokens, spans, text), question, reasoning, answer)
+    flow = relevance_flow(
+        rows,
+        question=torch.from_numpy(regions == REGIONS.index("question")),
+        answer=answer,
+        reasoning=torch.from_numpy(regions == REGIONS.index("reasoning")),
+        max_edges=max_edges,
+    )
     choices = {"target": flow.target, "contrast": None if contrast is None else str(contrast), "hops": flow.hops}
     return RelevanceTrace(
         tokens=tokens,
