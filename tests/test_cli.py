@@ -204,7 +204,7 @@ def test_a_rendered_prompt_is_not_rendered_again(run, checkpoint: Path, tmp_path
 def test_characters_of_several_tokens_are_printed_once(run, checkpoint: Path, tmp_path: Path):
     response = "答案是7个🍎。"
     options = ("--model", checkpoint, "--response", response, "--out", tmp_path, "--answer", "7.*")
-    code, printed, _ = run("trace", "汤姆有3个苹果", *options)
+    code, printed, _ = run("trace", "汤姆有3个苹果", *options, "--full")
     assert code == 0
     lines = "".join(line.strip() for line in printed.split("\n"))
     assert "汤姆有3个苹果" in lines

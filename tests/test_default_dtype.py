@@ -48,8 +48,8 @@ def attention() -> Tensor:
 def captured_rows(capacity: str) -> list[Tensor]:
     model = tiny()[0]
     options = {}
-    if capacity in ("relevance", "gradient"):
-        options = {"answer": torch.arange(30) == 29, "generated": torch.arange(30) > 9}
+    if capacity in ("relevance", "gradient", "gradient_positive"):
+        options = {"answer": (torch.arange(30) == 29)[None]}
     rows = capture(model, tokens(), capacity=capacity, **options)
     return [rows.block(0, 30), rows.dense()]
 
@@ -65,7 +65,7 @@ def traced() -> list[Tensor]:
         made.potential,
         made.flow.edge_flow,
         steps.edge_flow,
-        torch.as_tensor(relevance.flow),
+        relevance.scores,
         made.flow.alpha,
     ]
 

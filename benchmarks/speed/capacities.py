@@ -101,7 +101,9 @@ def main() -> None:
     rows = []
     for tokens in arguments.tokens:
         ids = random_ids(tokens)
-        runs = {name: partial(run, model, ids) for name, run in ways(arguments.ways).items()}
+        runs: dict[str, Callable[[], object]] = {
+            name: partial(run, model, ids) for name, run in ways(arguments.ways).items()
+        }
         times = interleaved(runs, arguments.repeats)
         for name in runs:
             # Each way in a process of its own, so that no way reuses memory of another.

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,11 @@ def _reduced(self: Any) -> tuple[Any, ...]:
     if cls not in _LOADABLE:
         # A subclass of the user's: pickled in the usual way.
         return copyreg.__newobj__, (cls, *items), getattr(self, "__dict__", None)  # type: ignore[attr-defined]
-    return restored, (cls.__module__, cls.__qualname__, items or dict(vars(self)))
+    values = vars(self)
+    if is_dataclass(self):
+        # Cached numbers, and the version of a graph in this process, are not part of a result.
+        values = {field.name: values[field.name] for field in fields(self)}
+    return restored, (cls.__module__, cls.__qualname__, items or dict(values))
 
 
 def restored(module: str, name: str, values: Any) -> Any:

@@ -196,6 +196,7 @@ def with_demand(total: float) -> RelevanceRows:
         generated=nothing,
         attention_mask=~nothing,
         residual=0.0,
+        bound=1e-3,
         hops=0,
         target="margin",
         layers=(0,),

@@ -58,7 +58,7 @@ def hostile_results() -> list[Any]:
     demand = torch.zeros(count, dtype=torch.float64)
     demand[count - 1] = 1
     nothing = torch.zeros(count, dtype=torch.float64)
-    relevance = StepRelevance(steps.steps, flow, nothing, demand, nothing, nothing, 3.0, 1e-7)
+    relevance = StepRelevance(steps.steps, flow, nothing, demand, nothing, nothing, nothing, nothing, 3.0, 1e-7)
     comparisons = [compare(trace, other, by=by) for by in ("tokens", "steps")]
     return [trace, steps, trace.certify(), relevance, *comparisons]
 
@@ -135,8 +135,8 @@ def test_routes_of_a_comparison_have_their_text():
 def test_a_trace_prints_its_answer_with_every_character_once():
     trace = make_trace(12, 4, 2)
     assert f"\n  answer: {''.join(trace.tokens[10:]).strip()!r}\n" in repr(trace)
-    named = replace(trace, provenance={**trace.provenance, "answer_selector": "auto: Boxed()"})
-    assert "by auto: Boxed()" in repr(named)
+    named = replace(trace, provenance={**trace.provenance, "answer_by": "boxed"})
+    assert "(boxed)\n" in repr(named)
     # Three tokens of one character, as byte-level tokenizers make them of a rare one.
     graph = FlowGraph.from_dense(torch.ones(5, 5).tril(-1), question=[0], answer=[2, 3, 4])
     spans = torch.tensor([[0, 1], [1, 2], [2, 3], [2, 3], [2, 3]])

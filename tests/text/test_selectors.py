@@ -553,6 +553,7 @@ class TestThinking:
             ("", "Tom has 7.", "Tom has 7."),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:prompt. a rendered chat must follow")
     def test_the_template_may_open_the_thinking(self, opening: str, response: str, expected: str | None) -> None:
         tokenizer = tiny.with_template(tiny.byte_level(), tiny.CHATML.replace("assistant\n", "assistant\n" + opening))
         prompts = [chat("user: What does </think> or <think> mean?"), f"Q<|im_start|>assistant\n{opening}"]

@@ -149,7 +149,7 @@ def test_offloaded_weights(offload: Any):
     right = greedy(tiny_model())
     model = offload(fresh())
     assert generated(model) == right
-    with pytest.warns(UserWarning, match="max_new_tokens: the response should end by itself"):
+    with pytest.warns(UserWarning, match="cut off"):
         made = trace(model, tiny()[1], PROMPT, max_new_tokens=LIMIT)
     assert made.token_ids[made.generated].tolist() == right
     assert torch.equal(capture(model, made.token_ids).dense(), capture(tiny_model(), made.token_ids).dense())
@@ -160,7 +160,7 @@ def test_offloaded_weights(offload: Any):
 
 @pytest.fixture(scope="module")
 def cut() -> FlowTrace:
-    with pytest.warns(UserWarning, match="cut off by max_new_tokens=8, so its answer may be missing; raise"):
+    with pytest.warns(UserWarning, match="cut off at .* raise max_new_tokens"):
         return trace(*tiny(), chat(), max_new_tokens=8)
 
 
@@ -183,7 +183,7 @@ def test_the_terminal_says_so(cut: FlowTrace):
 def test_a_response_cut_by_the_context_says_so():
     model = fresh()
     model.config.max_position_embeddings = 50
-    with pytest.warns(UserWarning, match="cut off by context of 50 tokens"):
+    with pytest.warns(UserWarning, match="cut off at"):
         made = trace(model, tiny()[1], PROMPT, max_new_tokens=50)
     assert made.num_tokens == 50
     assert made.provenance["stop"] == "context of 50 tokens"

@@ -313,6 +313,7 @@ def test_provenance_records_how_the_text_was_made() -> None:
     assert (by_string["prompt"], by_string["rendered_exactly"], by_string["response"]) == ("rendered chat", True, "ids")
 
 
+@pytest.mark.filterwarnings("ignore:max_new_tokens. the response should end by itself")
 def test_template_arguments_reach_generation_and_provenance() -> None:
     template = tiny_tokenizers.CHATML.replace("assistant\n", "assistant\n{{ effort }}")
     tokenizer = tiny_tokenizers.with_template(tiny_tokenizers.byte_level(), template)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from flowgraph.analysis.statistics import spearman
+from flowgraph.files import loadable
 from flowgraph.flow.flow import Flow, require_single_feasible
 from flowgraph.flow.solve import solve
 from flowgraph.masks import MaskLike, as_mask
@@ -24,6 +25,7 @@ _SET_BY_ANSWER = 0.05
 _QUESTION_SPECIFIC = 0.15
 
 
+@loadable
 @dataclass(frozen=True)
 class Specificity:
     """How far the flow through the reasoning depends on where it enters.

@@ -33,7 +33,7 @@ _MAX_NAME = 24
 """Characters of a token in a list."""
 _ROUTE_ENDS = 5
 """Tokens shown at each end of a long route."""
-_MAX_SELECTION = 240
+_MAX_SELECTION = 160
 """Characters of the answer and the rule that found it in the brief view."""
 _NUM_BRIEF_TOKENS = 6
 _NUM_BRIEF_ROUTES = 3
@@ -144,13 +144,16 @@ def brief_trace(trace: FlowTrace, *, with_tokens: bool = True) -> RenderableType
         parts.append(_brief_tokens(trace))
     parts.append(Text("widest routes of the flow", style="italic"))
     parts.append(_routes(trace, _NUM_BRIEF_ROUTES, is_brief=True))
-    parts.append(_specificity(trace))
+    parts.append(_specificity(trace, is_brief=True))
     return Group(*parts)
 
 
-def _specificity(trace: FlowTrace) -> Text:
+def _specificity(trace: FlowTrace, *, is_brief: bool = False) -> Text:
     """Say how much the flow is about the question, so that a ranking is not read as more than it is."""
     found = trace.specificity()
+    if is_brief:
+        figure = "" if found.total_variation is None else f" ({found.total_variation:.3f})"
+        return Text(f"question specificity: {found.description}{figure}", no_wrap=True, overflow="ellipsis")
     entry = ", ".join(f"{name} {share:.0%}" for name, share in found.entry.items() if share >= _SMALLEST_END)
     line = Text("the flow is ")
     if found.total_variation is None:

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.errors import InvalidInputError
+from flowgraph.files import loadable
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.masks import MaskLike
 
 
+@loadable
 @dataclass(frozen=True, eq=False)
 class SignedFlow:
     """The signed flow from prompt to answer; numbers are shares of the demand, and negative ones argue against it.

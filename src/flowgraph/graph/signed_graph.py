@@ -10,11 +10,13 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from flowgraph.errors import GraphError
+from flowgraph.files import loadable, restored
 from flowgraph.graph.flow_graph import FlowGraph, check_regions
 from flowgraph.graph.validity import check_edges
 from flowgraph.masks import MaskLike, as_mask, between
 
 
+@loadable
 class SignedGraph(Data):
     """A DAG over tokens with signed weights; an edge ``s -> t`` (``s < t``) is what token t takes from token s.
 
@@ -93,6 +95,15 @@ class SignedGraph(Data):
         )
         graph.validate()
         return graph
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the graph as its named values, which ``torch.load`` reads without running code of the file."""
+        return restored, (SignedGraph.__module__, SignedGraph.__qualname__, self.to_dict())
+
+    @classmethod
+    def _restored(cls, values: dict[str, Any]) -> Self:
+        """Build a graph from its named values."""
+        return cls(**values)
 
     def positive(self) -> FlowGraph:
         """Return the edges of positive weight as a graph whose capacities are these weights."""

@@ -116,6 +116,7 @@ def encode(
     response: str | Tensor | np.ndarray | Sequence[int] | None = None,
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    warn: bool = True,
 ) -> EncodedText:
     r"""Tokenise a prompt and a response, and find the characters that every token covers.
 
@@ -134,6 +135,7 @@ def encode(
             last chat message, an assistant's, is the response.
         chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``, ``tools`` or
             ``reasoning_effort``.
+        warn: also raise the warnings that ``origin`` holds.
 
     Returns:
         The encoded text.
@@ -184,8 +186,9 @@ def encode(
         response_tokens, response_text = _decode_response(tokenizer, prompt_tokens, response)
         is_joint = False
     found = read.warnings + _seam_warnings(tokenizer, read, prompt_tokens, response_tokens, response_text, frame)
-    for message in found:
-        warnings.warn(message, UserWarning, stacklevel=2)
+    if warn:
+        for message in found:
+            warnings.warn(message, UserWarning, stacklevel=2)
 
     origin = _describe_prompt(tokenizer, read, prompt_tokens)
     origin["response"] = "text" if isinstance(response, str) else "ids"

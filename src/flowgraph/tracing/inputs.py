@@ -17,7 +17,7 @@ from flowgraph.text.chat import check_prompt, ends_with_response
 from flowgraph.text.encoding import EncodedText, encode, encode_ids
 from flowgraph.text.regions import Regions, locate_regions
 from flowgraph.text.selectors import Regex, Selector, Tokens
-from flowgraph.tracing.generation import Progress, generate_response
+from flowgraph.tracing.generation import Progress, end_tokens, generate_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def regions_of_text(
     if is_generated:
         encoded = replace(encoded, origin={**encoded.origin, "response": "generated"})
     # A generated response that no end token ends was cut off.
-    is_truncated = is_generated and not bool(encoded.special[-1])
+    is_truncated = is_generated and int(encoded.input_ids[-1]) not in end_tokens(model, tokenizer)
     regions = locate_regions(encoded, request.question, request.answer, truncated=is_truncated)
     return encoded, regions
 

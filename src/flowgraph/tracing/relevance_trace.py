@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowgraph.capacities.capture import capture
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import InvalidInputError, TraceFileError
-from flowgraph.files import PathLike, write_json
+from flowgraph.files import PathLike, loadable, write_json
 from flowgraph.flow.signed_flow import SignedFlow, relevance_flow
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.graph.signed_graph import SignedGraph
@@ -49,6 +49,7 @@ _TENSORS = {
 _FLOW_FACTS = ("total", "target", "hops", "residual", "bound")
 
 
+@loadable
 @dataclass(frozen=True, eq=False, repr=False)
 class RelevanceTrace:
     """The conserved relevance of one answer: where its demand comes from, token by token.

@@ -234,6 +234,7 @@ def trace(
     options.check(model)
     inner = base_model(model)
     was_generated = False
+    guess = None
     if input_ids is not None:
         if prompt is not None or response is not None:
             raise InvalidInputError("input_ids: replaces prompt and response, got both; pass one or the other")
@@ -260,8 +261,6 @@ def trace(
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
         was_generated = response is None and not ends_with_response(prompt)  # type: ignore[arg-type]
         guess = last_resort(regions.answer_by, encoded)
-        if guess:
-            warnings.warn(guess, stacklevel=2)
     num_tokens = encoded.input_ids.numel()
     response_facts = response_record(
         inner,
@@ -270,7 +269,11 @@ def trace(
         was_generated=was_generated,
         max_new_tokens=max_new_tokens,
     )
-    warn_if_truncated(response_facts, stacklevel=3)
+    # A guess at the answer of a cut response says that it was cut.
+    if guess:
+        warnings.warn(guess, stacklevel=2)
+    else:
+        warn_if_truncated(response_facts, stacklevel=3)
     if options.is_signed:
         return _trace_relevance(model, tokenizer, encoded, regions, options, response_facts, report)
     require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)

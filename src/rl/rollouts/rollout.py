@@ -284,7 +284,8 @@ def judge(
     for row, sample in enumerate(samples):
         # Each token gets the characters that it stands for in the text of prompt and response.
         ids = generated.input_ids[row, prompt_length:][generated.response_mask[row]].tolist()
-        encoded = encode(tokenizer, sample.prompt, ids)
+        # A policy may repeat what the template opened: that is for the reward to judge, and no mistake of the user's.
+        encoded = encode(tokenizer, sample.prompt, ids, warn=False)
         completion = _completion(encoded, end_ids)
         completions.append(completion)
         opening = response_opening(encoded)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from rl.policy.sampling import Ending, generate
 from rl.policy.stop_strings import StopStrings
-from rl.seeds import generator
+from rl.seeds import derive
 from tests.fixtures.policies import FAMILIES, alphabet, tiny_policy
 from tests.fixtures.tokenizers import byte_level
 
@@ -16,9 +18,9 @@ PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("a=1;a?", "b=7;c=b+1;c?", "
 
 
 def sampled(family: str, *stops: str, prompts=PROMPTS):
-    noise = [generator(3, "test", row) for row in range(len(prompts))]
+    seeds = [derive(3, "test", row) for row in range(len(prompts))]
     ending = Ending((1,), 0, StopStrings(stops, TOKENIZER) if stops else None)
-    return generate(tiny_policy(family), prompts, noise, ending=ending, max_new_tokens=24)
+    return generate(tiny_policy(family), prompts, seeds, ending=ending, max_new_tokens=24)
 
 
 def texts(generated) -> list[str]:
@@ -66,7 +68,7 @@ def test_the_last_token_completes_the_text_and_no_token_before_does(text: str, s
 
 
 def test_a_special_token_may_be_a_stop_string():
-    tokenizer = byte_level()
+    tokenizer = copy.deepcopy(byte_level())
     tokenizer.add_special_tokens({"additional_special_tokens": ["</answer>"]})
     ids = tokenizer("3</answer>").input_ids
     assert StopStrings(("</answer>",), tokenizer).ends(ids)

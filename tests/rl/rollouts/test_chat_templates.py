@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from rl import ConfigError, PPOConfig, PPOTrainer, Sample, evaluate
@@ -84,11 +86,10 @@ def test_training_and_evaluation_read_the_options():
     settings = PPOConfig(
         steps=1, num_prompts=1, group_size=2, max_response_tokens=4, advantage="group", chat_template_kwargs=options
     )
-    model, _ = tiny()
+    model = copy.deepcopy(tiny()[0])
     run = PPOTrainer(model, tokenizer(), task=Chat(), config=settings, progress=False)
     responses = run.collect().responses
     assert "(brief)" in run.tokenizer.decode(responses.input_ids[0])
-    model, _ = tiny()
     found = evaluate(model, tokenizer(), Chat(), num_problems=1, max_response_tokens=4, chat_template_kwargs=options)
     assert found.num_problems == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -388,7 +389,7 @@ def test_a_task_that_raises_is_told_with_its_line():
 )
 def test_only_end_tokens_are_cut_off(tmp_path, text: str, pattern: str | None, completion: str, answer: str):
     """Closing tags that are special tokens are what the policy wrote (trl#2897, trl#3026)."""
-    tokenizer = byte_level()
+    tokenizer = copy.deepcopy(byte_level())
     tags = ["<answer>", "</answer>", "<yes>", "<turn>", "<end>"]
     tokenizer.add_special_tokens({"additional_special_tokens": tags})
     end_ids = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>"))

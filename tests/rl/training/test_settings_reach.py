@@ -261,7 +261,7 @@ def test_the_embedding_gradient_of_a_response_knows_no_padding():
             prompt_length=padded.prompt_length - left,
             attention_mask=padded.attention_mask[row : row + 1, left:end], response_mask=short[row : row + 1, :length],
             question=padded.question[row : row + 1, left:end], answer=padded.answer[row : row + 1, left:end],
-            oracle=None,
+            oracle=None, sampled_logprobs=None,
         )  # fmt: skip
         expected = embedding_gradient(run.policy, alone, 1.0)[0]
         assert expected[:-1].min() > 0

@@ -1,4 +1,5 @@
-// What is chosen: {token}, {route}, {step}, {band} or {part}. It is shown while pointed at or focused, and kept while pinned.
+// What is chosen: {token}, {route}, {step}, {band} or {part}. It is shown while pointed at or focused, and kept while
+// pinned.
 
 let shown = null;
 let pinned = null;
