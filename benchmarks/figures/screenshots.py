@@ -28,7 +28,8 @@ def write_pages(folder: Path) -> None:
     model, tokenizer = load_demo_model()
     prompt: list[dict[str, Any]] = [{"role": "user", "content": PROMPT}]
     right = fg.trace(model, tokenizer, prompt)
-    right.to_html(folder / "demo.html")
+    right.to_html(folder / "demo.html", relevance=right.relevance(model))
+    right.to_html(folder / "steps.html")
     fg.compare(right, fg.trace(model, tokenizer, prompt, WRONG)).to_html(folder / "compare.html")
     if CREDIT_PAGE.is_file():
         shutil.copy(CREDIT_PAGE, folder / "credit.html")
@@ -46,10 +47,9 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 860}, reduced_motion="reduce")
         for path in sorted(folder.glob("*.html")):
             page.goto(path.as_uri())
-            page.screenshot(path=IMAGES / f"{path.stem}.png")
-            if path.stem == "demo":
+            if path.stem == "steps":
                 page.get_by_role("button", name="Steps", exact=True).click()
-                page.screenshot(path=IMAGES / "steps.png")
+            page.screenshot(path=IMAGES / f"{path.stem}.png")
             print(IMAGES / f"{path.stem}.png")
         browser.close()
 

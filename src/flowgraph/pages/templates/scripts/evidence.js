@@ -123,7 +123,10 @@ function drawEvidence() {
   const opened = new Set();
   const roots = relevance.roots.map(([part, share]) => partItem(part, share, 0, opened));
   byId("evidence-tree").replaceChildren(...roots);
-  byId("evidence-ends").replaceChildren(endsList());
+  byId("evidence-ends").replaceChildren(
+    make("span", "hint", "What it comes down to, at the words’ own embeddings:"),
+    endsList(),
+  );
 }
 
 /** Go to the text of a part and keep its tokens marked. */
