@@ -117,6 +117,9 @@ def test_a_file_gives_the_same_trace(tmp_path: Path):
     assert again.shares() == found.shares()
     assert again.tokens == found.tokens
     assert repr(again) == repr(found)
+    assert again._repr_html_() == found._repr_html_()
+    torch.save(found, tmp_path / "r.pt")
+    assert torch.equal(torch.load(tmp_path / "r.pt", weights_only=True).scores, found.scores)
     found.to_json(tmp_path / "r.json")
     payload = json.loads((tmp_path / "r.json").read_text())
     assert payload["schema"] == "flowgraph-relevance/1"

@@ -196,6 +196,10 @@ class RelevanceTrace:
         }
         write_record(path, tensors, record)
 
+    def _repr_html_(self) -> str:
+        """Render the tree of steps for a notebook."""
+        return self.steps()._repr_html_()
+
     def __repr__(self) -> str:
         """Summarise the relevance: sizes, the chain of steps, where the demand ends, and the residual."""
         sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
