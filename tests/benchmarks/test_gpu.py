@@ -79,7 +79,8 @@ def test_the_summary_says_what_the_figures_were_taken_on(toy: tuple[int, Path]):
     assert summary["seed"] == 0
     assert summary["budget_seconds"] == 480
     assert summary["device"]["type"] == "cpu"
-    assert summary["machine"]["versions"]["torch"] == torch.__version__
+    # The local part of a version (+cpu, +cu128) may be missing in the metadata of the package.
+    assert summary["machine"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(summary["machine"]["versions"]) >= {"flowgraph-llm", "transformers", "torch-geometric", "peft"}
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from flowgraph import CaptureError, InvalidInputError, RelevanceRows, capture
 from flowgraph.attention.modules import first_block, text_decoder
+from tests.attention.test_capture_families import FUSED, HANDS_OUT_WEIGHTS
 from tests.fixtures.models import FAMILIES, build, family, padded, sequences
 from tests.reference.relevance import llama_relevance
 
-NO_INTERFACE = {"bloom", "mpt", "gpt_neo", "falcon", "falcon_new", "falcon_alibi"}
+NO_INTERFACE = HANDS_OUT_WEIGHTS | FUSED
 MIX_WITHOUT_ATTENTION = {"qwen3_next", "qwen3_5", "granite_hybrid", "jamba", "zamba2", "minimax"}
 NO_RULE = {"longcat_flash", "inkling"}
 CONSERVING = sorted(set(FAMILIES) - NO_INTERFACE - MIX_WITHOUT_ATTENTION - NO_RULE)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,14 @@ SETTINGS = PPOConfig(
     lora=LoraConfig(rank=2), credit=CreditConfig(rule="uniform"),
 )  # fmt: skip
 ONE_PROCESS = SimpleNamespace(num_processes=1)
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Handle SIGINT as a terminal's process does: a command in the background starts with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Signalling(Digits):
