@@ -152,8 +152,8 @@ def _specificity(trace: FlowTrace, *, is_brief: bool = False) -> Text:
     """Say how much the flow is about the question, so that a ranking is not read as more than it is."""
     found = trace.specificity()
     if is_brief:
-        figure = "" if found.total_variation is None else f" ({found.total_variation:.3f})"
-        return Text(f"question specificity: {found.description}{figure}", no_wrap=True, overflow="ellipsis")
+        figure = "" if found.total_variation is None else f" {found.total_variation:.3f}"
+        return Text(f"question specificity{figure}: {found.description}", no_wrap=True, overflow="ellipsis")
     entry = ", ".join(f"{name} {share:.0%}" for name, share in found.entry.items() if share >= _SMALLEST_END)
     line = Text("the flow is ")
     if found.total_variation is None:
