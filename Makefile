@@ -17,7 +17,7 @@ TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo train-demo test lint types unit docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study figures clean
+.PHONY: help check demo train-demo test lint types unit coverage docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study figures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -81,7 +81,12 @@ types: $(VENV)/.dev
 	$(BIN)/pyright
 
 unit: $(VENV)/.dev
-	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) -q --cov --cov-report=term --cov-fail-under=90
+	$(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) -q
+
+# Apart from `make test`, because tracing every line doubles the time of the tests; without the shape checks, whose
+# wrappers are traced too.
+coverage: $(VENV)/.dev  ## the tests with the share of lines that they run, at least 90 %
+	FLOWGRAPH_CHECK_SHAPES=0 $(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) -q --cov --cov-report=term --cov-fail-under=90
 
 docs: $(VENV)/.dev  ## build the documentation strictly into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
