@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flowgraph import final_part, response_opening
 from tests.fixtures import tokenizers as tiny
+from tests.fixtures.growth import grows_linearly
 from tests.fixtures.texts import answered, chat
 
 FINAL = "<|channel|>final<|message|>7"
@@ -91,11 +90,9 @@ def test_a_part_lies_in_the_response_and_outside_the_thinking(text: list[str], o
 @pytest.mark.parametrize(
     "unit", ["<think>", "</think>", "<", "<|channel|>", "<|message|>", "analysis", "assistantfinal"]
 )
-def test_hostile_repetitions_take_no_time(unit: str) -> None:
-    started = time.process_time()
-    final_part(unit * (200_000 // len(unit)))
-    final_part("analysisA" + unit * (200_000 // len(unit)))
-    assert time.process_time() - started < 3
+@pytest.mark.parametrize("start", ["", "analysisA"])
+def test_hostile_repetitions_are_searched_in_linear_time(unit: str, start: str) -> None:
+    assert grows_linearly(lambda text: final_part(start + text), unit)
 
 
 def test_the_opening_is_what_the_template_and_a_prefill_wrote() -> None:

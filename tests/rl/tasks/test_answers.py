@@ -23,6 +23,7 @@ from rl.tasks.answers import (
     find_answer,
     parse_number,
 )
+from tests.fixtures.growth import grows_linearly
 
 
 def stated(text: str, pattern: str | None = None) -> str | None:
@@ -110,10 +111,8 @@ def test_long_responses_are_searched_at_their_end():
 
 
 @pytest.mark.parametrize("unit", ["\\boxed{", "{", "}", "<answer>", "</answer>", "\n####", "\\", " "])
-def test_hostile_repetitions_take_no_time(unit: str):
-    started = time.process_time()
-    find_answer(unit * (200_000 // len(unit)))
-    assert time.process_time() - started < 2
+def test_hostile_repetitions_are_searched_in_linear_time(unit: str):
+    assert grows_linearly(find_answer, unit)
 
 
 @given(text=st.lists(st.sampled_from(["\\boxed{", "{", "}", "<answer>", "</answer>", "\n#### ", "1", " ", "\\"])))
