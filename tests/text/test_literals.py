@@ -59,4 +59,4 @@ def test_the_longer_word_is_quoted() -> None:
 @pytest.mark.parametrize("unit", ["7", "7,", "7.", "-7", "x", "1,007", " 7"])
 @pytest.mark.parametrize("literal", ["7", "70"])
 def test_long_texts_are_searched_in_linear_time(unit: str, literal: str) -> None:
-    assert grows_linearly(lambda text: literal_spans(text, literal), unit, 100_000)
+    assert grows_linearly(lambda text: literal_spans(text, literal), unit, 40_000)
