@@ -22,12 +22,11 @@ pass is repeated until little remains. Then the sources are the prompt's embeddi
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -36,21 +35,26 @@ from torch import Tensor, nn
 from flowgraph.attention.interception import AttentionDispatch
 from flowgraph.attention.modules import (
     attention_modules,
-    first_block,
     num_layers,
-    text_decoder,
     uses_attention_interface,
 )
 from flowgraph.capacities.linear_rules import LinearRules
 from flowgraph.capacities.module_balance import ModuleBalance
+from flowgraph.capacities.predictions import (
+    Target,
+    at_rows,
+    forward_logits,
+    objective_of,
+    predicting_rows,
+    shift_left,
+)
+from flowgraph.capacities.relevance_balance import BalanceRecorder
 from flowgraph.capacities.tape import MAX_BLOCK, SCRATCH_BYTES, Tape, TapeLayer
 from flowgraph.errors import CaptureError, InvalidInputError
 from flowgraph.memory import require_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Target = Literal["margin", "logprob"]
 
 NUM_RIVALS = 10
 """A generated token's logit is contrasted with the mean of this many best other tokens."""
@@ -124,7 +128,7 @@ class RelevanceRows:
     @property
     def throughput(self) -> Float[Tensor, "batch tokens"]:
         """Relevance that reaches each position: demand + emission arc + what later readers pass to it."""
-        return self.demand + _shift_left(self.emitted) + self.matrix.sum(1)
+        return self.demand + shift_left(self.emitted) + self.matrix.sum(1)
 
     def total_demand(self, item: int = 0) -> float:
         """Return the demand of one sequence, in the units of the target, to divide by.
@@ -269,7 +273,7 @@ def capture_relevance(
     )
 
     tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
-    balance = _BalanceRecorder(model, mask.shape, mask.device)
+    balance = BalanceRecorder(model, mask.shape, mask.device)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(AttentionDispatch.heard_by(tape))
@@ -318,154 +322,14 @@ def capture_relevance(
     return result
 
 
-class _BalanceRecorder:
-    """Hooks for the terms of the law that stand outside the attention layers: x0, y and biases.
-
-    Attributes:
-        x0: input of the first block, a leaf of the backward pass.
-        y: input of the output projection, at the rows whose logits were computed.
-        absorbed: ``[batch, tokens]`` a[t] = <x0[t], dL/dx0[t]>, summed over the backward passes so far.
-        bias: ``[batch, tokens]`` sum over biases b of <b, dL/d output[t]>.
-    """
-
-    def __init__(self, model: PreTrainedModel, shape: torch.Size, device: torch.device) -> None:
-        self._model = model
-        self._stack = ExitStack()
-        self.x0: Tensor | None = None
-        self.y: Tensor | None = None
-        self.absorbed = torch.zeros(shape, device=device, dtype=torch.float32)
-        self.bias = torch.zeros(shape, device=device, dtype=torch.float32)
-
-    def __enter__(self) -> _BalanceRecorder:
-        with ExitStack() as stack:
-            first = first_block(text_decoder(self._model))
-            stack.callback(first.register_forward_pre_hook(self._start_at, with_kwargs=True).remove)
-            head = self._model.get_output_embeddings()
-            assert head is not None  # base_model() refuses models without one
-            stack.callback(head.register_forward_pre_hook(self._keep_y).remove)
-            for module in self._model.modules():
-                bias = getattr(module, "bias", None)
-                if module is head:
-                    continue
-                if isinstance(bias, Tensor) and bias.ndim == 1:
-                    stack.callback(module.register_forward_hook(self._watch_bias).remove)
-                elif any(name.endswith("_bias") and p.ndim > 1 for name, p in module.named_parameters(recurse=False)):
-                    # Experts with fused weights: their biases are measured as the block's imbalance.
-                    stack.callback(module.register_forward_pre_hook(self._watch_input).remove)
-                    stack.callback(module.register_forward_hook(self._watch_output).remove)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def _start_at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.x0 = hidden.detach().requires_grad_()
-        if args:
-            return (self.x0, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.x0}
-
-    def _keep_y(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.y = args[0]
-
-    def _add_to_bias(self, per_position: Tensor) -> None:
-        # Mixtures of experts flatten the batch; outputs of other shapes hold no positions.
-        if per_position.numel() == self.bias.numel():
-            self.bias += per_position.reshape(self.bias.shape)
-
-    def _watch_bias(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            bias = module.bias.detach().float()  # type: ignore[union-attr,operator]
-            output.register_hook(lambda gradient: self._add_to_bias(gradient.float() @ bias))
-
-    def _watch_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        x = args[0]
-        if not x.requires_grad:
-            return None
-        # A view of its own, so that its gradient is that of this module alone.
-        private = x.view_as(x)
-        value = x.detach().float()
-        private.register_hook(lambda gradient: self._add_to_bias(-(gradient.float() * value).sum(-1)))
-        return (private, *args[1:])
-
-    def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor) and first.requires_grad:
-            value = first.detach().float()
-            first.register_hook(lambda gradient: self._add_to_bias((gradient.float() * value).sum(-1)))
-
-
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def predicting_rows(tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Int64[Tensor, " kept"]:
-    """Return the positions whose logits predict one of the tokens, in any sequence of the batch."""
-    if bool((tokens & ~mask).any()):
-        raise InvalidInputError(
-            "answer, generated: must mark tokens of the text, got a token of padding; leave padding out"
-        )
-    previous_is_text = torch.zeros_like(mask)
-    previous_is_text[:, 1:] = mask[:, :-1]
-    if bool((tokens & ~previous_is_text).any()):
-        raise InvalidInputError(
-            "answer, generated: must be predicted by an earlier token, got the first token of the text; leave it out"
-        )
-    return _shift_left(tokens.float()).any(0).nonzero().flatten()
-
-
-def _shift_left(values: Tensor) -> Tensor:
-    """Move what belongs to token k to the row k - 1 that predicts it."""
-    shifted = torch.zeros_like(values)
-    shifted[:, :-1] = values[:, 1:]
-    return shifted
-
-
-def forward_logits(
-    model: PreTrainedModel, inputs: dict[str, Any], rows: Int64[Tensor, " kept"]
-) -> tuple[Tensor, Tensor]:
-    """Run the pass; return the logits in float32 and the rows they belong to."""
-    arguments = dict(inputs)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments["logits_to_keep"] = rows
-    logits = model(**arguments, use_cache=False).logits.float()
-    if logits.shape[1] != rows.numel():
-        rows = torch.arange(logits.shape[1], device=rows.device)
-    return logits, rows
-
-
-def _at_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Pick, for each kept row, what belongs to the token it predicts."""
-    return _shift_left(values)[:, rows]
-
-
-def objective_of(
-    logits: Float[Tensor, "batch kept vocabulary"],
-    rows: Int64[Tensor, " kept"],
-    ids: Int64[Tensor, "batch tokens"],
-    answer: Bool[Tensor, "batch tokens"],
-    target: Target | Int64[Tensor, "batch tokens"],
-) -> Float[Tensor, ""]:
-    """Sum the target over the answer tokens of all sequences."""
-    predicted = _at_rows(ids, rows)[..., None]
-    chosen = logits.gather(-1, predicted)
-    if isinstance(target, Tensor):
-        contrast = logits.gather(-1, _at_rows(target, rows)[..., None])
-        value = chosen - contrast
-    elif target == "margin":
-        runner_up = logits.scatter(-1, predicted, -torch.inf).amax(-1, keepdim=True)
-        value = chosen - runner_up
-    else:
-        value = chosen - logits.logsumexp(-1, keepdim=True)
-    # Excluded rows may hold infinities of padding: select, do not multiply.
-    return torch.where(_at_rows(answer, rows), value.squeeze(-1), 0.0).sum()
 
 
 class _BackwardPasses:
     """Backward passes from y to x0 over one recorded forward pass; their results add up on the tape."""
 
-    def __init__(self, balance: _BalanceRecorder, rows: Int64[Tensor, " kept"]) -> None:
+    def __init__(self, balance: BalanceRecorder, rows: Int64[Tensor, " kept"]) -> None:
         if balance.x0 is None or balance.y is None or not balance.y.requires_grad:
             raise CaptureError(
                 "model: its output must depend differentiably on its first block, got a pass without a backward; "
@@ -512,12 +376,12 @@ def _emission_gradient(
     M_k is the logit of k minus the mean of its best rivals. The margin to the runner-up alone would be near 0 at near
     ties, and the seed a[k] / m_k would explode.
     """
-    predicted = _at_rows(ids, rows)[..., None]
+    predicted = at_rows(ids, rows)[..., None]
     chosen = logits.gather(-1, predicted).squeeze(-1)
     others = logits.scatter(-1, predicted, -torch.inf)
     num_rivals = min(NUM_RIVALS, logits.shape[-1] - 1)
     rivals = others.topk(num_rivals, dim=-1).values.mean(-1)
-    contrast = torch.where(_at_rows(generated, rows), chosen - rivals, 0.0)
+    contrast = torch.where(at_rows(generated, rows), chosen - rivals, 0.0)
     gradient = passes.gradient_at_y(contrast.sum())
     at_row = passes.demand_of(gradient)
     margin = torch.zeros_like(at_row)
@@ -527,7 +391,7 @@ def _emission_gradient(
 
 def _run_chain(
     passes: _BackwardPasses,
-    balance: _BalanceRecorder,
+    balance: BalanceRecorder,
     rows: Int64[Tensor, " kept"],
     gradient: Tensor,
     margin: Float[Tensor, "batch tokens"],
@@ -544,7 +408,7 @@ def _run_chain(
         if bool((pending.abs().sum(-1) <= CHAIN_REMAINDER * total).all()):
             return emitted, hop
         scale = torch.where(chosen, pending / torch.where(chosen, margin, 1.0), 0.0)
-        passes.push(gradient * _at_rows(scale, rows)[..., None].to(gradient.dtype))
+        passes.push(gradient * at_rows(scale, rows)[..., None].to(gradient.dtype))
         emitted = emitted + pending
     return emitted, hops
 
@@ -579,7 +443,7 @@ def _residual_of_law(
     matrix: Tensor, demand: Tensor, emitted: Tensor, absorbed: Tensor, bias: Tensor, mask: Tensor
 ) -> float:
     """Return the largest difference of the two sides of the law, relative to the largest term of its sequence."""
-    arriving = demand + _shift_left(emitted) + matrix.sum(1)
+    arriving = demand + shift_left(emitted) + matrix.sum(1)
     leaving = matrix.sum(2) + absorbed + bias
     difference = torch.where(mask, (arriving - leaving).abs(), 0.0)
 
@@ -614,7 +478,7 @@ def _find_culprit(
 ) -> tuple[str, str, float] | None:
     """Repeat the pass and compare what enters and leaves each module; return the deepest that does not conserve."""
     tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
-    recorder = _BalanceRecorder(model, answer.shape, answer.device)
+    recorder = BalanceRecorder(model, answer.shape, answer.device)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(AttentionDispatch.heard_by(tape))
