@@ -56,6 +56,11 @@ def test_without_text_before_the_question_its_halves_are_compared():
     assert found.total_variation == pytest.approx(1)
 
 
+def test_the_first_token_is_a_sink_and_no_text_before_the_question():
+    flow = flow_of({(4, 0): 0.9, (4, 1): 0.1, (5, 2): 1.0, (6, 4): 0.5, (6, 5): 0.5}, question=[1, 2])
+    assert specificity(flow, generated=GENERATED).compared_with == "halves of the question"
+
+
 def test_one_place_of_entry_has_no_distance():
     found = specificity(flow_of({(4, 2): 1.0, (6, 4): 1.0}, question=[2]), generated=GENERATED)
     assert found.total_variation is None

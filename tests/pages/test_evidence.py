@@ -63,6 +63,23 @@ def test_the_page_starts_with_the_tree_and_colours_by_any_score(open_file, made,
     first = page.locator("#evidence-tree .part").first
     assert first.locator(".share").inner_text() == "+100 %"
     assert first.locator(".words").inner_text() == "7"
+    while page.locator("#evidence-tree button.aside").count():
+        page.locator("#evidence-tree button.aside").first.click()
+    # A bar has the colour of its sign, and the same length for the same share in every row.
+    rows = page.eval_on_selector_all(
+        "#evidence-tree .part",
+        "parts => parts.map(part => [part.querySelector('.share').textContent, part.querySelector('.bar').className,"
+        " part.querySelector('.track').offsetWidth])",
+    )
+    assert any(share.startswith("−") for share, *_ in rows)
+    for share, class_name, _ in rows:
+        assert class_name == ("bar minus" if share.startswith("−") else "bar plus")
+    page.set_viewport_size({"width": 420, "height": 900})
+    widths = "parts => parts.map(part => part.querySelector('.track').offsetWidth)"
+    assert len({width for *_, width in rows}) == 1
+    assert len(set(page.eval_on_selector_all("#evidence-tree .part", widths))) == 1
+    page.set_viewport_size({"width": 1280, "height": 900})
+
     part = page.locator("#evidence-tree .part").nth(2)
     part.click()
     words = part.locator(".words").inner_text()
@@ -73,6 +90,9 @@ def test_the_page_starts_with_the_tree_and_colours_by_any_score(open_file, made,
     assert "of the answer" in page.locator("#detail").inner_text()
 
     # The colours follow the choice; the slider belongs to the flow.
+    for token in (int(relevance.scores.argmin()), int(relevance.scores.argmax())):
+        sign = "minus" if relevance.scores[token] < 0 else "plus"
+        assert sign in page.locator(f".t[data-index='{token}']").get_attribute("class").split()
     token = int(torch.argmax(relevance.scores.abs()))
     strength = "index => document.querySelector(`.t[data-index='${index}']`).style.getPropertyValue('--f')"
     assert float(page.evaluate(strength, token)) == 1

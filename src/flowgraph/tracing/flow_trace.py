@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -287,7 +288,11 @@ class FlowTrace:
         )
 
     def specificity(self) -> Specificity:
-        """Measure how much the flow depends on where it enters; see :func:`flowgraph.specificity`."""
+        """Measure how much the flow depends on where it enters; see :func:`flowgraph.specificity`. Measured once."""
+        return self._specificity
+
+    @cached_property
+    def _specificity(self) -> Specificity:
         return specificity(self.flow, generated=self.generated)
 
     def certify(self, **options: Any) -> Certificate:
@@ -380,6 +385,8 @@ class FlowTrace:
             max_edges=max_edges,
             scores=self.composed,
         )
+        if self.feasible:
+            payload["specificity"] = self.specificity().to_dict()
         if relevance is not None:
             self._require_same_tokens(relevance, "relevance")
             payload["relevance"] = relevance.to_dict(max_edges=max_edges)

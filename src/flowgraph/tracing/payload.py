@@ -39,7 +39,6 @@ from torch import Tensor
 
 from flowgraph.analysis.backbone import backbone
 from flowgraph.analysis.routes import TokenRole, checkpoints, hubs, widest_routes
-from flowgraph.analysis.specificity import specificity
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
 from flowgraph.steps.step_flow import step_flow
@@ -130,7 +129,6 @@ def trace_payload(
     payload["routes"] = [{"tokens": route.tokens, "flow": route.flow} for route in widest_routes(flow, _NUM_ROUTES)]
     payload["steps"] = steps.to_dict(max_edges=max_edges)
     payload["hubs"] = _roles(hubs(flow, _NUM_ROLES))
-    payload["specificity"] = specificity(flow, generated=generated).to_dict()
     payload["checkpoints"] = _roles(checkpoints(flow, _NUM_ROLES))
     return payload
 
