@@ -135,7 +135,7 @@ lock: check  ## renew constraints.txt and constraints-oldest.txt; then run test,
 	@rm -rf build/lock && mkdir -p build/lock
 	$(UV_COMPILE) --universal $(addprefix --group ,dev docs bench tools) --output-file build/lock/newest
 	.venv-lock/bin/uv pip compile --quiet --no-deps --no-annotate --no-header --group test --constraints build/lock/newest --output-file build/lock/tools
-	$(UV_COMPILE) --resolution lowest-direct --python-platform linux $(addprefix --extra ,gguf numba tasks plot parquet) --group test --constraints build/lock/tools --output-file build/lock/oldest
+	$(UV_COMPILE) --resolution lowest-direct --python-platform linux $(addprefix --extra ,gguf numba tasks plot parquet evaluation) --group test --constraints build/lock/tools --output-file build/lock/oldest
 	@{ echo "# Exact versions of all that make installs; written by make lock."; cat build/lock/newest; } > constraints.txt
 	@{ echo "# The oldest supported versions, for Python 3.11; written by make lock, used by make test-oldest."; cat build/lock/oldest; } > constraints-oldest.txt
 

@@ -15,6 +15,17 @@ MODULES = {
 }
 
 PUBLIC = {
+    "EvaluationItem",
+    "EvaluationMethod",
+    "EvaluationTask",
+    "Explanation",
+    "Metric",
+    "Subject",
+    "Truth",
+    "evaluation_method",
+    "evaluation_methods",
+    "evaluation_task",
+    "evaluation_tasks",
     "AttentionRecorder",
     "AttentionRows",
     "Backbone",
@@ -171,6 +182,7 @@ STAGES = [
     {"pages"},
     {"tracing"},
     {"comparison", "interventions", "exchange", "corpus"},
+    {"evaluation"},
     {"plots", "commands"},
     {"cli"},
 ]

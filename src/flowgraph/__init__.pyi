@@ -50,6 +50,17 @@ from .errors import OutputError as OutputError
 from .errors import RegionError as RegionError
 from .errors import TooLargeError as TooLargeError
 from .errors import TraceFileError as TraceFileError
+from .evaluation.catalogue import evaluation_methods as evaluation_methods
+from .evaluation.catalogue import evaluation_tasks as evaluation_tasks
+from .evaluation.records import EvaluationItem as EvaluationItem
+from .evaluation.records import Explanation as Explanation
+from .evaluation.records import Truth as Truth
+from .evaluation.registry import EvaluationMethod as EvaluationMethod
+from .evaluation.registry import EvaluationTask as EvaluationTask
+from .evaluation.registry import Metric as Metric
+from .evaluation.registry import evaluation_method as evaluation_method
+from .evaluation.registry import evaluation_task as evaluation_task
+from .evaluation.subject import Subject as Subject
 from .exchange.export import to_igraph as to_igraph
 from .exchange.export import to_networkx as to_networkx
 from .exchange.export import to_pyg as to_pyg

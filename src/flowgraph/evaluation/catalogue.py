@@ -1,0 +1,53 @@
+"""Find tasks and methods by name: those of this package and those that users registered."""
+
+from __future__ import annotations
+
+# Importing these packages registers what they hold.
+from flowgraph.errors import InvalidInputError
+from flowgraph.evaluation import methods as _methods
+from flowgraph.evaluation import tasks as _tasks
+from flowgraph.evaluation.registry import EvaluationMethod, EvaluationTask, registered_methods, registered_tasks
+
+__all__ = ["evaluation_methods", "evaluation_tasks", "find_method", "find_task"]
+
+_BUILTIN = (_methods, _tasks)
+
+
+def evaluation_tasks() -> list[str]:
+    """List the names of all registered tasks."""
+    return sorted(registered_tasks())
+
+
+def evaluation_methods() -> list[str]:
+    """List the names of all registered methods."""
+    return sorted(registered_methods())
+
+
+def find_task(name: str) -> EvaluationTask:
+    """Return a registered task.
+
+    Raises:
+        InvalidInputError: no task of this name.
+    """
+    known = registered_tasks()
+    if name not in known:
+        raise InvalidInputError(
+            f"tasks: must be of {', '.join(sorted(known)) or 'none'}, got {name!r}; register your own with "
+            "flowgraph.evaluation_task"
+        )
+    return known[name]
+
+
+def find_method(name: str) -> EvaluationMethod:
+    """Return a registered method.
+
+    Raises:
+        InvalidInputError: no method of this name.
+    """
+    known = registered_methods()
+    if name not in known:
+        raise InvalidInputError(
+            f"methods: must be of {', '.join(sorted(known)) or 'none'}, got {name!r}; register your own with "
+            "flowgraph.evaluation_method"
+        )
+    return known[name]

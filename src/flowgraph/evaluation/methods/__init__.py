@@ -1,0 +1,1 @@
+"""Methods of the evaluation; importing this package registers them."""

@@ -1,0 +1,1 @@
+"""Tasks of the evaluation; importing this package registers them."""
