@@ -88,7 +88,8 @@ unit: $(VENV)/.dev
 coverage: $(VENV)/.dev  ## the tests with the share of lines that they run, at least 90 %
 	FLOWGRAPH_CHECK_SHAPES=0 $(TESTENV) $(BIN)/python -m pytest -n $(WORKERS) -q --cov --cov-report=term --cov-fail-under=90
 
-docs: $(VENV)/.dev  ## build the documentation strictly into site/
+docs: $(VENV)/.dev  ## check spelling and links, and build the documentation into site/
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.dev
@@ -172,6 +173,7 @@ study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, an
 figures: $(VENV)/.bench  ## draw every picture of the documentation from the committed results and the demo model
 	$(BIN)/python -m benchmarks.figures.plots
 	$(BIN)/python -m benchmarks.figures.flow_picture
+	$(BIN)/python -m benchmarks.figures.glossary
 	$(BIN)/python -m benchmarks.figures.gallery
 	$(BIN)/python -m benchmarks.figures.screenshots
 

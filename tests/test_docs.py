@@ -7,7 +7,9 @@ place; the folder ``path/or/name`` holds the same model as a checkpoint.
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,18 +109,58 @@ def test_no_page_lets_a_table_row_end_in_an_empty_explanation():
     assert not re.search(r"\| *\|$", text, re.MULTILINE)
 
 
+def hook(name: str) -> Any:
+    """Import a hook of the site as a module; hooks import each other by name."""
+    folder = str(ROOT / "docs" / "hooks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
 def test_the_reference_shows_no_roles_and_directives():
-    names: dict[str, Any] = {}
-    exec((ROOT / "docs" / "hooks.py").read_text(encoding="utf-8"), names)
-    rewritten = names["on_page_content"](
+    markup = hook("markup")
+    docstring = markup.with_markdown_formulas(
+        "One :math:`a_b`.\n\n.. math:: h = b + N^\\top h\n\nText.\n\n.. math::\n    f\n    = g\n\nEnd."
+    )
+    assert docstring == "One $a_b$.\n\n\n$$\nh = b + N^\\top h\n$$\n\nText.\n\n\n$$\nf = g\n$$\n\nEnd."
+    rewritten = markup.on_page_content(
         "<p>The module :mod:<code>flowgraph.pages</code>, :func:<code>~flowgraph.solve</code>, "
         "<code>a:func:b</code> and schema <code>s</code>::</p>"
-        "<p>.. math::\n    h = b + N^T h,</p><p>.. math::</p><pre>g = q</pre>"
     )
     assert rewritten == (
         "<p>The module <code>flowgraph.pages</code>, <code>flowgraph.solve</code>, "
         "<code>a:func:b</code> and schema <code>s</code>:</p>"
-        "<pre><code>h = b + N^T h,</code></pre><pre>g = q</pre>"
     )
-    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert "hooks: [docs/hooks.py]" in settings
+
+
+def test_formulas_become_mathml():
+    html = hook("markup").on_page_content('<p><span class="arithmatex">\\(f &lt; g\\)</span></p>')
+    assert "<math" in html
+    assert "&#x0003C;" in html
+    assert "arithmatex" not in html
+
+
+def test_every_public_name_has_a_summary_for_the_reference():
+    names = hook("api_names")
+    for package in ("flowgraph", "rl"):
+        for public, place in names.public_names(package).items():
+            if public != "selectors":
+                assert names.summary_of(place), place
+
+
+def test_the_page_of_an_exception_lists_its_messages():
+    messages = hook("error_messages").messages_of("flowgraph")
+    found = [one for one in messages["InvalidInputError"] if one.argument == "damping"]
+    assert "must lie in (0, 1]" in found[0].rule
+    assert found[0].remedy == "1 is undamped"
+
+
+def test_every_exception_class_stands_on_the_page_of_errors():
+    names = hook("api_names")
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    for package in ("flowgraph", "rl"):
+        for public, place in names.public_names(package).items():
+            if place.startswith(f"{package}.errors.") and public != "FlowgraphError":
+                assert f"api/{package}/{public}.md" in page
