@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 def on_post_build(config: MkDocsConfig, **_: Any) -> None:
     """Write the Markdown of all pages and their index."""
     site = Path(config["site_dir"])
-    for uri, (_, text) in _MARKDOWN.items():
+    for uri, (_title, text) in _MARKDOWN.items():
         target = site / uri
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
