@@ -17,7 +17,7 @@ TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo train-demo test lint types unit coverage docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study figures clean
+.PHONY: help check demo train-demo test lint types unit coverage docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study tutorials figures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -169,6 +169,9 @@ study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, an
 	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --adapter out/midway --out benchmarks/results/alignment_mid
 	$(BIN)/python -m benchmarks.speed.rl_trl --threads 1
 	$(BIN)/python -m benchmarks.figures.plots
+
+tutorials: $(VENV)/.dev  ## run the tutorials with the demo model and write their notebooks
+	$(BIN)/python -m benchmarks.tutorials
 
 figures: $(VENV)/.bench  ## draw every picture of the documentation from the committed results and the demo model
 	$(BIN)/python -m benchmarks.figures.plots
