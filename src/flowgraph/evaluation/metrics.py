@@ -335,6 +335,8 @@ def deletion_masks(scores: Values, num_steps: int = 20) -> NDArray[np.bool_]:
     """
     ranked = _vector("scores", scores)
     _check_count("num_steps", num_steps)
+    if ranked.size == 0:
+        raise InvalidInputError("scores: must hold at least one unit, got none; leave out texts without units")
     groups = np.array_split(_order(ranked), min(num_steps, ranked.size))
     kept = np.ones((len(groups) + 1, ranked.size), dtype=bool)
     for step, group in enumerate(groups, start=1):
@@ -438,7 +440,7 @@ def response_curve(curve: Values, kind: Literal["deletion", "insertion"] = "dele
     Raises:
         InvalidInputError: numbers that are not finite, fewer than two points, or another kind.
 
-    Source: MAS, Walker et al. 2024 (Attribution Quality Metrics with Magnitude Alignment, IJCAI 2024), section 4.
+    Source: MAS, Walker et al. 2024 (Attribution Quality Metrics with Magnitude Alignment, IJCAI 2024).
 
     Example:
         >>> response_curve([4., 1., 2., 0.]).tolist()
@@ -475,7 +477,7 @@ def magnitude_curve(scores: Values, num_steps: int = 20) -> NDArray[np.float64]:
     Raises:
         InvalidInputError: as :func:`deletion_masks`.
 
-    Source: MAS (density response), Walker et al. 2024, section 4.
+    Source: MAS (density response), Walker et al. 2024.
 
     Example:
         >>> magnitude_curve([3, 1]).tolist()
@@ -541,7 +543,7 @@ def mas(
     Raises:
         InvalidInputError: numbers that are not finite, or a curve of more steps than there are units.
 
-    Source: MAS, Walker et al. 2024 (Attribution Quality Metrics with Magnitude Alignment, IJCAI 2024), section 4.
+    Source: MAS, Walker et al. 2024 (Attribution Quality Metrics with Magnitude Alignment, IJCAI 2024).
 
     Example:
         >>> mas([3, 1], [4., 1., 0.])
