@@ -25,7 +25,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgraph.errors import InvalidInputError
 
@@ -51,7 +51,8 @@ _MARGIN = 8.0
 _NUM_HEADS = 4
 _POSITIONS = 48
 _NORM_EPSILON = 1e-12
-_MODULUS = 2  # a feature is stored with both signs
+_COPIES = 2
+"""A feature is stored with both signs."""
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,9 @@ def _model(design: _Design) -> GPT2LMHeadModel:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     num_features = sum(design.sizes.values())
-    widest = max(
-        max(design.sizes[head.query], design.sizes[head.key], design.sizes[head.value]) for head in design.heads
-    )
+    compared = [design.sizes[subspace] for head in design.heads for subspace in (head.query, head.key, head.value)]
     # A head needs one dimension more, for the sink; heads are equally wide and hold every signed feature.
-    head_width = max(widest + 1, math.ceil(_MODULUS * num_features / _NUM_HEADS))
+    head_width = max(max(compared) + 1, math.ceil(_COPIES * num_features / _NUM_HEADS))
     config = GPT2Config(
         vocab_size=len(design.tokens),
         n_positions=_POSITIONS,
@@ -266,11 +265,11 @@ def _model(design: _Design) -> GPT2LMHeadModel:
 
         # Each layer reads tokens with the features of their embedding and one more for each layer below.
         num_features_read = len(design.tokens[FIRST]) + (design.position is not None)
-        for layer, block in enumerate(model.transformer.h):
+        for layer, block in enumerate(model.transformer.get_submodule("h").children()):
             deviation = _deviation(num_features_read, config.n_embd)
             for head in design.heads:
                 if head.layer == layer:
-                    _set_head(block.attn, head, vectors, deviation, head_width)
+                    _set_head(block.get_submodule("attn"), head, vectors, deviation, head_width)
                     num_features_read += 1
 
         deviation = _deviation(num_features_read, config.n_embd)
@@ -313,10 +312,10 @@ def _deviation(num_features: int, width: int) -> float:
     return math.sqrt(2 * num_features / width + _NORM_EPSILON)
 
 
-def _set_head(attention: torch.nn.Module, head: _Head, vectors: _Vectors, deviation: float, head_width: int) -> None:
+def _set_head(attention: nn.Module, head: _Head, vectors: _Vectors, deviation: float, head_width: int) -> None:
     """Set the weights of one head of a GPT-2 attention module (weights ``[in, out]``; queries, keys, values joined)."""
-    weight: Tensor = attention.c_attn.weight  # type: ignore[union-attr,assignment]
-    bias: Tensor = attention.c_attn.bias  # type: ignore[union-attr,assignment]
+    weight = attention.get_parameter("c_attn.weight")
+    bias = attention.get_parameter("c_attn.bias")
     width = weight.shape[0]
     first = head.head * head_width
 
@@ -335,7 +334,7 @@ def _set_head(attention: torch.nn.Module, head: _Head, vectors: _Vectors, deviat
     # What is read is copied with its size before LayerNorm.
     values = vectors.read(head.value)
     weight[:, 2 * width + first : 2 * width + first + len(values)] = deviation * values.T
-    output: Tensor = attention.c_proj.weight  # type: ignore[union-attr,assignment]
+    output = attention.get_parameter("c_proj.weight")
     output[first : first + len(values)] = vectors.write(head.write)
 
 
