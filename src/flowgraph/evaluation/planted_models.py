@@ -1,0 +1,355 @@
+r"""Transformers with weights set by hand, so that which tokens and edges decide the answer is known and not measured.
+
+Every model is a :class:`transformers.GPT2LMHeadModel` without trained weights. Its residual stream is divided into
+named subspaces of unit vectors (features). A feature is stored twice, once with each sign, so that the mean that
+LayerNorm subtracts is 0; every position that matters has the same number of features, so that LayerNorm divides by a
+known constant. A head compares the query subspace of the reader with the key subspace of the token that is read,
+
+.. math:: \text{score} = S \, [\text{the features are equal}] + \tfrac{S}{2} \, [\text{the token is the first}],
+   \qquad S = 240,
+
+and copies the value subspace of the token to another subspace. Softmax of such scores is one token in float32 exactly:
+the match, or the first token (an attention sink) where nothing matches. The other heads are idle: they read all tokens
+alike and write nothing, as most heads of a trained model do for a given answer.
+
+Source: induction heads, Olsson et al. 2022, arXiv 2209.11895; weights set by hand, as in Tracr, Lindner et al. 2023,
+arXiv 2301.05062.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from flowgraph.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+PlantedKind = Literal["copy", "induction", "two_hop"]
+"""A lookup in one layer; an induction over two layers; a lookup whose content was itself looked up a layer before."""
+
+FIRST = "<s>"
+"""The first token of every text: heads that find nothing read it. It is also what a model answers then."""
+
+KEYS = "abcdefghij"
+LINKS = "abcdefgh"
+LEAVES = "mnopqrst"
+VALUES = "0123456789"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+_SCORE = 240.0
+"""S: e^{-S/2} is below the smallest float32, so that the attention of a match is exactly 1."""
+_MARGIN = 8.0
+"""Logit of the answer above all others: a probability of .95 or more, whose gradient is not rounded away."""
+_NUM_HEADS = 4
+_POSITIONS = 48
+_NORM_EPSILON = 1e-12
+_COPIES = 2
+"""A feature is stored with both signs."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One head that is set by hand.
+
+    Attributes:
+        layer: its layer.
+        head: its number within the layer.
+        query: subspace of the reader that is compared.
+        key: subspace of the token that is read.
+        value: subspace that is copied.
+        write: subspace that it is copied to.
+        shift: the query's feature i asks for the key's feature i - shift.
+    """
+
+    layer: int
+    head: int
+    query: str
+    key: str
+    value: str
+    write: str
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class _Design:
+    """A model: its vocabulary, and what each token and head does.
+
+    Attributes:
+        sizes: number of features of each subspace.
+        tokens: for each token its features, as subspace to number.
+        heads: the heads that do something.
+        output: the subspace whose features are answers.
+        answers: the token that each feature of the output stands for.
+        position: the subspace of positions; None: the model does not know positions.
+    """
+
+    sizes: Mapping[str, int]
+    tokens: Mapping[str, Mapping[str, int]]
+    heads: Sequence[_Head]
+    output: str
+    answers: Sequence[str]
+    position: str | None = None
+
+
+def planted_model(kind: PlantedKind) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """Build a model of known mechanism with its tokenizer.
+
+    ========== ======================================== =============================================================
+    kind       text and answer                          what decides
+    ========== ======================================== =============================================================
+    copy       ``<s> c=3 a=7 b=1 a?`` -> ``7``          layer 1: ``a?`` reads ``a=7``
+    induction  ``<s> f a k c a`` -> ``k``               layer 0: ``k`` reads ``a`` before it; layer 1: ``a`` reads ``k``
+    two_hop    ``<s> m=5 n=2 b>n a>m a?`` -> ``5``      layer 0: ``a>m`` reads ``m=5``; layer 1: ``a?`` reads ``a>m``
+    ========== ======================================== =============================================================
+
+    Args:
+        kind: ``"copy"``, ``"induction"`` or ``"two_hop"``.
+
+    Returns:
+        The model in evaluation mode, float32, and a tokenizer of whole words.
+
+    Raises:
+        InvalidInputError: another kind.
+
+    Cost: milliseconds; up to 1.2 million weights.
+
+    Example:
+        >>> import torch
+        >>> model, tokenizer = planted_model("copy")
+        >>> ids = tokenizer("<s> c=3 a=7 b=1 a?", return_tensors="pt").input_ids
+        >>> tokenizer.decode(model(ids).logits[0, -1].argmax())
+        '7'
+    """
+    if kind not in get_args(PlantedKind):
+        raise InvalidInputError(f"kind: must be one of {', '.join(get_args(PlantedKind))}, got {kind!r}; choose one")
+    design = _DESIGNS[kind]()
+    return _model(design), _tokenizer(list(design.tokens))
+
+
+# Designs -------------------------------------------------------------------------------------------------------------
+
+
+def _copy() -> _Design:
+    """Design a lookup by content: a query reads the pair of its key, and answers the pair's value."""
+    nothing = len(VALUES)
+    tokens: dict[str, dict[str, int]] = {FIRST: {"sink": 0, "value": nothing}}
+    for number, key in enumerate(KEYS):
+        tokens[f"{key}?"] = {"query": number, "filler": 0}
+        for digit, value in enumerate(VALUES):
+            tokens[f"{key}={value}"] = {"key": number, "value": digit}
+    tokens |= {value: {"filler": 0, "spoken": digit} for digit, value in enumerate(VALUES)}
+    sizes = {
+        "sink": 1,
+        "filler": 1,
+        "key": len(KEYS),
+        "query": len(KEYS),
+        "value": nothing + 1,
+        "spoken": len(VALUES),
+        "found": nothing + 1,
+    }
+    # The layer below is idle, as the first layers of a trained model are for a lookup.
+    lookup = _Head(layer=1, head=2, query="query", key="key", value="value", write="found")
+    return _Design(sizes, tokens, [lookup], "found", [*VALUES, FIRST])
+
+
+def _induction() -> _Design:
+    """Design an induction: find the token after the earlier occurrence of the last token."""
+    words = [FIRST, *LETTERS]
+    tokens: dict[str, dict[str, int]] = {word: {"token": number} for number, word in enumerate(words)}
+    tokens[FIRST]["sink"] = 0
+    # The other tokens have a feature in the place of the sink's, so that all have as many.
+    for word in LETTERS:
+        tokens[word]["filler"] = 0
+    sizes = {
+        "sink": 1,
+        "filler": 1,
+        "position": _POSITIONS,
+        "token": len(words),
+        "previous": len(words),
+        "found": len(words),
+    }
+    heads = [
+        _Head(layer=0, head=1, query="position", key="position", value="token", write="previous", shift=1),
+        _Head(layer=1, head=2, query="token", key="previous", value="token", write="found"),
+    ]
+    return _Design(sizes, tokens, heads, "found", words, position="position")
+
+
+def _two_hop() -> _Design:
+    """Design a lookup of a lookup: a link fetches the value of the leaf it names, a query the value of its link."""
+    nothing = len(VALUES)
+    no_leaf = len(LEAVES)
+    fillers = {"filler": 0, "second_filler": 0}
+    tokens: dict[str, dict[str, int]] = {FIRST: {"sink": 0, "value": nothing, **fillers}}
+    for number, link in enumerate(LINKS):
+        # In layer 0 a query reads itself, so that what it answers never depends on the first token.
+        tokens[f"{link}?"] = {"query": number, "names": no_leaf, "leaf": no_leaf, "value": nothing}
+        for leaf_number, leaf in enumerate(LEAVES):
+            tokens[f"{link}>{leaf}"] = {"link": number, "names": leaf_number, **fillers}
+    for leaf_number, leaf in enumerate(LEAVES):
+        for digit, value in enumerate(VALUES):
+            tokens[f"{leaf}={value}"] = {"leaf": leaf_number, "value": digit, **fillers}
+    tokens |= {value: {"spoken": digit, **fillers} for digit, value in enumerate(VALUES)}
+    sizes = {
+        "sink": 1,
+        "filler": 1,
+        "second_filler": 1,
+        "query": len(LINKS),
+        "link": len(LINKS),
+        "names": no_leaf + 1,
+        "leaf": no_leaf + 1,
+        "value": nothing + 1,
+        "spoken": len(VALUES),
+        "carried": nothing + 1,
+        "found": nothing + 1,
+    }
+    heads = [
+        _Head(layer=0, head=2, query="names", key="leaf", value="value", write="carried"),
+        _Head(layer=1, head=1, query="query", key="link", value="carried", write="found"),
+    ]
+    return _Design(sizes, tokens, heads, "found", [*VALUES, FIRST])
+
+
+_DESIGNS = {"copy": _copy, "induction": _induction, "two_hop": _two_hop}
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def _model(design: _Design) -> GPT2LMHeadModel:
+    """Build the model of a design: all weights 0, then embeddings, heads and output."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    num_features = sum(design.sizes.values())
+    compared = [design.sizes[subspace] for head in design.heads for subspace in (head.query, head.key, head.value)]
+    # A head needs one dimension more, for the sink; heads are equally wide and hold every signed feature.
+    head_width = max(max(compared) + 1, math.ceil(_COPIES * num_features / _NUM_HEADS))
+    config = GPT2Config(
+        vocab_size=len(design.tokens),
+        n_positions=_POSITIONS,
+        n_embd=head_width * _NUM_HEADS,
+        n_layer=1 + max(head.layer for head in design.heads),
+        n_head=_NUM_HEADS,
+        n_inner=8,
+        layer_norm_epsilon=_NORM_EPSILON,
+        tie_word_embeddings=False,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    names = list(design.tokens)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm_weight = ".ln_" in name and name.endswith("weight")
+            parameter.fill_(1.0 if is_norm_weight else 0.0)
+
+        # Embeddings of tokens and positions.
+        vectors = _Vectors(design.sizes, config.n_embd)
+        for number, features in enumerate(design.tokens.values()):
+            for subspace, feature in features.items():
+                model.transformer.wte.weight[number] += vectors.write(subspace)[feature]
+        if design.position is not None:
+            model.transformer.wpe.weight += vectors.write(design.position)
+
+        # Each layer reads tokens with the features of their embedding and one more for each layer below.
+        num_features_read = len(design.tokens[FIRST]) + (design.position is not None)
+        for layer, block in enumerate(model.transformer.get_submodule("h").children()):
+            deviation = _deviation(num_features_read, config.n_embd)
+            for head in design.heads:
+                if head.layer == layer:
+                    _set_head(block.get_submodule("attn"), head, vectors, deviation, head_width)
+                    num_features_read += 1
+
+        deviation = _deviation(num_features_read, config.n_embd)
+        answers = torch.tensor([names.index(answer) for answer in design.answers])
+        model.lm_head.weight[answers] = _MARGIN * deviation * vectors.read(design.output)
+    return model
+
+
+class _Vectors:
+    """The vectors of the features of each subspace in the residual stream."""
+
+    def __init__(self, sizes: Mapping[str, int], width: int) -> None:
+        """Give each subspace its dimensions, and their negatives as many dimensions further on."""
+        self._sizes = sizes
+        self._width = width
+        self._starts: dict[str, int] = {}
+        start = 0
+        for name, size in sizes.items():
+            self._starts[name] = start
+            start += size
+        self._half = start
+
+    def write(self, subspace: str) -> Tensor:
+        """Return ``[features, width]``: what is added to the stream for each feature."""
+        size = self._sizes[subspace]
+        vectors = torch.zeros(size, self._width)
+        features = torch.arange(size)
+        dimensions = features + self._starts[subspace]
+        vectors[features, dimensions] = 1
+        vectors[features, dimensions + self._half] = -1
+        return vectors
+
+    def read(self, subspace: str) -> Tensor:
+        """Return ``[features, width]``: the dual vectors, whose product with a stream is 1 where it has the feature."""
+        return self.write(subspace) / 2
+
+
+def _deviation(num_features: int, width: int) -> float:
+    """Compute the standard deviation of a stream with so many features, as LayerNorm does."""
+    return math.sqrt(2 * num_features / width + _NORM_EPSILON)
+
+
+def _set_head(attention: nn.Module, head: _Head, vectors: _Vectors, deviation: float, head_width: int) -> None:
+    """Set the weights of one head of a GPT-2 attention module (weights ``[in, out]``; queries, keys, values joined)."""
+    weight = attention.get_parameter("c_attn.weight")
+    bias = attention.get_parameter("c_attn.bias")
+    width = weight.shape[0]
+    first = head.head * head_width
+
+    # Query i of the reader asks for key i - shift.
+    gain = deviation * math.sqrt(_SCORE * math.sqrt(head_width))
+    queries = vectors.read(head.query)[head.shift :]
+    weight[:, first : first + len(queries)] = gain * queries.T
+    keys = vectors.read(head.key)
+    weight[:, width + first : width + first + len(keys)] = gain * keys.T
+
+    # Every reader asks for the first token with half the score, in a dimension of its own.
+    sink = first + head_width - 1
+    bias[sink] = gain / deviation / 2
+    weight[:, width + sink] = gain * vectors.read("sink")[0]
+
+    # What is read is copied with its size before LayerNorm.
+    values = vectors.read(head.value)
+    weight[:, 2 * width + first : 2 * width + first + len(values)] = deviation * values.T
+    output = attention.get_parameter("c_proj.weight")
+    output[first : first + len(values)] = vectors.write(head.write)
+
+
+@cache
+def _tokenizer_of(words: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    """Build a tokenizer whose tokens are words between spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=FIRST))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=FIRST)
+
+
+def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a vocabulary; models of one design share it."""
+    return _tokenizer_of(tuple(words))
