@@ -9,13 +9,13 @@ from typing import Literal
 from torch import Tensor
 
 from flowgraph.errors import InvalidInputError
-from flowgraph.evaluation.records import EvaluationItem, Explanation, Truth
+from flowgraph.evaluation.records import EvaluationItem, Explanation, PairedTruth, Truth
 from flowgraph.evaluation.subject import Subject
 
 Split = Literal["dev", "test"]
 ItemSource = Callable[[str, int, int], Sequence[EvaluationItem]]
 """``(split, number of items, seed)`` to items: the same arguments give the same items."""
-TaskFunction = Callable[[Subject], Truth]
+TaskFunction = Callable[[Subject], Truth | PairedTruth]
 MethodFunction = Callable[[Subject], Tensor | Explanation]
 
 
@@ -51,6 +51,8 @@ class EvaluationTask:
         shows: what a high score shows.
         cannot_show: what it does not show.
         licence: of the items.
+        paired: True where the method runs on a second subject too, and the truth compares both explanations; see
+            :class:`flowgraph.evaluation.records.PairedTruth`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class EvaluationTask:
     shows: str
     cannot_show: str
     licence: str
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def evaluation_task(
     shows: str = "",
     cannot_show: str = "",
     licence: str = "",
+    paired: bool = False,
 ) -> Callable[[TaskFunction], TaskFunction]:
     """Register a task: a source of items, and a function that computes the truth of one of them.
 
@@ -131,6 +135,7 @@ def evaluation_task(
         shows: what a high score shows.
         cannot_show: what it does not show.
         licence: of the items.
+        paired: the truth compares the explanations of two subjects.
 
     Raises:
         InvalidInputError: the name is taken, no metric, or a function without a docstring.
@@ -152,6 +157,7 @@ def evaluation_task(
             shows=shows,
             cannot_show=cannot_show,
             licence=licence,
+            paired=paired,
         )
         return function
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +107,49 @@ class Subject:
                 **options,
             )
         return self._traces[key]
+
+    def changed(
+        self,
+        *,
+        model: nn.Module | None = None,
+        question: Bool[Tensor, " tokens"] | None = None,
+        answer: Bool[Tensor, " tokens"] | None = None,
+    ) -> Subject:
+        """Return a subject with the same tokens under another model, or with another question or answer.
+
+        Args:
+            model: the other model; None: the same.
+            question: mask of the other question; None: the same.
+            answer: mask of the other answer, in generated text; None: the same. The reasoning is what lies before it.
+
+        Raises:
+            RegionError: regions that overlap or lie outside of where they may be.
+
+        Cost: one forward pass.
+        """
+        other = copy(self)
+        other.model = self.model if model is None else model
+        other_question = self.question if question is None else question
+        reasoning = None
+        if answer is None:
+            other_answer = self.answer
+            reasoning = self.reasoning & ~other_question
+        else:
+            other_answer = answer
+        base = trace(
+            other.model,
+            self.tokenizer,
+            input_ids=self.token_ids[None],
+            prompt_length=self.prompt_length,
+            question=other_question,
+            answer=other_answer,
+            reasoning=reasoning,
+            max_edges="all",
+        )
+        # The text is the one that was read, not the decoded tokens.
+        other.base = replace(base, tokens=self.base.tokens, text=self.base.text, spans=self.base.spans)
+        other._traces = {}
+        return other
 
     def knockouts(self, interventions: Sequence[Intervention], *, batch_size: int = 8) -> list[KnockoutResult]:
         """Mask tokens or edges in the model and measure the answer; see :func:`flowgraph.knockouts`."""
