@@ -29,6 +29,7 @@ class Subject:
         tokenizer: its tokenizer.
         item: the item.
         base: the trace with default settings (plain attention); it holds tokens, text, spans and regions.
+        measured: what tasks measured of this subject and share, by a key of their own.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, item: EvaluationItem) -> None:
@@ -51,6 +52,7 @@ class Subject:
             max_edges="all",
         )
         self._traces: dict[str, FlowTrace | RelevanceTrace] = {}
+        self.measured: dict[Any, Any] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -149,6 +151,7 @@ class Subject:
         # The text is the one that was read, not the decoded tokens.
         other.base = replace(base, tokens=self.base.tokens, text=self.base.text, spans=self.base.spans)
         other._traces = {}
+        other.measured = {}
         return other
 
     def knockouts(self, interventions: Sequence[Intervention], *, batch_size: int = 8) -> list[KnockoutResult]:
