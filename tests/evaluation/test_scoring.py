@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from flowgraph import EvaluationItem, EvaluationMethod, Explanation, Subject
+from flowgraph.evaluation.changed_subject import changed_subject
 from flowgraph.evaluation.records import PairedTruth, Truth
 from flowgraph.evaluation.scoring import score_of
 from tests.fixtures.tiny import PROMPT, RESPONSE, chat, tiny
@@ -36,6 +37,9 @@ class Paired:
     other_subject: Subject
     unusable: str | None = None
 
+    def score(self, explanation: Explanation):
+        raise AssertionError("needs two explanations")
+
     def score_pair(self, explanation: Explanation, other: Explanation):
         return {"same": float(torch.equal(explanation.tokens, other.tokens))}
 
@@ -65,7 +69,7 @@ def test_a_paired_truth_receives_the_explanation_of_its_other_subject():
     earlier = subject().reasoning.nonzero().flatten()[2:4]
     other_answer = torch.zeros_like(subject().answer)
     other_answer[earlier] = True
-    other = subject().changed(answer=other_answer)
+    other = changed_subject(subject(), answer=other_answer)
     assert isinstance(Paired(other), PairedTruth)
     _, metrics = score_of(Paired(other), METHOD, subject())
     assert metrics == {"same": 0.0}
@@ -76,7 +80,7 @@ def test_a_paired_truth_receives_the_explanation_of_its_other_subject():
 def test_a_changed_subject_keeps_tokens_and_text_and_replaces_the_region():
     other_question = torch.zeros_like(subject().question)
     other_question[1:3] = True
-    other = subject().changed(question=other_question)
+    other = changed_subject(subject(), question=other_question)
     assert torch.equal(other.question, other_question)
     assert torch.equal(other.answer, subject().answer)
     assert torch.equal(other.reasoning, subject().reasoning)
@@ -87,5 +91,5 @@ def test_a_changed_subject_keeps_tokens_and_text_and_replaces_the_region():
 
 
 def test_a_subject_of_the_same_settings_has_the_same_rows():
-    again = subject().changed()
+    again = changed_subject(subject())
     assert torch.equal(again.base.graph.capacity, subject().base.graph.capacity)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 # Importing these packages registers what they hold.
 from flowgraph.errors import InvalidInputError
 from flowgraph.evaluation import methods as _methods
 from flowgraph.evaluation import tasks as _tasks
 from flowgraph.evaluation.registry import EvaluationMethod, EvaluationTask, registered_methods, registered_tasks
-from flowgraph.evaluation.tasks.perturbation import METRICS as PERTURBATION_METRICS
-from flowgraph.evaluation.tasks.perturbation import perturbation_task
 
 __all__ = ["evaluation_methods", "evaluation_tasks", "find_method", "find_task"]
 
 _BUILTIN = (_methods, _tasks)
-
-# Tasks that are made on demand: what stands before the colon, to a function of what stands after it.
-_FAMILIES: dict[str, Callable[[str], EvaluationTask]] = {
-    kind: partial(perturbation_task, kind) for kind in PERTURBATION_METRICS
-}
 
 
 def evaluation_tasks() -> list[str]:
@@ -34,17 +24,18 @@ def evaluation_methods() -> list[str]:
 
 
 def find_task(name: str) -> EvaluationTask:
-    """Return a registered task, or one that is made for what stands after the colon.
+    """Return a registered task, or one that is made for what stands after the colon of its name.
 
-    ``deletion:remove`` is a perturbation task in which tokens are removed instead of masked.
+    ``deletion:remove`` removes tokens instead of masking them; ``parc:PATH``, ``prontoqa:PATH`` and
+    ``processbench:PATH`` read a file.
 
     Raises:
-        InvalidInputError: no task of this name, or nothing of what stands after the colon.
+        InvalidInputError: no task of this name, or a file that is not of the format.
     """
+    made = _tasks.task_on_demand(name)
+    if made is not None:
+        return made
     known = registered_tasks()
-    family, colon, detail = name.partition(":")
-    if name not in known and colon and family in _FAMILIES:
-        return _FAMILIES[family](detail)
     if name not in known:
         raise InvalidInputError(
             f"tasks: must be of {', '.join(sorted(known)) or 'none'}, got {name!r}; register your own with "

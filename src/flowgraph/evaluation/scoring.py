@@ -12,7 +12,7 @@ __all__ = ["score_of"]
 
 
 def score_of(
-    truth: Truth | PairedTruth,
+    truth: Truth,
     method: EvaluationMethod,
     subject: Subject,
     *,

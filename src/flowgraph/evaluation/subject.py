@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int64
@@ -20,6 +18,8 @@ from flowgraph.tracing.trace import trace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Computed = TypeVar("Computed")
+
 
 class Subject:
     """One item under one model: its tokens and regions, and traces that methods share.
@@ -29,7 +29,6 @@ class Subject:
         tokenizer: its tokenizer.
         item: the item.
         base: the trace with default settings (plain attention); it holds tokens, text, spans and regions.
-        measured: what tasks measured of this subject and share, by a key of their own.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, item: EvaluationItem) -> None:
@@ -52,7 +51,7 @@ class Subject:
             max_edges="all",
         )
         self._traces: dict[str, FlowTrace | RelevanceTrace] = {}
-        self.measured: dict[Any, Any] = {}
+        self._computed: dict[str, Any] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -110,49 +109,16 @@ class Subject:
             )
         return self._traces[key]
 
-    def changed(
-        self,
-        *,
-        model: nn.Module | None = None,
-        question: Bool[Tensor, " tokens"] | None = None,
-        answer: Bool[Tensor, " tokens"] | None = None,
-    ) -> Subject:
-        """Return a subject with the same tokens under another model, or with another question or answer.
+    def once(self, key: str, compute: Callable[[], Computed]) -> Computed:
+        """Return what was computed under this key before, else compute it: methods share passes of the model.
 
         Args:
-            model: the other model; None: the same.
-            question: mask of the other question; None: the same.
-            answer: mask of the other answer, in generated text; None: the same. The reasoning is what lies before it.
-
-        Raises:
-            RegionError: regions that overlap or lie outside of where they may be.
-
-        Cost: one forward pass.
+            key: names the computation and all of its settings.
+            compute: called without arguments where the key is new.
         """
-        other = copy(self)
-        other.model = self.model if model is None else model
-        other_question = self.question if question is None else question
-        reasoning = None
-        if answer is None:
-            other_answer = self.answer
-            reasoning = self.reasoning & ~other_question
-        else:
-            other_answer = answer
-        base = trace(
-            other.model,
-            self.tokenizer,
-            input_ids=self.token_ids[None],
-            prompt_length=self.prompt_length,
-            question=other_question,
-            answer=other_answer,
-            reasoning=reasoning,
-            max_edges="all",
-        )
-        # The text is the one that was read, not the decoded tokens.
-        other.base = replace(base, tokens=self.base.tokens, text=self.base.text, spans=self.base.spans)
-        other._traces = {}
-        other.measured = {}
-        return other
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
 
     def knockouts(self, interventions: Sequence[Intervention], *, batch_size: int = 8) -> list[KnockoutResult]:
         """Mask tokens or edges in the model and measure the answer; see :func:`flowgraph.knockouts`."""

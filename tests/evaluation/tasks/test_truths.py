@@ -133,12 +133,24 @@ def test_truths_are_json_and_name_their_units():
     for truth in (
         UnitEffects(UNITS, EFFECTS),
         PairEffects(UNITS[:5], PAIRS, PAIR_EFFECTS),
-        GoldUnits(UNITS, EFFECTS > 0, facts={"model_says_answer": True}),
+        GoldUnits(UNITS, EFFECTS > 0),
         GoldPairs(UNITS[:5], PAIRS, PAIR_EFFECTS > 0.6),
     ):
         written = json.loads(json.dumps(truth.to_dict()))
         assert written["units"] == [list(unit) for unit in truth.units]
         assert written["unusable"] is None
+
+
+@pytest.mark.unchecked
+def test_measured_truths_are_restored_from_their_values():
+    explanation = random_explanation(0)
+    for truth in (UnitEffects(UNITS, EFFECTS, min_units=6), PairEffects(UNITS[:5], PAIRS, PAIR_EFFECTS)):
+        values = json.loads(json.dumps(truth.to_dict()))
+        again = type(truth).restored(None, values)
+        assert again.to_dict() == truth.to_dict()
+        assert again.score(explanation) == truth.score(explanation)
+    few = UnitEffects(UNITS[:5], EFFECTS[:5], min_units=6)
+    assert UnitEffects.restored(None, few.to_dict()).unusable == few.unusable
 
 
 def test_a_task_that_reads_edges_refuses_token_scores_and_the_other_way_round():

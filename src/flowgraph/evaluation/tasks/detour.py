@@ -14,7 +14,7 @@ from flowgraph.evaluation.registry import evaluation_task
 from flowgraph.evaluation.subject import Subject
 from flowgraph.evaluation.tasks.texts import LICENCE, WORDS, chat, check_items
 from flowgraph.evaluation.tasks.truths import AUROC, AVERAGE_PRECISION, PRECISION, GoldUnits
-from flowgraph.interventions.knockout import Intervention
+from flowgraph.evaluation.tasks.units import tokens_at
 
 _TRIES = 100
 """Draws of an item that may repeat an earlier one."""
@@ -244,13 +244,7 @@ def tokens_of_sentence(subject: Subject, sentence: str) -> list[int]:
             f"data: each sentence must stand in the text once, got {text.count(sentence)} times {sentence!r}; correct "
             "the item"
         )
-    end = begin + len(sentence)
-    found = []
-    for position, (low, high) in enumerate(subject.base.spans.tolist()):
-        inside = text[max(low, begin) : min(high, end)]
-        if any(character.isalnum() for character in inside):
-            found.append(position)
-    return found
+    return tokens_at(subject, begin, begin + len(sentence), words_only=True)
 
 
 @evaluation_task(
@@ -259,8 +253,8 @@ def tokens_of_sentence(subject: Subject, sentence: str) -> list[int]:
     metrics=(PRECISION, AUROC, AVERAGE_PRECISION),
     shows="the scores separate the sentences that the answer follows from, from sentences of the same form that it "
     "does not follow from; half of the scored tokens are evidence",
-    cannot_show="whether the model used the evidence: the labels follow from the text, not from the model, so look at "
-    "model_says_answer in the truth",
+    cannot_show="whether the model used the evidence: the labels follow from the text, not from the model; read the "
+    "items that the model answers rightly",
     licence=LICENCE,
 )
 def detour(subject: Subject) -> GoldUnits:
@@ -276,17 +270,8 @@ def detour(subject: Subject) -> GoldUnits:
 
     # In the order of the text, so that the choice among equal scores does not favour the evidence.
     order = np.argsort([unit[0] for unit in units], kind="stable")
-    says_answer = _says_answer(subject)
     return GoldUnits(
         units=[units[place] for place in order],
         gold=np.array(gold, dtype=bool)[order],
         kind="evidence of a generated text",
-        facts={"model_says_answer": says_answer},
     )
-
-
-def _says_answer(subject: Subject) -> bool:
-    """Return whether the model's most probable tokens are those of the answer, each after the text before it."""
-    result = subject.knockouts([Intervention()])[0]
-    ids = subject.token_ids.cpu()[result.answer]
-    return bool((result.greedy_before == ids).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -158,10 +159,7 @@ class PerturbedAnswers:
 
 def perturbed_answers(subject: Subject, perturbation: Perturbation = "mask") -> PerturbedAnswers:
     """Return the measurements of a subject, shared by all perturbation tasks."""
-    key = ("perturbed answers", perturbation)
-    if key not in subject.measured:
-        subject.measured[key] = PerturbedAnswers(subject, perturbation)
-    return subject.measured[key]
+    return subject.once(f"perturbed answers {perturbation}", partial(PerturbedAnswers, subject, perturbation))
 
 
 class PerturbationTruth:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float64
 from flowgraph.evaluation import metrics
 from flowgraph.evaluation.records import Explanation
 from flowgraph.evaluation.registry import Metric
+from flowgraph.evaluation.subject import Subject
 
 MIN_UNITS = 4
 """Fewer units decide nothing: a rank correlation of three has six possible orders."""
@@ -68,8 +69,15 @@ class UnitEffects:
             "kind": self.kind,
             "units": [list(unit) for unit in self.units],
             "effects": self.effects.tolist(),
+            "minimum": self.min_units,
             "unusable": self.unusable,
         }
+
+    @classmethod
+    def restored(cls, subject: Subject, values: Mapping[str, Any]) -> UnitEffects:
+        """Build the truth again from what :meth:`to_dict` gave; ``subject`` is not needed."""
+        effects = np.array(values["effects"], dtype=np.float64)
+        return cls(values["units"], effects, min_units=values["minimum"], kind=values["kind"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +133,16 @@ class PairEffects:
             "units": [list(unit) for unit in self.units],
             "pairs": [list(pair) for pair in self.pairs],
             "effects": self.effects.tolist(),
+            "minimum": self.min_pairs,
             "unusable": self.unusable,
         }
+
+    @classmethod
+    def restored(cls, subject: Subject, values: Mapping[str, Any]) -> PairEffects:
+        """Build the truth again from what :meth:`to_dict` gave; ``subject`` is not needed."""
+        pairs = [(reader, source) for reader, source in values["pairs"]]
+        effects = np.array(values["effects"], dtype=np.float64)
+        return cls(values["units"], pairs, effects, min_pairs=values["minimum"], kind=values["kind"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +153,11 @@ class GoldUnits:
         units: token positions of each candidate unit; single tokens are units of length 1.
         gold: ``[units]``, True for evidence.
         kind: where the labels come from.
-        facts: further facts for the record, as plain JSON values.
     """
 
     units: Sequence[Sequence[int]]
     gold: Bool[np.ndarray, " units"]
     kind: str = "gold"
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def unusable(self) -> str | None:
@@ -151,9 +165,11 @@ class GoldUnits:
         return reason_against_gold(self.gold)
 
     def score(self, explanation: Explanation) -> Mapping[str, float]:
-        """Compare the scores of the units with their labels."""
-        scores = explanation.of_units(self.units).double().cpu().numpy()
-        return gold_figures(scores, self.gold)
+        """Compare the mean score of each unit's tokens with the labels."""
+        # The mean, not the sum: a long unit holds more tokens than a short one.
+        sums = explanation.of_units(self.units).double().cpu().numpy()
+        length = np.array([len(unit) for unit in self.units])
+        return gold_figures(sums / length, self.gold)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -162,7 +178,6 @@ class GoldUnits:
             "units": [list(unit) for unit in self.units],
             "gold": self.gold.tolist(),
             "unusable": self.unusable,
-            **self.facts,
         }
 
 

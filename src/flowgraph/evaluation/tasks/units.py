@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
+from flowgraph.errors import InvalidInputError
 from flowgraph.evaluation.subject import Subject
 from flowgraph.steps.splitting import TokenText, starts_by_rule
+from flowgraph.text.sentences import has_alphanumeric
 
 Units = list[list[int]]
 """Token positions of each unit, in order."""
@@ -90,3 +94,50 @@ def lines_or_chunks(subject: Subject, count: int) -> Units:
     if 2 * count <= 3 * len(steps) <= 4 * count:
         return steps
     return chunks_of([position for step in steps for position in step], count)
+
+
+def tokens_at(subject: Subject, begin: int, end: int, *, words_only: bool = False) -> list[int]:
+    """List the visible tokens among the characters ``begin`` to ``end`` (exclusive) of the text.
+
+    Args:
+        subject: its text and tokens.
+        begin: first character.
+        end: the character after the last.
+        words_only: leave out tokens without a letter or a digit.
+    """
+    text = subject.base.text
+    found = []
+    for position, (low, high) in enumerate(subject.base.spans.tolist()):
+        inside = text[max(low, begin) : min(high, end)]
+        is_wanted = has_alphanumeric(inside) if words_only else bool(inside.strip())
+        if is_wanted:
+            found.append(position)
+    return found
+
+
+def tokens_of_passages(subject: Subject, passages: Sequence[str], part: Literal["prompt", "response"]) -> Units:
+    """Find passages that follow each other in the prompt or in the response, and list the tokens of each.
+
+    Args:
+        subject: its text holds them.
+        passages: in order.
+        part: where they stand.
+
+    Raises:
+        InvalidInputError: a passage is not there.
+    """
+    text = subject.base.text
+    border = int(subject.base.spans[subject.prompt_length, 0])
+    place = 0 if part == "prompt" else border
+    limit = border if part == "prompt" else len(text)
+    units = []
+    for passage in passages:
+        begin = text.find(passage, place, limit)
+        if begin < 0:
+            raise InvalidInputError(
+                f"data: its passages must stand in the {part} in this order, got none of {passage!r:.80} after "
+                f"character {place}; correct the item"
+            )
+        place = begin + len(passage)
+        units.append(tokens_at(subject, begin, place))
+    return units
