@@ -24,11 +24,17 @@ def evaluation_methods() -> list[str]:
 
 
 def find_task(name: str) -> EvaluationTask:
-    """Return a registered task.
+    """Return a registered task, or one that is made for what stands after the colon of its name.
+
+    ``deletion:remove`` removes tokens instead of masking them; ``parc:PATH``, ``prontoqa:PATH`` and
+    ``processbench:PATH`` read a file.
 
     Raises:
-        InvalidInputError: no task of this name.
+        InvalidInputError: no task of this name, or a file that is not of the format.
     """
+    made = _tasks.task_on_demand(name)
+    if made is not None:
+        return made
     known = registered_tasks()
     if name not in known:
         raise InvalidInputError(

@@ -112,3 +112,22 @@ class Truth(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Return the truth as plain JSON values: the units as token positions, and the effect or gold of each."""
         ...
+
+
+@runtime_checkable
+class PairedTruth(Truth, Protocol):
+    """A truth that compares two explanations by one method: of the item, and of the item under a changed condition.
+
+    A task whose truths are of this kind is registered with ``paired=True``. The condition is another subject: the same
+    text under a model with random weights, with another answer, or with another question. ``score`` needs both
+    explanations and raises; :func:`flowgraph.evaluation.scoring.score_of` runs the method on both subjects.
+    """
+
+    @property
+    def other_subject(self) -> Any:
+        """The :class:`flowgraph.Subject` under the changed condition; None where the item is unusable."""
+        ...
+
+    def score_pair(self, explanation: Explanation, other: Explanation) -> Mapping[str, float]:
+        """Return the value of every metric of the task; ``other`` explains :attr:`other_subject`."""
+        ...

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ Split = Literal["dev", "test"]
 ItemSource = Callable[[str, int, int], Sequence[EvaluationItem]]
 """``(split, number of items, seed)`` to items: the same arguments give the same items."""
 TaskFunction = Callable[[Subject], Truth]
+Restore = Callable[[Subject, Mapping[str, Any]], Truth]
+"""``(subject, values)`` to the truth whose ``to_dict()`` gave the values."""
 MethodFunction = Callable[[Subject], Tensor | Explanation]
 
 
@@ -47,10 +49,14 @@ class EvaluationTask:
         metrics: its figures, the primary one first.
         reads: ``"tokens"`` or ``"edges"``: which part of an explanation it scores.
         causal: True where the truth is an intervention on the model, so that position-matched controls apply.
+        restore: builds a truth from its stored values, so that a method that is added later needs no new interventions;
+            None: the truth is computed again.
         summary: one line, the first of the function's docstring.
         shows: what a high score shows.
         cannot_show: what it does not show.
         licence: of the items.
+        paired: True where the method runs on a second subject too, and the truth compares both explanations; see
+            :class:`flowgraph.evaluation.records.PairedTruth`.
     """
 
     name: str
@@ -59,10 +65,12 @@ class EvaluationTask:
     metrics: tuple[Metric, ...]
     reads: Literal["tokens", "edges"]
     causal: bool
+    restore: Restore | None = field(default=None, kw_only=True)
     summary: str
     shows: str
     cannot_show: str
     licence: str
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,11 @@ def evaluation_task(
     metrics: Sequence[Metric],
     reads: Literal["tokens", "edges"] = "tokens",
     causal: bool = False,
+    restore: Restore | None = None,
     shows: str = "",
     cannot_show: str = "",
     licence: str = "",
+    paired: bool = False,
 ) -> Callable[[TaskFunction], TaskFunction]:
     """Register a task: a source of items, and a function that computes the truth of one of them.
 
@@ -128,9 +138,11 @@ def evaluation_task(
         metrics: its figures, the primary one first.
         reads: which part of an explanation it scores.
         causal: the truth is an intervention on the model.
+        restore: builds a truth from what its ``to_dict()`` gave.
         shows: what a high score shows.
         cannot_show: what it does not show.
         licence: of the items.
+        paired: the truth compares the explanations of two subjects.
 
     Raises:
         InvalidInputError: the name is taken, no metric, or a function without a docstring.
@@ -148,10 +160,12 @@ def evaluation_task(
             metrics=tuple(metrics),
             reads=reads,
             causal=causal,
+            restore=restore,
             summary=summary,
             shows=shows,
             cannot_show=cannot_show,
             licence=licence,
+            paired=paired,
         )
         return function
 
