@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int64
@@ -17,6 +17,8 @@ from flowgraph.tracing.trace import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Computed = TypeVar("Computed")
 
 
 class Subject:
@@ -49,6 +51,7 @@ class Subject:
             max_edges="all",
         )
         self._traces: dict[str, FlowTrace | RelevanceTrace] = {}
+        self._computed: dict[str, Any] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +108,17 @@ class Subject:
                 **options,
             )
         return self._traces[key]
+
+    def once(self, key: str, compute: Callable[[], Computed]) -> Computed:
+        """Return what was computed under this key before, else compute it: methods share passes of the model.
+
+        Args:
+            key: names the computation and all of its settings.
+            compute: called without arguments where the key is new.
+        """
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
 
     def knockouts(self, interventions: Sequence[Intervention], *, batch_size: int = 8) -> list[KnockoutResult]:
         """Mask tokens or edges in the model and measure the answer; see :func:`flowgraph.knockouts`."""

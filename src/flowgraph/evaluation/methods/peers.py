@@ -1,0 +1,162 @@
+"""Methods of other packages, run as they are: FlashTrace and Inseq. Both are optional."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+
+from flowgraph.attention.capture import evaluating
+from flowgraph.attention.modules import base_model
+from flowgraph.errors import CaptureError, InvalidInputError, MissingExtraError
+from flowgraph.evaluation.registry import evaluation_method
+from flowgraph.evaluation.subject import Subject
+
+TokenScores = Float64[Tensor, " tokens"]
+
+
+@evaluation_method("flashtrace", requires="flashtrace")
+def flashtrace(subject: Subject) -> TokenScores:
+    """FlashTrace 0.1.1 by its own package and default method, with eager attention (arXiv 2602.01914).
+
+    The answer is its output span, the reasoning its reasoning span; a token's score is the sum over its hops. The
+    package tokenizes the text by itself, without special tokens of the tokenizer, and its scores reach the prompt and
+    the response. It computes attention anew from hidden states, without the normalisation of queries and keys, windows
+    and soft-caps of some architectures; nothing of that is repaired here.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+        CaptureError: an architecture that it cannot read.
+        InvalidInputError: a text that it tokenizes otherwise.
+    """
+    if importlib.util.find_spec("flashtrace") is None:
+        raise MissingExtraError(
+            "methods: 'flashtrace' needs the package of this name, got an environment without it; run pip install "
+            "flashtrace==0.1.1, or leave the method out"
+        )
+    from flashtrace import FlashTrace  # pyright: ignore[reportMissingImports]
+
+    prompt, response = _texts_as_tokenized_apart(subject, "flashtrace")
+    model = base_model(subject.model)
+    with _eager_attention(model), evaluating(model):
+        try:
+            result = FlashTrace(model, subject.tokenizer).trace(
+                prompt=prompt,
+                target=response,
+                output_span=_span_in_response(subject, subject.answer),
+                reasoning_span=_span_in_response(subject, subject.reasoning),
+            )
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            raise CaptureError(
+                f"model: 'flashtrace' must be able to read it, got {type(error).__name__} from the package for "
+                f"{type(model).__name__} ({str(error).splitlines()[0] if str(error) else 'no message'}); leave the "
+                "method out for this model"
+            ) from error
+
+    # The vector covers prompt and response, and the end token that the package adds.
+    observed = torch.as_tensor(result.metadata["ifr"]["observation_projected"]["sum"]).double().cpu()
+    scores = torch.zeros(subject.num_tokens, dtype=torch.float64)
+    covered = min(subject.num_tokens, observed.numel())
+    scores[:covered] = observed[:covered]
+    return scores
+
+
+@evaluation_method("inseq", gradient=True, requires="inseq")
+def inseq(subject: Subject) -> TokenScores:
+    """Saliency by Inseq: mean over the answer's tokens of the norm of the gradient at the embeddings (2302.13942).
+
+    Raises:
+        MissingExtraError: the package is not installed.
+        InvalidInputError: a text that it tokenizes otherwise.
+    """
+    if importlib.util.find_spec("inseq") is None:
+        raise MissingExtraError(
+            "methods: 'inseq' needs the package of this name, got an environment without it; run pip install inseq in "
+            "an environment of its own, since it pins other versions, or leave the method out"
+        )
+    import inseq as inseq_package  # pyright: ignore[reportMissingImports]
+
+    prompt, response = _texts_as_tokenized_apart(subject, "inseq")
+    model = base_model(subject.model)
+    positions = subject.positions(subject.answer)
+    with evaluating(model):
+        wrapped = inseq_package.load_model(model, "saliency", tokenizer=subject.tokenizer)
+        result = wrapped.attribute(
+            input_texts=prompt,
+            generated_texts=prompt + response,
+            attr_pos_start=positions[0],
+            attr_pos_end=positions[-1] + 1,
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+            show_progress=False,
+        )
+    attribution = result.sequence_attributions[0].target_attributions
+    return _from_columns(subject, attribution, positions)
+
+
+def _from_columns(subject: Subject, attribution: Tensor, positions: list[int]) -> TokenScores:
+    """Average the columns of the answer's tokens; rows are the tokens that are read."""
+    return torch.zeros(subject.num_tokens, dtype=torch.float64)
+
+
+def _texts_as_tokenized_apart(subject: Subject, name: str) -> tuple[str, str]:
+    """Return the texts of prompt and response, if the tokenizer gives the subject's tokens for them.
+
+    An end token of the response is left out, because these packages add their own.
+
+    Raises:
+        InvalidInputError: other tokens.
+    """
+    base = subject.base
+    tokenizer = subject.tokenizer
+    ids = subject.token_ids.tolist()
+    if ids and ids[-1] == tokenizer.eos_token_id and subject.prompt_length < len(ids):
+        ids = ids[:-1]
+    boundary = int(base.spans[subject.prompt_length, 0])
+    end = int(base.spans[len(ids) - 1, 1])
+    prompt = base.text[:boundary]
+    response = base.text[boundary:end]
+    apart: list[int] = []
+    for text in (prompt, response):
+        apart += tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    if apart != ids:
+        raise InvalidInputError(
+            f"methods: {name!r} reads text, so prompt and response must give the same tokens apart, got {len(apart)} "
+            f"tokens instead of {len(ids)} or others; leave the method out for this tokenizer"
+        )
+    return prompt, response
+
+
+def _span_in_response(subject: Subject, mask: Tensor) -> tuple[int, int] | None:
+    """Return the first and last token of a region, counted from the start of the response; None where it is empty."""
+    positions = subject.positions(mask)
+    if not positions:
+        return None
+    return positions[0] - subject.prompt_length, positions[-1] - subject.prompt_length
+
+
+@contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[None]:
+    """Run with eager attention, and restore what was there.
+
+    Raises:
+        CaptureError: a model that cannot be switched.
+    """
+    before = getattr(model.config, "_attn_implementation", None)
+    if before == "eager":
+        yield
+        return
+    if not hasattr(model, "set_attn_implementation") or before is None:
+        raise CaptureError(
+            f"model: must be able to run with eager attention, got {type(model).__name__}; load it with "
+            "attn_implementation='eager'"
+        )
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
