@@ -23,10 +23,10 @@ TokenScores = Float64[Tensor, " tokens"]
 def flashtrace(subject: Subject) -> TokenScores:
     """FlashTrace 0.1.1 by its own package and default method, with eager attention (arXiv 2602.01914).
 
-    The answer is its output span, the reasoning its reasoning span; a token's score is the sum over its hops. The
-    package tokenizes the text by itself, without special tokens of the tokenizer, and its scores reach the prompt and
-    the response. It computes attention anew from hidden states, without the normalisation of queries and keys, windows
-    and soft-caps of some architectures; nothing of that is repaired here.
+    The answer is its output span, the reasoning its reasoning span. A prompt token has the package's score, the sum
+    over hops. The package gives the response no score, because its hops pass through it; a token of the response has
+    the importance that the first hop finds in it. Version 0.1.1 computes attention anew from hidden states, without the
+    normalisation of queries and keys, windows and soft-caps of some architectures; nothing of that is repaired here.
 
     Raises:
         MissingExtraError: the package is not installed.
@@ -57,11 +57,15 @@ def flashtrace(subject: Subject) -> TokenScores:
                 "method out for this model"
             ) from error
 
-    # The vector covers prompt and response, and the end token that the package adds.
-    observed = torch.as_tensor(result.metadata["ifr"]["observation_projected"]["sum"]).double().cpu()
+    # Both vectors cover prompt and response, and the end token that the package adds.
+    hops = result.metadata["ifr"]
+    of_prompt = torch.as_tensor(hops["observation_projected"]["sum"])
+    of_response = torch.as_tensor(hops["per_hop_projected"][0])
+    covered = min(subject.num_tokens, of_response.numel())
+    boundary = subject.prompt_length
     scores = torch.zeros(subject.num_tokens, dtype=torch.float64)
-    covered = min(subject.num_tokens, observed.numel())
-    scores[:covered] = observed[:covered]
+    scores[:boundary] = of_prompt[:boundary].double().cpu()
+    scores[boundary:covered] = of_response[boundary:covered].double().cpu()
     return scores
 
 
@@ -69,9 +73,11 @@ def flashtrace(subject: Subject) -> TokenScores:
 def inseq(subject: Subject) -> TokenScores:
     """Saliency by Inseq: mean over the answer's tokens of the norm of the gradient at the embeddings (2302.13942).
 
+    Tried with version 0.7.1 on a small model on the CPU. Its target is the probability of each answer token.
+
     Raises:
         MissingExtraError: the package is not installed.
-        InvalidInputError: a text that it tokenizes otherwise.
+        InvalidInputError: a tokenizer without a first token, or a text that it tokenizes otherwise.
     """
     if importlib.util.find_spec("inseq") is None:
         raise MissingExtraError(
@@ -80,6 +86,11 @@ def inseq(subject: Subject) -> TokenScores:
         )
     import inseq as inseq_package  # pyright: ignore[reportMissingImports]
 
+    if getattr(subject.tokenizer, "bos_token_id", None) is None:
+        raise InvalidInputError(
+            "tokenizer: 'inseq' must be given one with a first token, got none; set tokenizer.bos_token, or leave the "
+            "method out"
+        )
     prompt, response = _texts_as_tokenized_apart(subject, "inseq")
     model = base_model(subject.model)
     positions = subject.positions(subject.answer)
@@ -91,16 +102,14 @@ def inseq(subject: Subject) -> TokenScores:
             attr_pos_start=positions[0],
             attr_pos_end=positions[-1] + 1,
             skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
             show_progress=False,
         )
-    attribution = result.sequence_attributions[0].target_attributions
-    return _from_columns(subject, attribution, positions)
-
-
-def _from_columns(subject: Subject, attribution: Tensor, positions: list[int]) -> TokenScores:
-    """Average the columns of the answer's tokens; rows are the tokens that are read."""
-    return torch.zeros(subject.num_tokens, dtype=torch.float64)
+    # [tokens before the answer's end, answer tokens, width]; NaN where a token comes after the position.
+    found = result.sequence_attributions[0].target_attributions
+    of_answer = torch.nan_to_num(found.double().cpu()).norm(dim=-1).mean(1)
+    scores = torch.zeros(subject.num_tokens, dtype=torch.float64)
+    scores[: of_answer.numel()] = of_answer
+    return scores
 
 
 def _texts_as_tokenized_apart(subject: Subject, name: str) -> tuple[str, str]:
