@@ -63,7 +63,7 @@ def find_method(name: str) -> EvaluationMethod:
 
 
 def expand_methods(names: Sequence[str]) -> list[str]:
-    """Replace every ``preset:NAME`` in a list of methods; see :func:`flowgraph.evaluation.methods.names.expand_methods`.
+    """Replace every ``preset:NAME`` in a list of methods by its methods; each is listed once, where it stands first.
 
     Raises:
         InvalidInputError: no preset of this name.

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import flowgraph as fg
-from flowgraph.evaluation.catalogue import find_method
 from tests.fixtures.models import FAMILIES
-from tests.fixtures.subjects import subject
+from tests.fixtures.subjects import explained, subject
 from tests.fixtures.tiny import tiny
 from tests.reference.input_gradients import gradients
 
@@ -36,8 +35,8 @@ def shared() -> fg.Subject:
 def test_product_and_norm_are_those_of_autograd(shared: fg.Subject, target: str):
     embedded, gradient = gradients(tiny()[0], shared.token_ids, shared.positions(shared.answer), target)
     suffix = "" if target == "logprob" else ":margin"
-    product = find_method(f"gradient_x_input{suffix}").explain(shared).tokens
-    norm = find_method(f"gradient_norm{suffix}").explain(shared).tokens
+    product = explained(f"gradient_x_input{suffix}", shared).tokens
+    norm = explained(f"gradient_norm{suffix}", shared).tokens
     torch.testing.assert_close(product, (embedded * gradient).sum(-1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(norm, gradient.norm(dim=-1), rtol=1e-4, atol=1e-6)
     last = shared.positions(shared.answer)[-1]
@@ -49,15 +48,15 @@ def test_frozen_parameters_and_training_mode_change_nothing(shared: fg.Subject):
     model.requires_grad_(False)
     other = subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", model=model)
     for name in ("gradient_x_input", "integrated_gradients", "occlusion"):
-        wanted = find_method(name).explain(shared).tokens
-        torch.testing.assert_close(find_method(name).explain(other).tokens, wanted)
+        wanted = explained(name, shared).tokens
+        torch.testing.assert_close(explained(name, other).tokens, wanted)
     assert all(module.training for module in model.modules())
 
 
 def test_the_gradient_is_found_inside_inference_mode():
-    wanted = find_method("gradient_x_input").explain(subject()).tokens
+    wanted = explained("gradient_x_input", subject()).tokens
     with torch.inference_mode():
-        found = find_method("gradient_x_input").explain(subject()).tokens
+        found = explained("gradient_x_input", subject()).tokens
     torch.testing.assert_close(found, wanted)
 
 
@@ -94,7 +93,7 @@ def test_a_model_without_gradients_is_named_and_refused(name: str, breaking: Cal
     breaking(model.model.layers[1].mlp)
     case = subject(model=model)
     with pytest.raises(fg.CaptureError, match=r"model: every (module|kernel) must .*model\.layers\.1\.mlp"):
-        find_method(name).explain(case)
+        explained(name, case)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe"])
@@ -106,7 +105,7 @@ def test_other_families_have_a_gradient_at_the_first_block(family: str):
     config.vocab_size = 360
     model = AutoModelForCausalLM.from_config(config).eval()
     case = subject(model=model)
-    product = find_method("gradient_x_input").explain(case).tokens
+    product = explained("gradient_x_input", case).tokens
     embedded, gradient = gradients(model, case.token_ids, case.positions(case.answer), "logprob")
     if family == "gpt2":
         # The learned position is a part of the input of the first block, and takes no part in the gradient.

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import flowgraph as fg
-from flowgraph.evaluation.catalogue import find_method
 from flowgraph.evaluation.methods import perturbation
-from tests.fixtures.subjects import subject
+from tests.fixtures.subjects import explained, subject
 from tests.fixtures.tiny import tiny
 from tests.reference import input_gradients as reference
 
@@ -37,15 +36,15 @@ def test_occlusion_is_what_a_loop_finds(shared: fg.Subject):
     places = shared.positions(shared.answer)
     absent = perturbation.reference_token(shared)
     wanted = reference.occlusion(tiny()[0], shared.token_ids, places, absent)
-    found = find_method("occlusion").explain(shared).tokens.tolist()
+    found = explained("occlusion", shared).tokens.tolist()
     assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def test_the_number_of_copies_changes_no_score(shared: fg.Subject, monkeypatch: pytest.MonkeyPatch):
-    wanted = {name: find_method(name).explain(shared).tokens for name in ("occlusion", "integrated_gradients")}
+    wanted = {name: explained(name, shared).tokens for name in ("occlusion", "integrated_gradients")}
     monkeypatch.setattr(perturbation, "_TOKENS_AT_ONCE", 1)
     for name, scores in wanted.items():
-        torch.testing.assert_close(find_method(name).explain(shared).tokens, scores, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(explained(name, shared).tokens, scores, rtol=1e-3, atol=1e-4)
 
 
 def test_the_reference_token_is_one_that_the_tokenizer_has(shared: fg.Subject):
@@ -57,4 +56,4 @@ def test_without_captum_the_extra_is_named(shared: fg.Subject, name: str, monkey
     monkeypatch.setitem(sys.modules, "captum", None)
     message = rf"methods: '{name}' needs captum, got an environment without it; run pip install 'flowgraph-llm\[eval"
     with pytest.raises(fg.MissingExtraError, match=message):
-        find_method(name).explain(shared)
+        explained(name, shared)

@@ -97,9 +97,7 @@ def capacity_method(name: str) -> EvaluationMethod | None:
     return _flow_method(request)
 
 
-def composed_explanation(
-    graph: FlowGraph, flow: Flow, generated: Bool[Tensor, " tokens"], score: str
-) -> Explanation:
+def composed_explanation(graph: FlowGraph, flow: Flow, generated: Bool[Tensor, " tokens"], score: str) -> Explanation:
     """Score tokens and edges of a solved graph by ``"f"``, ``"h"`` or a composition.
 
     Args:
@@ -295,4 +293,3 @@ def _explain_signed(subject: Subject, capacity: Capacity, target: str | None, sc
 def registered_capacity_methods(is_wanted: Callable[[Capacity], bool]) -> list[str]:
     """List the names of the methods of all capacities that a condition holds for, with their own best score."""
     return [name for name in capacity_names() if is_wanted(find_capacity(name))]
-

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowgraph.attention.capture import evaluating
-from flowgraph.attention.modules import base_model
+from flowgraph.attention.modules import base_model, text_config
 from flowgraph.errors import CaptureError, InvalidInputError, MissingExtraError
 from flowgraph.evaluation.registry import evaluation_method
 from flowgraph.evaluation.subject import Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TokenScores = Float64[Tensor, " tokens"]
 
@@ -77,7 +81,7 @@ def inseq(subject: Subject) -> TokenScores:
 
     Raises:
         MissingExtraError: the package is not installed.
-        InvalidInputError: a tokenizer without a first token, or a text that it tokenizes otherwise.
+        InvalidInputError: a tokenizer or model without a first token, or a text that it tokenizes otherwise.
     """
     if importlib.util.find_spec("inseq") is None:
         raise MissingExtraError(
@@ -86,13 +90,14 @@ def inseq(subject: Subject) -> TokenScores:
         )
     import inseq as inseq_package  # pyright: ignore[reportMissingImports]
 
-    if getattr(subject.tokenizer, "bos_token_id", None) is None:
+    model = base_model(subject.model)
+    named = (subject.tokenizer.bos_token_id, text_config(model).bos_token_id)
+    if None in named:
         raise InvalidInputError(
-            "tokenizer: 'inseq' must be given one with a first token, got none; set tokenizer.bos_token, or leave the "
-            "method out"
+            "tokenizer, model: 'inseq' must be given a first token, got none; set tokenizer.bos_token and "
+            "model.config.bos_token_id, or leave the method out"
         )
     prompt, response = _texts_as_tokenized_apart(subject, "inseq")
-    model = base_model(subject.model)
     positions = subject.positions(subject.answer)
     with evaluating(model):
         wrapped = inseq_package.load_model(model, "saliency", tokenizer=subject.tokenizer)
@@ -149,7 +154,7 @@ def _span_in_response(subject: Subject, mask: Tensor) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _eager_attention(model: nn.Module) -> Iterator[None]:
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Run with eager attention, and restore what was there.
 
     Raises:
