@@ -60,6 +60,7 @@ def test_inseq_needs_a_first_token(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("inseq") is None, reason="inseq is not installed")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_inseqs_saliency_ranks_as_the_gradients_norm():
     tokenizer = byte_level().__class__(tokenizer_object=byte_level().backend_tokenizer, eos_token="<|im_end|>")
     tokenizer.chat_template = byte_level().chat_template
