@@ -185,6 +185,65 @@ def capture_gradient(
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class InputGradient:
+    """The gradient of the answer's score at the input of the first block.
+
+    Attributes:
+        x0: ``[batch, tokens, width]``, the input of the first block: embeddings, scaled and with learned positions
+            where the model has them.
+        gradient: ``[batch, tokens, width]``, dL/dx0; 0 at tokens that the target does not depend on.
+        value: L, the target summed over the answer's tokens of the batch.
+    """
+
+    x0: Float[Tensor, "batch tokens width"]
+    gradient: Float[Tensor, "batch tokens width"]
+    value: float
+
+
+def capture_input_gradient(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    *,
+    answer: Bool[Tensor, "batch tokens"],
+    target: Target | Int64[Tensor, "batch tokens"],
+) -> InputGradient:
+    """Run one forward and one backward pass; return the input of the first block and the gradient there.
+
+    Args:
+        model: the transformers model, in evaluation mode.
+        inputs: arguments of its forward pass, with ``input_ids`` and ``attention_mask``.
+        answer: tokens whose prediction is explained.
+        target: as for relevance.
+
+    Raises:
+        CaptureError: a module that breaks the gradient, by its name; NaN or infinity in the gradient.
+        InvalidInputError: an answer on padding or on the first token.
+
+    Cost: one forward and one backward pass.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            copied_target = target.clone() if isinstance(target, Tensor) else target
+            return capture_input_gradient(model, copies, answer=answer.clone(), target=copied_target)
+    _refuse_inference_tensors(model)
+    rows = predicting_rows(answer, inputs["attention_mask"].bool())
+    watch = GradientWatch(model, Tape({}))
+    with torch.enable_grad(), watch:
+        logits, rows = forward_logits(model, inputs, rows)
+        watch.require_unbroken(logits)
+        objective = objective_of(logits, rows, inputs["input_ids"], answer, target)
+        gradient = watch.backward(objective)
+    if not bool(torch.isfinite(gradient).all()):
+        raise CaptureError(
+            f"model: its gradient must be finite, got NaN or infinity at the input of the first block of "
+            f"{type(model).__name__}; load the model in float32 or bfloat16, or use capacity='vtrace'"
+        )
+    assert watch.x0 is not None
+    return InputGradient(watch.x0.detach(), gradient.detach(), float(objective.detach()))
+
+
 def _per_sequence(target: Any, count: int) -> list[Any]:
     """Give each sequence its target: the same name, or its own row of ids."""
     if isinstance(target, Tensor):
@@ -288,15 +347,15 @@ class GradientWatch:
             "the model unquantised), or use capacity='vtrace'"
         )
 
-    def backward(self, objective: Tensor) -> None:
-        """Run the backward pass down to the first block.
+    def backward(self, objective: Tensor) -> Tensor:
+        """Run the backward pass down to the first block; return the gradient at its input.
 
         Raises:
             CaptureError: a kernel without a backward pass, in the module that is named.
         """
         assert self.x0 is not None
         try:
-            torch.autograd.grad(objective, self.x0)
+            (gradient,) = torch.autograd.grad(objective, self.x0)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -306,6 +365,7 @@ class GradientWatch:
                 f"({str(error).splitlines()[0]}); load the model unquantised or with another attn_implementation, or "
                 "use capacity='vtrace'"
             ) from error
+        return gradient
 
     def _start_at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

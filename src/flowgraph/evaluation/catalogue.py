@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Importing these packages registers what they hold.
+from flowgraph.capacities.registry import capacity_names
 from flowgraph.errors import InvalidInputError
 from flowgraph.evaluation import methods as _methods
 from flowgraph.evaluation import tasks as _tasks
+from flowgraph.evaluation.methods import names as _names
 from flowgraph.evaluation.registry import EvaluationMethod, EvaluationTask, registered_methods, registered_tasks
 
-__all__ = ["evaluation_methods", "evaluation_tasks", "find_method", "find_task"]
+__all__ = ["evaluation_methods", "evaluation_tasks", "expand_methods", "find_method", "find_task"]
 
 _BUILTIN = (_methods, _tasks)
 
@@ -45,15 +49,29 @@ def find_task(name: str) -> EvaluationTask:
 
 
 def find_method(name: str) -> EvaluationMethod:
-    """Return a registered method.
+    """Return a method by its name: a registered one, or one that is made from a capacity and a composition.
+
+    Args:
+        name: one of :func:`evaluation_methods`, ``CAPACITY[:SCORE]`` (``"vtrace_share:h"``, ``"sharp:cage"``),
+            ``text_only:SCORE``, ``matched:METHOD`` or ``matched_length:METHOD``; see docs/methods.md.
 
     Raises:
-        InvalidInputError: no method of this name.
+        InvalidInputError: no method of this name, or a preset.
     """
-    known = registered_methods()
-    if name not in known:
+    found = _names.find_evaluation_method(name)
+    if found is None:
         raise InvalidInputError(
-            f"methods: must be of {', '.join(sorted(known)) or 'none'}, got {name!r}; register your own with "
-            "flowgraph.evaluation_method"
+            f"methods: must be of {', '.join(evaluation_methods())}, a capacity ({', '.join(capacity_names())}) with "
+            f"or without a composition (such as 'vtrace_share:cage'), or preset:NAME, got {name!r}; register your own "
+            "with flowgraph.evaluation_method"
         )
-    return known[name]
+    return found
+
+
+def expand_methods(names: Sequence[str]) -> list[str]:
+    """Replace every ``preset:NAME`` in a list of methods by its methods; each is listed once, where it stands first.
+
+    Raises:
+        InvalidInputError: no preset of this name.
+    """
+    return _names.expand_methods(names)

@@ -1,0 +1,157 @@
+"""Integrated gradients and occlusion, by captum (https://captum.ai, BSD-3).
+
+Both compare the text with one whose tokens are replaced by a reference token: the tokenizer's padding token, else its
+unknown, end or first token, else id 0. The target is the sum of the log-probabilities of the answer's own tokens, also
+where the texts before them are changed. Tokens from the last answer token on have no part in it and score 0.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from flowgraph.attention.capture import evaluating, input_device
+from flowgraph.attention.modules import base_model
+from flowgraph.errors import MissingExtraError
+from flowgraph.evaluation.methods.attention import answer_rows
+from flowgraph.evaluation.methods.gradients import input_gradient
+from flowgraph.evaluation.registry import evaluation_method
+from flowgraph.evaluation.subject import Subject
+
+STEPS = 32
+"""Points of the Gauss-Legendre rule between the reference text and the text."""
+
+_TOKENS_AT_ONCE = 2048
+"""Tokens of all copies of the text in one forward pass."""
+
+TokenScores = Float64[Tensor, " tokens"]
+AnswerScore = Callable[[Int64[Tensor, "copies tokens"]], Float[Tensor, " copies"]]
+
+
+@evaluation_method("integrated_gradients", gradient=True, requires="captum")
+def integrated_gradients(subject: Subject) -> TokenScores:
+    r"""Integrated gradients of the token embeddings, from a text of reference tokens (arXiv 1703.01365).
+
+    .. math:: \langle x_s - x'_s, \int_0^1 \nabla_{x_s} L(x' + a (x - x')) \, da \rangle
+
+    The scores sum to L(text) - L(reference) up to the error of the rule.
+
+    Raises:
+        MissingExtraError: captum is not installed.
+        CaptureError: a model without gradients.
+
+    Cost: 32 forward and backward passes.
+    """
+    return integrated_gradients_of(subject, STEPS)
+
+
+def integrated_gradients_of(subject: Subject, steps: int) -> TokenScores:
+    """Integrate with a number of steps; see :func:`integrated_gradients`."""
+    _require_captum("integrated_gradients")
+    from captum.attr import LayerIntegratedGradients
+
+    # One pass of our own names the module that breaks the gradient; captum would fail inside of torch.
+    input_gradient(subject, "logprob")
+    model = base_model(subject.model)
+    ids = _ids_before_answer_ends(subject)
+    reference = torch.full_like(ids, reference_token(subject))
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        attribution = LayerIntegratedGradients(answer_score(subject), model.get_input_embeddings()).attribute(
+            ids.clone(),
+            baselines=reference.clone(),
+            n_steps=steps,
+            method="gausslegendre",
+            internal_batch_size=_copies_at_once(ids),
+        )
+    assert isinstance(attribution, Tensor)
+    return _padded(attribution[0].detach().double().sum(-1).cpu(), subject)
+
+
+@evaluation_method("occlusion", requires="captum")
+def occlusion(subject: Subject) -> TokenScores:
+    """Fall of the answer's log-probability when one token is replaced by a reference token.
+
+    .. math:: L(x) - L(x with x_s = reference)
+
+    Raises:
+        MissingExtraError: captum is not installed.
+
+    Cost: one forward pass for each token, several copies at once.
+    """
+    _require_captum("occlusion")
+    from captum.attr import FeatureAblation
+
+    model = base_model(subject.model)
+    ids = _ids_before_answer_ends(subject)
+    with torch.no_grad(), evaluating(model):
+        attribution = FeatureAblation(answer_score(subject)).attribute(
+            ids, baselines=reference_token(subject), perturbations_per_eval=_copies_at_once(ids)
+        )
+    assert isinstance(attribution, Tensor)
+    return _padded(attribution[0].detach().double().cpu(), subject)
+
+
+def answer_score(subject: Subject) -> AnswerScore:
+    """Return the function from copies of the text before the answer's end to the log-probability of the answer.
+
+    The answer's tokens are those of the text itself, whatever the copies hold in their place.
+    """
+    model = base_model(subject.model)
+    positions = answer_rows(subject).nonzero().flatten()
+    answer_ids = subject.token_ids[positions + 1]
+    first = int(positions[0])
+
+    def score(ids: Int64[Tensor, "copies tokens"]) -> Float[Tensor, " copies"]:
+        options = {}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            options["logits_to_keep"] = ids.shape[1] - first
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options).logits
+        # Architectures that ignore the option return all rows.
+        kept_from = ids.shape[1] - logits.shape[1]
+        rows = (positions - kept_from).to(logits.device)
+        logprobs = logits[:, rows].float().log_softmax(-1)
+        wanted = answer_ids.to(logits.device)[None, :, None].expand(len(ids), -1, 1)
+        return logprobs.gather(-1, wanted).squeeze(-1).sum(-1)
+
+    return score
+
+
+def reference_token(subject: Subject) -> int:
+    """Return the id that stands for an absent token: padding, unknown, end, first, or 0."""
+    tokenizer = subject.tokenizer
+    for name in ("pad_token_id", "unk_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def _ids_before_answer_ends(subject: Subject) -> Int64[Tensor, "1 tokens"]:
+    """Return the tokens before the last answer token: no later one changes the answer's probability."""
+    last_row = int(answer_rows(subject).nonzero().max())
+    ids = subject.token_ids[None, : last_row + 1]
+    return ids.to(input_device(base_model(subject.model), ids.device))
+
+
+def _copies_at_once(ids: Int64[Tensor, "1 tokens"]) -> int:
+    return max(1, _TOKENS_AT_ONCE // ids.shape[1])
+
+
+def _padded(scores: Float64[Tensor, " scored"], subject: Subject) -> TokenScores:
+    """Give all later tokens a score of 0."""
+    complete = torch.zeros(subject.num_tokens, dtype=torch.float64)
+    complete[: scores.numel()] = scores
+    return complete
+
+
+def _require_captum(name: str) -> None:
+    if importlib.util.find_spec("captum") is None:
+        raise MissingExtraError(
+            f"methods: {name!r} needs captum, got an environment without it; run pip install "
+            "'flowgraph-llm[evaluation]', or leave the method out"
+        )
