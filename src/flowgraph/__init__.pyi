@@ -16,6 +16,7 @@ from .analysis.routes import hubs as hubs
 from .analysis.routes import widest_routes as widest_routes
 from .analysis.specificity import Specificity as Specificity
 from .analysis.specificity import specificity as specificity
+from .analysis.statistics import holm as holm
 from .attention.attention_rows import AttentionRows as AttentionRows
 from .attention.layers_and_heads import HeadSelector as HeadSelector
 from .attention.modules import context_length as context_length
