@@ -235,7 +235,8 @@ def _bootstrap_weights(num_values: int, seed: int, resamples: int) -> NDArray[np
     """Return ``[resamples, n]``: the share that each value has in each draw; rows sum to 1."""
     generator = np.random.default_rng([seed, num_values])
     uniform = np.full(num_values, 1 / num_values)
-    return generator.multinomial(num_values, uniform, size=resamples) / num_values
+    counts = generator.multinomial(num_values, uniform, size=resamples)
+    return counts.astype(np.float64) / num_values
 
 
 @lru_cache(maxsize=64)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ Split = Literal["dev", "test"]
 ItemSource = Callable[[str, int, int], Sequence[EvaluationItem]]
 """``(split, number of items, seed)`` to items: the same arguments give the same items."""
 TaskFunction = Callable[[Subject], Truth]
+Restore = Callable[[Subject, Mapping[str, Any]], Truth]
+"""``(subject, values)`` to the truth whose ``to_dict()`` gave the values."""
 MethodFunction = Callable[[Subject], Tensor | Explanation]
 
 
@@ -47,6 +49,8 @@ class EvaluationTask:
         metrics: its figures, the primary one first.
         reads: ``"tokens"`` or ``"edges"``: which part of an explanation it scores.
         causal: True where the truth is an intervention on the model, so that position-matched controls apply.
+        restore: builds a truth from its stored values, so that a method that is added later needs no new interventions;
+            None: the truth is computed again.
         summary: one line, the first of the function's docstring.
         shows: what a high score shows.
         cannot_show: what it does not show.
@@ -59,6 +63,7 @@ class EvaluationTask:
     metrics: tuple[Metric, ...]
     reads: Literal["tokens", "edges"]
     causal: bool
+    restore: Restore | None = field(default=None, kw_only=True)
     summary: str
     shows: str
     cannot_show: str
@@ -116,6 +121,7 @@ def evaluation_task(
     metrics: Sequence[Metric],
     reads: Literal["tokens", "edges"] = "tokens",
     causal: bool = False,
+    restore: Restore | None = None,
     shows: str = "",
     cannot_show: str = "",
     licence: str = "",
@@ -128,6 +134,7 @@ def evaluation_task(
         metrics: its figures, the primary one first.
         reads: which part of an explanation it scores.
         causal: the truth is an intervention on the model.
+        restore: builds a truth from what its ``to_dict()`` gave.
         shows: what a high score shows.
         cannot_show: what it does not show.
         licence: of the items.
@@ -148,6 +155,7 @@ def evaluation_task(
             metrics=tuple(metrics),
             reads=reads,
             causal=causal,
+            restore=restore,
             summary=summary,
             shows=shows,
             cannot_show=cannot_show,
