@@ -134,12 +134,36 @@ def bootstrap_interval(values: Sequence[float] | NDArray, *, seed: int = 0, resa
         >>> 0.2 <= low < 0.5 < high <= 0.8
         True
     """
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.size < 2:
-        return None
-    means = _bootstrap_weights(sample.size, seed, resamples) @ sample
-    low, high = np.quantile(means, [1 - _UPPER_LEVEL, _UPPER_LEVEL])
-    return _ten_digits(low), _ten_digits(high)
+    return bootstrap_intervals([values], seed=seed, resamples=resamples)[0]
+
+
+def bootstrap_intervals(
+    samples: Sequence[Sequence[float] | NDArray], *, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Interval]:
+    """Compute :func:`bootstrap_interval` of many samples at once.
+
+    Args:
+        samples: each n numbers; n may differ.
+        seed: of the draws.
+        resamples: number of draws.
+
+    Returns:
+        An interval for each sample.
+
+    Cost: one matrix product for all samples of one size.
+    """
+    arrays = [np.asarray(values, dtype=np.float64) for values in samples]
+    intervals: list[Interval] = [None] * len(arrays)
+    for size in sorted({array.size for array in arrays}):
+        if size < 2:
+            continue
+        places = [place for place, array in enumerate(arrays) if array.size == size]
+        columns = np.stack([arrays[place] for place in places], axis=1)
+        means = _bootstrap_weights(size, seed, resamples) @ columns
+        lows, highs = np.quantile(means, [1 - _UPPER_LEVEL, _UPPER_LEVEL], axis=0)
+        for place, low, high in zip(places, lows, highs, strict=True):
+            intervals[place] = (_ten_digits(low), _ten_digits(high))
+    return intervals
 
 
 def paired_bootstrap(

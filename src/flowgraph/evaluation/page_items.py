@@ -11,7 +11,7 @@ Schema::
     item    {id, text, right, note, truth, units, pairs, plain, methods: {name: levels}, values: {name: value}}: the
             values are those of the primary metric
     truth   levels of a token, or null where the truth is not about units of tokens
-    units   [[text, effect]], largest effect first; pairs: [[reader, read, effect]]
+    units   [[text, effect]], largest effect first and none of 0; pairs: [[reader, read, effect]]
     texts   [{tokens, regions}]: one letter of Q, R, A and "." for each token
 """
 
@@ -49,9 +49,11 @@ def page_payload(evaluation: Evaluation, max_bytes: int = MAX_BYTES) -> dict[str
     tasks = []
     for summary in evaluation.summaries:
         own = [item for item in evaluation.items if (item["task"], item["split"]) == (summary.task, summary.split)]
-        items, left_out = _items(own, evaluation.methods, summary.metric, texts, numbers, room)
         rows = [row for row in evaluation.rows if (row["task"], row["split"]) == (summary.task, summary.split)]
         is_main = [row["primary"] and row["items"] == "all" for row in rows]
+        # The menu of an item lists the best method of the task first.
+        methods = [row["method"] for row, main in zip(rows, is_main, strict=True) if main]
+        items, left_out = _items(own, methods, summary.metric, texts, numbers, room)
         tasks.append(
             {
                 **summary.to_dict(),
@@ -156,14 +158,21 @@ def _truth(truth: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
         worth = [0.0] * len(units)
         for (_, read), number in zip(pairs, numbers, strict=True):
             worth[read] += number
-        order = sorted(range(len(pairs)), key=lambda place: -numbers[place])[:_SHOWN_UNITS]
+        order = _largest(numbers)
         shown = [[labels[pairs[place][0]], labels[pairs[place][1]], _short(numbers[place])] for place in order]
         return {"truth": _unit_levels(units, worth, len(tokens)), "units": [], "pairs": shown, "plain": ""}
     if len(numbers) != len(units):
         return {"truth": None, "units": [], "pairs": [], "plain": _shortened(truth)}
-    order = sorted(range(len(units)), key=lambda place: -numbers[place])[:_SHOWN_UNITS]
+    order = _largest(numbers)
     listed = [[labels[place], _short(numbers[place])] for place in order]
     return {"truth": _unit_levels(units, numbers, len(tokens)), "units": listed, "pairs": [], "plain": ""}
+
+
+def _largest(numbers: Sequence[float]) -> list[int]:
+    """Return the places of the largest numbers in size, the largest first; those of 0 are left out."""
+    places = [place for place, number in enumerate(numbers) if number]
+    places.sort(key=lambda place: -abs(numbers[place]))
+    return places[:_SHOWN_UNITS]
 
 
 def _unit_levels(units: Sequence[Sequence[int]], worth: Sequence[float], num_tokens: int) -> str:
