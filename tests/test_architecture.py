@@ -15,13 +15,16 @@ MODULES = {
 }
 
 PUBLIC = {
+    "Evaluation",
     "EvaluationItem",
     "EvaluationMethod",
+    "EvaluationProgress",
     "EvaluationTask",
     "Explanation",
     "Metric",
     "Subject",
     "Truth",
+    "evaluate",
     "evaluation_method",
     "evaluation_methods",
     "evaluation_task",
@@ -126,6 +129,7 @@ PUBLIC = {
     "max_flow_through",
     "max_flow_without",
     "plot_comparison",
+    "plot_evaluation",
     "plot_potentials",
     "plot_steps",
     "plot_throughput",

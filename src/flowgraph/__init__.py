@@ -17,8 +17,8 @@ if "torch" in sys.modules:
 
 __getattr__, _, _names = lazy_loader.attach_stub(__name__, __file__)
 
-_UNLISTED = {"atomic_write", "trace_file"}
-"""Names that can be imported but are not part of the API: a helper of ``rl``, and a deprecated alias."""
+_UNLISTED = {"atomic_write", "holm", "trace_file"}
+"""Names that can be imported but are not part of the API: two helpers of ``rl``, and a deprecated alias."""
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,7 @@ from .analysis.routes import hubs as hubs
 from .analysis.routes import widest_routes as widest_routes
 from .analysis.specificity import Specificity as Specificity
 from .analysis.specificity import specificity as specificity
+from .analysis.statistics import holm as holm
 from .attention.attention_rows import AttentionRows as AttentionRows
 from .attention.layers_and_heads import HeadSelector as HeadSelector
 from .attention.modules import context_length as context_length
@@ -60,6 +61,9 @@ from .evaluation.registry import EvaluationTask as EvaluationTask
 from .evaluation.registry import Metric as Metric
 from .evaluation.registry import evaluation_method as evaluation_method
 from .evaluation.registry import evaluation_task as evaluation_task
+from .evaluation.results import Evaluation as Evaluation
+from .evaluation.run import EvaluationProgress as EvaluationProgress
+from .evaluation.run import evaluate as evaluate
 from .evaluation.subject import Subject as Subject
 from .exchange.export import to_igraph as to_igraph
 from .exchange.export import to_networkx as to_networkx
@@ -108,6 +112,7 @@ from .maxflow.verification import MaxFlow as MaxFlow
 from .pages.page import render_page as render_page
 from .plots.comparison_plot import plot_comparison as plot_comparison
 from .plots.drawing import save_figure as save_figure
+from .plots.evaluation_plot import plot_evaluation as plot_evaluation
 from .plots.trace_plots import plot_potentials as plot_potentials
 from .plots.trace_plots import plot_steps as plot_steps
 from .plots.trace_plots import plot_throughput as plot_throughput

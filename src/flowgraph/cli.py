@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from flowgraph.commands.compare import compare
+from flowgraph.commands.evaluate import evaluate
 from flowgraph.commands.export import export
 from flowgraph.commands.hubtest import hub_test
 from flowgraph.commands.knockout import knockout
@@ -49,7 +50,7 @@ def _options(
     """Read the options of the program itself."""
 
 
-for command in (trace, demo, trace_corpus, show, steps, compare, certify, knockout, hub_test, export):
+for command in (trace, demo, trace_corpus, show, steps, compare, certify, knockout, hub_test, evaluate, export):
     app.command()(command)
 # The old name of trace-corpus still works, with a warning, and help does not list it.
 app.command("trace-file", hidden=True, deprecated=True)(trace_corpus)

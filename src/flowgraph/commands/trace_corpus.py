@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,15 +33,11 @@ from flowgraph.commands.common import (
     template_arguments,
     warnings_on_stderr,
 )
+from flowgraph.commands.progress import clock, reporting
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from flowgraph.corpus.run import CorpusProgress
     from flowgraph.corpus.trace_corpus import CorpusSummary
-
-_SECONDS_BETWEEN_LINES = 5.0
-"""Time between the lines of progress where there is no terminal."""
 
 
 def trace_corpus(
@@ -116,7 +109,7 @@ def trace_corpus(
         network, tokenizer = load_model(model, dtype, device, progress)
 
     try:
-        with warnings_on_stderr(), _reporting(quiet) as report:
+        with warnings_on_stderr(), reporting(_figures, quiet=quiet, failed=_num_failed) as report:
             summary = flowgraph.trace_corpus(
                 network,
                 tokenizer,
@@ -153,75 +146,9 @@ def trace_corpus(
     _print(summary)
 
 
-@contextmanager
-def _reporting(quiet: bool) -> Iterator[Callable[[CorpusProgress], None]]:
-    """Show a bar with rates and time left on standard error; lines of text where that is not a terminal.
-
-    A quiet run shows the lines that were skipped, and no figures.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield _ProgressLines(console, only_skipped=quiet)
-        return
-    # Stages contain text of the input, which must not be read as markup.
-    columns = (BarColumn(), TextColumn("{task.fields[status]}", markup=False))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, status="starting")
-
-        def report(state: CorpusProgress) -> None:
-            stage = state.stage
-            # A skipped line stays on the screen above the bar.
-            if _is_skipped_line(stage):
-                bar.console.print(stage, highlight=False, markup=False)
-                stage = ""
-            finished = state.done + state.failed
-            bar.update(task, total=state.total, completed=finished, status=f"{_figures(state)}  {stage}")
-
-        yield report
-
-
-class _ProgressLines:
-    """Progress as plain lines: skipped lines at once, figures every few seconds and at the end.
-
-    Attributes:
-        console: where the lines are printed.
-        only_skipped: print no figures.
-        last: clock reading at the latest figures.
-        ended: whether the final figures were printed.
-    """
-
-    def __init__(self, console: Console, *, only_skipped: bool) -> None:
-        self.console = console
-        self.only_skipped = only_skipped
-        self.last = -_SECONDS_BETWEEN_LINES
-        self.ended = False
-
-    def __call__(self, state: CorpusProgress) -> None:
-        """Print the state if a line is due."""
-        if _is_skipped_line(state.stage):
-            self._print(state.stage)
-            return
-        if self.only_skipped:
-            return
-        now = time.monotonic()
-        is_finished = state.done + state.failed == state.total
-        is_due = now - self.last >= _SECONDS_BETWEEN_LINES
-        if is_due or (is_finished and not self.ended):
-            self.last = now
-            self.ended = is_finished
-            self._print(_figures(state))
-
-    def _print(self, line: str) -> None:
-        """Print a line as it is."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _is_skipped_line(stage: str) -> bool:
-    """Return whether a stage reports a line that was skipped."""
-    return " skipped: " in stage
+def _num_failed(state: CorpusProgress) -> int:
+    """Return the number of lines that could not be traced."""
+    return state.failed
 
 
 def _figures(state: CorpusProgress) -> str:
@@ -232,22 +159,13 @@ def _figures(state: CorpusProgress) -> str:
     if state.seconds_left is not None:
         parts.append(f"{state.traces_per_second:.2f} traces/s")
         parts.append(f"{state.tokens_per_second:.0f} tokens/s")
-        parts.append(f"{_clock(state.seconds_left)} left")
+        parts.append(f"{clock(state.seconds_left)} left")
     return ", ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    """Format a duration as ``M:SS`` or ``H:MM:SS``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{minutes}:{rest:02d}"
 
 
 def _print(summary: CorpusSummary) -> None:
     """Print the outcome of a run; exit code 1 when a line failed."""
-    parts = [f"{summary.now} traced in {_clock(summary.seconds)}"]
+    parts = [f"{summary.now} traced in {clock(summary.seconds)}"]
     num_earlier = summary.traced - summary.now
     if num_earlier:
         parts.append(f"{num_earlier} by earlier runs")

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from flowgraph import atomic_write
+from flowgraph import atomic_write, holm
 from rl.config import CreditConfig
-from rl.evaluation.significance import Z_95, holm
+from rl.evaluation.significance import Z_95
 
 SCHEMA = "flowgraph-rl.alignment/1"
 UNIFORM = "uniform"

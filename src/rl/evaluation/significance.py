@@ -1,35 +1,11 @@
-"""Statistics that several folders share: a normal quantile, Wilson's interval, and Holm's correction."""
+"""Statistics that several folders share: a normal quantile and Wilson's interval."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 Z_95 = 1.959964
 """97.5 % quantile of the normal distribution: half the width of a 95 % interval, in standard errors."""
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    r"""Compute Holm's adjusted p-values for several tests.
-
-    The k-th smallest of m p-values is multiplied by :math:`m - k + 1`; the results are non-decreasing and at most 1.
-
-    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
-    """
-    num_tests = len(p_values)
-    # From the smallest to the largest: scaled by the number of tests that are left, and never below the one before.
-    ascending = sorted(range(num_tests), key=lambda index: p_values[index])
-    adjusted = [0.0] * num_tests
-    largest_so_far = 0.0
-    for rank, index in enumerate(ascending):
-        scaled = min(1.0, (num_tests - rank) * p_values[index])
-        largest_so_far = max(largest_so_far, scaled)
-        adjusted[index] = largest_so_far
-    return adjusted
 
 
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:

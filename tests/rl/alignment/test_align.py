@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 
-from flowgraph import MemoryLimitError, MissingExtraError, OutputError
+from flowgraph import MemoryLimitError, MissingExtraError, OutputError, holm
 from rl import ActorCritic, ConfigError, CreditConfig, CreditError, DivergedError, LoraConfig, PPOConfig, align
 from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, split_arms
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients
@@ -17,7 +17,6 @@ from rl.alignment.multipliers import SCHEMA, Estimate, Products, compare, cosine
 from rl.alignment.plot import plot_alignment
 from rl.credit.scope import after_answer
 from rl.credit.scoring import score_rollout
-from rl.evaluation.significance import holm
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
 from rl.training.experience import build_experience
 from tests.fixtures.policies import Digits, UnmarkedDigits, alphabet, tiny_policy

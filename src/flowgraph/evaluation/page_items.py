@@ -1,0 +1,204 @@
+"""What the page of an evaluation shows of its items, as compact JSON values.
+
+Scores of a text travel as a string with one character for each token: the root of its share of the largest score, in
+63 steps from -31 to 31. Texts that several items share are stored once. Items beyond a size are left out and counted.
+
+Schema::
+
+    model, methods, facts
+    tasks   [{task, split, ..., rows, other_rows, items, left_out}]: the fields of a TaskSummary, the rows of the
+            primary metric over all items, the other rows, and the items
+    item    {id, text, right, note, truth, units, pairs, plain, methods: {name: levels}, values: {name: value}}: the
+            values are those of the primary metric
+    truth   levels of a token, or null where the truth is not about units of tokens
+    units   [[text, effect]], largest effect first and none of 0; pairs: [[reader, read, effect]]
+    texts   [{tokens, regions}]: one letter of Q, R, A and "." for each token
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flowgraph.evaluation.results import Evaluation
+
+MAX_BYTES = 4_500_000
+"""Largest size of all items and texts as JSON."""
+LEVELS = "!#$%()*+,-./0123456789:;=?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]^_`abcde"
+"""One character for each step; the middle one is 0."""
+_STEPS = len(LEVELS) // 2
+_SHOWN_UNITS = 16
+"""Units, or pairs of units, that are listed in full."""
+_SHOWN_TEXT = 80
+"""Characters of a unit that are shown."""
+_LETTERS = {"question": "Q", "reasoning": "R", "answer": "A", None: "."}
+
+
+def page_payload(evaluation: Evaluation, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return what the page of an evaluation shows.
+
+    Args:
+        evaluation: the outcome of a run.
+        max_bytes: limit of the items' part; tasks share it equally, and leave out their last items.
+    """
+    texts: list[dict[str, Any]] = []
+    numbers: dict[str, int] = {}
+    room = max_bytes / max(len(evaluation.summaries), 1)
+    tasks = []
+    for summary in evaluation.summaries:
+        own = [item for item in evaluation.items if (item["task"], item["split"]) == (summary.task, summary.split)]
+        rows = [row for row in evaluation.rows if (row["task"], row["split"]) == (summary.task, summary.split)]
+        is_main = [row["primary"] and row["items"] == "all" for row in rows]
+        # The menu of an item lists the best method of the task first.
+        methods = [row["method"] for row, main in zip(rows, is_main, strict=True) if main]
+        items, left_out = _items(own, methods, summary.metric, texts, numbers, room)
+        tasks.append(
+            {
+                **summary.to_dict(),
+                "rows": [row for row, main in zip(rows, is_main, strict=True) if main],
+                "other_rows": [row for row, main in zip(rows, is_main, strict=True) if not main],
+                "items": items,
+                "left_out": left_out,
+            }
+        )
+    return {
+        "model": str(evaluation.settings.get("model", "a model")),
+        "methods": list(evaluation.methods),
+        "facts": dict(evaluation.settings),
+        "levels": LEVELS,
+        "tasks": tasks,
+        "texts": texts,
+    }
+
+
+def levels_of(scores: Sequence[float | None]) -> str:
+    """Write scores as one character each: the sign, and the root of the share of the largest absolute score.
+
+    Example:
+        >>> levels_of([0.0, 1.0, -0.25])
+        'Ee3'
+    """
+    known = [score or 0.0 for score in scores]
+    largest = max(map(abs, known), default=0.0)
+    if largest == 0:
+        return LEVELS[_STEPS] * len(known)
+    steps = [round(math.copysign(math.sqrt(abs(score) / largest), score) * _STEPS) for score in known]
+    return "".join(LEVELS[_STEPS + step] for step in steps)
+
+
+def _items(
+    records: Sequence[Mapping[str, Any]],
+    methods: Sequence[str],
+    metric: str,
+    texts: list[dict[str, Any]],
+    numbers: dict[str, int],
+    room: float,
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the items of one task that fit, adding their texts to those known, and the number left out."""
+    items: list[dict[str, Any]] = []
+    used = 0
+    for place, record in enumerate(records):
+        item = _item(record, methods, metric)
+        text = _text(record)
+        key = json.dumps(text)
+        used += len(json.dumps(item)) + (0 if key in numbers else len(key))
+        if used > room:
+            return items, len(records) - place
+        if key not in numbers:
+            numbers[key] = len(texts)
+            texts.append(text)
+        items.append({**item, "text": numbers[key]})
+    return items, 0
+
+
+def _text(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokens of an item with a letter for the region of each."""
+    regions = "".join(_LETTERS.get(region, ".") for region in record["regions"])
+    return {"tokens": record["tokens"], "regions": regions}
+
+
+def _item(record: Mapping[str, Any], methods: Sequence[str], metric: str) -> dict[str, Any]:
+    """Return what is shown of one item besides its text."""
+    note = record["unusable"] or ""
+    if record["error"] is not None:
+        note = record["error"]["message"]
+    values = {}
+    for name in methods:
+        value = record["scores"].get(name, {}).get(metric)
+        if value is not None:
+            values[name] = float(f"{value:.4g}")
+    scored = [name for name in methods if name in record["token_scores"]]
+    return {
+        "id": record["id"],
+        "right": record["model_right"],
+        "note": note,
+        "methods": {name: levels_of(record["token_scores"][name]) for name in scored},
+        "values": values,
+        **_truth(record["truth"], record["tokens"]),
+    }
+
+
+def _truth(truth: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
+    """Return the truth as levels of tokens and a list of units, where it is about units; else as it is.
+
+    A truth names its ``units`` as token positions, and has ``effects`` (numbers) or ``gold`` (labels): one for each
+    unit, or one for each of its ``pairs`` of units, the reader first.
+    """
+    units = truth.get("units")
+    values = truth.get("effects", truth.get("gold"))
+    if not isinstance(units, list) or not isinstance(values, list) or not tokens:
+        return {"truth": None, "units": [], "pairs": [], "plain": _shortened(truth)}
+    numbers = [float(value or 0) for value in values]
+    labels = [_unit_text(unit, tokens) for unit in units]
+    pairs = truth.get("pairs")
+    if isinstance(pairs, list) and len(pairs) == len(numbers):
+        # A unit is worth what others read of it.
+        worth = [0.0] * len(units)
+        for (_, read), number in zip(pairs, numbers, strict=True):
+            worth[read] += number
+        order = _largest(numbers)
+        shown = [[labels[pairs[place][0]], labels[pairs[place][1]], _short(numbers[place])] for place in order]
+        return {"truth": _unit_levels(units, worth, len(tokens)), "units": [], "pairs": shown, "plain": ""}
+    if len(numbers) != len(units):
+        return {"truth": None, "units": [], "pairs": [], "plain": _shortened(truth)}
+    order = _largest(numbers)
+    listed = [[labels[place], _short(numbers[place])] for place in order]
+    return {"truth": _unit_levels(units, numbers, len(tokens)), "units": listed, "pairs": [], "plain": ""}
+
+
+def _largest(numbers: Sequence[float]) -> list[int]:
+    """Return the places of the largest numbers in size, the largest first; those of 0 are left out."""
+    places = [place for place, number in enumerate(numbers) if number]
+    places.sort(key=lambda place: -abs(numbers[place]))
+    return places[:_SHOWN_UNITS]
+
+
+def _unit_levels(units: Sequence[Sequence[int]], worth: Sequence[float], num_tokens: int) -> str:
+    """Write the worth of units as levels of their tokens."""
+    scores = [0.0] * num_tokens
+    for unit, value in zip(units, worth, strict=True):
+        for token in unit:
+            if 0 <= token < num_tokens:
+                scores[token] = value
+    return levels_of(scores)
+
+
+def _unit_text(unit: Sequence[int], tokens: Sequence[str]) -> str:
+    """Return the text of a unit, shortened."""
+    text = "".join(tokens[token] for token in unit if 0 <= token < len(tokens)).strip()
+    return text if len(text) <= _SHOWN_TEXT else f"{text[: _SHOWN_TEXT - 1]}…"
+
+
+def _shortened(truth: Mapping[str, Any]) -> str:
+    """Write a truth that is not about units as JSON, shortened."""
+    if not truth:
+        return ""
+    text = json.dumps(truth, ensure_ascii=False)
+    return text if len(text) <= 1000 else f"{text[:999]}…"
+
+
+def _short(value: float) -> float:
+    """Round to 4 significant digits."""
+    return float(f"{value:.4g}")
