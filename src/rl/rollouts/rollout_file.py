@@ -68,6 +68,7 @@ _EXPERIENCE_FIELDS = (
     _TensorField("responses", "question", "bool", "BT"),
     _TensorField("responses", "answer", "bool", "BT"),
     _TensorField("responses", "oracle", "bool", "BR", optional=True),
+    _TensorField("responses", "detours", "bool", "BR", optional=True),
     _TensorField("responses", "sampled_logprobs", "float", "BR", optional=True),
     _TensorField("responses", "reward_parts", "float", "BK", optional=True),
     _TensorField("scores", "logprobs", "float", "BR"),

@@ -83,6 +83,7 @@ def example(
             question=torch.cat([~pad, torch.zeros_like(response_mask)], 1),
             answer=torch.cat([pad, answer], 1),
             oracle=oracle,
+            detours=None if oracle is None else scored & ~oracle & (column % 5 == 0),
         ),
         scores=TokenScores(
             logprobs=logprobs,
