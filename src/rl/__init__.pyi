@@ -8,6 +8,8 @@ from .algorithm.losses import policy_loss as policy_loss
 from .algorithm.losses import token_logprobs as token_logprobs
 from .algorithm.losses import value_loss as value_loss
 from .alignment.align import align as align
+from .alignment.credit_auc import CreditAuc as CreditAuc
+from .alignment.credit_auc import credit_auc as credit_auc
 from .alignment.multipliers import Alignment as Alignment
 from .config import CreditConfig as CreditConfig
 from .config import LoraConfig as LoraConfig

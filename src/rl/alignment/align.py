@@ -9,8 +9,7 @@ Letters of the shapes: n batches, A arms, P parameters of the policy adapter, B 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowgraph import MemoryLimitError
+from rl.alignment.measured_policy import policy_on
 from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, selected_tokens
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients, token_factors
 from rl.alignment.multipliers import (
@@ -117,7 +117,7 @@ def align(
     # The name is read first: an adapter changes it.
     name = model_name(model)
 
-    with _policy_on(model, config) as policy:
+    with policy_on(model, config) as policy:
         num_parameters = sum(weight.numel() for weight in policy.policy_parameters().values())
         _require_memory(num_parameters, num_batches, len(named), memory_limit)
         run = _AlignmentRun(
@@ -293,32 +293,6 @@ class _AlignmentRun:
 
 def _ignore_progress(stage: str, done: int, total: int) -> None:
     """Ignore progress, for callers that gave no callback."""
-
-
-@contextmanager
-def _policy_on(model: nn.Module, config: PPOConfig) -> Iterator[ActorCritic]:
-    """Yield the model as a policy; remove the added adapters afterwards, and restore trainable weights and modes."""
-    was_trainable = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    was_training = {name: module.training for name, module in model.named_modules()}
-    policy = ActorCritic(
-        model,
-        config.lora,
-        critic=False,
-        seed=config.seed,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
-    try:
-        yield policy
-    finally:
-        # Without a reference adapter the policy's adapter was new; otherwise only the reference was added.
-        if policy.reference_name is None:
-            policy.peft.unload()
-        else:
-            policy.peft.delete_adapter(policy.reference_name)
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(was_trainable[name])
-        for name, module in model.named_modules():
-            module.training = was_training[name]
 
 
 def _rollout_settings(config: PPOConfig, num_batches: int, seed: int) -> PPOConfig:
