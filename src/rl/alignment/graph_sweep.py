@@ -43,7 +43,7 @@ def graphs_of(setting: CreditConfig, model: nn.Module) -> list[CreditConfig]:
         >>> import rl
         >>> model, _ = rl.load_chain_model()
         >>> [graph.layers for graph in graphs_of(CreditConfig(rule="reach"), model)[::2]]
-        ['all', '1-', 'middle', '0', '1', '2', '3']
+        ['all', '1-', 'middle', '0-0', '1-1', '2-2', '3-3']
     """
     if not find_rule(setting.rule).needs:
         raise ConfigError(
@@ -72,7 +72,7 @@ def _layer_choices(model: nn.Module) -> list[str]:
     if num_layers > 2:
         choices.append("middle")
     if num_layers <= _MOST_SINGLE_LAYERS:
-        return choices + [str(layer) for layer in range(num_layers)]
+        return choices + [f"{layer}-{layer}" for layer in range(num_layers)]
     # The lower half, the upper half, and the last quarter.
     half = num_layers // 2
     quarter = num_layers - num_layers // 4
