@@ -51,7 +51,7 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     target = Path(path)
     # The first row is the lowest, so the best arm comes last.
     arms = sorted(alignment.arms, key=lambda arm: arm.multiplier.corrected)
-    figure = _new_figure(width=8, height=1.6 + 0.55 * len(arms))
+    figure = new_figure(width=8, height=1.6 + 0.55 * len(arms))
     axes = figure.subplots()
     axes.axvline(1.0, color="#555555", linewidth=1, linestyle="--")
 
@@ -71,12 +71,12 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     axes.legend(frameon=False, loc="best")
 
     # Publishers refuse the Type 3 fonts that matplotlib embeds by default.
-    with atomic_write(target) as temporary, _embedded_fonts():
+    with atomic_write(target) as temporary, embedded_fonts():
         figure.savefig(temporary, dpi=160, format=target.suffix.removeprefix(".") or "png")
     return target
 
 
-def _embedded_fonts() -> AbstractContextManager[None]:
+def embedded_fonts() -> AbstractContextManager[None]:
     """Return a context in which fonts are embedded as TrueType."""
     import matplotlib
 
@@ -107,7 +107,7 @@ def _draw(axes: Axes, series: _Series) -> None:
     )
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Create a figure without matplotlib's global state, so that no display is needed."""
     try:
         from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph import MissingExtraError, OutputError
-from rl.commands.options import Adapter, Device, Dtype, Model, TaskName, TaskOption
+from flowgraph import MissingExtraError
+from rl.commands.options import Adapter, Device, Dtype, Model, TaskName, TaskOption, make_folder
 from rl.commands.terminal import console, table
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def align_command(
     chosen = split_arms(arms)
     named_arms(chosen)
     if out is not None:
-        _make_folder(out)
+        make_folder(out)
     values: dict[str, object] = {"advantage": "group"}
     if model == "chain":
         values |= CHAIN_DEFAULTS
@@ -184,16 +184,6 @@ def _write(alignment: Alignment, folder: Path) -> None:
         typer.echo(f"no picture: {error}", err=True)
     else:
         typer.echo(f"wrote {picture}")
-
-
-def _make_folder(folder: Path) -> None:
-    """Create the output folder before the long run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"out: must be a folder that can be made, got {folder} ({error.strerror}); choose another"
-        ) from error
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flowgraph import OutputError
+
 TASKS = (
     "'chain', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME', a .jsonl or .parquet file or "
     "'datasets:NAME'"
@@ -32,3 +34,13 @@ Quantize = Annotated[
     str | None,
     typer.Option("--quantize", help="'4bit': load the frozen base in 4 bits by bitsandbytes (QLoRA). Default: not."),
 ]
+
+
+def make_folder(folder: Path) -> None:
+    """Create the output folder before the long run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"out: must be a folder that can be made, got {folder} ({error.strerror}); choose another"
+        ) from error

@@ -1,0 +1,28 @@
+"""Settings of the commands that sample responses and train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rl.commands.run_file import CHAIN_DEFAULTS, parse_options
+from rl.config import PPOConfig
+
+
+def default_model(model: str | None, task: str) -> str:
+    """Return the model that was named, or the one that is shipped for the task."""
+    if model is not None:
+        return model
+    return "chain"
+
+
+def rollout_config(model: str, defaults: Mapping[str, Any], settings: Sequence[str]) -> PPOConfig:
+    """Return the settings of rollouts: group advantages, the defaults of the command and model, then NAME=VALUE texts.
+
+    Raises:
+        ConfigError: an unknown setting, or a value that breaks a rule.
+    """
+    values: dict[str, Any] = {"advantage": "group", **defaults}
+    if model == "chain":
+        values |= CHAIN_DEFAULTS
+    return PPOConfig.from_dict({**values, **parse_options(settings)})
