@@ -104,42 +104,45 @@ def mean_over_problems(
         return MeanWithInterval(mean, None, None, num_defined)
     sums = torch.zeros(num_problems, dtype=torch.float64).index_add_(0, problem, values[is_defined])
     counts = torch.zeros(num_problems, dtype=torch.float64).index_add_(0, problem, torch.ones(num_defined).double())
-    low, high = bootstrap_ratio(sums[None], counts[None], seed=seed, resamples=resamples)[0]
-    return MeanWithInterval(mean, low, high, num_defined)
+    drawn = resampled_sums(torch.stack([sums, counts]), seed=seed, resamples=resamples)
+    ends = interval(drawn[:, 0] / drawn[:, 1])
+    assert ends is not None, "every problem has a count"
+    return MeanWithInterval(mean, *ends, num_defined)
 
 
-def bootstrap_ratio(
-    sums: Float64[Tensor, "figures problems"],
-    counts: Float64[Tensor, "figures problems"],
-    *,
-    seed: int,
-    resamples: int,
-) -> list[tuple[float, float]]:
-    """Compute the 95 % percentile interval of sum / count over resampled problems, for several figures.
+def interval(values: Float64[Tensor, " resamples"]) -> tuple[float, float] | None:
+    """Return the 2.5 % and 97.5 % quantiles of resampled values; None where none of them is finite."""
+    # A resample without any denominator says nothing.
+    known = values[values.isfinite()]
+    if len(known) == 0:
+        return None
+    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(known, levels).tolist()
+    return low, high
 
-    All figures see the same resamples, so they may be compared.
+
+def resampled_sums(
+    contributions: Float64[Tensor, "figures problems"], *, seed: int, resamples: int
+) -> Float64[Tensor, "resamples figures"]:
+    """Sum the contributions of problems that are drawn with replacement.
+
+    The draws depend on the seed and the number of problems alone, so that figures may be compared across calls.
 
     Args:
-        sums: ``[m, n]``, contribution of each problem to the numerator.
-        counts: ``[m, n]``, contribution to the denominator.
-        seed: of the bootstrap.
+        contributions: ``[m, n]``, of each of n problems to each of m sums.
+        seed: of the draws.
         resamples: bootstrap samples.
+
+    Cost: ``resamples * n * m`` multiplications.
     """
-    num_problems = sums.shape[1]
+    num_problems = contributions.shape[1]
     random = generator(seed, "bootstrap", num_problems)
-    ratios = []
+    sums = []
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
         size = min(_RESAMPLES_AT_ONCE, resamples - start)
         drawn = torch.randint(num_problems, (size, num_problems), generator=random)
+        # How often each problem was drawn.
         times = torch.zeros(size, num_problems, dtype=torch.float64)
         times.scatter_add_(1, drawn, torch.ones_like(times))
-        ratios.append((times @ sums.T) / (times @ counts.T))
-    joined = torch.cat(ratios)
-    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ends = []
-    for column in joined.T:
-        # A resample without any denominator says nothing.
-        known = column[column.isfinite()]
-        low, high = torch.quantile(known, levels).tolist() if len(known) else (torch.nan, torch.nan)
-        ends.append((low, high))
-    return ends
+        sums.append(times @ contributions.T)
+    return torch.cat(sums)
