@@ -10,6 +10,8 @@ from .algorithm.losses import value_loss as value_loss
 from .alignment.align import align as align
 from .alignment.credit_auc import CreditAuc as CreditAuc
 from .alignment.credit_auc import credit_auc as credit_auc
+from .alignment.credit_bench import CreditBench as CreditBench
+from .alignment.credit_bench import credit_bench as credit_bench
 from .alignment.multipliers import Alignment as Alignment
 from .config import CreditConfig as CreditConfig
 from .config import LoraConfig as LoraConfig

@@ -1,4 +1,4 @@
-"""Entry point of ``flowgraph-rl train | eval | report | rules | merge | pretrain | align | auc``."""
+"""Entry point of ``flowgraph-rl train | eval | report | rules | merge | pretrain | align | auc | credit-bench``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from flowgraph import FlowgraphError
 from rl.commands.align import align_command
 from rl.commands.auc import auc_command
+from rl.commands.credit_bench import credit_bench_command
 from rl.commands.evaluate import evaluate_command
 from rl.commands.models import merge, pretrain_command
 from rl.commands.reports import report, rules
@@ -52,6 +53,7 @@ app.command()(rules)
 app.command()(merge)
 app.command("align")(align_command)
 app.command("auc")(auc_command)
+app.command("credit-bench")(credit_bench_command)
 
 
 def main() -> None:

@@ -104,6 +104,7 @@ def print_alignment(alignment: Alignment) -> None:
         f"{seconds_per_batch:.2f} s a batch",
         highlight=False,
     )
+    screen.print("The multiplier is no forecast of training: see flowgraph-rl auc and the page on credit rules.")
     if not alignment.is_reliable:
         screen.print(
             "The cosine of uniform cannot be told from 0, so these ratios are not meaningful yet: take more batches.",
@@ -113,12 +114,13 @@ def print_alignment(alignment: Alignment) -> None:
 
 def _print_multipliers(screen: Console, alignment: Alignment) -> None:
     """Print multiplier and cosine of every arm."""
-    rows = table("arm", "multiplier", "95 %", "cosine", "error", figures=True)
+    rows = table("arm", "multiplier", "95 %", "on decisive tokens", "95 %", "cosine", "error", figures=True)
     for arm in alignment.arms:
         rows.add_row(
             arm.name,
             f"{arm.multiplier.corrected:.2f}",
             f"{arm.multiplier.low:.2f} to {arm.multiplier.high:.2f}",
+            *_format_decisive(arm.decisive_multiplier),
             f"{arm.cosine.corrected:.3f}",
             f"{arm.cosine.error:.3f}",
         )
@@ -156,6 +158,13 @@ def _print_differences(screen: Console, alignment: Alignment) -> None:
             f"{pair.p_holm:.3f}",
         )
     screen.print(rows)
+
+
+def _format_decisive(estimate: Estimate | None) -> tuple[str, str]:
+    """Format a multiplier and its interval as two cells."""
+    if estimate is None:
+        return "-", "-"
+    return f"{estimate.corrected:.2f}", f"{estimate.low:.2f} to {estimate.high:.2f}"
 
 
 def _format_estimate(estimate: Estimate | None) -> str:
