@@ -145,11 +145,17 @@ class Credit:
         scores: ``[B, R]`` float32, scores in the unit of the rule; 0 on tokens without a score.
         scored: ``[B, R]`` bool, tokens that compete (the scope; by default the reasoning tokens).
         weights: ``[B, R]`` float32, the scores in the chosen shape, dimensionless; 1 outside ``scored``.
+        tie: ``[B]`` float32, how strongly the answer is tied to the tokens before it: the mean over these tokens of the
+            unnormalised reach h, at least 0; 0 without an answer, None where the rule measures none.
+        unanchored: ``[B]`` bool, responses whose weights are 1 because their tie is too weak, or because they have no
+            answer (``CreditConfig.fallback``); None where the rule measures no tie.
     """
 
     scores: Float[Tensor, "batch response"]
     scored: Bool[Tensor, "batch response"]
     weights: Float[Tensor, "batch response"]
+    tie: Float[Tensor, " batch"] | None = None
+    unanchored: Bool[Tensor, " batch"] | None = None
 
     def select(self, rows: Sequence[int]) -> Self:
         """Return some of the sequences, with all columns."""

@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rl.config import CreditConfig, PPOConfig, Shape
+from rl.credit.ratings import check_credit
 from rl.credit.registry import find_rule
 from rl.credit.scoring import score_with_settings
 from rl.credit.weights import top_share
@@ -124,7 +125,7 @@ def named_arms(arms: Sequence[str | CreditConfig]) -> dict[str, CreditConfig]:
         if not isinstance(arm, (str, CreditConfig)):
             raise ConfigError(f"arms: must be texts or CreditConfig, got {type(arm).__name__}; write 'flow:soft'")
         credit = parse_arm(arm) if isinstance(arm, str) else arm
-        find_rule(credit.rule)
+        check_credit(credit)
         name = arm_name(credit)
         if name in named:
             raise ConfigError(f"arms: must differ, got {name!r} twice; leave one of them out")

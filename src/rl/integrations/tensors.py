@@ -36,8 +36,8 @@ from transformers import PreTrainedTokenizerBase
 from flowgraph import AttentionRows, encode
 from rl.algorithm.tensor_checks import require_alike, require_run
 from rl.config import CreditConfig
+from rl.credit.ratings import check_credit, credit_tokens
 from rl.credit.registry import CreditRule, find_rule
-from rl.credit.scoring import credit_tokens
 from rl.credit.weights import loss_weights
 from rl.errors import ConfigError, CreditError
 from rl.policy.sampling import Generated
@@ -111,10 +111,12 @@ def usable_rule(credit: CreditConfig) -> CreditRule:
     """Return the rule of these settings, if it can run inside another trainer.
 
     Raises:
-        CreditError: an unknown rule, or one that needs a backward pass or a task that knows its decisive tokens.
+        CreditError: an unknown rule or option, or a rule that needs a backward pass or a task that knows its decisive
+            tokens.
         ConfigError: credit enters elsewhere than at the advantages.
     """
     rule = find_rule(credit.rule)
+    check_credit(credit)
     if credit.entry != "advantage":
         raise ConfigError(
             f"credit.entry: must be 'advantage' in another trainer, whose token rewards are out of reach, got "
@@ -141,13 +143,13 @@ def token_credit(
     rows: Mapping[str, AttentionRows] | None = None,
     random: Sequence[torch.Generator] = (),
 ) -> Credit:
-    """Run a credit rule and shape its scores.
+    """Run a credit rule and shape its scores. With a fallback, pass the complete batch: its responses are compared.
 
     Args:
         responses: see :func:`read_responses`; all tensors on one device.
         scores: log-probabilities and entropies of the policy that wrote them, 0 on padding.
         credit: rule, shape and scope.
-        rows: attention by the names that ``usable_rule(credit).needs`` lists.
+        rows: attention by the names that ``usable_rule(credit).needs_for(credit.options)`` lists.
         random: a generator for each response, for rules that draw random numbers.
 
     Returns:
@@ -171,6 +173,8 @@ def scale_advantages(
     mask: Bool[Tensor, "batch response"],
     credit: Credit,
     config: CreditConfig,
+    *,
+    progress: float = 0.0,
 ) -> Float[Tensor, "batch response"]:
     r"""Multiply each token's advantage by its weight, :math:`A_t w_t`; call it after whitening.
 
@@ -178,8 +182,9 @@ def scale_advantages(
         advantages: ``[B]`` or ``[B, R]``.
         mask: ``[B, R]``, response tokens.
         credit: the result of :func:`token_credit`.
-        config: ``sign`` chooses the advantages on which weights act, ``mean_one`` normalises the weights of the tokens
-            that competed to mean 1.
+        config: ``sign`` chooses the advantages on which weights act, ``normalize`` normalises the weights of the tokens
+            that competed, ``anneal`` moves them to 1 in the course of the run.
+        progress: share of the run that is done, in [0, 1]; only ``anneal`` reads it.
 
     Returns:
         ``[B, R]``.
@@ -196,7 +201,7 @@ def scale_advantages(
     shape = credit.weights.shape
     if advantages.shape == shape[:1]:
         advantages = advantages[:, None].expand(shape)
-    return advantages * loss_weights(credit, advantages, mask.to(advantages.device).bool(), config)
+    return advantages * loss_weights(credit, advantages, mask.to(advantages.device).bool(), config, progress=progress)
 
 
 @dataclass

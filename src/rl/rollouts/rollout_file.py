@@ -79,6 +79,8 @@ _EXPERIENCE_FIELDS = (
     _TensorField("credit", "scores", "float", "BR"),
     _TensorField("credit", "scored", "bool", "BR"),
     _TensorField("credit", "weights", "float", "BR"),
+    _TensorField("credit", "tie", "float", "B", optional=True),
+    _TensorField("credit", "unanchored", "bool", "B", optional=True),
     _TensorField("", "advantages", "float", "BR"),
     _TensorField("", "returns", "float", "BR", optional=True),
     _TensorField("", "loss_mask", "bool", "BR"),
