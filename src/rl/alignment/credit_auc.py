@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from flowgraph import atomic_write
 from rl.algorithm.advantages import last_tokens
-from rl.alignment.arms import arm_name, named_arms, score_arms
-from rl.alignment.graph_sweep import GRAPH_OPTIONS, SHARP_REACH, graphs_of, has_sharp_graph
+from rl.alignment.arms import named_arms, score_arms
+from rl.alignment.graph_sweep import graphs_of
 from rl.alignment.measured_policy import policy_on
 from rl.alignment.rank_auc import mean_over_problems, within_auc
 from rl.config import CreditConfig, PPOConfig
-from rl.credit.registry import find_rule
+from rl.credit.scope import before_answer
 from rl.errors import ConfigError, TaskError
 from rl.policy.actor_critic import ActorCritic, model_name
 from rl.records import Credit, Responses
@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 """Called with the problems that are done, and the problems to do."""
 
 _UNANCHORED = 0.5
-"""A response is unanchored if its mean reach is below this share of the mean over all responses."""
+"""A response is unanchored if its tie is below this share of the mean: the fallback that is recommended."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ class RuleAuc:
         n_others: responses in that mean.
         end_weight: mean weight of the end token.
         opener_weight: mean weight of the token in front of the answer.
-        unanchored_failures: share of the responses with reward 0 or less whose answer is tied to nothing: their mean
-            reach on the rule's own graph, not renormalised, is below half of the mean over all responses. None for rules
-            without a graph.
+        unanchored_failures: share of the responses with reward 0 or less whose answer is tied to nothing: without an
+            answer, or with a tie (:class:`rl.Credit`) below half of the mean over the run. None for rules without ties.
         gini: Gini coefficient of the weights of the competing tokens of a response, mean over responses; 0 is even.
         effective_tokens: :math:`(\\sum w)^2 / (n \\sum w^2)` of those weights, mean over responses; 1 is even.
     """
@@ -230,19 +229,12 @@ def credit_auc(
     problems = make_task(task)
     model_text = model_name(model)
 
-    # The graphs that tell which answers are anchored are scored in the same pass as the rules.
-    anchor_of = {name: _anchor(setting) for name, setting in tested.items()}
-    anchors = {arm_name(anchor): anchor for anchor in anchor_of.values() if anchor is not None}
     with policy_on(model, config) as policy:
         tokenizer = with_template_options(tokenizer, config.chat_template_kwargs)
-        run = _Run(policy, tokenizer, problems, {**anchors, **tested}, config)
+        run = _Run(policy, tokenizer, problems, tested, config)
         run.collect(num_problems, progress)
 
-    rows = []
-    for name in tested:
-        anchor = anchor_of[name]
-        anchor_name = None if anchor is None else arm_name(anchor)
-        rows.append(_row(run, name, anchor_name, seed=seed, resamples=resamples))
+    rows = [_row(run, name, seed=seed, resamples=resamples) for name in tested]
     best = _best_graph(run, list(tested), seed=seed, resamples=resamples) if sweep else None
     return CreditAuc(
         rules=tuple(rows),
@@ -319,6 +311,10 @@ class _Run:
         """Return a figure of every response, of a setting where the figure depends on one."""
         return torch.cat(self._figures[name, figure])
 
+    def has_figure(self, figure: str, name: str) -> bool:
+        """Tell whether a setting has a figure."""
+        return (name, figure) in self._figures
+
     def _measure(self, responses: Responses, step: int) -> None:
         """Compute the figures of one batch."""
         self.groups += responses.groups.tolist()
@@ -332,8 +328,11 @@ class _Run:
             self._add(name, "auc", within_auc(credit.scores, decisive, detours))
             self._add(name, "auc_others", within_auc(credit.scores, decisive, others))
             self._add(name, "end_weight", _mean_over(credit.weights, _end_tokens(responses)))
-            self._add(name, "opener_weight", _mean_over(credit.weights, _answer_openers(responses)))
-            self._add(name, "mean_score", _mean_over(credit.scores, credit.scored))
+            self._add(name, "opener_weight", _mean_over(credit.weights, _answer_openers(responses.answer_in_response)))
+            if credit.tie is not None:
+                # Without an answer, or with nothing before it, there is no tie.
+                has_tie = before_answer(responses).any(1)
+                self._add(name, "tie", torch.where(has_tie, credit.tie, torch.nan))
             self._add(name, "gini", _gini(credit))
             self._add(name, "effective_tokens", _effective_share(credit))
 
@@ -374,9 +373,8 @@ def _end_tokens(responses: Responses) -> Bool[Tensor, "batch response"]:
     return last_tokens(responses.response_mask) & ~responses.truncated[:, None]
 
 
-def _answer_openers(responses: Responses) -> Bool[Tensor, "batch response"]:
+def _answer_openers(answer: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:
     """Mark the response token in front of the first answer token; none where the answer comes first."""
-    answer = responses.answer_in_response
     is_first = answer & (answer.long().cumsum(1) == 1)
     return torch.cat([is_first[:, 1:], torch.zeros_like(is_first[:, :1])], 1)
 
@@ -411,20 +409,10 @@ def _effective_share(credit: Credit) -> Float64[Tensor, " batch"]:
     return weights.sum(1).square() / (credit.scored.sum(1) * weights.square().sum(1))
 
 
-def _anchor(setting: CreditConfig) -> CreditConfig | None:
-    """Return the setting whose score is the reach on the rule's own graph, not renormalised; None without a graph."""
-    if has_sharp_graph(setting):
-        options = {name: value for name, value in setting.options.items() if name in GRAPH_OPTIONS}
-        return CreditConfig(rule=SHARP_REACH, options={**options, "normalization": "leak"})
-    if find_rule(setting.rule).needs:
-        return CreditConfig(rule="reach", layers=setting.layers, heads=setting.heads, rows=setting.rows)
-    return None
-
-
 # The result ---------------------------------------------------------------------------------------------
 
 
-def _row(run: _Run, name: str, anchor: str | None, *, seed: int, resamples: int) -> RuleAuc:
+def _row(run: _Run, name: str, *, seed: int, resamples: int) -> RuleAuc:
     """Average the figures of one setting over the responses."""
     groups = torch.tensor(run.groups, dtype=torch.int64)
     against_detours = mean_over_problems(run.of_response("auc", name), groups, seed=seed, resamples=resamples)
@@ -441,20 +429,22 @@ def _row(run: _Run, name: str, anchor: str | None, *, seed: int, resamples: int)
         n_others=against_others.n,
         end_weight=_known_mean(run.of_response("end_weight", name)),
         opener_weight=_known_mean(run.of_response("opener_weight", name)),
-        unanchored_failures=None if anchor is None else _unanchored_failures(run, anchor),
+        unanchored_failures=_unanchored_failures(run, name),
         gini=_known_mean(run.of_response("gini", name)),
         effective_tokens=_known_mean(run.of_response("effective_tokens", name)),
     )
 
 
-def _unanchored_failures(run: _Run, anchor: str) -> float | None:
-    """Compute the share of the failures whose mean reach is below half of the mean over all responses."""
-    # Without a stated answer every token reaches nothing.
-    reach = run.of_response("mean_score", anchor).nan_to_num(0.0)
-    is_unanchored = reach < _UNANCHORED * reach.mean()
+def _unanchored_failures(run: _Run, name: str) -> float | None:
+    """Compute the share of the failures whose answer is tied to nothing; None for rules that measure no tie."""
+    if not run.has_figure("tie", name):
+        return None
     is_failure = run.of_response("reward") <= 0
     if not bool(is_failure.any()):
         return None
+    # The rule of the fallback, with the whole run as its batch.
+    tie = run.of_response("tie", name)
+    is_unanchored = tie.isnan() | (tie < _UNANCHORED * tie.nanmean())
     return float(is_unanchored[is_failure].double().mean())
 
 

@@ -11,22 +11,10 @@ from rl.config import CreditConfig
 from rl.credit.registry import find_rule
 from rl.errors import ConfigError
 
-SHARP_REACH = "reach_sharp"
-SHARP_RULES = ("flow_sharp", "max_attention_sharp", SHARP_REACH, "shuffled_flow_sharp")
-"""Rules on the sharpened graph, whose options name it."""
-
-GRAPH_OPTIONS = ("power", "heads", "layers", "place")
-"""Options of these rules that change the graph; ``normalization`` scales its rows."""
-
 POWERS = (1, 2, 4, 8)
 HEADS = ("max", "mean")
 _MOST_SINGLE_LAYERS = 8
 """In a model with more layers, only ranges of layers are tried."""
-
-
-def has_sharp_graph(setting: CreditConfig) -> bool:
-    """Tell whether a setting reads the sharpened graph."""
-    return setting.rule in SHARP_RULES
 
 
 def graphs_of(setting: CreditConfig, model: nn.Module) -> list[CreditConfig]:
@@ -45,15 +33,18 @@ def graphs_of(setting: CreditConfig, model: nn.Module) -> list[CreditConfig]:
         >>> [graph.layers for graph in graphs_of(CreditConfig(rule="reach"), model)[::2]]
         ['all', '1-', 'middle', '0-0', '1-1', '2-2', '3-3']
     """
-    if not find_rule(setting.rule).needs:
+    rule = find_rule(setting.rule)
+    if not rule.needs:
         raise ConfigError(
             f"rules: must read attention to be swept over graphs, got {setting.rule!r}, which reads none; leave it out, "
             "or measure it without a sweep"
         )
+    # The sharpened graph is named by options of the rule, others by settings.
+    is_sharp = any(need.power is not None for need in rule.needs.values())
     graphs = []
     for layers in _layer_choices(model):
         for heads in HEADS:
-            if not has_sharp_graph(setting):
+            if not is_sharp:
                 graphs.append(replace(setting, layers=layers, heads=heads))
                 continue
             for power in POWERS:
