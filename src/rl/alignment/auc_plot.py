@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flowgraph import atomic_write
 from rl.alignment.credit_auc import CreditAuc, RuleAuc
-from rl.alignment.plot import embedded_fonts, new_figure
+from rl.reports.figures import embedded_fonts, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

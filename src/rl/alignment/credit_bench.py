@@ -47,6 +47,7 @@ Progress = Callable[[int, int], None]
 UNIFORM = "uniform"
 _LEAST_ROLLOUTS = 4
 _LEAST_PROBLEMS = 3
+_DECIMALS = 9
 _LEAST_UNITS = 3
 """A rank correlation of fewer pairs says nothing."""
 
@@ -322,7 +323,7 @@ def _problem_figures(
         is_scored = credits[0].scored[row, : len(one.ids)]
         competes = torch.zeros(len(first), dtype=torch.bool).index_fill(0, unit_of_token[is_scored], True)
         product = first * second
-        mean = (first + second) / 2
+        mean = ((first + second) / 2).round(decimals=_DECIMALS)
         squares += torch.stack([product.sum(), mean.square().sum()])
         competing += torch.stack([product[competes].sum(), competes.double().sum()])
         reliability[row] = _spearman(first[competes].abs(), second[competes].abs())
@@ -353,7 +354,8 @@ def _advantages(one: PrefixValues) -> tuple[Float64[Tensor, " units"], Float64[T
     """Return both estimates of the advantage of every unit: the difference of the values behind and before it."""
     first = torch.tensor(one.first_half, dtype=torch.float64)
     second = torch.tensor(one.second_half, dtype=torch.float64)
-    return first.diff(), second.diff()
+    # Equal advantages stay equal: 2/6 - 1/6 and 3/6 - 2/6 differ in their last bit.
+    return first.diff().round(decimals=_DECIMALS), second.diff().round(decimals=_DECIMALS)
 
 
 def _unit_of_token(prefixes: Sequence[int]) -> Int64[Tensor, " tokens"]:

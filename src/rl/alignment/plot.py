@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from flowgraph import MissingExtraError, atomic_write
+from flowgraph import atomic_write
 from rl.alignment.multipliers import Alignment, Estimate
 from rl.evaluation.significance import Z_95
+from rl.reports.figures import embedded_fonts, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 class _Series(NamedTuple):
@@ -76,13 +75,6 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     return target
 
 
-def embedded_fonts() -> AbstractContextManager[None]:
-    """Return a context in which fonts are embedded as TrueType."""
-    import matplotlib
-
-    return matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42})
-
-
 def _draw(axes: Axes, series: _Series) -> None:
     """Draw one series; a series without any estimate gets no entry in the legend."""
     rows: list[float] = []
@@ -105,14 +97,3 @@ def _draw(axes: Axes, series: _Series) -> None:
         linestyle="none",
         capsize=0,
     )
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Create a figure without matplotlib's global state, so that no display is needed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "plot: needs matplotlib, got an environment without it; pip install 'flowgraph-llm[plot]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
