@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowgraph import MissingExtraError, OutputError
-from rl.commands.options import Adapter, Device, Dtype, Model, TaskName, TaskOption
+from rl.commands.options import Adapter, Device, Dtype, TaskModel, TaskName, TaskOption
 from rl.commands.terminal import console, table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def align_command(
-    model: Model = "chain",
+    model: TaskModel = None,
     task: TaskName = "chain",
     task_option: TaskOption = None,
     arms: Annotated[
@@ -53,9 +53,10 @@ def align_command(
     """Compare credit rules by their policy gradients on the same rollouts; nothing is trained."""
     from rl.alignment.align import align
     from rl.alignment.arms import named_arms, split_arms
-    from rl.commands.run_file import CHAIN_DEFAULTS, optional_policy_folder, parse_options
+    from rl.commands.run_file import optional_policy_folder, parse_options
     from rl.config import PPOConfig
     from rl.policy.loading import load_policy
+    from rl.policy.shipped_models import SHIPPED_MODELS, default_model
     from rl.tasks.registry import make_task
 
     # Check the input before the model is loaded: a misspelt arm ends here.
@@ -64,8 +65,10 @@ def align_command(
     if out is not None:
         _make_folder(out)
     values: dict[str, object] = {"advantage": "group"}
-    if model == "chain":
-        values |= CHAIN_DEFAULTS
+    if model is None:
+        model = default_model(task)
+    if model in SHIPPED_MODELS:
+        values |= SHIPPED_MODELS[model].settings
     config = PPOConfig.from_dict({**values, **parse_options(settings or [])})
     problems = make_task(task, **parse_options(task_option or [], flag="--task-option"))
     folder = optional_policy_folder(adapter)
