@@ -32,6 +32,7 @@ from .errors import TaskError as TaskError
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .policy.actor_critic import ActorCritic as ActorCritic
+from .policy.loading import load_base_model as load_base_model
 from .policy.loading import load_chain_model as load_chain_model
 from .records import Credit as Credit
 from .records import Experience as Experience

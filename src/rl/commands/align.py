@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowgraph import MissingExtraError
-from rl.commands.options import Adapter, Device, Dtype, Model, TaskName, TaskOption, make_folder
+from rl.commands.options import Adapter, Device, Dtype, TaskModel, TaskName, TaskOption, make_folder
 from rl.commands.terminal import console, table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def align_command(
-    model: Model = "chain",
+    model: TaskModel = None,
     task: TaskName = "chain",
     task_option: TaskOption = None,
     arms: Annotated[
@@ -53,9 +53,10 @@ def align_command(
     """Compare credit rules by their policy gradients on the same rollouts; nothing is trained."""
     from rl.alignment.align import align
     from rl.alignment.arms import named_arms, split_arms
-    from rl.commands.run_file import CHAIN_DEFAULTS, optional_policy_folder, parse_options
-    from rl.config import PPOConfig
+    from rl.commands.rollout_settings import rollout_config
+    from rl.commands.run_file import optional_policy_folder, parse_options
     from rl.policy.loading import load_policy
+    from rl.policy.shipped_models import default_model
     from rl.tasks.registry import make_task
 
     # Check the input before the model is loaded: a misspelt arm ends here.
@@ -63,10 +64,8 @@ def align_command(
     named_arms(chosen)
     if out is not None:
         make_folder(out)
-    values: dict[str, object] = {"advantage": "group"}
-    if model == "chain":
-        values |= CHAIN_DEFAULTS
-    config = PPOConfig.from_dict({**values, **parse_options(settings or [])})
+    model = model or default_model(task)
+    config = rollout_config(model, {}, settings or [])
     problems = make_task(task, **parse_options(task_option or [], flag="--task-option"))
     folder = optional_policy_folder(adapter)
 

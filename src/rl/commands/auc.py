@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowgraph import MissingExtraError
-from rl.commands.options import Adapter, Device, Dtype, TaskName, TaskOption, make_folder
+from rl.commands.options import Adapter, Device, Dtype, TaskModel, TaskName, TaskOption, make_folder
 from rl.commands.terminal import console, spinner, table
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ _LEAST_AUC = 0.7
 def auc_command(
     task: TaskName = "chain",
     task_option: TaskOption = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A model name or a folder. Default: the one shipped for the task.")
-    ] = None,
+    model: TaskModel = None,
     rules: Annotated[
         str, typer.Option("--rules", help="RULE[:SHAPE][:NAME=VALUE,...], separated by commas.")
     ] = "uniform,entropy,max_attention,flow",
@@ -43,15 +41,16 @@ def auc_command(
 ) -> None:
     """Test whether credit rules rank tokens that feed the answer above unused work; nothing is trained."""
     from rl.alignment.arms import named_arms, split_arms
-    from rl.commands.rollout_settings import default_model, rollout_config
+    from rl.commands.rollout_settings import rollout_config
     from rl.commands.run_file import optional_policy_folder, parse_options
+    from rl.policy.shipped_models import default_model
 
     # Check the input before the model is loaded: a misspelt rule ends here.
     chosen = split_arms(rules)
     named_arms(chosen)
     if out is not None:
         make_folder(out)
-    model = default_model(model, task)
+    model = model or default_model(task)
     config = rollout_config(model, {"num_prompts": 32, "micro_batch_size": 128}, settings or [])
     options = parse_options(task_option or [], flag="--task-option")
     folder = optional_policy_folder(adapter)

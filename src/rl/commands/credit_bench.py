@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rl.commands.options import Adapter, Device, Dtype, TaskName, TaskOption, make_folder
+from rl.commands.options import Adapter, Device, Dtype, TaskModel, TaskName, TaskOption, make_folder
 from rl.commands.terminal import console, spinner, table
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ _DEFAULT_RULES = "random:soft,entropy:soft,max_attention:soft,flow:soft,flow"
 def credit_bench_command(
     task: TaskName = "chain",
     task_option: TaskOption = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A model name or a folder. Default: the one shipped for the task.")
-    ] = None,
+    model: TaskModel = None,
     rules: Annotated[
         str, typer.Option("--rules", help="RULE[:SHAPE][:NAME=VALUE,...], separated by commas; uniform is always scored.")
     ] = _DEFAULT_RULES,
@@ -47,8 +45,9 @@ def credit_bench_command(
 ) -> None:
     """Score credit rules against the true advantages of tokens, estimated by rollouts; nothing is trained."""
     from rl.alignment.arms import named_arms, split_arms
-    from rl.commands.rollout_settings import default_model, rollout_config
+    from rl.commands.rollout_settings import rollout_config
     from rl.commands.run_file import optional_policy_folder, parse_options
+    from rl.policy.shipped_models import default_model
 
     # Check the input before the model is loaded: a misspelt rule ends here.
     chosen = split_arms(rules)
@@ -56,7 +55,7 @@ def credit_bench_command(
     pattern = _step_pattern(per, step_end)
     if out is not None:
         make_folder(out)
-    model = default_model(model, task)
+    model = model or default_model(task)
     config = rollout_config(model, {"group_size": 2, "micro_batch_size": 64}, settings or [])
     options = parse_options(task_option or [], flag="--task-option")
     folder = optional_policy_folder(adapter)

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl.commands.run_file import CHAIN_DEFAULTS, parse_options
+from rl.commands.run_file import parse_options
 from rl.config import PPOConfig
-
-
-def default_model(model: str | None, task: str) -> str:
-    """Return the model that was named, or the one that is shipped for the task."""
-    if model is not None:
-        return model
-    return "chain"
+from rl.policy.shipped_models import SHIPPED_MODELS
 
 
 def rollout_config(model: str, defaults: Mapping[str, Any], settings: Sequence[str]) -> PPOConfig:
@@ -23,6 +17,6 @@ def rollout_config(model: str, defaults: Mapping[str, Any], settings: Sequence[s
         ConfigError: an unknown setting, or a value that breaks a rule.
     """
     values: dict[str, Any] = {"advantage": "group", **defaults}
-    if model == "chain":
-        values |= CHAIN_DEFAULTS
+    if model in SHIPPED_MODELS:
+        values |= SHIPPED_MODELS[model].settings
     return PPOConfig.from_dict({**values, **parse_options(settings)})

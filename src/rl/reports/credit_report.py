@@ -269,20 +269,21 @@ def _response(
 
 
 def _flags(experience: Experience, row: int) -> list[int]:
-    """Return the masks of each token as bits: chosen, scored, answer, in the loss, known to be decisive."""
+    """Return the masks of each token as bits: chosen, scored, answer, in the loss, decisive, detour."""
     responses = experience.responses
     masks = [
         responses.response_mask[row],
         experience.credit.scored[row],
         responses.answer_in_response[row],
         experience.loss_mask[row],
+        responses.oracle[row] if responses.oracle is not None else None,
+        responses.detours[row] if responses.detours is not None else None,
     ]
-    if responses.oracle is not None:
-        masks.append(responses.oracle[row])
 
-    flags = torch.zeros_like(masks[0], dtype=torch.int64)
+    flags = torch.zeros_like(responses.response_mask[row], dtype=torch.int64)
     for bit, mask in enumerate(masks):
-        flags += mask.long() << bit
+        if mask is not None:
+            flags += mask.long() << bit
     return flags.tolist()
 
 
