@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rl.config import CreditConfig, PPOConfig, Shape
 from rl.credit.ratings import check_credit
-from rl.credit.registry import find_rule
+from rl.credit.registry import POSITION_MATCHED, applied, find_rule
 from rl.credit.scoring import score_with_settings
 from rl.credit.weights import top_share
 from rl.errors import ConfigError
@@ -167,9 +167,14 @@ def score_arms(
 def selected_tokens(credit: Credit, arm: CreditConfig) -> Bool[Tensor, "batch response"]:
     """Return the tokens that an arm selects: its top or bottom share, or the tokens with a weight above 1.
 
-    Weights above 1 count where the arm has no share: for soft and raw shapes, and for rules that score in weights.
+    Weights above 1 count where the arm has no share: for soft and raw shapes, and for rules that score in weights; and
+    where weights were permuted.
     """
-    if find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
+    is_permuted = arm.rule == POSITION_MATCHED
+    arm = applied(arm)
+    if is_permuted and arm.shape == "only_top":
+        return credit.scored & (credit.weights > 0)
+    if is_permuted or find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
         return credit.scored & (credit.weights > 1)
     # A response without any positive score keeps weights of 1, so nothing of it is selected.
     has_score = (credit.scores > 0).any(1, keepdim=True)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flowgraph import AttentionRows
 from rl.config import CreditConfig
-from rl.credit.registry import CreditInput, find_rule, score_with_tie
+from rl.credit.registry import POSITION_MATCHED, CreditInput, applied, find_rule, score_with_tie
 from rl.credit.scope import before_answer, tokens_in_scope
 from rl.credit.weights import shape_weights
 from rl.errors import CreditError
@@ -54,8 +54,9 @@ def check_credit(credit: CreditConfig) -> None:
     Raises:
         CreditError: no such rule, an option that it does not have, or a fallback for a rule that measures no ties.
     """
-    rule = find_rule(credit.rule)
-    rule.needs_for(credit.options)
+    inner = applied(credit)
+    rule = find_rule(inner.rule)
+    rule.needs_for(inner.options)
     if credit.fallback > 0 and not rule.ties:
         raise CreditError(
             f"credit.fallback: must be 0 with rule {rule.name!r}, which measures no reach, got {credit.fallback:g}; "
@@ -85,6 +86,7 @@ def rate_tokens(
     Raises:
         CreditError: the attention of a rule is missing, or its scores are invalid.
     """
+    credit = applied(credit)
     rule = find_rule(credit.rule)
     scored = tokens_in_scope(responses, credit.scope)
     batch = CreditInput(
@@ -100,7 +102,13 @@ def rate_tokens(
     return Ratings(scores=found, scored=scored, tie=tie, has_tie=before_answer(responses).any(1))
 
 
-def weigh_tokens(ratings: Ratings, credit: CreditConfig, *, mean_over_batch: MeanOverBatch = local_mean) -> Credit:
+def weigh_tokens(
+    ratings: Ratings,
+    credit: CreditConfig,
+    *,
+    mean_over_batch: MeanOverBatch = local_mean,
+    random: torch.Generator | None = None,
+) -> Credit:
     r"""Turn the ratings of a complete batch into weights.
 
     With ``credit.fallback`` :math:`\beta > 0`, a response keeps weights of 1 where its tie
@@ -111,13 +119,16 @@ def weigh_tokens(ratings: Ratings, credit: CreditConfig, *, mean_over_batch: Mea
         ratings: of all responses of this process.
         credit: rule, shape and fallback.
         mean_over_batch: the mean over all processes; by default that of this process.
+        random: on the CPU, for the control ``"position_matched"``.
 
     Returns:
         Scores, scope and weights ``[B, R]``.
 
     Raises:
-        CreditError: a rule that scores in weights gave a response only weights of 0.
+        CreditError: a rule that scores in weights gave a response only weights of 0; a missing generator.
     """
+    permutes = credit.rule == POSITION_MATCHED
+    credit = applied(credit)
     rule = find_rule(credit.rule)
     shaping = credit
     if rule.weighs:
@@ -130,7 +141,13 @@ def weigh_tokens(ratings: Ratings, credit: CreditConfig, *, mean_over_batch: Mea
     if ratings.tie is not None:
         unanchored = _unanchored(ratings.tie, ratings.has_tie, credit.fallback, mean_over_batch)
         weights = torch.where(unanchored[:, None], 1.0, weights)
-    return Credit(scores=ratings.scores, scored=ratings.scored, weights=weights, tie=ratings.tie, unanchored=unanchored)
+
+    scores = ratings.scores
+    if permutes:
+        order = _position_matched(ratings.scored, random)
+        scores = _permuted(scores, order)
+        weights = _permuted(weights, order)
+    return Credit(scores=scores, scored=ratings.scored, weights=weights, tie=ratings.tie, unanchored=unanchored)
 
 
 def credit_tokens(
@@ -142,10 +159,41 @@ def credit_tokens(
     random: Sequence[torch.Generator] = (),
     gradient: Callable[[], Float[Tensor, "batch response"]] | None = None,
 ) -> Credit:
-    """Rate and weigh a complete batch in one call; arguments and errors as :func:`rate_tokens`."""
+    """Rate and weigh a complete batch in one call; arguments and errors as :func:`rate_tokens`.
+
+    The control ``"position_matched"`` draws from the first of the generators.
+    """
     check_credit(credit)
     ratings = rate_tokens(responses, scores, credit, rows=rows, random=random, gradient=gradient)
-    return weigh_tokens(ratings, credit)
+    return weigh_tokens(ratings, credit, random=random[0] if random else None)
+
+
+def _position_matched(
+    scored: Bool[Tensor, "batch response"], random: torch.Generator | None
+) -> tuple[Int64[Tensor, "batch response"], Int64[Tensor, "batch response"]]:
+    """Draw, for each column, where the entries of the scored tokens come from and where they go to.
+
+    Returns:
+        The numbers of the responses in random order and in their own order, the scored ones first in both. Unscored
+        entries stay in place.
+    """
+    if random is None:
+        raise CreditError(
+            "random: must be given for the rule 'position_matched', got none; pass a torch.Generator for each response"
+        )
+    # Drawn column by column, so that padding on the right changes no draw.
+    num_responses, num_columns = scored.shape
+    keys = torch.rand(num_columns, num_responses, generator=random, dtype=torch.float32).T.to(scored.device)
+    # Unscored entries follow in their own order: a stable sort keeps equal keys in place.
+    origin = torch.argsort(torch.where(scored, keys, 2.0), dim=0, stable=True)
+    target = torch.argsort((~scored).long(), dim=0, stable=True)
+    return origin, target
+
+
+def _permuted(values: Float[Tensor, "batch response"], order: tuple[Tensor, Tensor]) -> Float[Tensor, "batch response"]:
+    """Move the entries of each column as :func:`_position_matched` drew it."""
+    origin, target = order
+    return torch.empty_like(values).scatter_(0, target, values.gather(0, origin))
 
 
 def _unanchored(

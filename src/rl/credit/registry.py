@@ -8,7 +8,7 @@ point* (advantage, reward or potential) decides where they act.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows, FlowgraphError, HeadSelector
-from rl.config import Sign
+from rl.config import CreditConfig, Sign
 from rl.errors import CreditError, describe_cause
 from rl.records import Responses, TokenScores
 
@@ -219,6 +219,29 @@ def find_rule(name: str) -> CreditRule:
             "rl.credit_rule registers your own"
         )
     return _RULES[name]
+
+
+POSITION_MATCHED = "position_matched"
+"""The control that permutes the weights of another rule, which its option ``of`` names."""
+_PERMUTED_BY_DEFAULT = "flow_sharp"
+
+
+def applied(credit: CreditConfig) -> CreditConfig:
+    """Return the settings of the rule that scores the tokens: those given, or those of the rule that is permuted.
+
+    Raises:
+        CreditError: the control ``"position_matched"`` names no registered rule, or itself.
+    """
+    if credit.rule != POSITION_MATCHED:
+        return credit
+    options = dict(credit.options)
+    name = options.pop("of", _PERMUTED_BY_DEFAULT)
+    if not isinstance(name, str) or name == POSITION_MATCHED or name not in _RULES:
+        others = [known for known in sorted(_RULES) if known != POSITION_MATCHED]
+        raise CreditError(
+            f"options: of must name the rule whose weights are permuted, got {name!r}; there are {', '.join(others)}"
+        )
+    return replace(credit, rule=name, options=options)
 
 
 def rule_names() -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowgraph import AttentionRecorder, AttentionRows
 from rl.config import CreditConfig
 from rl.credit.ratings import MeanOverBatch, Ratings, check_credit, local_mean, rate_tokens, weigh_tokens
-from rl.credit.registry import AttentionNeed, find_rule
+from rl.credit.registry import AttentionNeed, applied, find_rule
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
 from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
@@ -115,7 +115,8 @@ def score_with_settings(
     """
     for setting in settings:
         check_credit(setting)
-    needs = [find_rule(setting.rule).needs_for(setting.options) for setting in settings]
+    inner_settings = [applied(setting) for setting in settings]
+    needs = [find_rule(inner.rule).needs_for(inner.options) for inner in inner_settings]
     # Settings do not share generators: each draws as it would in a training of its own.
     generators = [credit_generators(responses, seed, step) for _ in settings]
     keep_graph = keep_graph and responses.num_sequences <= micro_batch_size
@@ -150,8 +151,8 @@ def score_with_settings(
                 name: recorder.rows(inputs.attention_mask, inputs.input_ids)
                 for name, recorder in recorders[index].items()
             }
-            random = generators[index][start:stop]
-            ratings = policy_ratings(policy, part, scores, rows, setting, random, temperature=temperature)
+            own_generators = generators[index][start:stop]
+            ratings = policy_ratings(policy, part, scores, rows, setting, own_generators, temperature=temperature)
             rating_parts[index].append(ratings)
             recording_seconds = sum(recorder.seconds for recorder in recorders[index].values())
             credit_seconds += time.perf_counter() - begun + recording_seconds
@@ -160,7 +161,10 @@ def score_with_settings(
     begun = time.perf_counter()
     credits = []
     for parts, setting in zip(rating_parts, settings, strict=True):
-        credits.append(weigh_tokens(join_records(parts), setting, mean_over_batch=mean_over_batch))
+        # A generator of the batch: the number of its first problem differs between processes.
+        random = generator(seed, "credit positions", step, int(responses.groups[0]))
+        ratings = join_records(parts)
+        credits.append(weigh_tokens(ratings, setting, mean_over_batch=mean_over_batch, random=random))
     credit_seconds += time.perf_counter() - begun
 
     return Scored(

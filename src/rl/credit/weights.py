@@ -16,7 +16,7 @@ from torch import Tensor
 from rl.algorithm.advantages import last_tokens, token_rewards
 from rl.algorithm.tensor_checks import require_alike, require_floats, require_mask, require_run
 from rl.config import CreditConfig, Normalize, Sign
-from rl.credit.registry import find_rule
+from rl.credit.registry import applied, find_rule
 from rl.errors import ConfigError, CreditError
 from rl.records import Credit
 
@@ -266,7 +266,7 @@ def loss_weights(
     unsigned = credit.weights.to(advantages.device, advantages.dtype)
     sign = settings.sign
     if sign == "rule":
-        sign = find_rule(settings.rule).sign
+        sign = find_rule(applied(settings).rule).sign
     weights = signed_weights(unsigned, advantages, sign)
     weights = annealed(weights, settings.anneal, progress)
     if settings.normalization == "none":

@@ -37,7 +37,7 @@ from flowgraph import AttentionRows, encode
 from rl.algorithm.tensor_checks import require_alike, require_run
 from rl.config import CreditConfig
 from rl.credit.ratings import check_credit, credit_tokens
-from rl.credit.registry import CreditRule, find_rule
+from rl.credit.registry import CreditRule, applied, find_rule
 from rl.credit.weights import loss_weights
 from rl.errors import ConfigError, CreditError
 from rl.policy.sampling import Generated
@@ -108,15 +108,15 @@ def read_responses(
 
 
 def usable_rule(credit: CreditConfig) -> CreditRule:
-    """Return the rule of these settings, if it can run inside another trainer.
+    """Return the rule that scores the tokens under these settings, if it can run inside another trainer.
 
     Raises:
         CreditError: an unknown rule or option, or a rule that needs a backward pass or a task that knows its decisive
             tokens.
         ConfigError: credit enters elsewhere than at the advantages.
     """
-    rule = find_rule(credit.rule)
     check_credit(credit)
+    rule = find_rule(applied(credit).rule)
     if credit.entry != "advantage":
         raise ConfigError(
             f"credit.entry: must be 'advantage' in another trainer, whose token rewards are out of reach, got "

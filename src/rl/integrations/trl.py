@@ -17,6 +17,7 @@ from torch import Tensor
 from flowgraph import MissingExtraError
 from rl.config import CreditConfig
 from rl.credit.ratings import Ratings, rate_tokens, weigh_tokens
+from rl.credit.registry import applied
 from rl.errors import ConfigError
 from rl.integrations.tensors import FindAnswer, read_responses, scale_advantages, usable_rule
 from rl.policy.sampling import evaluating
@@ -140,7 +141,10 @@ class TokenCredit(_GRPOTrainer):
             return total / count if count else 0.0
 
         if parts:
-            return weigh_tokens(join_records(parts), self.credit, mean_over_batch=mean_over_batch)
+            random = generator(
+                self.args.seed, "credit positions", self.state.global_step, self.accelerator.process_index
+            )
+            return weigh_tokens(join_records(parts), self.credit, mean_over_batch=mean_over_batch, random=random)
         # The other processes wait for the sum of this one.
         if self.credit.fallback > 0:
             mean_over_batch(torch.zeros(0, device=device, dtype=torch.float32))
@@ -167,7 +171,7 @@ class TokenCredit(_GRPOTrainer):
         mask = responses.attention_mask
         with torch.no_grad(), evaluating(self._policy), ExitStack() as stack:
             recorders = {}
-            for name, need in self.credit_rule.needs_for(self.credit.options).items():
+            for name, need in self.credit_rule.needs_for(applied(self.credit).options).items():
                 recorder = need.recorder(self._policy, layers=self.credit.layers, heads=self.credit.heads)
                 recorders[name] = stack.enter_context(recorder)
             scores = self._token_scores(responses)

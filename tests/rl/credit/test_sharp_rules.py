@@ -13,7 +13,7 @@ from flowgraph import EdgeRules, InvalidInputError, capture, solve_rows
 from rl import ActorCritic, ConfigError, Credit, CreditConfig, CreditError, LoraConfig, PPOConfig, PPOTrainer, Responses
 from rl.alignment.arms import arm_name, parse_arm
 from rl.credit.ratings import Ratings, check_credit, weigh_tokens
-from rl.credit.registry import AttentionNeed, find_rule
+from rl.credit.registry import AttentionNeed, applied, find_rule
 from rl.credit.scope import before_answer
 from rl.credit.weights import annealed, loss_weights, normalized
 from tests.fixtures.policies import Digits, alphabet, tiny_policy
@@ -314,3 +314,50 @@ def test_layers_outside_the_model_are_named():
 def test_settings_are_checked(settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         CreditConfig(**settings)
+
+
+# Weights permuted at equal position -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["entropy", "reach_sharp"])
+def test_position_matched_permutes_the_weights_of_each_position(rule: str):
+    policy = actor()
+    responses = rollout(policy)
+    settings = CreditConfig(rule=rule, shape="soft", floor=0.1, fallback=0.8 if rule == "reach_sharp" else 0.0)
+    plain = scored(policy, responses, settings).credit
+    settings = replace(settings, rule="position_matched", options={"of": rule})
+    found = scored(policy, responses, settings).credit
+    assert torch.equal(found.scored, plain.scored)
+    assert torch.equal(found.weights[~found.scored], plain.weights[~plain.scored])
+    moved = 0
+    for column in range(responses.response_length):
+        among = plain.scored[:, column]
+        for name in ("weights", "scores"):
+            before = getattr(plain, name)[among, column]
+            after = getattr(found, name)[among, column]
+            torch.testing.assert_close(after.sort().values, before.sort().values, atol=0, rtol=0)
+        moved += int((found.weights[among, column] != plain.weights[among, column]).sum())
+    assert moved > 5
+    # Weights and scores move together.
+    pairs = [
+        {(float(s), float(w)) for s, w in zip(of.scores[of.scored], of.weights[of.scored], strict=True)}
+        for of in (plain, found)
+    ]
+    assert pairs[0] == pairs[1]
+    cut = scored(policy, responses, settings, micro_batch_size=4).credit
+    torch.testing.assert_close(cut.weights, found.weights, atol=2e-5, rtol=2e-4)
+    assert not torch.equal(scored(policy, responses, settings, step=1).credit.weights, found.weights)
+
+
+def test_position_matched_takes_the_options_and_the_sign_of_its_rule():
+    settings = CreditConfig(rule="position_matched", options={"of": "reach_sharp", "power": 2})
+    assert applied(settings) == CreditConfig(rule="reach_sharp", options={"power": 2})
+    assert applied(CreditConfig(rule="position_matched")).rule == "flow_sharp"
+    with pytest.raises(CreditError, match=r"options: power must be a number from 1 to 8, got 9"):
+        check_credit(replace(settings, options={"of": "reach_sharp", "power": 9}))
+    for wrong in ("position_matched", "flux", 3):
+        message = rf"options: of must name the rule whose weights are permuted, got {wrong!r}; there are atpo, .*waad"
+        with pytest.raises(CreditError, match=message):
+            check_credit(replace(settings, options={"of": wrong}))
+    with pytest.raises(CreditError, match=r"random: must be given for the rule 'position_matched', got none; pass"):
+        weigh_tokens(ratings_by_hand(), CreditConfig(rule="position_matched"))
