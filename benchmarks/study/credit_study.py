@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.common import RESULTS, machine
 from benchmarks.study import paired_runs
 from benchmarks.study.paired_runs import Run, add_holm, area, finished, mean_curve, mean_reward, paired_test
-from rl.errors import ConfigError, DivergedError
+from rl.errors import ConfigError, CreditError, DivergedError
 
 WIDE = {"shape": "soft", "floor": 0.25, "ceiling": 4.0}
 NARROW = {"shape": "soft", "floor": 0.5, "ceiling": 2.0}
@@ -120,7 +120,7 @@ LEVELS = {
     "0:2": Level("wandering", {"level": "0:2"}, detours=2),
     "0:5": Level("wandering", {"level": "0:5"}, detours=5),
     "4:0": Level("wandering", {"level": "4:0"}),
-    "pathsearch": Level("pathsearch", {}),
+    "pathsearch": Level("pathsearch", {}, max_response_tokens=64),
 }
 
 
@@ -388,6 +388,21 @@ def chosen(text: str | None, known: list[str], name: str) -> list[str]:
     return [part for part in known if part in names]
 
 
+def check_arms(arms: list[str], levels: list[str]) -> None:
+    """Check the credit settings of every arm at every level before the first run.
+
+    Raises:
+        CreditError: an unknown rule, or an option that it does not have.
+        ConfigError: a setting that breaks a rule.
+    """
+    import rl.credit  # noqa: F401  (registers the rules)
+    from rl.config import CreditConfig
+    from rl.credit.ratings import check_credit
+
+    for arm, level in itertools.product(arms, levels):
+        check_credit(CreditConfig(**credit_of(LEVELS[level], arm)))
+
+
 def check_log(log: Path, steps: int) -> None:
     """Refuse a log of runs with another number of steps: their areas cannot be compared."""
     for run in finished(log).values():
@@ -412,8 +427,9 @@ def main() -> None:
     try:
         arms = chosen(options.arms, list(ARMS), "arms")
         levels = chosen(options.levels, list(LEVELS), "levels")
+        check_arms(arms, levels)
         check_log(options.out / "credit_study.jsonl", options.steps)
-    except ConfigError as error:
+    except (ConfigError, CreditError) as error:
         sys.exit(str(error))
 
     def train(jobs: list[Job]) -> None:
