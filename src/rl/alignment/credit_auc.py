@@ -198,7 +198,7 @@ def credit_auc(
         A row for each setting.
 
     Raises:
-        TaskError: the task marks no decisive tokens, or no detours.
+        TaskError: the task marks no decisive tokens, or no detours, or a sweep finds no response that has both.
         ConfigError: a number out of range.
         CreditError, RewardError, PolicyError: as in training.
 
@@ -448,8 +448,12 @@ def _unanchored_failures(run: _Run, name: str) -> float | None:
     return float(is_unanchored[is_failure].double().mean())
 
 
-def _best_graph(run: _Run, names: Sequence[str], *, seed: int, resamples: int) -> BestGraph | None:
-    """Choose the setting with the highest AUC on one half of the problems, and measure it on the other half."""
+def _best_graph(run: _Run, names: Sequence[str], *, seed: int, resamples: int) -> BestGraph:
+    """Choose the setting with the highest AUC on one half of the problems, and measure it on the other half.
+
+    Raises:
+        TaskError: no response of the first half has both groups of tokens.
+    """
     groups = torch.tensor(run.groups, dtype=torch.int64)
     is_choice = groups % 2 == 0
     best: str | None = None
@@ -460,7 +464,10 @@ def _best_graph(run: _Run, names: Sequence[str], *, seed: int, resamples: int) -
             best = name
             highest = auc
     if best is None:
-        return None
+        raise TaskError(
+            "task: must give responses with decisive tokens and detours before a stated answer to compare graphs, got "
+            f"none among {int(is_choice.sum())}; take more problems, or longer responses"
+        )
     held_out = run.of_response("auc", best)[~is_choice]
     measured = mean_over_problems(held_out, groups[~is_choice], seed=seed, resamples=resamples)
     return BestGraph(

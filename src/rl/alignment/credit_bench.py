@@ -323,14 +323,15 @@ def _problem_figures(
         is_scored = credits[0].scored[row, : len(one.ids)]
         competes = torch.zeros(len(first), dtype=torch.bool).index_fill(0, unit_of_token[is_scored], True)
         product = first * second
-        mean = ((first + second) / 2).round(decimals=_DECIMALS)
+        mean = (first + second) / 2
+        size = _size(mean)[competes]
         squares += torch.stack([product.sum(), mean.square().sum()])
         competing += torch.stack([product[competes].sum(), competes.double().sum()])
-        reliability[row] = _spearman(first[competes].abs(), second[competes].abs())
+        reliability[row] = _spearman(_size(first)[competes], _size(second)[competes])
         for index, credit in enumerate(credits):
             score = _unit_scores(credit, row, unit_of_token, len(first))[competes]
-            rank[index, row] = _spearman(score, mean[competes].abs())
-            auc[index, row] = concordance(score, mean[competes].abs())
+            rank[index, row] = _spearman(score, size)
+            auc[index, row] = concordance(score, size)
             top = _top(score, share)
             in_top[index] += torch.stack([product[competes][top].sum(), torch.tensor(float(len(top))).double()])
 
@@ -354,8 +355,12 @@ def _advantages(one: PrefixValues) -> tuple[Float64[Tensor, " units"], Float64[T
     """Return both estimates of the advantage of every unit: the difference of the values behind and before it."""
     first = torch.tensor(one.first_half, dtype=torch.float64)
     second = torch.tensor(one.second_half, dtype=torch.float64)
-    # Equal advantages stay equal: 2/6 - 1/6 and 3/6 - 2/6 differ in their last bit.
-    return first.diff().round(decimals=_DECIMALS), second.diff().round(decimals=_DECIMALS)
+    return first.diff(), second.diff()
+
+
+def _size(advantages: Float64[Tensor, " units"]) -> Float64[Tensor, " units"]:
+    """Return the absolute advantages; equal ones stay equal, although 2/6 - 1/6 and 3/6 - 2/6 differ in the last bit."""
+    return advantages.abs().round(decimals=_DECIMALS)
 
 
 def _unit_of_token(prefixes: Sequence[int]) -> Int64[Tensor, " tokens"]:

@@ -3,26 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rl.commands.terminal import console, table
 
+if TYPE_CHECKING:
+    from rl.records import Credit
+
 
 def report(
     source: Annotated[Path, typer.Argument(help="A run, or a rollout file of one (rollouts/step-....safetensors).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    rules: Annotated[
+        str | None,
+        typer.Option("--rules", help="Show what these rules would mark too: RULE[:SHAPE][:NAME=VALUE,...], with commas."),
+    ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Make the token-credit page of a rollout: the credit of each token, right answers beside wrong ones."""
     from rl.commands.run_file import newest_rollout
     from rl.reports.credit_report import report_file
 
-    path = report_file(newest_rollout(source), out)
+    rollout = newest_rollout(source)
+    others = None if rules is None else _other_credit(rollout, rules)
+    path = report_file(rollout, out, others=others)
     typer.echo(f"wrote {path}")
     if open_page:
         typer.launch(str(path))
+
+
+def _other_credit(rollout: Path, rules: str) -> dict[str, Credit]:
+    """Score a rollout under other rules, by the newest policy of its run.
+
+    Raises:
+        CreditError, ConfigError: a rule that is unknown, or given twice.
+        CheckpointError: the file is no rollout, or does not lie in a run with a checkpoint.
+    """
+    from rl.alignment.arms import named_arms, split_arms
+    from rl.commands.run_file import policy_folder
+    from rl.config import LoraConfig
+    from rl.credit.scoring import score_with_settings
+    from rl.policy.actor_critic import ActorCritic
+    from rl.policy.loading import load_policy
+    from rl.rollouts.rollout_file import load_rollout
+
+    arms = named_arms(split_arms(rules))
+    loaded = load_rollout(rollout)
+    # A run keeps its rollouts in a folder of their own.
+    folder = policy_folder(rollout.parent.parent)
+    model, _ = load_policy(loaded.info["model"], "auto", None, folder)
+    policy = ActorCritic(model, LoraConfig(), critic=False)
+    scored = score_with_settings(
+        policy,
+        loaded.experience.responses,
+        list(arms.values()),
+        temperature=loaded.info["temperature"],
+        micro_batch_size=loaded.info["micro_batch_size"],
+        seed=loaded.info["seed"],
+        step=loaded.info["step"],
+        reference=False,
+    )
+    return dict(zip(arms, scored.credits, strict=True))
 
 
 def rules() -> None:

@@ -34,8 +34,14 @@ def test_auc_prints_tables_and_writes_rows(small: None, tmp_path: Path):
 
 
 def test_auc_sweep_names_the_best_graph(small: None):
-    done = invoke("auc", "--rules", "reach_sharp", "--sweep", "-n", 6, *SHORT)
+    done = invoke("auc", "--rules", "reach_sharp", "--sweep", "-n", 12, "--set", "max_response_tokens=16")
     assert "best of 32 graphs: reach_sharp:" in done.output
+
+
+def test_auc_sweep_needs_responses_with_both_groups(small: None):
+    result = invoke("auc", "--rules", "reach_sharp", "--sweep", "-n", 2, "--set", "max_response_tokens=1", code=1)
+    assert isinstance(result.exception, TaskError)
+    assert "must give responses with decisive tokens and detours" in str(result.exception)
 
 
 def test_auc_refuses_a_task_without_masks_and_unknown_rules(small: None, monkeypatch: pytest.MonkeyPatch):
