@@ -17,7 +17,7 @@ from rl.errors import ConfigError
 
 Entry = Literal["advantage", "reward", "potential"]
 Shape = Literal["top_q", "bottom_q", "only_top", "soft", "raw"]
-Sign = Literal["rule", "all", "non_negative", "negative", "asymmetric"]
+Sign = Literal["all", "non_negative", "negative", "asymmetric", "rule"]
 Normalize = Literal["none", "mean", "sum_of_squares"]
 Scope = Literal["reasoning", "response"]
 AdvantageKind = Literal["gae", "group", "rloo"]

@@ -35,8 +35,8 @@ def rules() -> None:
         reads = []
         if rule.needs:
             reads.append("attention")
-        if rule.gradient:
-            reads.append("a backward pass")
+        if rule.own_pass:
+            reads.append(rule.own_pass)
         if rule.needs_oracle:
             reads.append("ground truth")
         rows.add_row(name, ", ".join(reads) or "-", rule.summary)

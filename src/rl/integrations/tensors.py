@@ -123,8 +123,8 @@ def usable_rule(credit: CreditConfig) -> CreditRule:
             f"{credit.entry!r}; use entry='advantage', or rl.PPOTrainer"
         )
     need = None
-    if rule.gradient:
-        need = "a backward pass of its own"
+    if rule.own_pass:
+        need = f"{rule.own_pass} of its own"
     elif rule.needs_oracle:
         need = "a task that knows its decisive tokens"
     if need is not None:
