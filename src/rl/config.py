@@ -208,6 +208,16 @@ class CreditConfig:
                     name, f"be 0 with entry={self.entry!r}, which uses no weights", value, "use entry='advantage'"
                 )
 
+    @classmethod
+    def recommended(cls) -> Self:
+        """Return the setting to start from: reach on sharpened attention, soft weights from 0.5 to 2, with a fallback.
+
+        Example:
+            >>> CreditConfig.recommended().rule
+            'reach_sharp'
+        """
+        return cls(rule="reach_sharp", shape="soft", floor=0.5, ceiling=2.0, fallback=0.5)
+
     @property
     def normalization(self) -> Normalize:
         """Return how weights are normalised, ``mean_one`` included."""

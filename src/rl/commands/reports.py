@@ -26,7 +26,9 @@ def report(
 
 
 def rules() -> None:
-    """List the credit rules."""
+    """List the credit rules, and the recommended setting."""
+    from rl.alignment.arms import arm_name
+    from rl.config import CreditConfig
     from rl.credit.registry import find_rule, rule_names
 
     rows = table("rule", "reads", "scores")
@@ -41,3 +43,6 @@ def rules() -> None:
             reads.append("ground truth")
         rows.add_row(name, ", ".join(reads) or "-", rule.summary)
     console().print(rows)
+    # Text of the settings of one arm, as align and train take them.
+    recommended = arm_name(CreditConfig.recommended())
+    typer.echo(f"recommended: {recommended} (benchmarks/configs/recommended.yaml; docs/credit.md says why)")
