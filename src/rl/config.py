@@ -17,7 +17,7 @@ from rl.errors import ConfigError
 
 Entry = Literal["advantage", "reward", "potential"]
 Shape = Literal["top_q", "bottom_q", "only_top", "soft", "raw"]
-Sign = Literal["rule", "all", "non_negative", "negative", "asymmetric"]
+Sign = Literal["all", "non_negative", "negative", "asymmetric", "rule"]
 Normalize = Literal["none", "mean", "sum_of_squares"]
 Scope = Literal["reasoning", "response"]
 AdvantageKind = Literal["gae", "group", "rloo"]
@@ -207,6 +207,16 @@ class CreditConfig:
                 raise broken_rule(
                     name, f"be 0 with entry={self.entry!r}, which uses no weights", value, "use entry='advantage'"
                 )
+
+    @classmethod
+    def recommended(cls) -> Self:
+        """Return the setting to start from: reach on sharpened attention, soft weights from 0.5 to 2, with a fallback.
+
+        Example:
+            >>> CreditConfig.recommended().rule
+            'reach_sharp'
+        """
+        return cls(rule="reach_sharp", shape="soft", floor=0.5, ceiling=2.0, fallback=0.5)
 
     @property
     def normalization(self) -> Normalize:

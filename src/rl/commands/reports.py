@@ -69,7 +69,9 @@ def _other_credit(rollout: Path, rules: str) -> dict[str, Credit]:
 
 
 def rules() -> None:
-    """List the credit rules."""
+    """List the credit rules, and the recommended setting."""
+    from rl.alignment.arms import arm_name
+    from rl.config import CreditConfig
     from rl.credit.registry import find_rule, rule_names
 
     rows = table("rule", "reads", "scores")
@@ -78,9 +80,12 @@ def rules() -> None:
         reads = []
         if rule.needs:
             reads.append("attention")
-        if rule.gradient:
-            reads.append("a backward pass")
+        if rule.own_pass:
+            reads.append(rule.own_pass)
         if rule.needs_oracle:
             reads.append("ground truth")
         rows.add_row(name, ", ".join(reads) or "-", rule.summary)
     console().print(rows)
+    # Text of the settings of one arm, as align and train take them.
+    recommended = arm_name(CreditConfig.recommended())
+    typer.echo(f"recommended: {recommended} (benchmarks/configs/recommended.yaml; docs/credit.md says why)")

@@ -40,7 +40,13 @@ def train(
     task: Annotated[str | None, typer.Option("--task", "-t", help="As for eval. Default: chain.")] = None,
     task_option: TaskOption = None,
     credit: Annotated[
-        str | None, typer.Option("--credit", "-c", help="A credit rule; `flowgraph-rl rules` lists them.")
+        str | None,
+        typer.Option(
+            "--credit",
+            "-c",
+            help="A credit rule; `flowgraph-rl rules` lists them. Recommended: reach_sharp with -s credit.shape=soft "
+            "-s credit.floor=0.5 -s credit.ceiling=2 -s credit.fallback=0.5.",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Rollout-and-update steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None,

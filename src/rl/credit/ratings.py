@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowgraph import AttentionRows
 from rl.config import CreditConfig
+from rl.credit.policy_passes import PolicyPasses
 from rl.credit.registry import POSITION_MATCHED, CreditInput, applied, find_rule, score_with_tie
 from rl.credit.scope import before_answer, tokens_in_scope
 from rl.credit.weights import shape_weights
@@ -72,6 +73,7 @@ def rate_tokens(
     rows: Mapping[str, AttentionRows] | None = None,
     random: Sequence[torch.Generator] = (),
     gradient: Callable[[], Float[Tensor, "batch response"]] | None = None,
+    passes: PolicyPasses | None = None,
 ) -> Ratings:
     """Run a credit rule on some responses; only rules that read gradients need a model.
 
@@ -82,6 +84,7 @@ def rate_tokens(
         rows: attention by the names that the rule's needs list.
         random: a generator for each response, for rules that draw.
         gradient: see :class:`rl.credit.registry.CreditInput`.
+        passes: see :class:`rl.credit.registry.CreditInput`.
 
     Raises:
         CreditError: the attention of a rule is missing, or its scores are invalid.
@@ -96,6 +99,7 @@ def rate_tokens(
         rows=rows or {},
         random=random,
         gradient=gradient if rule.gradient else None,
+        passes=passes if rule.own_pass else None,
         options={**credit.options, "rows": credit.rows},
     )
     found, tie = score_with_tie(rule, batch)

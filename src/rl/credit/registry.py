@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows, FlowgraphError, HeadSelector
 from rl.config import CreditConfig, Sign
+from rl.credit.policy_passes import PolicyPasses
 from rl.errors import CreditError, describe_cause
 from rl.records import Responses, TokenScores
 
@@ -70,6 +71,7 @@ class CreditInput:
             micro-batches.
         gradient: a function that computes the norm of the policy gradient at the input embedding of every response
             token, ``[B, R]``; one extra forward and backward pass. Only for rules registered with ``gradient=True``.
+        passes: further passes of the policy over these responses. Only for rules registered with ``own_pass``.
         options: the rule's own settings, from ``CreditConfig.options``.
     """
 
@@ -79,6 +81,7 @@ class CreditInput:
     rows: Mapping[str, AttentionRows] = field(default_factory=dict)
     random: Sequence[torch.Generator] = ()
     gradient: Callable[[], Float[Tensor, "batch response"]] | None = None
+    passes: PolicyPasses | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -114,6 +117,9 @@ class CreditRule:
         needs_of: options -> attention to record, where it depends on the options.
         ties: whether the rule returns :class:`TiedScores`, which ``CreditConfig.fallback`` needs.
         sign: the advantages that its weights act on where ``CreditConfig.sign`` is ``"rule"``.
+        own_pass: what the rule runs beside the pass that scores the old policy, such as ``"a backward pass"``; "" for
+            nothing.
+        whole_batch: whether the rule reads all responses of the process at once, not in micro-batches.
     """
 
     name: str
@@ -126,6 +132,8 @@ class CreditRule:
     needs_of: Callable[[Mapping[str, Any]], Needs] | None = None
     ties: bool = False
     sign: Sign = "all"
+    own_pass: str = ""
+    whole_batch: bool = False
 
     def needs_for(self, options: Mapping[str, Any]) -> Needs:
         """Return the attention to record with these options of the rule.
@@ -148,6 +156,8 @@ def credit_rule(
     weighs: bool = False,
     ties: bool = False,
     sign: Sign = "all",
+    own_pass: str = "",
+    whole_batch: bool = False,
 ) -> Callable[[CreditFunction], CreditFunction]:
     """Register a function as a credit rule.
 
@@ -160,6 +170,8 @@ def credit_rule(
         weighs: whether its scores are weights already, so that no shape applies.
         ties: whether it returns :class:`TiedScores`.
         sign: the advantages that its weights act on, by its paper; see :class:`rl.CreditConfig`.
+        own_pass: what it runs with ``CreditInput.passes``, such as ``"a backward pass"``.
+        whole_batch: whether it reads all responses at once; it then has no attention.
 
     Returns:
         A decorator that registers the function and returns it unchanged.
@@ -196,6 +208,8 @@ def credit_rule(
             needs_of=needs_of,
             ties=ties,
             sign=sign,
+            own_pass=own_pass or ("a backward pass" if gradient else ""),
+            whole_batch=whole_batch,
         )
         return function
 
@@ -339,6 +353,20 @@ def recorded(batch: CreditInput, name: str) -> AttentionRows:
             f"{rows.num_tokens}; record the pass over these very responses"
         )
     return rows
+
+
+def passes_of(batch: CreditInput) -> PolicyPasses:
+    """Return the passes of the policy that a rule may run.
+
+    Raises:
+        CreditError: there are none.
+    """
+    if batch.passes is None:
+        raise CreditError(
+            "passes: must be given to a rule that runs passes of the policy, got none; use rl.PPOTrainer, or pass "
+            "CreditInput(passes=...)"
+        )
+    return batch.passes
 
 
 def options_of(batch: CreditInput, **defaults: Any) -> dict[str, Any]:

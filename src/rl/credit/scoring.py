@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows
 from rl.config import CreditConfig
+from rl.credit.policy_passes import PolicyPasses
 from rl.credit.ratings import MeanOverBatch, Ratings, check_credit, local_mean, rate_tokens, weigh_tokens
 from rl.credit.registry import AttentionNeed, applied, find_rule
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
@@ -116,7 +117,8 @@ def score_with_settings(
     for setting in settings:
         check_credit(setting)
     inner_settings = [applied(setting) for setting in settings]
-    needs = [find_rule(inner.rule).needs_for(inner.options) for inner in inner_settings]
+    rules = [find_rule(inner.rule) for inner in inner_settings]
+    needs = [rule.needs_for(inner.options) for rule, inner in zip(rules, inner_settings, strict=True)]
     # Settings do not share generators: each draws as it would in a training of its own.
     generators = [credit_generators(responses, seed, step) for _ in settings]
     keep_graph = keep_graph and responses.num_sequences <= micro_batch_size
@@ -146,6 +148,8 @@ def score_with_settings(
 
         # The ratings of every setting, from what its recorders hold.
         for index, setting in enumerate(settings):
+            if rules[index].whole_batch:
+                continue
             begun = time.perf_counter()
             rows = {
                 name: recorder.rows(inputs.attention_mask, inputs.input_ids)
@@ -157,10 +161,23 @@ def score_with_settings(
             recording_seconds = sum(recorder.seconds for recorder in recorders[index].values())
             credit_seconds += time.perf_counter() - begun + recording_seconds
 
-    # The credit of the batch: the fallback compares its responses.
+    # The credit of the batch: the fallback compares its responses, and some rules read all of them.
     begun = time.perf_counter()
+    all_scores = join_records(score_parts)
     credits = []
-    for parts, setting in zip(rating_parts, settings, strict=True):
+    for rule, parts, setting, own_generators in zip(rules, rating_parts, settings, generators, strict=True):
+        if rule.whole_batch:
+            found = policy_ratings(
+                policy,
+                responses,
+                all_scores,
+                {},
+                setting,
+                own_generators,
+                temperature=temperature,
+                micro_batch_size=micro_batch_size,
+            )
+            parts = [found]
         # A generator of the batch: the number of its first problem differs between processes.
         random = generator(seed, "credit positions", step, int(responses.groups[0]))
         ratings = join_records(parts)
@@ -168,7 +185,7 @@ def score_with_settings(
     credit_seconds += time.perf_counter() - begun
 
     return Scored(
-        scores=join_records(score_parts),
+        scores=all_scores,
         credits=tuple(credits),
         credit_seconds=credit_seconds,
         output=output if keep_graph else None,
@@ -223,15 +240,25 @@ def policy_ratings(
     random: Sequence[torch.Generator],
     *,
     temperature: float,
+    micro_batch_size: int | None = None,
 ) -> Ratings:
-    """Rate tokens on the policy's device, with the policy's gradient available; the result is on the CPU."""
+    """Rate tokens on the policy's device, with the policy's own passes available; the result is on the CPU.
+
+    ``micro_batch_size`` is that of the rule's own passes; None: all responses at a time.
+    """
     on_device = to_device(responses, policy.device)
 
     def gradient() -> Float[Tensor, "batch response"]:
         return embedding_gradient(policy, on_device, temperature)
 
     found = rate_tokens(
-        on_device, to_device(scores, policy.device), credit, rows=rows, random=random, gradient=gradient
+        on_device,
+        to_device(scores, policy.device),
+        credit,
+        rows=rows,
+        random=random,
+        gradient=gradient,
+        passes=PolicyPasses(policy, on_device, temperature, micro_batch_size or responses.num_sequences),
     )
     return to_device(found, torch.device("cpu"))
 

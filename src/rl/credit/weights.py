@@ -275,6 +275,49 @@ def loss_weights(
     return normalized(weights, scored, settings.normalization).masked_fill(~mask, 0.0)
 
 
+def gini(weights: Float[Tensor, " tokens"]) -> float:
+    r"""Compute the Gini coefficient of weights, the unevenness with which they fall on tokens.
+
+    :math:`\sum_{i,j} |w_i - w_j| / (2 n \sum_i w_i)`: 0 where all are equal, towards 1 where one token has everything.
+
+    Args:
+        weights: n weights, not negative; 0 for no tokens, or only weights of 0.
+
+    Cost: one sort.
+
+    Example:
+        >>> gini(torch.tensor([1.0, 1.0])), gini(torch.tensor([0.0, 2.0]))
+        (0.0, 0.5)
+    """
+    ordered = weights.detach().double().sort().values
+    total = float(ordered.sum())
+    count = ordered.numel()
+    if count == 0 or total == 0:
+        return 0.0
+    # In ascending order, the i-th weight is the larger one in 2i - n - 1 more pairs than the smaller one.
+    rank = torch.arange(1, count + 1, dtype=torch.float64, device=ordered.device)
+    return max(0.0, float(((2 * rank - count - 1) * ordered).sum()) / (count * total))
+
+
+def effective_token_ratio(weights: Float[Tensor, " tokens"]) -> float:
+    r"""Compute the effective number of tokens as a share of all, :math:`(\sum w)^2 / (n \sum w^2)`.
+
+    It is 1 for equal weights, and 1 / n where one token has everything.
+
+    Args:
+        weights: n weights, not negative; 1 for no tokens, or only weights of 0.
+
+    Example:
+        >>> effective_token_ratio(torch.tensor([0.0, 2.0]))
+        0.5
+    """
+    wide = weights.detach().double()
+    squares = float(wide.square().sum())
+    if squares == 0:
+        return 1.0
+    return float(wide.sum()) ** 2 / (wide.numel() * squares)
+
+
 def redistribute(
     rewards: Float[Tensor, " batch"],
     scores: Float[Tensor, "batch response"],

@@ -15,8 +15,8 @@ trainer::
         tensors["advantages"] = scale_advantages(tensors["advantages"], mask, credit, config)
         return batch
 
-Rules that read attention need ``rows``: a worker that has the model records them with a
-:class:`flowgraph.AttentionRecorder` around its log-probability pass, and sends ``credit.weights``, which have the shape
+Rules that read attention need ``rows``: a worker that has the model records them with
+:func:`attention_recorders` around its log-probability pass, and sends ``credit.weights``, which have the shape
 of the advantages. Rules without attention, such as ``entropy``, run where the advantages are computed.
 
 Letters of the shapes: B sequences, P prompt columns, R response columns.
@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flowgraph import AttentionRows, encode
+from flowgraph import AttentionRecorder, AttentionRows, encode
 from rl.algorithm.tensor_checks import require_alike, require_run
 from rl.config import CreditConfig
 from rl.credit.ratings import check_credit, credit_tokens
@@ -123,8 +123,8 @@ def usable_rule(credit: CreditConfig) -> CreditRule:
             f"{credit.entry!r}; use entry='advantage', or rl.PPOTrainer"
         )
     need = None
-    if rule.gradient:
-        need = "a backward pass of its own"
+    if rule.own_pass:
+        need = f"{rule.own_pass} of its own"
     elif rule.needs_oracle:
         need = "a task that knows its decisive tokens"
     if need is not None:
@@ -133,6 +133,36 @@ def usable_rule(credit: CreditConfig) -> CreditRule:
             "another rule, or rl.PPOTrainer"
         )
     return rule
+
+
+def attention_recorders(model: Any, credit: CreditConfig) -> dict[str, AttentionRecorder]:
+    """Make the recorders of the attention that a rule reads; use each as a context of the log-probability pass.
+
+    Args:
+        model: a Hugging Face causal LM, PEFT-wrapped or not.
+        credit: rule, its options, and the layers and heads that it leaves open.
+
+    Returns:
+        A recorder by the name of each need; empty for rules that read no attention. ``recorder.rows(attention_mask)``
+        of each, under the same name, is the argument ``rows`` of :func:`token_credit`.
+
+    Raises:
+        ConfigError, CreditError: as :func:`usable_rule`.
+        CaptureError: the architecture cannot be captured.
+
+    Example:
+        with ExitStack() as stack:
+            recorders = attention_recorders(model, credit)
+            for recorder in recorders.values():
+                stack.enter_context(recorder)
+            logprobs = ...  # the engine's own pass
+        rows = {name: recorder.rows(attention_mask) for name, recorder in recorders.items()}
+    """
+    rule = usable_rule(credit)
+    recorders = {}
+    for name, need in rule.needs_for(applied(credit).options).items():
+        recorders[name] = need.recorder(model, layers=credit.layers, heads=credit.heads)
+    return recorders
 
 
 def token_credit(
@@ -149,7 +179,7 @@ def token_credit(
         responses: see :func:`read_responses`; all tensors on one device.
         scores: log-probabilities and entropies of the policy that wrote them, 0 on padding.
         credit: rule, shape and scope.
-        rows: attention by the names that ``usable_rule(credit).needs_for(credit.options)`` lists.
+        rows: attention by the names of :func:`attention_recorders`.
         random: a generator for each response, for rules that draw random numbers.
 
     Returns:

@@ -17,9 +17,14 @@ from torch import Tensor
 from flowgraph import MissingExtraError
 from rl.config import CreditConfig
 from rl.credit.ratings import Ratings, rate_tokens, weigh_tokens
-from rl.credit.registry import applied
 from rl.errors import ConfigError
-from rl.integrations.tensors import FindAnswer, read_responses, scale_advantages, usable_rule
+from rl.integrations.tensors import (
+    FindAnswer,
+    attention_recorders,
+    read_responses,
+    scale_advantages,
+    usable_rule,
+)
 from rl.policy.sampling import evaluating
 from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
@@ -170,10 +175,9 @@ class TokenCredit(_GRPOTrainer):
         ids = responses.input_ids
         mask = responses.attention_mask
         with torch.no_grad(), evaluating(self._policy), ExitStack() as stack:
-            recorders = {}
-            for name, need in self.credit_rule.needs_for(applied(self.credit).options).items():
-                recorder = need.recorder(self._policy, layers=self.credit.layers, heads=self.credit.heads)
-                recorders[name] = stack.enter_context(recorder)
+            recorders = attention_recorders(self._policy, self.credit)
+            for recorder in recorders.values():
+                stack.enter_context(recorder)
             scores = self._token_scores(responses)
             attention = {name: recorder.rows(mask, ids) for name, recorder in recorders.items()}
         return rate_tokens(responses, scores, self.credit, rows=attention, random=random)
@@ -215,7 +219,7 @@ def flow_grpo_trainer(base: type | None = None) -> type[TokenCredit]:
     Example:
         trainer = flow_grpo_trainer()(
             model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=prompts, processing_class=tokenizer,
-            peft_config=lora, credit=CreditConfig(rule="flow", strength=1.5),
+            peft_config=lora, credit=CreditConfig.recommended(),
         )
     """
     grpo = _grpo_trainer()

@@ -305,7 +305,7 @@ def test_layers_outside_the_model_are_named():
         ({"fallback": float("inf")}, r"fallback: must be finite, got inf"),
         ({"anneal": 1.5}, r"anneal: must lie in \[0, 1\], got 1.5; 0.5 is usual, 0 turns it off"),
         ({"normalize": "max"}, r"normalize: must be one of 'none', 'mean', 'sum_of_squares', got 'max'; choose"),
-        ({"sign": "positive"}, r"sign: must be one of 'rule', 'all', 'non_negative', 'negative', 'asymmetric', got"),
+        ({"sign": "positive"}, r"sign: must be one of 'all', 'non_negative', 'negative', 'asymmetric', 'rule', got"),
         ({"anneal": 0.5, "entry": "reward"}, r"anneal: must be 0 with entry='reward', which uses no weights, got 0.5"),
         ({"fallback": 0.5, "entry": "potential"}, r"fallback: must be 0 with entry='potential', which uses no weights"),
     ],
