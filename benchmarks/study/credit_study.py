@@ -68,7 +68,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "oar_gradient": {"rule": "oar_gradient"},
     "delta": {"rule": "delta"},
     "taco": {"rule": "taco"},
-    "attention_entropy": {"rule": "attention_entropy"},
+    "attention_entropy": {"rule": "attention_entropy", **WIDE},
     "lora_influence": {"rule": "lora_influence"},
 }
 SHARP_GRAPH = ("flow_sharp", "reach_sharp", "max_attention_sharp", "shuffled_flow_sharp", "wrong_sink")
