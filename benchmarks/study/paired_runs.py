@@ -21,7 +21,7 @@ from rl.evaluation.significance import holm
 
 Job = TypeVar("Job")
 Run = dict[str, Any]
-"""A finished run: ``key``, ``reward`` of each step, and what the study adds; ``error`` in place of them if it failed."""
+"""A finished run: ``key``, ``reward`` of each step, and what the study adds; ``error`` in their place if it failed."""
 
 _MOST_EXACT = 16
 """Sign patterns of up to this many pairs are listed; of more pairs, patterns are drawn."""

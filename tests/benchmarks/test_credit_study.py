@@ -5,10 +5,10 @@ import math
 import statistics
 
 import pytest
-
 from benchmarks.study import credit_study, paired_runs
 from benchmarks.study.credit_study import Job, Level, best_rates, chosen, credit_of, one_run, report, run_key
 from benchmarks.study.paired_runs import add_holm, finished, paired_test, run_all, sign_flip_p
+
 from rl import ConfigError, PPOConfig
 
 LEVEL = "0:5"
@@ -132,7 +132,7 @@ def test_levels_give_their_graph_to_rules_on_the_sharpened_graph_only():
 
 
 def test_a_wrong_name_or_another_length_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="--arms: must be of .*uniform.*, got 'unifrom'; separate names with commas"):
+    with pytest.raises(ConfigError, match=r"--arms: must be of .*uniform.*, got 'unifrom'; separate names with commas"):
         chosen("unifrom", list(credit_study.ARMS), "arms")
     log = tmp_path / "credit_study.jsonl"
     log.write_text(json.dumps(finished_run("uniform", 1e-3, 0, [0.1, 0.2])) + "\n")

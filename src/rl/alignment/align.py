@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from flowgraph import MemoryLimitError
-from rl.alignment.measured_policy import policy_on
 from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, selected_tokens
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients, token_factors
+from rl.alignment.measured_policy import policy_on
 from rl.alignment.multipliers import (
     UNIFORM,
     Alignment,

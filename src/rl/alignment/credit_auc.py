@@ -89,7 +89,7 @@ class BestGraph:
 
     Attributes:
         rule: the setting as a short text.
-        chosen_auc: its mean AUC on the problems of even place, on which it was chosen: the largest of many, so too high.
+        chosen_auc: its mean AUC on the problems of even place, on which it was chosen: the largest of many, too high.
         auc: its mean AUC on the problems of odd place, which had no part in the choice.
         low: lower end of the 95 % interval of ``auc``.
         high: upper end.

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from flowgraph import atomic_write
@@ -75,7 +75,8 @@ class RuleScore:
         rank: mean over responses of Spearman's correlation of score and \|advantage\|.
         rank_corrected: the same without the attenuation by noise, divided by the square root of the reliability of
             \|advantage\|; None where the two halves do not agree at all.
-        auc: mean over responses of the share of pairs of units that the score orders as \|advantage\| does; .5 is chance.
+        auc: mean over responses of the share of pairs of units that the score orders as \|advantage\| does; .5 by
+            chance.
         top_share: share of the squared advantage that lies in the top ``share`` of the units, without noise.
         top_units: share of the units in these tops: what units drawn at random would have.
         cosine: cosine of the weighted policy gradient with the gradient of the true advantages, without their noise.
@@ -98,8 +99,8 @@ class CreditBench:
 
     Attributes:
         rules: a row for each setting, uniform first.
-        reliability: rank correlation of \|advantage\| between two estimates of ``num_rollouts`` rollouts each, stepped up
-            from the halves by Spearman and Brown's formula; None where the halves do not correlate.
+        reliability: rank correlation of \|advantage\| between two estimates of ``num_rollouts`` rollouts each, from
+            that of the halves by Spearman and Brown's formula; None where the halves do not correlate.
         signal: share of the squared estimated advantage that is no noise, with its interval.
         num_rollouts: K, rollouts from each prefix.
         num_problems: n.
@@ -163,7 +164,8 @@ class CreditBench:
             temporary.write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
-        found = ", ".join(f"{row.rule} {'-' if row.rank.value is None else f'{row.rank.value:.2f}'}" for row in self.rules)
+        ranks = {row.rule: row.rank.value for row in self.rules}
+        found = ", ".join(f"{name} -" if rank is None else f"{name} {rank:.2f}" for name, rank in ranks.items())
         return f"CreditBench({found}; {self.num_responses} responses, {self.num_rollouts} rollouts a {self.per})"
 
 
@@ -359,7 +361,7 @@ def _advantages(one: PrefixValues) -> tuple[Float64[Tensor, " units"], Float64[T
 
 
 def _size(advantages: Float64[Tensor, " units"]) -> Float64[Tensor, " units"]:
-    """Return the absolute advantages; equal ones stay equal, although 2/6 - 1/6 and 3/6 - 2/6 differ in the last bit."""
+    """Return the absolute advantages; equal ones stay equal, although 2/6 - 1/6 is not quite 3/6 - 2/6 in floats."""
     return advantages.abs().round(decimals=_DECIMALS)
 
 
@@ -382,7 +384,7 @@ def _unit_scores(
 
 
 def _spearman(one: Float64[Tensor, " units"], other: Float64[Tensor, " units"]) -> float:
-    """Compute Spearman's rank correlation; 0 where the scores are all equal, NaN where the truth is or units are few."""
+    """Compute Spearman's rank correlation; 0 where all scores are equal, NaN where the truth is, or units are few."""
     if len(one) < _LEAST_UNITS or bool((other == other[0]).all()):
         return math.nan
     # A rule that gives all units one score orders none of them.
@@ -473,9 +475,7 @@ class _RunFacts(NamedTuple):
     seed: int
 
 
-def _result(
-    parts: Sequence[_ProblemFigures], names: Sequence[str], *, run: _RunFacts, resamples: int
-) -> CreditBench:
+def _result(parts: Sequence[_ProblemFigures], names: Sequence[str], *, run: _RunFacts, resamples: int) -> CreditBench:
     """Average the figures over problems, with bootstrap intervals from the same resamples for all settings."""
     reliability = _reliability(parts)
     squares = torch.stack([part.squares for part in parts], 1)
@@ -486,9 +486,7 @@ def _result(
     rows = []
     for index, name in enumerate(names):
         rank = _mean_of_responses(parts, "rank", index, run.seed, resamples)
-        top = torch.stack(
-            [torch.stack([part.in_top[index, 0], part.competing[0]]) for part in parts], 1
-        )
+        top = torch.stack([torch.stack([part.in_top[index, 0], part.competing[0]]) for part in parts], 1)
         drawn_top = resampled_sums(top, seed=run.seed, resamples=resamples)
         num_top = sum(float(part.in_top[index, 1]) for part in parts)
         num_competing = sum(float(part.competing[1]) for part in parts)
@@ -542,9 +540,7 @@ def _reliability(parts: Sequence[_ProblemFigures]) -> float | None:
     return 2 * halves / (1 + halves)
 
 
-def _mean_of_responses(
-    parts: Sequence[_ProblemFigures], name: str, index: int, seed: int, resamples: int
-) -> Figure:
+def _mean_of_responses(parts: Sequence[_ProblemFigures], name: str, index: int, seed: int, resamples: int) -> Figure:
     """Average a figure of each response."""
     values = torch.cat([(part.rank if name == "rank" else part.auc)[index] for part in parts])
     groups = torch.tensor([part.problem for part in parts for _ in part.rewards], dtype=torch.int64)

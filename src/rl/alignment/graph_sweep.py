@@ -36,8 +36,8 @@ def graphs_of(setting: CreditConfig, model: nn.Module) -> list[CreditConfig]:
     rule = find_rule(setting.rule)
     if not rule.needs:
         raise ConfigError(
-            f"rules: must read attention to be swept over graphs, got {setting.rule!r}, which reads none; leave it out, "
-            "or measure it without a sweep"
+            f"rules: must read attention to be swept over graphs, got {setting.rule!r}, which reads none; leave it "
+            "out, or measure it without a sweep"
         )
     # The sharpened graph is named by options of the rule, others by settings.
     is_sharp = any(need.power is not None for need in rule.needs.values())

@@ -175,9 +175,7 @@ class Sampler:
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
             prefixes = [ids[: starts[place]] for place, _ in part]
-            seeds = [
-                derive(self.config.seed, "monte_carlo", sample.index, number, place, copy) for place, copy in part
-            ]
+            seeds = [derive(self.config.seed, "monte_carlo", sample.index, number, place, copy) for place, copy in part]
             full = self._continued(encoder.ending, prompt, prefixes, seeds)
             judged = judge(self.task, self.tokenizer, [sample] * len(part), full)
             for (place, _), reward in zip(part, judged.rewards.tolist(), strict=True):

@@ -246,9 +246,9 @@ def projected_cosines(
     A gradient moves the log-probability of a decisive token t by :math:`\langle g, \nabla \log \pi(y_t) \rangle`;
     noise in other directions moves none of them. With the metric :math:`M = E[\nabla \log \pi(y_t) \nabla \log
     \pi(y_t)^T]` over these tokens, the cosine is :math:`g^T M T / \sqrt{g^T M g \cdot T^T M T}`. M is estimated by
-    the probes :math:`v_c = \sum_t \epsilon_t \nabla \log \pi(y_t)` over the decisive tokens of batch c with random signs
-    :math:`\epsilon`, because :math:`E[v v^T]` is a multiple of M. A batch meets the probes of other batches only: its own
-    tokens would count themselves.
+    the probes :math:`v_c = \sum_t \epsilon_t \nabla \log \pi(y_t)` over the decisive tokens of batch c with random
+    signs :math:`\epsilon`, because :math:`E[v v^T]` is a multiple of M. A batch meets the probes of other batches
+    only: its own tokens would count themselves.
 
     Args:
         arm: ``[n, n]``, entry (b, c) is :math:`\langle g_b, v_c \rangle`.

@@ -98,7 +98,8 @@ def print_auc(found: CreditAuc) -> None:
         )
     screen.print(rows)
 
-    weights = table("weights of", "end token", "answer opener", "Gini", "effective", "unanchored failures", figures=True)
+    figures = ("end token", "answer opener", "Gini", "effective", "unanchored failures")
+    weights = table("weights of", *figures, figures=True)
     for row in shown:
         weights.add_row(
             row.rule,

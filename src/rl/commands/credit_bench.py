@@ -21,7 +21,8 @@ def credit_bench_command(
     task_option: TaskOption = None,
     model: TaskModel = None,
     rules: Annotated[
-        str, typer.Option("--rules", help="RULE[:SHAPE][:NAME=VALUE,...], separated by commas; uniform is always scored.")
+        str,
+        typer.Option("--rules", help="RULE[:SHAPE][:NAME=VALUE,...], separated by commas; uniform is always scored."),
     ] = _DEFAULT_RULES,
     problems: Annotated[int, typer.Option("--problems", "-n", help="Problems; each has group_size responses.")] = 32,
     rollouts: Annotated[int, typer.Option("--rollouts", "-k", help="Rollouts from each prefix, an even number.")] = 16,
@@ -38,7 +39,7 @@ def credit_bench_command(
     seed: Annotated[int, typer.Option(help="Seed of rollouts, bootstrap and adapter.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder for credit_bench.json and values.jsonl; a stopped run continues there."),
+        typer.Option("--out", "-o", help="Folder for credit_bench.json and values.jsonl; a stopped run goes on there."),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -90,7 +91,8 @@ def credit_bench_command(
 def print_credit_bench(found: CreditBench) -> None:
     """Print the scores of every rule as a table, the size of the run, and whether the truth stands out of its noise."""
     screen = console()
-    rows = table("rule", "rank", "corrected", "AUC", f"in top {found.share:.0%}", "cosine", "minus uniform", figures=True)
+    in_top = f"in top {found.share:.0%}"
+    rows = table("rule", "rank", "corrected", "AUC", in_top, "cosine", "minus uniform", figures=True)
     for row in found.rules:
         rows.add_row(
             row.rule,

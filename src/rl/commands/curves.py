@@ -41,7 +41,8 @@ def print_curves(curves: list[Curve], window: int) -> None:
     smooth = [curve.smooth(window) for curve in curves]
     low = min(min(values) for values in smooth)
     high = max(max(values) for values in smooth)
-    rows = table("run", f"reward, {low:.2f} to {high:.2f}", "steps", "first fifth", "last fifth", "whole run", figures=True)
+    scale = f"reward, {low:.2f} to {high:.2f}"
+    rows = table("run", scale, "steps", "first fifth", "last fifth", "whole run", figures=True)
     for curve, values in zip(curves, smooth, strict=True):
         first, last = curve.ends()
         blocks = sparkline(values, low, high, _WIDTH)

@@ -18,7 +18,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     rules: Annotated[
         str | None,
-        typer.Option("--rules", help="Show what these rules would mark too: RULE[:SHAPE][:NAME=VALUE,...], with commas."),
+        typer.Option("--rules", help="Show what these rules would mark too: RULE[:SHAPE][:NAME=VALUE,...], ..."),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:

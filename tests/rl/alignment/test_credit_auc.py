@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl import ConfigError, PPOConfig, TaskError, credit_auc, credit_rule
+from rl.alignment.arms import parse_arm
 from rl.alignment.auc_plot import plot_auc
 from rl.alignment.credit_auc import _answer_openers
 from rl.alignment.graph_sweep import graphs_of
 from rl.alignment.rank_auc import interval, mean_over_problems, resampled_sums, within_auc
-from rl.alignment.arms import parse_arm
 from rl.credit import registry
 from tests.fixtures.policies import Digits, alphabet, tiny_policy
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from flowgraph import OutputError
 from rl import ConfigError, LoraConfig, PPOConfig, credit_bench, credit_rule
+from rl.alignment.arms import named_arms, score_arms
 from rl.alignment.credit_bench import (
     _advantages,
     _cosine_of,
@@ -22,7 +23,6 @@ from rl.alignment.credit_bench import (
 )
 from rl.alignment.measured_policy import policy_on
 from rl.alignment.monte_carlo import STEP_END, PrefixValues, Sampler, ValuesFile, _complete, judged_again
-from rl.alignment.arms import named_arms, score_arms
 from rl.credit import registry
 from rl.policy.sampling import Ending
 from rl.rollouts.rollout import PromptEncoder
@@ -188,7 +188,8 @@ def test_gradients_are_sums_of_weighted_score_functions():
                 for half in (0, 1):
                     true[half] = true[half] + flat * float(halves[row][half][place])
     for index in (0, 1):
-        assert float(products[index, 0]) == pytest.approx(float(own[index] @ (true[0] + true[1]) / 2), rel=1e-3, abs=1e-6)
+        inner = float(own[index] @ (true[0] + true[1]) / 2)
+        assert float(products[index, 0]) == pytest.approx(inner, rel=1e-3, abs=1e-6)
         assert float(products[index, 1]) == pytest.approx(float(own[index].square().sum()), rel=1e-3)
     assert square == pytest.approx(float(true[0] @ true[1]), rel=1e-3, abs=1e-6)
 
@@ -242,10 +243,10 @@ def test_a_stopped_run_continues_and_other_settings_are_refused(tmp_path, monkey
     assert benched(["flow:soft"], path=path) == whole
     assert started == [1, 2]
     assert path.read_text() == "".join(lines)
-    with pytest.raises(ConfigError, match="out: must hold values of the same settings, got .* with num_rollouts 4"):
+    with pytest.raises(ConfigError, match=r"out: must hold values of the same settings, got .* with num_rollouts 4"):
         benched(["flow:soft"], path=path, num_rollouts=6)
     path.write_text("other\n")
-    with pytest.raises(ConfigError, match="out: must hold values of a credit benchmark, got .*; choose another"):
+    with pytest.raises(ConfigError, match=r"out: must hold values of a credit benchmark, got .*; choose another"):
         benched(["flow:soft"], path=path)
     with pytest.raises(OutputError, match="out: must hold a file that can be written"):
         ValuesFile(tmp_path, {})
@@ -253,7 +254,7 @@ def test_a_stopped_run_continues_and_other_settings_are_refused(tmp_path, monkey
 
 
 def test_too_few_rollouts_or_problems_for_an_interval_are_refused():
-    with pytest.raises(ConfigError, match="num_rollouts: must be an even number of at least 4, .*, got 2; take 16"):
+    with pytest.raises(ConfigError, match=r"num_rollouts: must be an even number of at least 4, .*, got 2; take 16"):
         benched(["flow"], num_rollouts=2)
     with pytest.raises(ConfigError, match="num_rollouts: must be an even number"):
         benched(["flow"], num_rollouts=5)
