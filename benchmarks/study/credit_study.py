@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,7 @@ def figure_of(runs: list[Run], metric: str) -> dict[int, float]:
 
 
 def compare(
-    found: dict[tuple[str, str], list[Run]], pairs: list[tuple[str, str, str]], metric: str, family: str
+    found: dict[tuple[str, str], list[Run]], pairs: Sequence[tuple[str, str, str]], metric: str, family: str
 ) -> list[dict[str, Any]]:
     """Test (level, arm, baseline) triples as one family; a pair with fewer than two shared seeds is left out."""
     tests = []

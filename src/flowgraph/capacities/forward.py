@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from flowgraph.attention.interception import AttentionCall
 from flowgraph.attention.layer_record import LayerRecord, in_steps
 from flowgraph.capacities.tape import MAX_BLOCK, Tape, TapeLayer
+from flowgraph.errors import InvalidInputError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -99,6 +99,7 @@ class TiedScores:
 
 
 CreditFunction = Callable[[CreditInput], Float[Tensor, "batch response"] | TiedScores]
+_Function = TypeVar("_Function", bound=CreditFunction)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def credit_rule(
     sign: Sign = "all",
     own_pass: str = "",
     whole_batch: bool = False,
-) -> Callable[[CreditFunction], CreditFunction]:
+) -> Callable[[_Function], _Function]:
     """Register a function as a credit rule.
 
     Args:
@@ -188,7 +189,7 @@ def credit_rule(
         'Later tokens score higher.'
     """
 
-    def register(function: CreditFunction) -> CreditFunction:
+    def register(function: _Function) -> _Function:
         known = _RULES.get(name)
         # A module that is loaded twice (a notebook cell, a test run) registers its own function again.
         if known is not None and _place(known.function) != _place(function):

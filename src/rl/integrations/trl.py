@@ -142,7 +142,8 @@ class TokenCredit(_GRPOTrainer):
         def mean_over_batch(ties: Float[Tensor, " chosen"]) -> float:
             """Add sums and counts over all processes."""
             own = torch.stack([ties.double().sum(), torch.tensor(ties.numel(), dtype=torch.float64, device=device)])
-            total, count = self.accelerator.reduce(own, reduction="sum").tolist()
+            reduced: Any = self.accelerator.reduce(own, reduction="sum")
+            total, count = reduced.tolist()
             return total / count if count else 0.0
 
         if parts:

@@ -141,15 +141,16 @@ def step_averages(updates: Averages, experience: Experience, config: PPOConfig, 
 
 
 def _add_weight_figures(averages: Averages, experience: Experience) -> None:
-    """Add how unevenly the weights fall on tokens, and on which they must not fall unevenly.
+    """Add how unevenly the weights fall on the tokens of a response, and on which they must not fall unevenly.
 
     An end token or an answer opener with a low weight teaches wrong lengths; unanchored responses have weights of 1.
     """
     responses = experience.responses
     weights = experience.policy_weights
-    of_tokens = weights[responses.response_mask]
-    averages.add("weight_gini", gini(of_tokens) * of_tokens.numel(), of_tokens.numel())
-    averages.add("effective_token_ratio", effective_token_ratio(of_tokens) * of_tokens.numel(), of_tokens.numel())
+    # Means over responses, so that any split of the batch over processes gives the same figure.
+    for row, mask in zip(weights, responses.response_mask, strict=True):
+        averages.add("weight_gini", gini(row[mask]), 1)
+        averages.add("effective_token_ratio", effective_token_ratio(row[mask]), 1)
 
     for name, chosen in (("end", end_tokens(responses)), ("answer_opener", answer_openers(responses))):
         averages.add(f"weight_{name}", weights[chosen].sum(), chosen.sum())

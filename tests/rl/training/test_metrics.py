@@ -50,9 +50,11 @@ def test_a_step_logs_what_its_weights_do():
     assert openers
     assert means["weight_answer_opener"] == pytest.approx(sum(openers) / len(openers))
 
-    of_tokens = column[responses.response_mask]
-    assert means["weight_gini"] == pytest.approx(gini(of_tokens))
-    assert means["effective_token_ratio"] == pytest.approx(effective_token_ratio(of_tokens))
+    of_responses = [row[mask] for row, mask in zip(column, responses.response_mask, strict=True)]
+    unevenness = [gini(weights) for weights in of_responses]
+    effective = [effective_token_ratio(weights) for weights in of_responses]
+    assert means["weight_gini"] == pytest.approx(sum(unevenness) / len(unevenness))
+    assert means["effective_token_ratio"] == pytest.approx(sum(effective) / len(effective))
     assert experience.credit.unanchored is not None
     assert means["unanchored_share"] == pytest.approx(float(experience.credit.unanchored.float().mean()))
     assert 0 < means["unanchored_share"] < 1
