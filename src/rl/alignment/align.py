@@ -329,6 +329,7 @@ def _signed_decisive(batch: _Batch, seed: int, number: int) -> Float[Tensor, "ba
     oracle = batch.responses.oracle
     if oracle is None:
         return torch.zeros_like(batch.base)
+    # Random signs make the square of the sum a sum of squares on average.
     random = generator(seed, "probe", number)
     signs = torch.randint(2, oracle.shape, generator=random) * 2.0 - 1.0
     return torch.where(oracle & batch.loss_mask, signs, 0.0)

@@ -145,6 +145,7 @@ class CreditAuc:
             OutputError: the file cannot be written.
         """
         run = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rules", "best")}
+        # Each row repeats the run, so that rows of several files can be joined.
         rows = []
         for row in self.table():
             is_best = self.best is not None and row["rule"] == self.best.rule
@@ -287,6 +288,7 @@ class _Run:
             config.max_response_tokens,
             config.stop_strings,
         )
+        # A batch is scored before the next one is sampled, so the memory does not grow with the run.
         for start in range(0, num_problems, config.num_prompts):
             stop = min(start + config.num_prompts, num_problems)
             samples = draw_samples(self._task, "train", range(start, stop))
@@ -323,6 +325,7 @@ class _Run:
         self._add("", "length", responses.response_mask.sum(1))
 
         _, credits = score_arms(self._policy, responses, list(self._settings.values()), self._config, step=step)
+        # A few numbers a response are kept of each setting.
         for name, credit in zip(self._settings, credits, strict=True):
             decisive, detours, others = _groups_of_tokens(responses, credit.scored)
             self._add(name, "auc", within_auc(credit.scores, decisive, detours))
@@ -394,6 +397,7 @@ def _gini(credit: Credit) -> Float64[Tensor, " batch"]:
 
     :math:`\frac{2 \sum_i i\, w_{(i)}}{n \sum w} - \frac{n + 1}{n}` with ascending :math:`w_{(i)}`.
     """
+    # Only the weights that compete are compared with each other.
     found = []
     for weights, is_scored in zip(credit.weights, credit.scored, strict=True):
         ascending = weights[is_scored].double().sort().values
@@ -454,6 +458,7 @@ def _best_graph(run: _Run, names: Sequence[str], *, seed: int, resamples: int) -
     Raises:
         TaskError: no response of the first half has both groups of tokens.
     """
+    # The largest of many values is too high where it was chosen; the other half has no part in the choice.
     groups = torch.tensor(run.groups, dtype=torch.int64)
     is_choice = groups % 2 == 0
     best: str | None = None

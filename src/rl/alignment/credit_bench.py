@@ -235,6 +235,7 @@ def credit_bench(
     problems = make_task(task)
     name = model_name(model)
 
+    # One problem after another: its rollouts, then the figures of every rule on its responses.
     with policy_on(model, config) as policy:
         sampler = Sampler(
             model=policy.causal_lm,
@@ -308,6 +309,7 @@ def _problem_figures(
 ) -> _ProblemFigures:
     """Score every setting on the responses to one problem."""
     config = sampler.config
+    # Credit as training would give it, from the ids that the values belong to.
     responses = judged_again(sampler, measured)
     _, credits = score_arms(policy, responses, list(arms.values()), config, step=measured[0].problem)
     halves = [_advantages(one) for one in measured]
@@ -324,12 +326,14 @@ def _problem_figures(
         unit_of_token = _unit_of_token(one.prefixes)
         is_scored = credits[0].scored[row, : len(one.ids)]
         competes = torch.zeros(len(first), dtype=torch.bool).index_fill(0, unit_of_token[is_scored], True)
+        # The product of separate estimates has no noise on average; the square of their mean has.
         product = first * second
         mean = (first + second) / 2
         size = _size(mean)[competes]
         squares += torch.stack([product.sum(), mean.square().sum()])
         competing += torch.stack([product[competes].sum(), competes.double().sum()])
         reliability[row] = _spearman(_size(first)[competes], _size(second)[competes])
+        # Each rule against the same truth.
         for index, credit in enumerate(credits):
             score = _unit_scores(credit, row, unit_of_token, len(first))[competes]
             rank[index, row] = _spearman(score, size)
@@ -337,6 +341,7 @@ def _problem_figures(
             top = _top(score, share)
             in_top[index] += torch.stack([product[competes][top].sum(), torch.tensor(float(len(top))).double()])
 
+    # The weights act on the gradient, so they are measured there.
     products, true_square = _gradient_products(policy, responses, measured, halves, credits, arms, config)
     return _ProblemFigures(
         problem=measured[0].problem,
@@ -367,6 +372,7 @@ def _size(advantages: Float64[Tensor, " units"]) -> Float64[Tensor, " units"]:
 
 def _unit_of_token(prefixes: Sequence[int]) -> Int64[Tensor, " tokens"]:
     """Return the number of the unit that each token is in."""
+    # Two neighbouring prefixes differ by the tokens of one unit.
     lengths = torch.tensor(list(prefixes), dtype=torch.int64).diff()
     return torch.arange(len(lengths)).repeat_interleave(lengths)
 
@@ -446,6 +452,7 @@ def _gradient_products(
     factors = []
     for credit, arm in zip(credits, arms.values(), strict=True):
         factors.append(advantages * loss_weights(credit, advantages, mask, arm))
+    # The true advantages of both halves, as fields of the same kind.
     for half in (0, 1):
         true = torch.zeros(mask.shape, dtype=torch.float32)
         for row, one in enumerate(measured):
@@ -454,6 +461,7 @@ def _gradient_products(
         factors.append(true)
 
     gradients = policy_gradients(policy, responses, factors, config).double()
+    # All gradients come from one forward pass.
     own = gradients[:-2]
     first = gradients[-2]
     second = gradients[-1]
@@ -482,14 +490,17 @@ def _result(parts: Sequence[_ProblemFigures], names: Sequence[str], *, run: _Run
     drawn = resampled_sums(squares, seed=run.seed, resamples=resamples)
     signal = _figure(_ratio(squares.sum(1)[None]), _ratio(drawn))
 
+    # The gain over uniform is a difference on the same resamples.
     cosines = [_cosines(parts, index, seed=run.seed, resamples=resamples) for index in range(len(names))]
     rows = []
     for index, name in enumerate(names):
         rank = _mean_of_responses(parts, "rank", index, run.seed, resamples)
         top = torch.stack([torch.stack([part.in_top[index, 0], part.competing[0]]) for part in parts], 1)
+        # Resampling problems moves numerator and denominator together.
         drawn_top = resampled_sums(top, seed=run.seed, resamples=resamples)
         num_top = sum(float(part.in_top[index, 1]) for part in parts)
         num_competing = sum(float(part.competing[1]) for part in parts)
+        # Noise in the truth lowers its correlation with anything by the root of its reliability.
         corrected = None
         if rank.value is not None and reliability is not None:
             corrected = rank.value / math.sqrt(reliability)

@@ -43,6 +43,7 @@ def graphs_of(setting: CreditConfig, model: nn.Module) -> list[CreditConfig]:
     is_sharp = any(need.power is not None for need in rule.needs.values())
     graphs = []
     for layers in _layer_choices(model):
+        # The power only matters to rules that have one.
         for heads in HEADS:
             if not is_sharp:
                 graphs.append(replace(setting, layers=layers, heads=heads))

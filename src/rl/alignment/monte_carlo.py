@@ -103,6 +103,7 @@ class Sampler:
         """
         config = self.config
         encoder = self.encoder()
+        # The responses themselves, as training would sample them.
         (sample,) = draw_samples(self.task, "train", [problem])
         generated = sample_responses(
             self.model,
@@ -117,6 +118,7 @@ class Sampler:
         responses = judge(self.task, self.tokenizer, [sample] * config.group_size, generated)
         prompt = encoder.ids(sample)
 
+        # The value of every prefix of each response.
         measured = []
         for number in range(config.group_size):
             is_token = responses.response_mask[number]
@@ -125,6 +127,7 @@ class Sampler:
             # The first K rollouts from the prompt are the separate estimate of its value.
             starts = [0, *prefixes[:-1]]
             rewards = self._rewards(encoder, sample, prompt, ids, starts, number)
+            # The value behind the last token is the reward: it is known, and has no noise.
             half = self.num_rollouts // 2
             reward = float(responses.rewards[number])
             measured.append(
@@ -146,6 +149,7 @@ class Sampler:
         """Return the prefixes that get a value: before every token, or before every step; the whole response last."""
         if self.step_end is None:
             return list(range(len(ids) + 1))
+        # Steps end in the text, prefixes at tokens.
         encoded = encode(self.tokenizer, sample.prompt, ids, warn=False)
         ends = [match.end() for match in re.finditer(self.step_end, encoded.text[encoded.response_start :])]
         prefixes = [0]
@@ -172,6 +176,7 @@ class Sampler:
         """
         jobs = [(place, copy) for place in range(len(starts)) for copy in range(self.num_rollouts)]
         rewards: list[list[float]] = [[] for _ in starts]
+        # Continuations of several prefixes share a batch, so that short responses fill it too.
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
             prefixes = [ids[: starts[place]] for place, _ in part]
@@ -187,6 +192,7 @@ class Sampler:
     ) -> Generated:
         """Sample a continuation of each prefix, and return the whole responses."""
         config = self.config
+        # The shortest prefix has most tokens left; the others are cut at the limit afterwards.
         shortest = min(len(prefix) for prefix in prefixes)
         generated = generate(
             self.model,
@@ -221,6 +227,7 @@ def as_generated(
     prompt: Sequence[int], responses: Sequence[Sequence[int]], truncated: Sequence[bool], ending: Ending
 ) -> Generated:
     """Return responses to one prompt as the record that generation returns."""
+    # Prompts are padded on the left and responses on the right; one prompt needs no padding.
     longest = max(len(response) for response in responses)
     input_ids = torch.full((len(responses), len(prompt) + longest), ending.pad_id, dtype=torch.int64)
     response_mask = torch.zeros(len(responses), longest, dtype=torch.bool)
@@ -277,6 +284,7 @@ class ValuesFile:
         self._known: dict[int, list[PrefixValues]] = {}
         if path is None:
             return
+        # Through JSON, so that tuples compare equal to the lists that a file holds.
         header = {"schema": SCHEMA, **json.loads(json.dumps(settings))}
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -317,6 +325,7 @@ class ValuesFile:
                 f"out: must hold values of a credit benchmark, got {self._path}, which is something else; choose "
                 "another folder"
             ) from error
+        # Values of another model, task or length would be mixed with those of this run.
         different = [name for name in header if found.get(name) != header[name]]
         if different:
             name = different[0]

@@ -263,6 +263,7 @@ def projected_cosines(
     off_diagonal = 1 - torch.eye(n, dtype=torch.float64)
     gradients = arm * off_diagonal
     true_gradients = uniform * off_diagonal
+    # A replicate drops a batch everywhere: as gradient, in the estimate of the true one, and as probe.
     values = []
     for keep in _kept_batches(n):
         # T_b along probe c: the sum over the batches d of the replicate, without b and without c.

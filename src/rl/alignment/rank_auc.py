@@ -92,6 +92,7 @@ def mean_over_problems(
         MeanWithInterval(value=0.75, low=0.5, high=1.0, n=2)
     """
     is_defined = ~values.isnan()
+    # A response without both groups has no value, and a run may have none that has.
     if not bool(is_defined.any()):
         return MeanWithInterval(None, None, None, 0)
     num_defined = int(is_defined.sum())

@@ -99,6 +99,7 @@ def print_auc(found: CreditAuc) -> None:
     screen.print(rows)
 
     figures = ("end token", "answer opener", "Gini", "effective", "unanchored failures")
+    # The weights of the arm's shape: a rule may rank well and still starve the end token.
     weights = table("weights of", *figures, figures=True)
     for row in shown:
         weights.add_row(
@@ -111,6 +112,7 @@ def print_auc(found: CreditAuc) -> None:
         )
     screen.print(weights)
 
+    # What the figures rest on.
     screen.print(
         f"{found.num_responses} responses to {found.num_problems} problems, {found.num_unanswered} without an answer, "
         f"mean reward {found.reward:.3f}, {found.response_tokens:.1f} tokens a response",

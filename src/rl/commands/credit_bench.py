@@ -104,6 +104,7 @@ def print_credit_bench(found: CreditBench) -> None:
             _figure(row.cosine_gain),
         )
     screen.print(rows)
+    # The truth is an estimate, so its quality belongs beside the scores.
     reliability = "-" if found.reliability is None else f"{found.reliability:.2f}"
     screen.print(
         f"{found.num_responses} responses to {found.num_problems} problems, {found.num_units} advantages per "

@@ -38,6 +38,7 @@ def print_curves(curves: list[Curve], window: int) -> None:
     """Print a line of blocks for each run, all on one scale, with the mean reward of the run and of its ends."""
     from rl.reports.curves import sparkline
 
+    # One scale for all, so that heights can be compared.
     smooth = [curve.smooth(window) for curve in curves]
     low = min(min(values) for values in smooth)
     high = max(max(values) for values in smooth)

@@ -49,12 +49,14 @@ def _other_credit(rollout: Path, rules: str) -> dict[str, Credit]:
     from rl.policy.loading import load_policy
     from rl.rollouts.rollout_file import load_rollout
 
+    # The rules are checked before the model is loaded.
     arms = named_arms(split_arms(rules))
     loaded = load_rollout(rollout)
     # A run keeps its rollouts in a folder of their own.
     folder = policy_folder(rollout.parent.parent)
     model, _ = load_policy(loaded.info["model"], "auto", None, folder)
     policy = ActorCritic(model, LoraConfig(), critic=False)
+    # Seed and step are those of the run, so that rules that draw give what they would have given there.
     scored = score_with_settings(
         policy,
         loaded.experience.responses,

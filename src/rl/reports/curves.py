@@ -71,6 +71,7 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int) -> s
         >>> sparkline([0.0, 0.5, 1.0], 0.0, 1.0, width=10)
         '▁▅█'
     """
+    # Neighbouring values share a column where there are too many.
     num_columns = min(width, len(values))
     text = ""
     for column in range(num_columns):
@@ -103,6 +104,7 @@ def plot_curves(curves: Sequence[Curve], path: str | Path, *, window: int) -> Pa
     for number, curve in enumerate(curves):
         colour = _COLOURS[number % len(_COLOURS)]
         style = _STYLES[number % len(_STYLES)]
+        # The steps themselves are pale: one step is a few responses.
         axes.plot(curve.steps, curve.rewards, ".", color=colour, alpha=0.25, markersize=3)
         label = f"{curve.name}: {curve.area:.3f} over the run"
         axes.plot(curve.steps, curve.smooth(window), style, color=colour, label=label)
