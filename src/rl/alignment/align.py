@@ -399,10 +399,10 @@ def _report(
     cosine = [cosines(kind, uniform) for kind in products]
     ratio = [multipliers(kind, cosine[0]) for kind in cosine]
 
-    # Without decisive tokens every probe is 0.
-    decisive: list[Float64[Tensor, " replicates"]] = []
-    if any(batch.responses.oracle is not None for batch in batches):
-        decisive = [projected_cosines(along, measured.along_probes[0]) for along in measured.along_probes]
+    # Without decisive tokens, or with too few for every replicate, the probes are 0 and the ratio is not defined.
+    decisive = [projected_cosines(along, measured.along_probes[0]) for along in measured.along_probes]
+    if bool((decisive[0] == 0).any()):
+        decisive = []
 
     # The three blocks of products: weighted gradients, selected tokens, other tokens.
     of_weighted = range(num_arms)

@@ -41,7 +41,8 @@ def plot_auc(found: CreditAuc, path: str | Path) -> Path:
     _draw(axes, rows, against_detours=True)
     _draw(axes, rows, against_detours=False)
 
-    axes.set_xlim(0, 1)
+    # A little room, so that markers at 0 and 1 are whole.
+    axes.set_xlim(-0.02, 1.02)
     axes.set_yticks(range(len(rows)), [row.rule for row in rows])
     axes.set_xlabel("AUC of decisive tokens (.5 = cannot tell them apart), 95 % interval over problems")
     axes.set_title(f"{found.num_responses} responses to {found.num_problems} problems", loc="left")

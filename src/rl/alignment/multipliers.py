@@ -61,7 +61,7 @@ class ArmAlignment:
         cosine: cosine with the mean uniform gradient of the other batches, averaged over batches.
         multiplier: sample multiplier ``(cosine / cosine of uniform) ** 2``, negative where the cosines differ in sign.
         decisive_multiplier: the same ratio with signal and noise measured along the score functions of the decisive
-            tokens alone, see :func:`projected_cosines`; None where the task names no decisive tokens.
+            tokens alone, see :func:`projected_cosines`; None where the batches hold no, or too few, decisive tokens.
         signal_share: share of the true gradient's signal that the selected tokens carry; None without selected tokens.
         token_share: share of the tokens that are selected; tokens drawn at random have this signal share.
         only_selected: multiplier of the uniform gradient of the selected tokens alone; None without selected tokens.
