@@ -88,3 +88,28 @@ def path_marks(response: str) -> tuple[list[Span], list[Span], list[Span]]:
                     unused.append(span)
         start += len(walk) + 1
     return used, sorted(last.values()), unused
+
+
+def program_marks(prompt: str, response: str) -> tuple[list[Span], list[Span]]:
+    """Decisive tokens and detours of a response to a program: what is stated of needed variables, and of the others."""
+    wanted = needed(prompt)
+    marks: tuple[list[Span], list[Span]] = ([], [])
+    trace = response.split("#")[0]
+    position = 0
+    while position < len(trace):
+        spans: list[Span] = []
+        start = position + 1
+        # A right-hand side is four characters, a value is two; a line without a value states nothing.
+        side = trace[start : start + 4]
+        if len(side) == 4 and side[0] == "=" and side[1] in NODES and side[2] == "+" and side[3] in "34567":
+            spans.append((start, start + 4))
+            start += 4
+        value = trace[start : start + 2]
+        is_line = trace[position] in NODES and len(value) == 2 and value[0] == "=" and value[1] in "0123456789"
+        if is_line:
+            spans.append((start, start + 2))
+            marks[0 if trace[position] in wanted else 1].extend(spans)
+            position = start + 2
+        else:
+            position += 1
+    return marks

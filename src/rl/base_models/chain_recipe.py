@@ -20,6 +20,7 @@ from rl.base_models.recipe import SEE_RECIPE, Recipe
 from rl.base_models.vocabulary import Vocabulary
 from rl.config import at_least, between, broken_rule, in_unit_interval
 from rl.tasks.chain import Chain, correct_sum, demonstration, first_error
+from rl.tasks.registry import make_task
 
 # The pairs make a variable that is defined another token than one that is referred to. With single characters alone,
 # lookups were learned so slowly that after 2000 updates they still were three in ten of the first errors.
@@ -107,7 +108,9 @@ class ChainRecipe(Recipe):
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Measure the model on the default task, by number of hops."""
-        return measure(model, tokenizer, Chain(), num_problems=self.evaluate, group_by="hops", first_error=first_error)
+        return measure(
+            model, tokenizer, make_task("chain"), num_problems=self.evaluate, group_by="hops", first_error=first_error
+        )
 
     def task_settings(self) -> dict[str, Any]:
         """Return the options of the default task."""

@@ -15,6 +15,7 @@ from rl.base_models.recipe import SEE_RECIPE, Recipe
 from rl.base_models.vocabulary import Vocabulary
 from rl.config import at_least, in_unit_interval, positive
 from rl.tasks.path_search import NAMES, USUAL_WRONG_STEPS, PathSearch, demonstration
+from rl.tasks.registry import make_task
 
 _DEMONSTRATION_STREAM = 1_000_003
 """Added to the seed of the problems, so that demonstrations and training runs draw from different streams."""
@@ -51,7 +52,9 @@ class PathSearchRecipe(Recipe):
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Measure the model on the default task."""
-        return measure(model, tokenizer, PathSearch(), num_problems=self.evaluate, num_samples=2, max_new_tokens=64)
+        return measure(
+            model, tokenizer, make_task("pathsearch"), num_problems=self.evaluate, num_samples=2, max_new_tokens=64
+        )
 
     def task_settings(self) -> dict[str, Any]:
         """Return the options of the default task."""

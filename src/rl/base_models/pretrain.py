@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rl.base_models.chain_recipe import ChainRecipe
 from rl.base_models.path_search_recipe import PathSearchRecipe
 from rl.base_models.program_recipe import ProgramRecipe
 from rl.base_models.recipe import Cycle, Recipe
-from rl.base_models.vocabulary import CONTEXT
+from rl.base_models.vocabulary import CONTEXT, NO_TARGET
 from rl.base_models.wandering_recipe import WanderingRecipe
 from rl.errors import ConfigError
 from rl.folders import new_folder
@@ -165,7 +167,7 @@ def _train_cycle(
         # Padding is on the right, where causal attention hides it from every token that counts: no mask is needed.
         logits = model(input_ids=input_ids, use_cache=False).logits
         # The logits of a position predict the next token.
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        loss = _weighted_loss(logits[:, :-1], targets[:, 1:], recipe.vocabulary.ids["#"], cycle.answer_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,6 +175,22 @@ def _train_cycle(
         losses.append(loss.item())
         if progress is not None:
             progress(len(losses), losses[-1])
+
+
+def _weighted_loss(
+    logits: Float[Tensor, "batch tokens vocabulary"],
+    targets: Int64[Tensor, "batch tokens"],
+    answer_id: int,
+    answer_weight: float,
+) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy of the targets, in nats per token, with more weight on those from ``#`` on."""
+    if answer_weight == 1:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    is_answer = (targets == answer_id).cumsum(1) > 0
+    # Positions that are no target have loss 0, and must have weight 0.
+    weights = torch.where(is_answer, answer_weight, 1.0) * (targets != NO_TARGET)
+    return (weights.flatten() * losses).sum() / weights.sum()
 
 
 def _learning_rate(cycle: Cycle, warmup_steps: int, step: int) -> float:

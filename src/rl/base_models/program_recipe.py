@@ -12,6 +12,7 @@ from rl.base_models.vocabulary import Vocabulary
 from rl.config import at_least, positive
 from rl.tasks.definitions import ADDENDS, USUAL_MISTAKES
 from rl.tasks.program import NAMES, Program, demonstration
+from rl.tasks.registry import make_task
 
 _ROOTS = [f"={digit}" for digit in range(10)]
 _RIGHT_SIDES = [f"={name}+{addend}" for name in NAMES for addend in ADDENDS]
@@ -47,7 +48,9 @@ class ProgramRecipe(Recipe):
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Measure the model on the default task."""
-        return measure(model, tokenizer, Program(), num_problems=self.evaluate, num_samples=2, max_new_tokens=64)
+        return measure(
+            model, tokenizer, make_task("program"), num_problems=self.evaluate, num_samples=2, max_new_tokens=64
+        )
 
     def task_settings(self) -> dict[str, Any]:
         """Return the options of the default task."""

@@ -19,10 +19,12 @@ class Cycle(NamedTuple):
     Attributes:
         steps: optimizer updates.
         learning_rate: highest, after the warm-up.
+        answer_weight: weight of the loss from the ``#`` on, relative to the tokens before.
     """
 
     steps: int
     learning_rate: float
+    answer_weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

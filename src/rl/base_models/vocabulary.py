@@ -16,7 +16,8 @@ CONTEXT = 256
 """Most tokens of a prompt and its response."""
 
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
-_NO_TARGET = -100
+NO_TARGET = -100
+"""The target of positions that are not trained on, which the cross-entropy of torch ignores."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Vocabulary:
         ]
         shape = (len(rows), max(len(sequence) for sequence in sequences))
         input_ids = torch.full(shape, self.pad_id)
-        targets = torch.full(shape, _NO_TARGET)
+        targets = torch.full(shape, NO_TARGET)
         for row, (prompt_ids, sequence) in enumerate(zip(prompts, sequences, strict=True)):
             start = len(prompt_ids)
             end = len(sequence)

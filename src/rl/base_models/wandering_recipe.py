@@ -16,6 +16,7 @@ from rl.base_models.recipe import SEE_RECIPE, Cycle, Recipe
 from rl.base_models.vocabulary import Vocabulary
 from rl.config import at_least, in_unit_interval, positive
 from rl.tasks.definitions import ADDENDS, USUAL_MISTAKES
+from rl.tasks.registry import make_task
 from rl.tasks.wandering import FILLERS, LEVELS, NAMES, SEPARATORS, Wandering, demonstration
 
 _ROOTS = [f"={digit}" for digit in range(10)]
@@ -70,10 +71,24 @@ class WanderingRecipe(Recipe):
     second_learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 2e-3
     """Highest learning rate of the second cycle."""
 
+    third_steps: Annotated[int, at_least(0, SEE_RECIPE)] = 600
+    """Updates of a third cycle, with the levels of the second. After two cycles, a third of the answers of level 0:5
+    did not repeat the value that had been computed, because their few tokens are a small part of the loss."""
+
+    third_learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 1.5e-3
+    """Highest learning rate of the third cycle."""
+
+    answer_weight: Annotated[float, at_least(1, SEE_RECIPE)] = 8.0
+    """Weight of the loss from the ``#`` on in the third cycle."""
+
     @property
     def cycles(self) -> list[Cycle]:
-        """Return both cycles."""
-        return [Cycle(self.steps, self.learning_rate), Cycle(self.second_steps, self.second_learning_rate)]
+        """Return the three cycles."""
+        return [
+            Cycle(self.steps, self.learning_rate),
+            Cycle(self.second_steps, self.second_learning_rate),
+            Cycle(self.third_steps, self.third_learning_rate, self.answer_weight),
+        ]
 
     def level_weights(self, step: int) -> list[float]:
         """Return the relative probability of every level, in the order of :data:`rl.tasks.wandering.LEVELS`."""
@@ -108,7 +123,7 @@ class WanderingRecipe(Recipe):
             results[level] = measure(
                 model,
                 tokenizer,
-                Wandering(level=level),
+                make_task("wandering", level=level),
                 num_problems=self.evaluate,
                 num_samples=1,
                 max_new_tokens=128,

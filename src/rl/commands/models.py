@@ -16,7 +16,9 @@ from rl.errors import ConfigError
 
 def pretrain_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new model.")],
-    task: Annotated[str, typer.Option("--task", "-t", help="'chain', 'wandering' or 'pathsearch'.")] = "chain",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="'chain', 'wandering', 'pathsearch' or 'program'.")
+    ] = "chain",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="NAME=VALUE of the recipe, such as steps=300 or width=64; may be repeated."),
@@ -34,9 +36,8 @@ def pretrain_command(
         kind = find_recipe(task)
         _check_names(options, [item.name for item in fields(kind)])
         recipe = kind(**options)
-        report = pretrain(
-            out, recipe, progress=lambda step, loss: progress(f"update {step}/{recipe.steps}, loss {loss:.3f}")
-        )
+        total = sum(cycle.steps for cycle in recipe.cycles)
+        report = pretrain(out, recipe, progress=lambda step, loss: progress(f"update {step}/{total}, loss {loss:.3f}"))
 
     typer.echo(f"wrote {out}: {report['num_parameters']:,} parameters")
     for name, measured in measurements(report).items():

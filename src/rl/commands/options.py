@@ -10,15 +10,17 @@ import typer
 from flowgraph import OutputError
 
 TASKS = (
-    "'chain', 'wandering', 'pathsearch', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME', a .jsonl or "
-    ".parquet file or 'datasets:NAME'"
+    "'chain', 'wandering', 'pathsearch', 'program', 'countdown', 'gsm_symbolic', 'chain_sum', 'reasoning_gym:NAME', a "
+    ".jsonl or .parquet file or 'datasets:NAME'"
 )
 """The values of ``--task``, for help texts."""
 
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="A model name, a folder, or a shipped model: 'chain', 'wandering', 'pathsearch'."
+        "--model",
+        "-m",
+        help="A model name, a folder, or a shipped model: 'chain', 'wandering', 'pathsearch', 'program'.",
     ),
 ]
 TaskModel = Annotated[

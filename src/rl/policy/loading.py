@@ -124,8 +124,8 @@ def load_base_model(model: str | Path) -> tuple[Any, Any]:
     """Load the base model of one of the package's own tasks, and its tokenizer.
 
     Args:
-        model: name of a shipped model (``"chain"``, ``"pathsearch"`` or ``"wandering"``), or a folder that
-            ``flowgraph-rl pretrain`` wrote.
+        model: name of a shipped model (``"chain"``, ``"pathsearch"``, ``"program"`` or ``"wandering"``), or a folder
+            that ``flowgraph-rl pretrain`` wrote.
 
     Returns:
         The model, in float32 and evaluation mode, and its tokenizer.

@@ -38,6 +38,7 @@ SHIPPED_MODELS = {
     for model in (
         ShippedModel("chain", max_response_tokens=48),
         ShippedModel("pathsearch", max_response_tokens=64),
+        ShippedModel("program", max_response_tokens=48),
         ShippedModel("wandering", max_response_tokens=128),
     )
 }

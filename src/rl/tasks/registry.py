@@ -13,7 +13,7 @@ from rl.tasks.tables import DATASET_PREFIX, is_dataset, is_table
 if TYPE_CHECKING:
     from rl.tasks.base import Task
 
-OWN_NAMES = ("chain", "pathsearch", "wandering")
+OWN_NAMES = ("chain", "pathsearch", "program", "wandering")
 """The package's own tasks, whose decisive tokens and detours are known."""
 
 GYM_NAMES = ("chain_sum", "countdown", "gsm_symbolic")
@@ -27,9 +27,9 @@ def task_names() -> list[str]:
     """List the names that :func:`make_task` accepts; each of the last four is a pattern for many.
 
     Example:
-        >>> task_names()[:6]
-        ['chain', 'chain_sum', 'countdown', 'gsm_symbolic', 'pathsearch', 'wandering']
-        >>> task_names()[6:]
+        >>> task_names()[:7]
+        ['chain', 'chain_sum', 'countdown', 'gsm_symbolic', 'pathsearch', 'program', 'wandering']
+        >>> task_names()[7:]
         ['reasoning_gym:<dataset>', 'datasets:<name>', '<path>.parquet', '<path>.jsonl']
     """
     patterns = [f"{_GYM_PREFIX}<dataset>", f"{DATASET_PREFIX}<name>", "<path>.parquet", "<path>.jsonl"]
@@ -41,7 +41,8 @@ def make_task(task: Any, **options: Any) -> Task:
 
     Args:
         task: one of the package's own, ``"chain"`` (:class:`rl.tasks.chain.Chain`), ``"pathsearch"``
-            (:class:`rl.tasks.path_search.PathSearch`) or ``"wandering"`` (:class:`rl.tasks.wandering.Wandering`);
+            (:class:`rl.tasks.path_search.PathSearch`), ``"program"`` (:class:`rl.tasks.program.Program`) or
+            ``"wandering"`` (:class:`rl.tasks.wandering.Wandering`);
             ``"countdown"``, ``"gsm_symbolic"``, ``"chain_sum"`` or ``"reasoning_gym:<dataset>"``
             (:class:`rl.tasks.procedural.Procedural`); a path that ends in ``.jsonl`` or ``.parquet``, a folder of
             ``Dataset.save_to_disk``, or ``"datasets:NAME"`` for a dataset of the library datasets, or such a dataset
@@ -90,6 +91,10 @@ def _own_task(name: str) -> Callable[..., Any]:
         from rl.tasks.path_search import PathSearch
 
         return PathSearch
+    if name == "program":
+        from rl.tasks.program import Program
+
+        return Program
     from rl.tasks.wandering import Wandering
 
     return Wandering

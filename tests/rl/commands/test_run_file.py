@@ -50,7 +50,7 @@ def test_settings_win_over_flags_and_flags_over_the_file(tmp_path: Path):
 
 
 def test_a_task_of_the_package_brings_its_model_and_its_limits(tmp_path: Path):
-    for task, limit in (("chain", 48), ("wandering", 128), ("pathsearch", 64)):
+    for task, limit in (("chain", 48), ("wandering", 128), ("pathsearch", 64), ("program", 48)):
         run = read(task=task)
         assert (run.model, run.config.max_response_tokens, run.config.learning_rate) == (task, limit, 1e-3)
         assert run.output == Path(f"runs/{task}-flow")
