@@ -83,7 +83,8 @@ class SharpOptions:
     def need(self) -> AttentionNeed:
         """Return the attention to record."""
         place = "max" if self.heads == "max" else self.place
-        return AttentionNeed(layers=self.layers, power=float(self.power), place=place)
+        layers = tuple(self.layers) if isinstance(self.layers, list) else self.layers
+        return AttentionNeed(layers=layers, power=float(self.power), place=place)
 
     def edge_rules(self, convention: Any) -> EdgeRules:
         """Return how the recorded rows become edges."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from flowgraph import MissingExtraError
 from rl.config import CreditConfig
 from rl.credit.ratings import Ratings, rate_tokens, weigh_tokens
+from rl.credit.weights import effective_token_ratio, gini
 from rl.errors import ConfigError
 from rl.integrations.tensors import (
     FindAnswer,
@@ -99,11 +101,12 @@ class TokenCredit(_GRPOTrainer):
         output["advantages"] = scale_advantages(
             output["advantages"], mask, credit, self.credit, progress=min(1.0, progress)
         )
-        self._log_credit(credit.weights[mask], time.perf_counter() - started)
+        self._log_credit(credit, mask, time.perf_counter() - started)
         return output
 
-    def _log_credit(self, weights: Float[Tensor, " tokens"], seconds: float) -> None:
-        """Add mean weight, share of raised tokens and time to TRL's metrics; no tokens give 1 and 0."""
+    def _log_credit(self, credit: Credit, mask: Bool[Tensor, "batch response"], seconds: float) -> None:
+        """Add figures of the weights and the time to TRL's metrics; no tokens give those of equal weights."""
+        weights = credit.weights[mask]
         mean = 1.0
         raised_share = 0.0
         if weights.numel() > 0:
@@ -114,8 +117,20 @@ class TokenCredit(_GRPOTrainer):
         metrics["credit/raised_share"].append(raised_share)
         metrics["credit/seconds"].append(seconds)
 
+        # The unevenness within each response that has tokens.
+        of_responses = [row[chosen] for row, chosen in zip(credit.weights, mask, strict=True) if bool(chosen.any())]
+        count = max(1, len(of_responses))
+        metrics["credit/weight_gini"].append(sum(map(gini, of_responses)) / count)
+        effective = [effective_token_ratio(of_response) for of_response in of_responses]
+        metrics["credit/effective_token_ratio"].append(sum(effective) / count if effective else 1.0)
+        if credit.unanchored is not None:
+            metrics["credit/unanchored_share"].append(float(credit.unanchored.float().mean()))
+
     def _token_credit(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> Credit:
-        """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``)."""
+        """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``).
+
+        ``unanchored`` describes the sequences that TRL did not mask.
+        """
         mask = output["completion_mask"].bool()
         kept = mask.any(1).nonzero().flatten().tolist()
         size = self.args.per_device_train_batch_size
@@ -134,6 +149,7 @@ class TokenCredit(_GRPOTrainer):
             credit.scores[kept] = found.scores
             credit.scored[kept] = found.scored
             credit.weights[kept] = found.weights
+            credit = replace(credit, unanchored=found.unanchored)
         return credit
 
     def _weighed(self, parts: list[Ratings], device: torch.device) -> Credit | None:
@@ -141,7 +157,7 @@ class TokenCredit(_GRPOTrainer):
 
         def mean_over_batch(ties: Float[Tensor, " chosen"]) -> float:
             """Add sums and counts over all processes."""
-            own = torch.stack([ties.double().sum(), torch.tensor(ties.numel(), dtype=torch.float64, device=device)])
+            own = torch.stack([ties.sum(), torch.tensor(ties.numel(), dtype=ties.dtype, device=device)])
             reduced: Any = self.accelerator.reduce(own, reduction="sum")
             total, count = reduced.tolist()
             return total / count if count else 0.0

@@ -302,6 +302,9 @@ class ActorCritic(nn.Module):
         Returns:
             ``[B, R]`` float32, detached.
 
+        Raises:
+            PolicyError: a layer without a forward-mode derivative, such as one of a quantised base.
+
         Cost: about two forward passes, with attention by plain matrix products.
         """
         from torch.autograd import forward_ad
@@ -315,8 +318,14 @@ class ActorCritic(nn.Module):
                 parameter = parameters[name].detach()
                 moved[name.removeprefix("peft.")] = forward_ad.make_dual(parameter, tangent.to(parameter.dtype))
             arguments = self._arguments(inputs)
-            logits = torch.func.functional_call(self.peft, moved, kwargs={**arguments, "use_cache": False}).logits
-            logits = logits[:, -tokens.shape[1] - 1 : -1].float() / temperature
+            try:
+                output = torch.func.functional_call(self.peft, moved, kwargs={**arguments, "use_cache": False})
+            except NotImplementedError as error:
+                raise PolicyError(
+                    f"model: all layers must have a forward-mode derivative, got {type(self.causal_lm).__name__} with "
+                    f"one that has none ({error}); use another credit rule, or a base that is not quantised"
+                ) from error
+            logits = output.logits[:, -tokens.shape[1] - 1 : -1].float() / temperature
             chosen = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
             derivative = forward_ad.unpack_dual(chosen).tangent
             if derivative is None:

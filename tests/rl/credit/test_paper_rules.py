@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowgraph import EdgeRules, capture, composed_scores
-from rl import ActorCritic, CreditConfig, CreditError, CreditInput, Responses, TokenScores
+from rl import ActorCritic, CreditConfig, CreditError, CreditInput, PolicyError, Responses, TokenScores
 from rl.credit.paper_rules import outcome_advantages
 from rl.credit.policy_passes import PolicyPasses
 from rl.credit.ratings import check_credit
@@ -263,6 +263,25 @@ def test_the_influence_is_the_inner_product_of_gradients(family: str):
         expected = float(gradient(logprobs[row, column]) @ mean)
         assert float(found[row, column]) == pytest.approx(expected, rel=2e-3, abs=1e-7 * float(mean.norm()))
     assert not found[~mask].any()
+
+
+def test_a_layer_without_a_forward_derivative_is_named():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(context: Any, *gradients: Tensor) -> Tensor:
+            return gradients[0]
+
+    policy = actor()
+    norm = policy.causal_lm.model.norm
+    norm.register_forward_hook(lambda module, inputs, output: Opaque.apply(output))
+    with pytest.raises(
+        PolicyError, match=r"model: all layers must have a forward-mode derivative, got LlamaForCausalLM"
+    ):
+        scored(policy, mixed(policy), "lora_influence")
 
 
 def test_influence_raises_tokens_that_help():

@@ -161,6 +161,10 @@ def test_sharp_credit_with_a_fallback_is_that_of_our_own_trainer(tmp_path, rule,
     )
     assert scored.credit.unanchored is not None
     assert 0 < int(scored.credit.unanchored.sum()) < len(mask)
+    logged = trainer._metrics["train"]
+    assert logged["credit/unanchored_share"] == [pytest.approx(float(scored.credit.unanchored.float().mean()))]
+    assert 0 < logged["credit/weight_gini"][0] < 1
+    assert 0 < logged["credit/effective_token_ratio"][0] < 1
     wanted = stock["advantages"][:, None] * scored.credit.weights
     torch.testing.assert_close(output["advantages"][mask], wanted[mask], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(wanted[mask], stock["advantages"][:, None].expand(mask.shape)[mask], atol=1e-2)
