@@ -122,6 +122,7 @@ LEVELS = {
     "0:5": Level("wandering", {"level": "0:5"}, detours=5),
     "4:0": Level("wandering", {"level": "4:0"}),
     "pathsearch": Level("pathsearch", {}, max_response_tokens=64),
+    "program": Level("program", {}, max_response_tokens=48),
 }
 
 
