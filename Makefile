@@ -1,6 +1,6 @@
 # Two commands do all the set-up on a machine with Python 3.11+ and make; both are quick the second time.
 #   make demo          trace a real model's answer and write out/trace.html
-#   make train-demo    train a small reasoner with flow credit and write its token-credit page
+#   make train-demo    train a small reasoner plainly and with token credit, write curves and a token-credit page
 #   make test          lint, types, tests, doctests, docs
 #   make test-latest   the tests with the newest supported versions; make test-oldest with the oldest
 # Exact versions come from constraints.txt (`make lock` renews it); CONSTRAINTS= leaves them open.
@@ -47,13 +47,17 @@ demo: $(VENV)/.demo  ## trace an answer of SmolLM2-135M-Instruct, write out/
 	@$(BIN)/flowgraph demo --out out
 
 # Starts afresh each time. One thread: the model's matrices are so small that a second one only gets in the way.
+DEMO_LEVEL := --task wandering --task-option level=0:5
+DEMO_CREDIT := --set credit.rule=reach_sharp --set credit.shape=soft --set credit.floor=0.5 --set credit.ceiling=2 --set credit.fallback=0.5
+DEMO_RULES := oracle:soft,reach_sharp:soft:floor=0.5,ceiling=2,flow_sharp:soft,max_attention:soft,flow
 train-demo: ONE := OMP_NUM_THREADS=1
-train-demo: $(VENV)/.base  ## train the small chain model with flow credit, write out/train/ and the token-credit page
+train-demo: $(VENV)/.base  ## train a small model plainly and with token credit, write curves and the token-credit page to out/train/
 	@rm -rf out/train
-	$(ONE) $(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1
-	$(ONE) $(BIN)/flowgraph-rl train benchmarks/configs/train_demo.yaml --output out/train
-	$(ONE) $(BIN)/flowgraph-rl eval --task chain -n 400 --temperature 1 --adapter out/train
-	$(ONE) $(BIN)/flowgraph-rl report out/train --out out/train/credit.html
+	$(ONE) $(BIN)/flowgraph-rl auc $(DEMO_LEVEL) --rules $(DEMO_RULES) -n 32 --out out/train/auc
+	$(ONE) $(BIN)/flowgraph-rl train benchmarks/configs/train_demo.yaml --output out/train/plain
+	$(ONE) $(BIN)/flowgraph-rl train benchmarks/configs/train_demo.yaml --output out/train/credit $(DEMO_CREDIT)
+	$(ONE) $(BIN)/flowgraph-rl curves out/train/plain out/train/credit --out out/train/curves.png
+	$(ONE) $(BIN)/flowgraph-rl report out/train/credit --rules $(DEMO_RULES) --out out/train/credit.html
 
 test: lint types docs wheel unit  ## everything that must hold before a commit
 
@@ -161,7 +165,8 @@ gpu-bench: $(VENV)/.bench  ## measure correctness, credit, long texts and kernel
 
 ARMS := uniform,random,oracle,oracle:soft,entropy,entropy:soft,max_attention,max_attention:soft,flow,flow:rows=literal,flow:soft,flow:bottom_q,reach:soft,reach_entropy:soft,flow_entropy,flow_entropy:soft,shuffled_flow:soft,atpo:soft,correlation,correlation:soft,fai,waad,coupled:raw,gradient,gradient:soft
 ALIGN := --task chain --batches 200 --arms $(ARMS) --baselines uniform,random,max_attention
-study: $(VENV)/.bench  ## compare credit rules: runs of every arm, alignment, and the speed beside TRL (two hours)
+study: $(VENV)/.bench  ## compare credit rules: runs of every arm and level, alignment, and the speed beside TRL (a day)
+	$(BIN)/python -m benchmarks.study.credit_study --workers $(WORKERS)
 	$(BIN)/python -m benchmarks.study.rl_study --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --out benchmarks/results/alignment_start
 	@rm -rf out/midway

@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks.common import RESULTS, machine
-from rl.evaluation.significance import holm
+from benchmarks.study import paired_runs
+from benchmarks.study.paired_runs import add_holm, area, finished, mean_curve, mean_reward, paired_test
 
 ARMS = {
     "uniform": {"rule": "uniform"},
@@ -55,17 +54,19 @@ SETTINGS: dict[str, Any] = {
 LOG = RESULTS / "rl_study.jsonl"
 """A line for each finished run."""
 
-T_95 = {8: 2.365, 7: 2.447, 6: 2.571, 5: 2.776, 4: 3.182, 3: 4.303, 2: 12.706}
-"""Two-sided 95 % quantiles of Student's t, by number of pairs."""
+Job = tuple[str, float, int]
+"""Arm, learning rate and seed of a run."""
 
 
-def key_of(arm: str, learning_rate: float, seed: int) -> str:
+def key_of(job: Job) -> str:
     """Return the name of a run in the log."""
+    arm, learning_rate, seed = job
     return f"{arm} | {learning_rate:g} | {seed}"
 
 
-def one_run(arm: str, learning_rate: float, seed: int) -> dict[str, Any]:
+def one_run(job: Job) -> dict[str, Any]:
     """Train one run; the base model, problems and noise depend on the seed alone."""
+    arm, learning_rate, seed = job
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
@@ -77,7 +78,7 @@ def one_run(arm: str, learning_rate: float, seed: int) -> dict[str, Any]:
     model, tokenizer = load_chain_model()
     history = PPOTrainer(model, tokenizer, task="chain", config=config, progress=False).train()
     return {
-        "key": key_of(arm, learning_rate, seed),
+        "key": key_of(job),
         "arm": arm,
         "learning_rate": learning_rate,
         "seed": seed,
@@ -88,33 +89,9 @@ def one_run(arm: str, learning_rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def finished() -> dict[str, dict[str, Any]]:
-    """Read the finished runs from the log, by key."""
-    if not LOG.exists():
-        return {}
-    rows = [json.loads(line) for line in LOG.read_text().splitlines()]
-    return {row["key"]: row for row in rows}
-
-
-def run_all(jobs: list[tuple[str, float, int]], workers: int) -> None:
-    """Train every run that is not in the log yet, and append a line for each."""
-    known = finished()
-    waiting = [job for job in jobs if key_of(*job) not in known]
-    if not waiting:
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, LOG.open("a") as log:
-        futures = [pool.submit(one_run, *job) for job in waiting]
-        for number, future in enumerate(as_completed(futures), 1):
-            row = future.result()
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            print(f"{number}/{len(waiting)} {row['key']}: {area(row):.4f} in {row['seconds']:.0f} s", flush=True)
-
-
-def area(row: dict[str, Any]) -> float:
-    """Return the metric: the mean reward over all steps."""
-    return statistics.fmean(row["reward"])
+def run_all(jobs: list[Job], workers: int) -> None:
+    """Train every run that is not in the log yet."""
+    paired_runs.run_all(jobs, one_run=one_run, key_of=key_of, log=LOG, workers=workers)
 
 
 def best_rates(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -130,63 +107,30 @@ def grid_areas(rows: dict[str, dict[str, Any]], arm: str) -> dict[float, float]:
     """Return the mean area of an arm on the grid's seeds, by learning rate."""
     areas = {}
     for rate in LEARNING_RATES:
-        areas[rate] = statistics.fmean(area(rows[key_of(arm, rate, seed)]) for seed in GRID_SEEDS)
+        areas[rate] = statistics.fmean(area(rows[key_of((arm, rate, seed))]) for seed in GRID_SEEDS)
     return areas
 
 
-def sign_flip_p(differences: list[float]) -> float:
-    """Compute the exact two-sided paired sign-flip test of mean 0: the share of sign patterns at least as extreme."""
-    # The tolerance counts the observed pattern itself despite rounding.
-    threshold = abs(sum(differences)) - 1e-12
-    num_extreme = 0
-    for signs in itertools.product((-1, 1), repeat=len(differences)):
-        total = sum(sign * difference for sign, difference in zip(signs, differences, strict=True))
-        num_extreme += abs(total) >= threshold
-    return num_extreme / 2 ** len(differences)
-
-
-def compare(areas: dict[str, list[float]], base: str, family: list[str]) -> list[dict[str, Any]]:
+def compare(areas: dict[str, dict[int, float]], base: str, family: list[str]) -> list[dict[str, Any]]:
     """Compute paired differences to an arm, with t intervals over seeds and Holm's adjustment within the family."""
     rows = []
     for arm in family:
-        paired = [one - other for one, other in zip(areas[arm], areas[base], strict=True)]
-        half_width = T_95[len(paired)] * statistics.stdev(paired) / len(paired) ** 0.5
-        rows.append(
-            {
-                "arm": arm,
-                "against": base,
-                "difference": statistics.fmean(paired),
-                "half_width": half_width,
-                "wins": sum(difference > 0 for difference in paired),
-                "n": len(paired),
-                "p": sign_flip_p(paired),
-            }
-        )
-    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = p
+        test = paired_test(areas[arm], areas[base])
+        if test is not None:
+            rows.append({"arm": arm, "against": base, **test})
+    add_holm(rows)
     return rows
-
-
-def mean_curve(runs: list[dict[str, Any]]) -> list[float]:
-    """Return the mean reward over the seeds at each step."""
-    curves = [row["reward"] for row in runs]
-    return [round(statistics.fmean(values), 4) for values in zip(*curves, strict=True)]
-
-
-def mean_reward(runs: list[dict[str, Any]], steps: slice) -> float:
-    """Return the mean reward over some steps and all seeds."""
-    return statistics.fmean(statistics.fmean(row["reward"][steps]) for row in runs)
 
 
 def report() -> None:
     """Print the tables, and write ``results/rl_study.json``."""
-    rows = finished()
+    rows = finished(LOG)
     rates = best_rates(rows)
 
     # Only seeds that every arm has finished: the comparisons are paired.
-    seeds = [seed for seed in SEEDS if all(key_of(arm, rates[arm], seed) in rows for arm in ARMS)]
-    runs = {arm: [rows[key_of(arm, rates[arm], seed)] for seed in seeds] for arm in ARMS}
-    areas = {arm: [area(row) for row in found] for arm, found in runs.items()}
+    seeds = [seed for seed in SEEDS if all(key_of((arm, rates[arm], seed)) in rows for arm in ARMS)]
+    runs = {arm: [rows[key_of((arm, rates[arm], seed))] for seed in seeds] for arm in ARMS}
+    areas = {arm: {row["seed"]: area(row) for row in found} for arm, found in runs.items()}
     table = []
     for arm, found in runs.items():
         table.append(
@@ -194,8 +138,8 @@ def report() -> None:
                 "arm": arm,
                 "learning_rate": rates[arm],
                 "seeds": len(seeds),
-                "area": statistics.fmean(areas[arm]),
-                "area_sd": statistics.stdev(areas[arm]),
+                "area": statistics.fmean(areas[arm].values()),
+                "area_sd": statistics.stdev(areas[arm].values()),
                 "first_10": mean_reward(found, slice(None, 10)),
                 "last_10": mean_reward(found, slice(-10, None)),
                 "grid": {f"{rate:g}": value for rate, value in grid_areas(rows, arm).items()},
@@ -239,7 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         run_all(list(itertools.product(ARMS, LEARNING_RATES, GRID_SEEDS)), options.workers)
-        rates = best_rates(finished())
+        rates = best_rates(finished(LOG))
         # Seed by seed, so that a study that is stopped has complete comparisons.
         run_all([(arm, rates[arm], seed) for seed in SEEDS for arm in ARMS], options.workers)
     report()

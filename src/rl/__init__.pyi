@@ -8,6 +8,10 @@ from .algorithm.losses import policy_loss as policy_loss
 from .algorithm.losses import token_logprobs as token_logprobs
 from .algorithm.losses import value_loss as value_loss
 from .alignment.align import align as align
+from .alignment.credit_auc import CreditAuc as CreditAuc
+from .alignment.credit_auc import credit_auc as credit_auc
+from .alignment.credit_bench import CreditBench as CreditBench
+from .alignment.credit_bench import credit_bench as credit_bench
 from .alignment.multipliers import Alignment as Alignment
 from .config import CreditConfig as CreditConfig
 from .config import LoraConfig as LoraConfig
@@ -28,6 +32,7 @@ from .errors import TaskError as TaskError
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .policy.actor_critic import ActorCritic as ActorCritic
+from .policy.loading import load_base_model as load_base_model
 from .policy.loading import load_chain_model as load_chain_model
 from .records import Credit as Credit
 from .records import Experience as Experience

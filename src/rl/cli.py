@@ -1,4 +1,4 @@
-"""Entry point of ``flowgraph-rl train | eval | report | rules | merge | pretrain | align``."""
+"""Entry point of ``flowgraph-rl`` and its commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import typer
 
 from flowgraph import FlowgraphError
 from rl.commands.align import align_command
+from rl.commands.auc import auc_command
+from rl.commands.credit_bench import credit_bench_command
+from rl.commands.curves import curves_command
 from rl.commands.evaluate import evaluate_command
 from rl.commands.models import merge, pretrain_command
 from rl.commands.reports import report, rules
@@ -50,6 +53,9 @@ app.command("pretrain")(pretrain_command)
 app.command()(rules)
 app.command()(merge)
 app.command("align")(align_command)
+app.command("auc")(auc_command)
+app.command("credit-bench")(credit_bench_command)
+app.command("curves")(curves_command)
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from rl.errors import ConfigError
 
 Entry = Literal["advantage", "reward", "potential"]
 Shape = Literal["top_q", "bottom_q", "only_top", "soft", "raw"]
-Sign = Literal["all", "non_negative", "asymmetric"]
+Sign = Literal["all", "non_negative", "negative", "asymmetric", "rule"]
+Normalize = Literal["none", "mean", "sum_of_squares"]
 Scope = Literal["reasoning", "response"]
 AdvantageKind = Literal["gae", "group", "rloo"]
 Aggregation = Literal["token_mean", "seq_mean", "dr_grpo"]
@@ -150,18 +151,29 @@ class CreditConfig:
     """gamma: weight of the chosen tokens."""
 
     floor: Annotated[float, in_unit_interval("0.25 is the default")] = 0.25
-    """Smallest weight of the soft shape."""
+    """Smallest weight of the soft shape; 0.5 with a ceiling of 2 starves no token and is recommended."""
 
     ceiling: Annotated[float, at_least(1, "4 is the default", allow_infinite=True)] = 4.0
     """Greatest weight of the soft shape."""
 
-    sign: Sign = "all"
-    """Advantages that are weighted: ``"all"``, ``"non_negative"`` (weight 1 on negative advantages) or
-    ``"asymmetric"`` (``w`` on non-negative advantages, ``1 / w`` on negative ones)."""
+    sign: Sign = "rule"
+    """Advantages that are weighted: ``"all"``, ``"non_negative"`` (weight 1 on negative advantages), ``"negative"``
+    (weight 1 on the others), ``"asymmetric"`` (``w`` on non-negative advantages, ``1 / w`` on negative ones), or
+    ``"rule"``: what the rule is registered with, ``"all"`` unless its paper restricts it."""
+
+    normalize: Normalize = "none"
+    """Divide the weights of the tokens that compete, for each response: ``"mean"`` (by their mean) or
+    ``"sum_of_squares"`` (by the root of their mean square), so that no rule takes a larger step than another."""
 
     mean_one: bool = False
-    """Divide the weights of the tokens that compete by their mean over the response, so that no rule takes a larger
-    step than another."""
+    """The same as ``normalize="mean"``."""
+
+    fallback: Annotated[float, at_least(0, "0.5 is recommended, 0 turns it off")] = 0.0
+    """Weights of 1 in a response whose answer is tied to nothing: where the mean unnormalised reach of the tokens
+    before the answer is below this share of the batch's mean. Only rules that measure reach have it; 0: off."""
+
+    anneal: Annotated[float, in_unit_interval("0.5 is usual, 0 turns it off")] = 0.0
+    """Share of the run after which all weights are 1; until then ``w - 1`` shrinks linearly. 0: off."""
 
     scope: Scope = "reasoning"
     """Tokens that compete: ``"reasoning"`` (those before the answer) or ``"response"`` (these and the answer). Tokens
@@ -184,6 +196,32 @@ class CreditConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.mean_one and self.normalize == "sum_of_squares":
+            raise broken_rule(
+                "normalize", "be 'none' or 'mean' with mean_one=True", self.normalize, "leave mean_one out"
+            )
+        # The other entry points use the scores and no weights, so these settings would have no effect.
+        for name in ("anneal", "fallback"):
+            value = getattr(self, name)
+            if value > 0 and self.entry != "advantage":
+                raise broken_rule(
+                    name, f"be 0 with entry={self.entry!r}, which uses no weights", value, "use entry='advantage'"
+                )
+
+    @classmethod
+    def recommended(cls) -> Self:
+        """Return the setting to start from: reach on sharpened attention, soft weights from 0.5 to 2, with a fallback.
+
+        Example:
+            >>> CreditConfig.recommended().rule
+            'reach_sharp'
+        """
+        return cls(rule="reach_sharp", shape="soft", floor=0.5, ceiling=2.0, fallback=0.5)
+
+    @property
+    def normalization(self) -> Normalize:
+        """Return how weights are normalised, ``mean_one`` included."""
+        return "mean" if self.mean_one else self.normalize
 
 
 @dataclass(frozen=True, kw_only=True)

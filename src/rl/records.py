@@ -61,6 +61,8 @@ class Responses:
         question: ``[B, P + R]`` bool, prompt tokens where flow enters.
         answer: ``[B, P + R]`` bool, response tokens that state the answer; all False where no answer was found.
         oracle: ``[B, R]`` bool, tokens known to be decisive; None for tasks without this knowledge.
+        detours: ``[B, R]`` bool, tokens of the same kind of work as the decisive ones on which the answer does not
+            depend; None for tasks without this knowledge.
         sampled_logprobs: ``[B, R]`` float32, log-probability in nats with which generation drew each token, 0 on
             padding; None where it is not known.
         reward_parts: ``[B, K]`` float32, rewards of each of several reward functions before its weight, NaN where it
@@ -80,6 +82,7 @@ class Responses:
     question: Bool[Tensor, "batch tokens"]
     answer: Bool[Tensor, "batch tokens"]
     oracle: Bool[Tensor, "batch response"] | None = None
+    detours: Bool[Tensor, "batch response"] | None = None
     sampled_logprobs: Float[Tensor, "batch response"] | None = None
     reward_parts: Float[Tensor, "batch functions"] | None = None
     reward_names: list[str] = field(default_factory=list)
@@ -142,11 +145,17 @@ class Credit:
         scores: ``[B, R]`` float32, scores in the unit of the rule; 0 on tokens without a score.
         scored: ``[B, R]`` bool, tokens that compete (the scope; by default the reasoning tokens).
         weights: ``[B, R]`` float32, the scores in the chosen shape, dimensionless; 1 outside ``scored``.
+        tie: ``[B]`` float32, how strongly the answer is tied to the tokens before it: the mean over these tokens of the
+            unnormalised reach h, at least 0; 0 without an answer, None where the rule measures none.
+        unanchored: ``[B]`` bool, responses whose weights are 1 because their tie is too weak, or because they have no
+            answer (``CreditConfig.fallback``); None where the rule measures no tie.
     """
 
     scores: Float[Tensor, "batch response"]
     scored: Bool[Tensor, "batch response"]
     weights: Float[Tensor, "batch response"]
+    tie: Float[Tensor, " batch"] | None = None
+    unanchored: Bool[Tensor, " batch"] | None = None
 
     def select(self, rows: Sequence[int]) -> Self:
         """Return some of the sequences, with all columns."""

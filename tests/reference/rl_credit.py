@@ -7,6 +7,9 @@ function gives one number for each response token.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from tests.reference import edges as edge_rules
 from tests.reference import flow as flows
@@ -42,6 +45,28 @@ def shuffled(A: Matrix, start: int, keys: Matrix, rows: str = "emission") -> lis
             new[place] = row[giver]
         out.append(new)
     return out
+
+
+def largest_edge(A: Matrix, start: int, rows: str = "emission") -> list[float]:
+    generated = [t >= start for t in range(len(A))]
+    edges = edge_rules.edges_from_attention(A, generated, rows=rows)
+    return [
+        max((float(c) for (source, reader), c in edges.items() if source == s and reader >= start), default=0.0)
+        for s in range(start, len(A))
+    ]
+
+
+def wrong_sink(A: Matrix, start: int, question: Mask, answer: Mask, random: Any, rows: str = "emission") -> list[float]:
+    """The flow to one token of the second half before the answer, which gets the mean score of the others."""
+    candidates = reasoning(answer, start) if any(answer) else list(range(start, len(A)))
+    later = candidates[len(candidates) // 2 :]
+    if not later:
+        return [0.0] * (len(A) - start)
+    sink = later[int(torch.randint(len(later), (1,), generator=random))]
+    scores = throughput(A, start, question, [t == sink for t in range(len(A))], rows)
+    others = scores[: sink - start] + scores[sink - start + 1 :]
+    scores[sink - start] = sum(others) / len(others) if others else 0.0
+    return scores
 
 
 def max_attention(A: Matrix, start: int) -> list[float]:

@@ -57,7 +57,7 @@ STAGES = [
     {"policy"},
     {"rollouts", "credit"},
     {"evaluation", "training", "reports"},
-    {"integrations", "chain_model", "alignment"},
+    {"integrations", "base_models", "alignment"},
     {"commands"},
     {"cli"},
 ]

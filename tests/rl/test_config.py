@@ -38,7 +38,10 @@ NAN, INF = float("nan"), float("inf")
         ({"shape": "top"}, "shape: must be one of 'top_q', 'bottom_q', 'only_top', 'soft', 'raw', got 'top'; choose"),
         ({"shape": ["top_q"]}, r"shape: must be one of .*, got \['top_q'\]"),
         ({"entry": "loss"}, "entry: must be one of 'advantage', 'reward', 'potential', got 'loss'"),
-        ({"sign": "positive"}, "sign: must be one of 'all', 'non_negative', 'asymmetric', got 'positive'"),
+        (
+            {"sign": "positive"},
+            "sign: must be one of 'all', 'non_negative', 'negative', 'asymmetric', 'rule', got 'positive'",
+        ),
         ({"scope": "answer"}, "scope: must be one of 'reasoning', 'response', got 'answer'"),
         ({"rows": "emitted"}, "rows: must be one of 'emission', 'literal', got 'emitted'"),
         ({"rule": 3}, "rule: must be str, got 3"),

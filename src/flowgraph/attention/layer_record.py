@@ -21,6 +21,12 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest deviation from the layer's output, relative to the head's largest value; TF32 stays below it."""
 _TOLERANCE_HALF = 2**-6
 """The same for bfloat16 and float16: weights and output are each rounded by up to 2**-8."""
+SCRATCH_BYTES = 2**25
+"""Softmax weights of all heads held at once; small blocks stay in cache and were the fastest measured."""
+MAX_BLOCK = 128
+"""Most rows computed at once."""
+
+_BlockOfLayer = Callable[[int, int], Float[Tensor, "batch block stop"]]
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,18 @@ class LayerRecord:
             return ~self.mask[:, queries].bool()
         rows = _mask_rows(self.mask, queries)[:, 0]
         return ~readable_cells(rows).any(-1)
+
+
+def in_steps(record: LayerRecord, block: _BlockOfLayer, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
+    """Fill a block in steps of a few rows, since the weights of all heads are large."""
+    batch = record.shape[0]
+    rows = torch.zeros(batch, stop - start, stop, device=record.device, dtype=torch.float32)
+    step = max(1, min(MAX_BLOCK, SCRATCH_BYTES // (4 * batch * record.num_heads * stop)))
+    with torch.no_grad():
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            rows[:, first - start : last - start, :last] = block(first, last)
+    return rows
 
 
 def _mask_rows(mask: Tensor, queries: Tensor) -> Tensor:

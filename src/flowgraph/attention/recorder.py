@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from flowgraph.attention.attention_rows import AttentionRows, WeightedLayer
+from flowgraph.attention.attention_rows import AttentionRows, Layer, Reduction, WeightedLayer
 from flowgraph.attention.head_aggregation import HeadAggregator
 from flowgraph.attention.interception import AttentionCall, AttentionDispatch, KernelWatch
 from flowgraph.attention.layer_record import LayerRecord, frozen
@@ -24,6 +24,13 @@ from flowgraph.attention.modules import (
     num_query_heads,
     text_decoder,
     uses_attention_interface,
+)
+from flowgraph.attention.sharpened_layer import (
+    PowerPlace,
+    SharpenedLayer,
+    checked_place,
+    checked_power,
+    sharpened,
 )
 from flowgraph.errors import CaptureError, InvalidInputError
 
@@ -45,6 +52,8 @@ class AttentionRecorder:
             :class:`~flowgraph.HeadSelector`.
         edge_weight: ``"attention"``, or ``"value_norm"``: each weight times the norm of the value vector it
             reads, rows rescaled to their attention sum.
+        power: p, to record the rows of ``capture(..., capacity="sharpened")`` instead; ``place`` then joins the heads.
+        place: of the power: ``"pre"``, ``"post"``, or ``"max"`` (the maximum over heads and layers).
 
     Attributes:
         layers: indices of the layers recorded.
@@ -53,7 +62,8 @@ class AttentionRecorder:
 
     Raises:
         CaptureError: the architecture cannot be captured.
-        InvalidInputError: a layer or head choice outside the model.
+        InvalidInputError: a layer or head choice outside the model, a power outside its range, or a power together
+            with ``heads`` or ``edge_weight``.
 
     Example:
         with AttentionRecorder(model) as recorder:
@@ -68,11 +78,18 @@ class AttentionRecorder:
         layers: LayerRule = "middle",
         heads: str | Sequence[int] | HeadSelector = "mean",
         edge_weight: str = "attention",
+        power: float | None = None,
+        place: PowerPlace = "pre",
     ) -> None:
         if edge_weight not in ("attention", "value_norm"):
             raise InvalidInputError(
                 f"edge_weight: must be 'attention' or 'value_norm', got {edge_weight!r}; 'attention' is the default"
             )
+        self.place: PowerPlace = checked_place(place)
+        self.power = power
+        if power is not None:
+            self.power = checked_power(power)
+            _refuse_with_power(heads, edge_weight)
         self.model = base_model(model)
         self._decoder = text_decoder(self.model)
         modules = attention_modules(self.model)
@@ -148,7 +165,18 @@ class AttentionRecorder:
             )
         mask = self._mask if attention_mask is None else attention_mask
         records = [self._records[index] for index in self.layers]
-        return AttentionRows(records, self.layers, HeadAggregator(self.heads), mask, input_ids)
+        if self.power is None:
+            return AttentionRows(records, self.layers, HeadAggregator(self.heads), mask, input_ids)
+
+        layers: list[Layer] = []
+        for record in records:
+            is_stored = isinstance(record, WeightedLayer)
+            layers.append(record if is_stored else SharpenedLayer(record, self.power, self.place))
+        reduction: Reduction = "max" if self.place == "max" else "mean"
+        rows = AttentionRows.of_layers(layers, self.layers, mask, input_ids, reduction=reduction)
+        # Rows of a power do not sum to 1; this is the normalization of the capacity "sharpened".
+        rows.normalization = "leak"
+        return rows
 
     def wants(self, module: nn.Module) -> bool:
         """Return whether this module's attention is to be recorded now (not when a checkpoint is recomputed)."""
@@ -252,7 +280,10 @@ class AttentionRecorder:
         problem = _problem_of(weights, readable)
         if problem is not None:
             raise self._bypass_error(module, problem)
-        layer = WeightedLayer.of(HeadAggregator(self.heads), weights, readable)
+        if self.power is None:
+            layer = WeightedLayer.of(HeadAggregator(self.heads), weights, readable)
+        else:
+            layer = WeightedLayer(sharpened(weights.float(), self.power, self.place))
         self._records[self._modules[module]] = layer
 
     def _bypass_error(self, module: nn.Module, problem: str) -> CaptureError:
@@ -317,6 +348,19 @@ def _refuse_unreadable(module: nn.Module, call: AttentionCall) -> None:
         raise CaptureError(
             f"model: the mask of its attention implementation ({type(call.mask).__name__}) cannot be read; "
             "call model.set_attn_implementation('sdpa') first"
+        )
+
+
+def _refuse_with_power(heads: Any, edge_weight: str) -> None:
+    """Refuse settings that a power leaves without effect: ``place`` says how the heads are joined."""
+    if heads != "mean":
+        raise InvalidInputError(
+            f"heads: must be left out with a power, got {heads!r}; place='max' takes the maximum over heads, 'pre' and "
+            "'post' their mean"
+        )
+    if edge_weight != "attention":
+        raise InvalidInputError(
+            f"edge_weight: must be 'attention' with a power, got {edge_weight!r}; leave the power out for value norms"
         )
 
 

@@ -12,7 +12,8 @@ from flowgraph.attention.interception import AttentionDispatch
 from flowgraph.attention.layers_and_heads import resolve_layers
 from flowgraph.attention.modules import attention_modules, num_layers
 from flowgraph.attention.recorder import AttentionRecorder
-from flowgraph.capacities.forward import CentredLayer, PowerPlace, ProjectionTape, SharpenedLayer, VtraceLayer
+from flowgraph.attention.sharpened_layer import SharpenedLayer, checked_place, checked_power
+from flowgraph.capacities.forward import CentredLayer, ProjectionTape, VtraceLayer
 from flowgraph.capacities.gradient import Form, GradientRows, capture_gradient
 from flowgraph.capacities.registry import CapacityInput, capacity
 from flowgraph.capacities.relevance import RelevanceRows, capture_relevance
@@ -52,10 +53,8 @@ def value_norm(batch: CapacityInput) -> AttentionRows:
 @capacity("sharpened", defaults=_POWERS, normalization="leak", score="potential")
 def sharpened(batch: CapacityInput) -> AttentionRows:
     """Attention to a power, so that lookups by one or a few heads are not averaged away."""
-    power = _checked_power(batch.options["power"])
-    place: PowerPlace = batch.options["place"]
-    if place not in ("pre", "post", "max"):
-        raise InvalidInputError(f"place: must be 'pre', 'post' or 'max', got {place!r}; 'pre' is the default")
+    power = checked_power(batch.options["power"])
+    place = checked_place(batch.options["place"])
     tape, indices = _recorded(batch)
     layers: list[Layer] = [SharpenedLayer(tape.layers[index].record, power, place) for index in indices]
     reduction = "max" if place == "max" else "mean"
@@ -92,7 +91,7 @@ def vtrace(batch: CapacityInput) -> AttentionRows:
 @capacity("vtrace_share", defaults={"layers": "all", "power": 2.0}, normalization="leak", score="potential")
 def vtrace_share(batch: CapacityInput) -> AttentionRows:
     """VTRACE as shares of each row and layer, to a power: sharp, and rows that read nothing sharply pass on little."""
-    return _vtrace(batch, _checked_power(batch.options["power"]))
+    return _vtrace(batch, checked_power(batch.options["power"]))
 
 
 @capacity(
@@ -239,13 +238,6 @@ def _with(batch: CapacityInput, **options: Any) -> CapacityInput:
     from dataclasses import replace
 
     return replace(batch, options={**batch.options, **options})
-
-
-def _checked_power(power: Any) -> float:
-    is_number = isinstance(power, (int, float)) and not isinstance(power, bool)
-    if not is_number or not 1 <= power <= 64:
-        raise InvalidInputError(f"power: must lie in [1, 64], got {power!r}; 1 changes nothing, 2 and 4 are usual")
-    return float(power)
 
 
 def _checked_tokens(name: str, mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:

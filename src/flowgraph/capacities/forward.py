@@ -4,7 +4,8 @@ Mean attention over many heads is diffuse: a lookup is made by one or a few head
 Each capacity here is a kind of layer rows that :class:`~flowgraph.attention.attention_rows.AttentionRows` joins over
 layers. A[h, t, s] is the attention of token t to token s in head h.
 
-- sharpened: mean over h of A^p (``"pre"``), (mean over h of A)^p (``"post"``), or (max over h of A)^p (``"max"``);
+- sharpened (:mod:`flowgraph.attention.sharpened_layer`): mean over h of A^p (``"pre"``), (mean over h of A)^p
+  (``"post"``), or (max over h of A)^p (``"max"``);
 - centred: max(0, A[t, s] - mean over readers t' of A[t', s]) of the heads' mean: attention sinks vanish;
 - VTRACE (Yuan et al. 2026): relu(sum over h of A[h, t, s] <W_O^h (v_s^h - mean v^h), D_t>) / norm(D_t), where D_t is
   the output of the attention block before the residual; ``vtrace_share`` takes the shares of each row, to the power p.
@@ -14,77 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flowgraph.attention.interception import AttentionCall
-from flowgraph.attention.layer_record import LayerRecord
-from flowgraph.capacities.tape import MAX_BLOCK, SCRATCH_BYTES, Tape, TapeLayer
+from flowgraph.attention.layer_record import LayerRecord, in_steps
+from flowgraph.capacities.tape import MAX_BLOCK, Tape, TapeLayer
 from flowgraph.errors import InvalidInputError
-
-PowerPlace = Literal["pre", "post", "max"]
-
-_BlockOfLayer = Callable[[int, int], Float[Tensor, "batch block stop"]]
-
-
-@dataclass(frozen=True)
-class SharpenedLayer:
-    """Attention of one layer to a power, before or after the heads are joined.
-
-    Attributes:
-        record: queries, keys and mask.
-        power: p, at least 1.
-        place: where the power is taken; ``"max"`` joins the heads by their maximum.
-    """
-
-    record: LayerRecord
-    power: float
-    place: PowerPlace
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Sequences and tokens."""
-        return self.record.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the rows."""
-        return self.record.device
-
-    def select(self, items: slice | Tensor) -> SharpenedLayer:
-        """Return the layer of some sequences of the batch."""
-        return replace(self, record=self.record.select(items))
-
-    def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
-        """Recompute the rows of the queries ``[start, stop)`` over the keys ``[0, stop)``."""
-
-        def joined(first: int, last: int) -> Tensor:
-            weights = self.record.weights(first, last)
-            if self.place == "pre":
-                return weights.pow(self.power).mean(1)
-            if self.place == "post":
-                return weights.mean(1).pow(self.power)
-            return weights.amax(1).pow(self.power)
-
-        return in_steps(self.record, joined, start, stop)
-
-    def head_block(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
-        """Recompute the part of each head in the same rows; the parts sum to :meth:`block`.
-
-        Raises:
-            InvalidInputError: a power that is taken after the heads are joined.
-        """
-        is_sum = self.place == "pre" or (self.place == "post" and self.power == 1)
-        if not is_sum:
-            raise InvalidInputError(
-                f"heads: must be summed to be told apart, got place={self.place!r} with power {self.power:g}, which "
-                "joins them before the power; use place='pre', or by_layer"
-            )
-        return self.record.weights(start, stop).pow(self.power) / self.record.num_heads
 
 
 @dataclass(frozen=True)
@@ -199,18 +140,6 @@ class VtraceLayer:
             return parts
         total = parts.sum(1, keepdim=True).sum(-1, keepdim=True)
         return parts / total.clamp_min(torch.finfo(parts.dtype).tiny)
-
-
-def in_steps(record: LayerRecord, block: _BlockOfLayer, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
-    """Fill a block in steps of a few rows, since the weights of all heads are large."""
-    batch = record.shape[0]
-    rows = torch.zeros(batch, stop - start, stop, device=record.device, dtype=torch.float32)
-    step = max(1, min(MAX_BLOCK, SCRATCH_BYTES // (4 * batch * record.num_heads * stop)))
-    with torch.no_grad():
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            rows[:, first - start : last - start, :last] = block(first, last)
-    return rows
 
 
 class ProjectionTape(Tape):

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from flowgraph.attention.attention_rows import AttentionRows, Layer
 from flowgraph.attention.interception import AttentionDispatch
+from flowgraph.attention.layer_record import in_steps
 from flowgraph.attention.modules import first_block, text_decoder
-from flowgraph.capacities.forward import in_steps
 from flowgraph.capacities.predictions import Target, forward_logits, objective_of, predicting_rows
 from flowgraph.capacities.tape import Tape, TapeLayer
 from flowgraph.errors import CaptureError

@@ -9,13 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowgraph.attention.interception import AttentionCall
-from flowgraph.attention.layer_record import LayerRecord, frozen
+from flowgraph.attention.layer_record import MAX_BLOCK, SCRATCH_BYTES, LayerRecord, frozen
 from flowgraph.errors import CaptureError
 
-SCRATCH_BYTES = 2**25
-"""Softmax weights of all heads held at once; small blocks stay in cache and were the fastest measured."""
-
-MAX_BLOCK = 128
+__all__ = ["MAX_BLOCK", "SCRATCH_BYTES", "Tape", "TapeLayer"]
 
 
 @dataclass

@@ -55,7 +55,9 @@ def learning_rate_factor(config: PPOConfig, step: int, rewards: Sequence[float] 
 
 
 def depends_on_length(config: PPOConfig) -> bool:
-    """Tell whether a longer run has other learning rates at its beginning."""
+    """Tell whether a longer run has other learning rates, or other credit weights, at its beginning."""
+    if config.credit.anneal > 0:
+        return True
     free = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
     return config.lr_schedule not in free
 

@@ -9,18 +9,18 @@ Letters of the shapes: n batches, A arms, P parameters of the policy adapter, B 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from flowgraph import MemoryLimitError
 from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, selected_tokens
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients, token_factors
+from rl.alignment.measured_policy import policy_on
 from rl.alignment.multipliers import (
     UNIFORM,
     Alignment,
@@ -30,6 +30,7 @@ from rl.alignment.multipliers import (
     cosines,
     jackknife,
     multipliers,
+    projected_cosines,
     signal_shares,
 )
 from rl.config import CreditConfig, PPOConfig
@@ -38,6 +39,7 @@ from rl.policy.actor_critic import ActorCritic, model_name
 from rl.records import Responses
 from rl.rollouts.chat_templates import with_template_options
 from rl.rollouts.rollout import PromptEncoder, draw_samples, judge, sample_responses
+from rl.seeds import generator
 from rl.tasks.base import Task
 from rl.tasks.registry import make_task
 from rl.training.experience import build_experience
@@ -96,9 +98,9 @@ def align(
         MemoryLimitError: the gradients would not fit.
         DivergedError: a gradient is not finite.
 
-    Cost: for each batch one rollout, three forward passes, and a backward pass for uniform, for the selected tokens
-    of each arm, and for each arm whose weights are not a function of its selection alone. ``4 * num_batches * P``
-    bytes of memory.
+    Cost: for each batch one rollout, three forward passes, and a backward pass for uniform, for the decisive tokens,
+    for the selected tokens of each arm, and for each arm whose weights are not a function of its selection alone.
+    ``8 * num_batches * P`` bytes of memory.
 
     Example:
         >>> import rl
@@ -117,7 +119,7 @@ def align(
     # The name is read first: an adapter changes it.
     name = model_name(model)
 
-    with _policy_on(model, config) as policy:
+    with policy_on(model, config) as policy:
         num_parameters = sum(weight.numel() for weight in policy.policy_parameters().values())
         _require_memory(num_parameters, num_batches, len(named), memory_limit)
         run = _AlignmentRun(
@@ -129,16 +131,17 @@ def align(
             progress=_ignore_progress if progress is None else progress,
         )
 
-        # Pass 1: rollouts, and u_b of every batch with signal. Pass 2 compares every arm with all of them.
+        # Pass 1: rollouts, and u_b and v_b of every batch with signal. Pass 2 compares every arm with all of them.
         uniform_gradients = torch.empty(num_batches, num_parameters, dtype=torch.float32)
-        batches = run.collect(uniform_gradients)
+        probes = torch.empty(num_batches, num_parameters, dtype=torch.float32)
+        batches = run.collect(uniform_gradients, probes)
         if len(batches) < _MIN_BATCHES:
             raise ConfigError(
                 f"num_batches: must give at least {_MIN_BATCHES} batches in which any response has an advantage, got "
                 f"{len(batches)} of {num_batches}; take more batches, a larger group_size or another task"
             )
-        products = run.measure(batches, uniform_gradients[: len(batches)])
-        return _report(run, batches, products, baseline_names, name)
+        measured = run.measure(batches, uniform_gradients[: len(batches)], probes[: len(batches)])
+        return _report(run, batches, measured, baseline_names, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +193,15 @@ class _AlignmentRun:
     num_tokens: int = 0
     no_signal: int = 0
 
-    def collect(self, gradients: Float[Tensor, "batches parameters"]) -> list[_Batch]:
-        """Sample and score every batch; write u_b of the returned batches into the first rows of ``gradients``."""
+    def collect(
+        self, gradients: Float[Tensor, "batches parameters"], probes: Float[Tensor, "batches parameters"]
+    ) -> list[_Batch]:
+        """Sample and score every batch; write u_b and v_b of the returned batches into the first rows.
+
+        Args:
+            gradients: filled with the uniform gradients.
+            probes: filled with the score functions of the decisive tokens, summed with random signs.
+        """
         started = time.perf_counter()
         config = self.config
         encoder = PromptEncoder(
@@ -206,7 +216,10 @@ class _AlignmentRun:
             responses = self._sample(encoder, number)
             batch = self._score(responses, number)
             if bool(batch.base.any()):
-                gradients[len(batches)] = policy_gradients(self.policy, responses, [batch.base], config)[0]
+                fields = [batch.base, _signed_decisive(batch, config.seed, number)]
+                both = policy_gradients(self.policy, responses, fields, config)
+                gradients[len(batches)] = both[0]
+                probes[len(batches)] = both[1]
                 batches.append(batch)
             else:
                 self.no_signal += 1
@@ -256,21 +269,25 @@ class _AlignmentRun:
             loss_mask=uniform.loss_mask,
         )
 
-    def measure(self, batches: list[_Batch], uniform: Float[Tensor, "batches parameters"]) -> list[Products]:
+    def measure(
+        self,
+        batches: list[_Batch],
+        uniform: Float[Tensor, "batches parameters"],
+        probes: Float[Tensor, "batches parameters"],
+    ) -> _Measured:
         """Compute the inner products of three gradients of every arm with the uniform gradients of all batches.
 
         Args:
             batches: the n batches.
             uniform: ``[n, P]``, their uniform gradients.
-
-        Returns:
-            3 A records: of the weighted gradients of all arms, then of their selected tokens, then of the others.
+            probes: ``[n, P]``, their probes.
         """
         started = time.perf_counter()
         num_batches = len(batches)
         num_gradients = 3 * len(self.arms)
         dots = torch.zeros(num_gradients, num_batches, num_batches, dtype=torch.float64)
         norms = torch.zeros(num_gradients, num_batches, dtype=torch.float64)
+        along_probes = torch.zeros(len(self.arms), num_batches, num_batches, dtype=torch.float64)
         for number, batch in enumerate(batches):
             # Gradients of the few fields that make up all 3 A gradients; the first is u_b, which is known.
             fields, coefficients = decompose_weights(batch.base, batch.weights, batch.selected)
@@ -286,39 +303,40 @@ class _AlignmentRun:
             # Rounding can put the squared norm of a gradient of almost 0 below 0.
             squared_norms = ((coefficients @ gram) * coefficients).sum(1)
             norms[:, number] = squared_norms.clamp_min(0).sqrt()
+            # Only the weighted gradients, which come first, are measured along the probes.
+            of_weighted = coefficients[: len(self.arms)]
+            along_probes[:, number] = of_weighted @ inner_products(gradients, probes)
             self.progress("gradients", number + 1, num_batches)
         self.seconds["gradients"] = time.perf_counter() - started
-        return [Products(dot, norm) for dot, norm in zip(dots, norms, strict=True)]
+        products = [Products(dot, norm) for dot, norm in zip(dots, norms, strict=True)]
+        return _Measured(products, along_probes)
+
+
+class _Measured(NamedTuple):
+    """The inner products of all arms.
+
+    Attributes:
+        products: 3 A records: of the weighted gradients of all arms, then of their selected tokens, then of the others.
+        along_probes: ``[A, n, n]`` float64, of the weighted gradients with the probes of all batches.
+    """
+
+    products: list[Products]
+    along_probes: Float64[Tensor, "arms batches batches"]
+
+
+def _signed_decisive(batch: _Batch, seed: int, number: int) -> Float[Tensor, "batch response"]:
+    """Return a random sign on every decisive token of the loss, and 0 elsewhere; 0 everywhere without an oracle."""
+    oracle = batch.responses.oracle
+    if oracle is None:
+        return torch.zeros_like(batch.base)
+    # Random signs make the square of the sum a sum of squares on average.
+    random = generator(seed, "probe", number)
+    signs = torch.randint(2, oracle.shape, generator=random) * 2.0 - 1.0
+    return torch.where(oracle & batch.loss_mask, signs, 0.0)
 
 
 def _ignore_progress(stage: str, done: int, total: int) -> None:
     """Ignore progress, for callers that gave no callback."""
-
-
-@contextmanager
-def _policy_on(model: nn.Module, config: PPOConfig) -> Iterator[ActorCritic]:
-    """Yield the model as a policy; remove the added adapters afterwards, and restore trainable weights and modes."""
-    was_trainable = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    was_training = {name: module.training for name, module in model.named_modules()}
-    policy = ActorCritic(
-        model,
-        config.lora,
-        critic=False,
-        seed=config.seed,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
-    try:
-        yield policy
-    finally:
-        # Without a reference adapter the policy's adapter was new; otherwise only the reference was added.
-        if policy.reference_name is None:
-            policy.peft.unload()
-        else:
-            policy.peft.delete_adapter(policy.reference_name)
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(was_trainable[name])
-        for name, module in model.named_modules():
-            module.training = was_training[name]
 
 
 def _rollout_settings(config: PPOConfig, num_batches: int, seed: int) -> PPOConfig:
@@ -361,8 +379,8 @@ def _require_memory(num_parameters: int, num_batches: int, num_arms: int, limit:
 
     if limit is None:
         limit = psutil.virtual_memory().available / 2
-    # float32: the uniform gradients of all batches, and at most four gradients of each arm in one batch.
-    needed = 4 * num_parameters * (num_batches + 4 * num_arms + 1)
+    # float32: the uniform gradients and probes of all batches, and at most four gradients of each arm in one batch.
+    needed = 4 * num_parameters * (2 * num_batches + 4 * num_arms + 2)
     if needed > limit:
         raise MemoryLimitError(
             f"num_batches: gradients of {num_batches} batches and {num_arms} arms by {num_parameters} weights must "
@@ -372,13 +390,19 @@ def _require_memory(num_parameters: int, num_batches: int, num_arms: int, limit:
 
 
 def _report(
-    run: _AlignmentRun, batches: Sequence[_Batch], products: Sequence[Products], baselines: Sequence[str], model: str
+    run: _AlignmentRun, batches: Sequence[_Batch], measured: _Measured, baselines: Sequence[str], model: str
 ) -> Alignment:
     """Turn inner products into cosines, multipliers and differences with intervals."""
     num_arms = len(run.arms)
+    products = measured.products
     uniform = products[0]
     cosine = [cosines(kind, uniform) for kind in products]
     ratio = [multipliers(kind, cosine[0]) for kind in cosine]
+
+    # Without decisive tokens, or with too few for every replicate, the probes are 0 and the ratio is not defined.
+    decisive = [projected_cosines(along, measured.along_probes[0]) for along in measured.along_probes]
+    if bool((decisive[0] == 0).any()):
+        decisive = []
 
     # The three blocks of products: weighted gradients, selected tokens, other tokens.
     of_weighted = range(num_arms)
@@ -392,6 +416,7 @@ def _report(
             credit=credit,
             cosine=jackknife(cosine[of_weighted[index]]),
             multiplier=jackknife(ratio[of_weighted[index]]),
+            decisive_multiplier=jackknife(multipliers(decisive[index], decisive[0])) if decisive else None,
             signal_share=None,
             token_share=coverage.token_share,
             only_selected=None,

@@ -14,7 +14,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rl.config import CreditConfig, PPOConfig, Shape
-from rl.credit.registry import find_rule
+from rl.credit.ratings import check_credit
+from rl.credit.registry import POSITION_MATCHED, applied, find_rule
 from rl.credit.scoring import score_with_settings
 from rl.credit.weights import top_share
 from rl.errors import ConfigError
@@ -124,7 +125,7 @@ def named_arms(arms: Sequence[str | CreditConfig]) -> dict[str, CreditConfig]:
         if not isinstance(arm, (str, CreditConfig)):
             raise ConfigError(f"arms: must be texts or CreditConfig, got {type(arm).__name__}; write 'flow:soft'")
         credit = parse_arm(arm) if isinstance(arm, str) else arm
-        find_rule(credit.rule)
+        check_credit(credit)
         name = arm_name(credit)
         if name in named:
             raise ConfigError(f"arms: must differ, got {name!r} twice; leave one of them out")
@@ -166,9 +167,14 @@ def score_arms(
 def selected_tokens(credit: Credit, arm: CreditConfig) -> Bool[Tensor, "batch response"]:
     """Return the tokens that an arm selects: its top or bottom share, or the tokens with a weight above 1.
 
-    Weights above 1 count where the arm has no share: for soft and raw shapes, and for rules that score in weights.
+    Weights above 1 count where the arm has no share: for soft and raw shapes, and for rules that score in weights; and
+    where weights were permuted.
     """
-    if find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
+    is_permuted = arm.rule == POSITION_MATCHED
+    arm = applied(arm)
+    if is_permuted and arm.shape == "only_top":
+        return credit.scored & (credit.weights > 0)
+    if is_permuted or find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
         return credit.scored & (credit.weights > 1)
     # A response without any positive score keeps weights of 1, so nothing of it is selected.
     has_score = (credit.scores > 0).any(1, keepdim=True)

@@ -60,6 +60,8 @@ class ArmAlignment:
         credit: its settings.
         cosine: cosine with the mean uniform gradient of the other batches, averaged over batches.
         multiplier: sample multiplier ``(cosine / cosine of uniform) ** 2``, negative where the cosines differ in sign.
+        decisive_multiplier: the same ratio with signal and noise measured along the score functions of the decisive
+            tokens alone, see :func:`projected_cosines`; None where the batches hold no, or too few, decisive tokens.
         signal_share: share of the true gradient's signal that the selected tokens carry; None without selected tokens.
         token_share: share of the tokens that are selected; tokens drawn at random have this signal share.
         only_selected: multiplier of the uniform gradient of the selected tokens alone; None without selected tokens.
@@ -72,6 +74,7 @@ class ArmAlignment:
     credit: CreditConfig
     cosine: Estimate
     multiplier: Estimate
+    decisive_multiplier: Estimate | None
     signal_share: Estimate | None
     token_share: float
     only_selected: Estimate | None
@@ -149,6 +152,7 @@ class Alignment:
                 "multiplier": arm.multiplier.corrected,
                 "low": arm.multiplier.low,
                 "high": arm.multiplier.high,
+                "decisive_multiplier": _corrected(arm.decisive_multiplier),
                 "signal_share": _corrected(arm.signal_share),
                 "only_selected": _corrected(arm.only_selected),
                 "only_rest": _corrected(arm.only_rest),
@@ -232,6 +236,44 @@ def cosines(arm: Products, uniform: Products) -> Float64[Tensor, " replicates"]:
     # The mean over the batches of each replicate.
     num_kept = keep.sum(1)
     return (cosine * keep).sum(1) / num_kept
+
+
+def projected_cosines(
+    arm: Float64[Tensor, "batches probes"], uniform: Float64[Tensor, "batches probes"]
+) -> Float64[Tensor, " replicates"]:
+    r"""Compute the mean cosine with the leave-one-out sum in the space of the decisive tokens' score functions.
+
+    A gradient moves the log-probability of a decisive token t by :math:`\langle g, \nabla \log \pi(y_t) \rangle`;
+    noise in other directions moves none of them. With the metric :math:`M = E[\nabla \log \pi(y_t) \nabla \log
+    \pi(y_t)^T]` over these tokens, the cosine is :math:`g^T M T / \sqrt{g^T M g \cdot T^T M T}`. M is estimated by
+    the probes :math:`v_c = \sum_t \epsilon_t \nabla \log \pi(y_t)` over the decisive tokens of batch c with random
+    signs :math:`\epsilon`, because :math:`E[v v^T]` is a multiple of M. A batch meets the probes of other batches
+    only: its own tokens would count themselves.
+
+    Args:
+        arm: ``[n, n]``, entry (b, c) is :math:`\langle g_b, v_c \rangle`.
+        uniform: ``[n, n]``, entry (b, c) is :math:`\langle u_b, v_c \rangle`.
+
+    Returns:
+        ``[1 + n]``, the replicates; a replicate leaves a batch out as gradient and as probe.
+
+    Cost: ``n ** 3`` multiplications.
+    """
+    n = len(arm)
+    off_diagonal = 1 - torch.eye(n, dtype=torch.float64)
+    gradients = arm * off_diagonal
+    true_gradients = uniform * off_diagonal
+    # A replicate drops a batch everywhere: as gradient, in the estimate of the true one, and as probe.
+    values = []
+    for keep in _kept_batches(n):
+        # T_b along probe c: the sum over the batches d of the replicate, without b and without c.
+        along = (keep @ true_gradients)[None] - true_gradients
+        inner = (gradients * along) @ keep
+        length = ((gradients.square() @ keep) * ((along * off_diagonal).square() @ keep)).sqrt()
+        is_defined = length > 0
+        cosine = torch.where(is_defined, inner / torch.where(is_defined, length, 1.0), 0.0)
+        values.append((cosine * keep).sum() / keep.sum())
+    return torch.stack(values)
 
 
 def multipliers(

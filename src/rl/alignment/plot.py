@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from flowgraph import MissingExtraError, atomic_write
+from flowgraph import atomic_write
 from rl.alignment.multipliers import Alignment, Estimate
 from rl.evaluation.significance import Z_95
+from rl.reports.figures import embedded_fonts, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 class _Series(NamedTuple):
@@ -51,7 +50,7 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     target = Path(path)
     # The first row is the lowest, so the best arm comes last.
     arms = sorted(alignment.arms, key=lambda arm: arm.multiplier.corrected)
-    figure = _new_figure(width=8, height=1.6 + 0.55 * len(arms))
+    figure = new_figure(width=8, height=1.6 + 0.55 * len(arms))
     axes = figure.subplots()
     axes.axvline(1.0, color="#555555", linewidth=1, linestyle="--")
 
@@ -71,16 +70,9 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     axes.legend(frameon=False, loc="best")
 
     # Publishers refuse the Type 3 fonts that matplotlib embeds by default.
-    with atomic_write(target) as temporary, _embedded_fonts():
+    with atomic_write(target) as temporary, embedded_fonts():
         figure.savefig(temporary, dpi=160, format=target.suffix.removeprefix(".") or "png")
     return target
-
-
-def _embedded_fonts() -> AbstractContextManager[None]:
-    """Return a context in which fonts are embedded as TrueType."""
-    import matplotlib
-
-    return matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42})
 
 
 def _draw(axes: Axes, series: _Series) -> None:
@@ -105,14 +97,3 @@ def _draw(axes: Axes, series: _Series) -> None:
         linestyle="none",
         capsize=0,
     )
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """Create a figure without matplotlib's global state, so that no display is needed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "plot: needs matplotlib, got an environment without it; pip install 'flowgraph-llm[plot]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowgraph import MissingExtraError, OutputError
-from rl.commands.options import Adapter, Device, Dtype, Model, TaskName, TaskOption
+from flowgraph import MissingExtraError
+from rl.commands.options import Adapter, Device, Dtype, TaskModel, TaskName, TaskOption, make_folder
 from rl.commands.terminal import console, table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def align_command(
-    model: Model = "chain",
+    model: TaskModel = None,
     task: TaskName = "chain",
     task_option: TaskOption = None,
     arms: Annotated[
@@ -53,20 +53,19 @@ def align_command(
     """Compare credit rules by their policy gradients on the same rollouts; nothing is trained."""
     from rl.alignment.align import align
     from rl.alignment.arms import named_arms, split_arms
-    from rl.commands.run_file import CHAIN_DEFAULTS, optional_policy_folder, parse_options
-    from rl.config import PPOConfig
+    from rl.commands.rollout_settings import rollout_config
+    from rl.commands.run_file import optional_policy_folder, parse_options
     from rl.policy.loading import load_policy
+    from rl.policy.shipped_models import default_model
     from rl.tasks.registry import make_task
 
     # Check the input before the model is loaded: a misspelt arm ends here.
     chosen = split_arms(arms)
     named_arms(chosen)
     if out is not None:
-        _make_folder(out)
-    values: dict[str, object] = {"advantage": "group"}
-    if model == "chain":
-        values |= CHAIN_DEFAULTS
-    config = PPOConfig.from_dict({**values, **parse_options(settings or [])})
+        make_folder(out)
+    model = model or default_model(task)
+    config = rollout_config(model, {}, settings or [])
     problems = make_task(task, **parse_options(task_option or [], flag="--task-option"))
     folder = optional_policy_folder(adapter)
 
@@ -104,6 +103,7 @@ def print_alignment(alignment: Alignment) -> None:
         f"{seconds_per_batch:.2f} s a batch",
         highlight=False,
     )
+    screen.print("The multiplier is no forecast of training: see flowgraph-rl auc and the page on credit rules.")
     if not alignment.is_reliable:
         screen.print(
             "The cosine of uniform cannot be told from 0, so these ratios are not meaningful yet: take more batches.",
@@ -113,12 +113,13 @@ def print_alignment(alignment: Alignment) -> None:
 
 def _print_multipliers(screen: Console, alignment: Alignment) -> None:
     """Print multiplier and cosine of every arm."""
-    rows = table("arm", "multiplier", "95 %", "cosine", "error", figures=True)
+    rows = table("arm", "multiplier", "95 %", "on decisive tokens", "95 %", "cosine", "error", figures=True)
     for arm in alignment.arms:
         rows.add_row(
             arm.name,
             f"{arm.multiplier.corrected:.2f}",
             f"{arm.multiplier.low:.2f} to {arm.multiplier.high:.2f}",
+            *_format_decisive(arm.decisive_multiplier),
             f"{arm.cosine.corrected:.3f}",
             f"{arm.cosine.error:.3f}",
         )
@@ -158,6 +159,13 @@ def _print_differences(screen: Console, alignment: Alignment) -> None:
     screen.print(rows)
 
 
+def _format_decisive(estimate: Estimate | None) -> tuple[str, str]:
+    """Format a multiplier and its interval as two cells."""
+    if estimate is None:
+        return "-", "-"
+    return f"{estimate.corrected:.2f}", f"{estimate.low:.2f} to {estimate.high:.2f}"
+
+
 def _format_estimate(estimate: Estimate | None) -> str:
     """Format a value with its standard error."""
     if estimate is None:
@@ -184,16 +192,6 @@ def _write(alignment: Alignment, folder: Path) -> None:
         typer.echo(f"no picture: {error}", err=True)
     else:
         typer.echo(f"wrote {picture}")
-
-
-def _make_folder(folder: Path) -> None:
-    """Create the output folder before the long run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"out: must be a folder that can be made, got {folder} ({error.strerror}); choose another"
-        ) from error
 
 
 @contextmanager

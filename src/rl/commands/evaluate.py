@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowgraph import atomic_write
-from rl.commands.options import Adapter, Device, Dtype, Model, Quantize, TaskName, TaskOption
+from rl.commands.options import Adapter, Device, Dtype, Quantize, TaskModel, TaskName, TaskOption
 from rl.commands.terminal import console, spinner, table
 from rl.errors import ConfigError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    model: Model = "chain",
+    model: TaskModel = None,
     task: TaskName = "chain",
     task_option: TaskOption = None,
     adapter: Adapter = None,
@@ -26,7 +26,7 @@ def evaluate_command(
     samples: Annotated[int, typer.Option("-k", "--samples", help="Responses to each problem.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.0,
     max_response_tokens: Annotated[
-        int | None, typer.Option(help="Responses are cut off there. Default: 256; 48 for the shipped model.")
+        int | None, typer.Option(help="Responses are cut off there. Default: 256; 48 to 128 for shipped models.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -42,7 +42,8 @@ def evaluate_command(
     quantize: Quantize = None,
 ) -> None:
     """Measure a policy on fresh problems: mean reward with a 95 % interval."""
-    from rl.commands.run_file import CHAIN_DEFAULTS, optional_policy_folder, parse_options
+    from rl.commands.run_file import optional_policy_folder, parse_options
+    from rl.policy.shipped_models import SHIPPED_MODELS, default_model
 
     # Check the input before the model is loaded, which takes seconds.
     options = parse_options(task_option or [], flag="--task-option")
@@ -50,8 +51,11 @@ def evaluate_command(
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"out: its folder must exist, got {out}; make it first")
     folder = optional_policy_folder(adapter)
+    if model is None:
+        model = default_model(task)
     if max_response_tokens is None:
-        max_response_tokens = int(CHAIN_DEFAULTS["max_response_tokens"]) if model == "chain" else 256
+        shipped = SHIPPED_MODELS.get(model)
+        max_response_tokens = 256 if shipped is None else shipped.max_response_tokens
 
     with spinner() as progress:
         progress(f"loading {model}")

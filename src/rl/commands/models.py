@@ -16,35 +16,38 @@ from rl.errors import ConfigError
 
 def pretrain_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new model.")],
-    task: Annotated[str, typer.Option("--task", "-t", help="Only 'chain' has demonstrations to learn from.")] = "chain",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="'chain', 'wandering', 'pathsearch' or 'program'.")
+    ] = "chain",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="NAME=VALUE of the recipe, such as steps=300 or width=64; may be repeated."),
     ] = None,
 ) -> None:
-    """Train a small base model from scratch: the one that is shipped, or your own variant of it."""
+    """Train a small base model from scratch on a task of the package: the shipped one, or your own variant of it."""
     from rl.commands.run_file import parse_options
 
-    if task != "chain":
-        raise ConfigError(f"task: must be 'chain', got {task!r}; other tasks have no demonstrations, so bring a model")
     options = parse_options(settings or [])
 
     with spinner() as progress:
         progress("loading torch")
-        from rl.chain_model.pretrain import Recipe, pretrain
+        from rl.base_models.pretrain import find_recipe, measurements, pretrain
 
-        _check_names(options, [item.name for item in fields(Recipe)])
-        recipe = Recipe(**options)
-        report = pretrain(
-            out, recipe, progress=lambda step, loss: progress(f"update {step}/{recipe.steps}, loss {loss:.3f}")
+        kind = find_recipe(task)
+        _check_names(options, [item.name for item in fields(kind)])
+        recipe = kind(**options)
+        total = sum(cycle.steps for cycle in recipe.cycles)
+        report = pretrain(out, recipe, progress=lambda step, loss: progress(f"update {step}/{total}, loss {loss:.3f}"))
+
+    typer.echo(f"wrote {out}: {report['num_parameters']:,} parameters")
+    for name, measured in measurements(report).items():
+        sampled = measured["sampled"]["all"]
+        greedy = measured["greedy"]["all"]
+        typer.echo(
+            f"{name}: right on {sampled['share']:.1%} of {sampled['n']} fresh problems when sampled, on "
+            f"{greedy['share']:.1%} greedily"
         )
-
-    sampled = report["measured"]["sampled"]["all"]
-    greedy = report["measured"]["greedy"]["all"]
-    typer.echo(
-        f"wrote {out}: {report['num_parameters']:,} parameters, right on {sampled['share']:.1%} of {sampled['n']} "
-        f"fresh problems when sampled, on {greedy['share']:.1%} greedily; next: flowgraph-rl train --model {out}"
-    )
+    typer.echo(f"next: flowgraph-rl train --task {task} --model {out}")
 
 
 def merge(

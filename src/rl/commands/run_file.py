@@ -5,17 +5,20 @@ Precedence: ``NAME=VALUE`` settings override flags, flags override the file, the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rl.config import PPOConfig
 from rl.errors import CheckpointError, ConfigError
+from rl.policy.shipped_models import SHIPPED_MODELS, default_model
 from rl.training.checkpoint import find_checkpoints
 
-CHAIN_DEFAULTS = {"max_response_tokens": 48, "learning_rate": 1e-3}
-"""Defaults for the shipped model: its context is short, and its few weights take larger steps."""
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
+"""What YAML 1.1 reads as a number to the base 60, and YAML 1.2 as text."""
 
 _TEXT_SETTINGS = ("model", "task", "output", "quantize")
 """Settings of a run that are text, even where the text looks like a number."""
@@ -26,7 +29,7 @@ class Run:
     """A training run as the command line describes it.
 
     Attributes:
-        model: a name, a folder, or "chain".
+        model: a name, a folder, or a shipped model.
         task: name or file of a task.
         output: folder of the run.
         config: settings of the trainer.
@@ -92,10 +95,10 @@ def read_run(
     options = _require_mapping("task_options", values.pop("task_options", None))
     options |= parse_options(task_options, flag="--task-option")
     text = _pop_text_settings(values)
-    model = text.get("model", "chain")
     task = text.get("task", "chain")
-    if model == "chain":
-        values = {**CHAIN_DEFAULTS, **values}
+    model = text.get("model") or default_model(task)
+    if model in SHIPPED_MODELS:
+        values = {**SHIPPED_MODELS[model].settings, **values}
     config = PPOConfig.from_dict(values)
 
     # A colon, as in reasoning_gym:NAME, is not allowed in file names everywhere.
@@ -124,6 +127,8 @@ def parse_options(options: Sequence[str], *, flag: str = "--set") -> dict[str, A
     Example:
         >>> parse_options(["hops=[2,4]", "rate=1e-4"])
         {'hops': [2, 4], 'rate': 0.0001}
+        >>> parse_options(["level=4:0"])
+        {'level': '4:0'}
     """
     import yaml
 
@@ -134,7 +139,7 @@ def parse_options(options: Sequence[str], *, flag: str = "--set") -> dict[str, A
             example = "credit.strength=2" if flag == "--set" else "hops=[2,4]"
             raise ConfigError(f"{flag}: must look like NAME=VALUE, got {option!r}; for example {example}")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _yaml_loader())
         # An impossible date is a ValueError, deep nesting a RecursionError.
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{flag}: {name} must have a YAML value, got {text!r}; put text in quotes") from error
@@ -188,7 +193,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())
     except OSError as error:
         raise ConfigError(f"config: must be a YAML file, got {path} ({error.strerror}); check the name") from error
     # Invalid UTF-8 and impossible dates are ValueErrors, deep nesting is a RecursionError.
@@ -200,6 +205,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if name not in _TEXT_SETTINGS:
             values[name] = _read_numbers(value)
     return values
+
+
+@cache
+def _yaml_loader() -> Any:
+    """Return the safe loader of YAML, which reads 4:0 as text and not as 240, as YAML 1.2 does."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Reads plain values without numbers to the base 60."""
+
+    # The first pattern that fits decides; they are listed by the first character of the text.
+    Loader.yaml_implicit_resolvers = {
+        first: [("tag:yaml.org,2002:str", _BASE_60), *resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader
 
 
 def _pop_text_settings(values: dict[str, Any]) -> dict[str, str]:

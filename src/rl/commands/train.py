@@ -34,12 +34,19 @@ def train(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A model name, a folder, or 'chain'. Default: chain.")
+        str | None,
+        typer.Option("--model", "-m", help="A model name or a folder. Default: the shipped model of the task."),
     ] = None,
     task: Annotated[str | None, typer.Option("--task", "-t", help="As for eval. Default: chain.")] = None,
     task_option: TaskOption = None,
     credit: Annotated[
-        str | None, typer.Option("--credit", "-c", help="A credit rule; `flowgraph-rl rules` lists them.")
+        str | None,
+        typer.Option(
+            "--credit",
+            "-c",
+            help="A credit rule; `flowgraph-rl rules` lists them. Recommended: reach_sharp with -s credit.shape=soft "
+            "-s credit.floor=0.5 -s credit.ceiling=2 -s credit.fallback=0.5.",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Rollout-and-update steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None,
@@ -111,7 +118,7 @@ def train(
         _announce(run, trainer)
     history = trainer.train()
     if is_main:
-        _print_summary(history, run.output)
+        _print_summary(history, run)
 
 
 def _announce(run: Run, trainer: PPOTrainer) -> None:
@@ -125,7 +132,7 @@ def _announce(run: Run, trainer: PPOTrainer) -> None:
         typer.echo(f"resumed after step {trainer.position.step}", err=True)
 
 
-def _print_summary(history: list[dict[str, Any]], output: Path) -> None:
+def _print_summary(history: list[dict[str, Any]], run: Run) -> None:
     """Print the mean figures of the first and the last tenth of the steps."""
     window = max(1, len(history) // 10)
     rows = table("figure", f"first {window} steps", f"last {window} steps")
@@ -141,9 +148,25 @@ def _print_summary(history: list[dict[str, Any]], output: Path) -> None:
         last = evaluated[-1]
         typer.echo(
             f"best evaluation: reward {last['eval_best_reward']:.3f} at step {last['eval_best_step']}, "
-            f"kept in {output / BEST}"
+            f"kept in {run.output / BEST}"
         )
-    typer.echo(f"metrics and checkpoints in {output}; next: flowgraph-rl eval --adapter {output}")
+    typer.echo(f"metrics and checkpoints in {run.output}; next: {_evaluation_command(run)}")
+
+
+def _evaluation_command(run: Run) -> str:
+    """Return the command that evaluates the run; eval takes the chain task and the task's shipped model by default."""
+    import shlex
+
+    from rl.policy.shipped_models import default_model
+
+    words = ["flowgraph-rl", "eval"]
+    if run.task != "chain":
+        words += ["--task", run.task]
+    for name, value in run.task_options.items():
+        words += ["--task-option", f"{name}={value}"]
+    if run.model != default_model(run.task):
+        words += ["--model", run.model]
+    return shlex.join([*words, "--adapter", str(run.output)])
 
 
 def _mean(rows: list[dict[str, Any]], name: str, form: str) -> str:

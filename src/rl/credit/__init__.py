@@ -3,6 +3,6 @@
 Importing this package registers the rules that ship with it.
 """
 
-from rl.credit import attention_rules, flow_rules, policy_rules
+from rl.credit import attention_rules, flow_rules, paper_rules, policy_rules, sharp_rules
 
-__all__ = ["attention_rules", "flow_rules", "policy_rules"]
+__all__ = ["attention_rules", "flow_rules", "paper_rules", "policy_rules", "sharp_rules"]

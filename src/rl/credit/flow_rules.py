@@ -17,13 +17,14 @@ from torch import Tensor
 
 from flowgraph import AttentionRows, EdgeRules, RowFlow, solve_rows
 from rl.credit.policy_rules import generators_of
-from rl.credit.registry import AttentionNeed, CreditInput, credit_rule, options_of, recorded
+from rl.credit.registry import AttentionNeed, CreditInput, TiedScores, credit_rule, options_of, recorded
+from rl.credit.scope import before_answer
 
 _NEEDS = {"attention": AttentionNeed()}
 
 
-@credit_rule("flow", needs=_NEEDS)
-def flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
+@credit_rule("flow", needs=_NEEDS, ties=True)
+def flow(batch: CreditInput) -> TiedScores:
     r"""Score a token by its throughput: the share of the flow from question to answer that passes through it.
 
     .. math:: f_t = g_t \cdot h_t \in [0, 1]
@@ -37,12 +38,11 @@ def flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
     Cost: two reads of the rows.
     """
-    solved = _solved(batch, recorded(batch, "attention"))
-    return _in_response(batch, solved.throughput)
+    return throughput_scores(batch, _solved(batch, recorded(batch, "attention")))
 
 
-@credit_rule("flow_entropy", needs=_NEEDS)
-def flow_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
+@credit_rule("flow_entropy", needs=_NEEDS, ties=True)
+def flow_entropy(batch: CreditInput) -> TiedScores:
     r"""Score a token by throughput times entropy: it informs the answer *and* was a decision of the policy.
 
     .. math:: f_t \cdot H_t
@@ -50,35 +50,35 @@ def flow_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
     Both factors belong to the token at t: its throughput, and the entropy of the distribution it was drawn from.
     Options and cost as :func:`flow`.
     """
-    return flow(batch) * _entropy(batch)
+    found = flow(batch)
+    return TiedScores(found.scores * _entropy(batch), found.tie)
 
 
-@credit_rule("reach", needs=_NEEDS)
-def reach(batch: CreditInput) -> Float[Tensor, "batch response"]:
+@credit_rule("reach", needs=_NEEDS, ties=True)
+def reach(batch: CreditInput) -> TiedScores:
     r"""Score a token by its backward potential: its total influence on the answer, whatever its own source.
 
     .. math:: h_s = b_s + \sum_{t > s} C[t, s] \cdot h_t
 
     1 on answer tokens, 0 after the answer. Options and cost as :func:`flow`.
     """
-    solved = _solved(batch, recorded(batch, "attention"))
-    potential = solved.h * torch.exp2(solved.exponent.double())
-    return _in_response(batch, potential)
+    return reach_scores(batch, _solved(batch, recorded(batch, "attention")))
 
 
-@credit_rule("reach_entropy", needs=_NEEDS)
-def reach_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
+@credit_rule("reach_entropy", needs=_NEEDS, ties=True)
+def reach_entropy(batch: CreditInput) -> TiedScores:
     r"""Score a token by backward potential times entropy.
 
     .. math:: h_t \cdot H_t
 
     Options and cost as :func:`flow`.
     """
-    return reach(batch) * _entropy(batch)
+    found = reach(batch)
+    return TiedScores(found.scores * _entropy(batch), found.tie)
 
 
-@credit_rule("shuffled_flow", needs=_NEEDS)
-def shuffled_flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
+@credit_rule("shuffled_flow", needs=_NEEDS, ties=True)
+def shuffled_flow(batch: CreditInput) -> TiedScores:
     """Score a token by throughput in a graph with shuffled weights: the control for the structure of the graph.
 
     The weights of every row are permuted among the tokens that it may read. The sum of a row and its unevenness stay;
@@ -91,7 +91,35 @@ def shuffled_flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
     Cost: ``4 * batch * tokens ** 2`` bytes; each row is sorted once.
     """
-    rows = recorded(batch, "attention")
+    shuffled = shuffled_rows(batch, recorded(batch, "attention"))
+    return throughput_scores(batch, _solved(batch, shuffled))
+
+
+def throughput_scores(batch: CreditInput, solved: RowFlow) -> TiedScores:
+    """Return the throughput of response tokens, with the tie of each answer."""
+    return TiedScores(_in_response(batch, solved.throughput), _tie(batch, solved))
+
+
+def reach_scores(batch: CreditInput, solved: RowFlow) -> TiedScores:
+    """Return the backward potential of response tokens, with the tie of each answer."""
+    return TiedScores(_in_response(batch, _potential(solved)), _tie(batch, solved))
+
+
+def _potential(solved: RowFlow) -> Float[Tensor, "batch tokens"]:
+    """Return h, not scaled."""
+    return solved.h * torch.exp2(solved.exponent.double())
+
+
+def _tie(batch: CreditInput, solved: RowFlow) -> Float[Tensor, " batch"]:
+    """Compute the mean of h over the response tokens before the answer; 0 where there are none."""
+    before = before_answer(batch.responses).to(solved.h.device)
+    potential = _potential(solved)[:, batch.responses.prompt_length :]
+    total = torch.where(before, potential, 0.0).sum(1)
+    return (total / before.sum(1).clamp_min(1)).float()
+
+
+def shuffled_rows(batch: CreditInput, rows: AttentionRows) -> _ShuffledRows:
+    """Permute the weights of every row among the tokens that it may read; see :func:`shuffled_flow`."""
     generators = generators_of(batch)
     matrix = rows.dense()
     own_rows = _keeps_own_row(batch).to(rows.device)
@@ -100,8 +128,7 @@ def shuffled_flow(batch: CreditInput) -> Float[Tensor, "batch response"]:
         positions = is_real.nonzero().flatten()
         cells = (positions[:, None], positions)
         weights[cells] = _shuffled(weights[cells], own_row[positions], random)
-    solved = _solved(batch, _ShuffledRows(matrix, rows.attention_mask))
-    return _in_response(batch, solved.throughput)
+    return _ShuffledRows(matrix, rows.attention_mask)
 
 
 @dataclass(frozen=True)
@@ -135,7 +162,7 @@ class _ShuffledRows:
 def _keeps_own_row(batch: CreditInput) -> Bool[Tensor, "batch tokens"]:
     """Mark the tokens that take their own row: all in literal rows, those of the prompt in emission rows."""
     generated = batch.responses.generated
-    if _rules(batch).rows == "literal":
+    if batch.options.get("rows", "emission") == "literal":
         return torch.ones_like(generated)
     return ~generated
 
@@ -170,22 +197,39 @@ def _shuffled(
 
 
 def _solved(batch: CreditInput, rows: AttentionRows | _ShuffledRows) -> RowFlow:
-    """Solve the flow from the question to the answer of each response."""
+    """Solve the flow from the question to the answer of each response; the flow rules have no option of their own."""
+    options_of(batch)
+    return solve_response_flow(batch, rows, EdgeRules(rows=convention_of(batch)))
+
+
+def solve_response_flow(
+    batch: CreditInput,
+    rows: AttentionRows | _ShuffledRows,
+    rules: EdgeRules,
+    *,
+    answer: Bool[Tensor, "batch tokens"] | None = None,
+) -> RowFlow:
+    """Solve the flow of each response on given rows.
+
+    Args:
+        batch: whose question and generated tokens are used.
+        rows: attention of the batch.
+        rules: how rows become edges.
+        answer: the sink; None: the answer of each response.
+    """
     responses = batch.responses
     return solve_rows(
         rows,
         question=responses.question,
-        answer=responses.answer,
+        answer=responses.answer if answer is None else answer,
         generated=responses.generated,
-        rules=_rules(batch),
+        rules=rules,
     )
 
 
-def _rules(batch: CreditInput) -> EdgeRules:
-    """Read the convention of the rows; the flow rules have no other option."""
-    options_of(batch)
-    convention: Any = batch.options.get("rows", "emission")
-    return EdgeRules(rows=convention)
+def convention_of(batch: CreditInput) -> Any:
+    """Read the convention of the rows; :class:`flowgraph.EdgeRules` checks it."""
+    return batch.options.get("rows", "emission")
 
 
 def _in_response(batch: CreditInput, values: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch response"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.credit.registry import CreditInput, credit_rule
+from rl.credit.registry import POSITION_MATCHED, CreditInput, credit_rule
 from rl.errors import CreditError
 
 
@@ -75,6 +75,24 @@ def gradient(batch: CreditInput) -> Float[Tensor, "batch response"]:
             "gradient=True, or pass CreditInput(gradient=...)"
         )
     return batch.gradient()
+
+
+@credit_rule(POSITION_MATCHED)
+def position_matched(batch: CreditInput) -> Float[Tensor, "batch response"]:
+    """Permute the weights of another rule among the responses at equal position: the control for position.
+
+    At each response column, the weights (and scores) of the tokens that compete there are permuted at random among the
+    responses of this process. What remains of the rule is how much it gives to each position on average.
+
+    Options: ``of``, the rule (``"flow_sharp"``); all other options are its own, and so are shape, fallback and cost.
+
+    Raises:
+        CreditError: ``of`` names no other rule.
+    """
+    # The permutation needs all responses, so it follows when the batch is weighed; this function is not called.
+    raise CreditError(
+        "credit: 'position_matched' must be weighed with its batch, got a call of its function; use credit_tokens"
+    )
 
 
 def generators_of(batch: CreditInput) -> Sequence[torch.Generator]:

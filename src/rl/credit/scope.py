@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from rl.algorithm.advantages import last_tokens
 from rl.config import Scope
 from rl.records import Responses
 
@@ -44,6 +46,21 @@ def after_answer(responses: Responses) -> Bool[Tensor, "batch response"]:
     answer = responses.answer_in_response
     has_answer = answer.any(1, keepdim=True)
     return responses.response_mask & has_answer & ~_is_followed_by(answer)
+
+
+def end_tokens(responses: Responses) -> Bool[Tensor, "batch response"]:
+    """Select the end token of each response: its last token, none where the response was truncated."""
+    ends = last_tokens(responses.response_mask)
+    return ends & ~responses.truncated[:, None]
+
+
+def answer_openers(responses: Responses) -> Bool[Tensor, "batch response"]:
+    """Select the token before the first answer token of each response; none where the response begins with it."""
+    answer = responses.answer_in_response
+    is_first = answer & (answer.long().cumsum(1) == 1)
+    opener = torch.zeros_like(answer)
+    opener[:, :-1] = is_first[:, 1:]
+    return opener & responses.response_mask
 
 
 def _is_followed_by(tokens: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flowgraph import AttentionRecorder, AttentionRows
 from rl.config import CreditConfig
-from rl.credit.registry import AttentionNeed, CreditInput, find_rule, score_tokens
-from rl.credit.scope import tokens_in_scope
-from rl.credit.weights import shape_weights
+from rl.credit.policy_passes import PolicyPasses
+from rl.credit.ratings import MeanOverBatch, Ratings, check_credit, local_mean, rate_tokens, weigh_tokens
+from rl.credit.registry import AttentionNeed, applied, find_rule
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
 from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
@@ -58,6 +58,7 @@ def score_rollout(
     step: int,
     reference: bool,
     keep_graph: bool = False,
+    mean_over_batch: MeanOverBatch = local_mean,
 ) -> Scored:
     """Score every response under the policy that wrote it, and credit its tokens under one setting.
 
@@ -73,6 +74,7 @@ def score_rollout(
         step=step,
         reference=reference,
         keep_graph=keep_graph,
+        mean_over_batch=mean_over_batch,
     )
 
 
@@ -87,6 +89,7 @@ def score_with_settings(
     step: int,
     reference: bool,
     keep_graph: bool = False,
+    mean_over_batch: MeanOverBatch = local_mean,
 ) -> Scored:
     """Score every response under the policy that wrote it, and credit its tokens under each of the settings.
 
@@ -104,19 +107,24 @@ def score_with_settings(
         reference: whether to compute log-probabilities under the reference.
         keep_graph: keep the autograd graph of the pass if one micro-batch holds all responses, so that an update with
             the same weights needs no forward pass of its own.
+        mean_over_batch: the mean of some numbers over the responses of all processes, for the fallback.
 
     Raises:
-        CreditError: a rule returned an invalid score.
+        CreditError: an unknown rule or option, or a rule that returned an invalid score.
 
     Cost: one forward pass of the policy, one of the critic and one of the reference, where there are any.
     """
-    rules = [find_rule(setting.rule) for setting in settings]
+    for setting in settings:
+        check_credit(setting)
+    inner_settings = [applied(setting) for setting in settings]
+    rules = [find_rule(inner.rule) for inner in inner_settings]
+    needs = [rule.needs_for(inner.options) for rule, inner in zip(rules, inner_settings, strict=True)]
     # Settings do not share generators: each draws as it would in a training of its own.
     generators = [credit_generators(responses, seed, step) for _ in settings]
     keep_graph = keep_graph and responses.num_sequences <= micro_batch_size
     output: TokenOutput | None = None
     score_parts: list[TokenScores] = []
-    credit_parts: list[list[Credit]] = [[] for _ in settings]
+    rating_parts: list[list[Ratings]] = [[] for _ in settings]
     credit_seconds = 0.0
 
     for start in range(0, responses.num_sequences, micro_batch_size):
@@ -129,11 +137,8 @@ def score_with_settings(
         with torch.set_grad_enabled(keep_graph):
             with ExitStack() as stack:
                 recorders: list[Recorders] = [
-                    {
-                        name: stack.enter_context(recorder_for(policy, need, setting))
-                        for name, need in rule.needs.items()
-                    }
-                    for rule, setting in zip(rules, settings, strict=True)
+                    {name: stack.enter_context(recorder_for(policy, need, setting)) for name, need in of_rule.items()}
+                    for of_rule, setting in zip(needs, settings, strict=True)
                 ]
                 logprobs, entropy = policy.policy_pass(inputs, tokens, temperature)
             output, final_values = _with_values(policy, inputs, logprobs, entropy)
@@ -141,22 +146,47 @@ def score_with_settings(
         scores = _token_scores(part, output, final_values, ref_logprobs)
         score_parts.append(scores)
 
-        # The credit of every setting, from what its recorders hold.
+        # The ratings of every setting, from what its recorders hold.
         for index, setting in enumerate(settings):
+            if rules[index].whole_batch:
+                continue
             begun = time.perf_counter()
             rows = {
                 name: recorder.rows(inputs.attention_mask, inputs.input_ids)
                 for name, recorder in recorders[index].items()
             }
-            random = generators[index][start:stop]
-            credit = policy_credit(policy, part, scores, rows, setting, random, temperature=temperature)
-            credit_parts[index].append(credit)
+            own_generators = generators[index][start:stop]
+            ratings = policy_ratings(policy, part, scores, rows, setting, own_generators, temperature=temperature)
+            rating_parts[index].append(ratings)
             recording_seconds = sum(recorder.seconds for recorder in recorders[index].values())
             credit_seconds += time.perf_counter() - begun + recording_seconds
 
+    # The credit of the batch: the fallback compares its responses, and some rules read all of them.
+    begun = time.perf_counter()
+    all_scores = join_records(score_parts)
+    credits = []
+    for rule, parts, setting, own_generators in zip(rules, rating_parts, settings, generators, strict=True):
+        if rule.whole_batch:
+            found = policy_ratings(
+                policy,
+                responses,
+                all_scores,
+                {},
+                setting,
+                own_generators,
+                temperature=temperature,
+                micro_batch_size=micro_batch_size,
+            )
+            parts = [found]
+        # A generator of the batch: the number of its first problem differs between processes.
+        random = generator(seed, "credit positions", step, int(responses.groups[0]))
+        ratings = join_records(parts)
+        credits.append(weigh_tokens(ratings, setting, mean_over_batch=mean_over_batch, random=random))
+    credit_seconds += time.perf_counter() - begun
+
     return Scored(
-        scores=join_records(score_parts),
-        credits=tuple(join_records(parts) for parts in credit_parts),
+        scores=all_scores,
+        credits=tuple(credits),
         credit_seconds=credit_seconds,
         output=output if keep_graph else None,
     )
@@ -198,14 +228,10 @@ def _token_scores(
 
 def recorder_for(policy: ActorCritic, need: AttentionNeed, credit: CreditConfig) -> AttentionRecorder:
     """Make a recorder of the attention that a rule needs; the credit settings name what the rule leaves open."""
-    return AttentionRecorder(
-        policy.causal_lm,
-        layers=credit.layers if need.layers is None else need.layers,
-        heads=credit.heads if need.heads is None else need.heads,
-    )
+    return need.recorder(policy.causal_lm, layers=credit.layers, heads=credit.heads)
 
 
-def policy_credit(
+def policy_ratings(
     policy: ActorCritic,
     responses: Responses,
     scores: TokenScores,
@@ -214,56 +240,27 @@ def policy_credit(
     random: Sequence[torch.Generator],
     *,
     temperature: float,
-) -> Credit:
-    """Credit tokens on the policy's device, with the policy's gradient available; the result is on the CPU."""
+    micro_batch_size: int | None = None,
+) -> Ratings:
+    """Rate tokens on the policy's device, with the policy's own passes available; the result is on the CPU.
+
+    ``micro_batch_size`` is that of the rule's own passes; None: all responses at a time.
+    """
     on_device = to_device(responses, policy.device)
 
     def gradient() -> Float[Tensor, "batch response"]:
         return embedding_gradient(policy, on_device, temperature)
 
-    found = credit_tokens(
-        on_device, to_device(scores, policy.device), credit, rows=rows, random=random, gradient=gradient
+    found = rate_tokens(
+        on_device,
+        to_device(scores, policy.device),
+        credit,
+        rows=rows,
+        random=random,
+        gradient=gradient,
+        passes=PolicyPasses(policy, on_device, temperature, micro_batch_size or responses.num_sequences),
     )
     return to_device(found, torch.device("cpu"))
-
-
-def credit_tokens(
-    responses: Responses,
-    scores: TokenScores,
-    credit: CreditConfig,
-    *,
-    rows: Mapping[str, AttentionRows] | None = None,
-    random: Sequence[torch.Generator] = (),
-    gradient: Callable[[], Float[Tensor, "batch response"]] | None = None,
-) -> Credit:
-    """Run a credit rule and shape its scores; only rules that read gradients need a model.
-
-    Args:
-        responses: all tensors on one device.
-        scores: log-probabilities and entropies of the policy that wrote them, 0 on padding.
-        credit: rule, shape and scope.
-        rows: attention by the names that the rule's ``needs`` list.
-        random: a generator for each response, for rules that draw.
-        gradient: see :class:`rl.credit.registry.CreditInput`.
-
-    Raises:
-        CreditError: the attention of a rule is missing, or its scores are invalid.
-    """
-    rule = find_rule(credit.rule)
-    scored = tokens_in_scope(responses, credit.scope)
-    batch = CreditInput(
-        responses=responses,
-        scores=scores,
-        scored=scored,
-        rows=rows or {},
-        random=random,
-        gradient=gradient if rule.gradient else None,
-        options={**credit.options, "rows": credit.rows},
-    )
-    found = score_tokens(rule, batch)
-    # The scores of a rule that weighs are weights already.
-    shaping = replace(credit, shape="raw") if rule.weighs else credit
-    return Credit(scores=found, scored=scored, weights=shape_weights(found, scored, shaping))
 
 
 def credit_generators(responses: Responses, seed: int, step: int) -> list[torch.Generator]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rl.algorithm.advantages import last_tokens, token_rewards
 from rl.algorithm.tensor_checks import require_alike, require_floats, require_mask, require_run
-from rl.config import CreditConfig, Sign
+from rl.config import CreditConfig, Normalize, Sign
+from rl.credit.registry import applied, find_rule
 from rl.errors import ConfigError, CreditError
 from rl.records import Credit
 
@@ -119,6 +120,8 @@ def signed_weights(
 
     ``"all"``: w. ``"non_negative"``: w where :math:`A \ge 0`, 1 elsewhere. ``"asymmetric"``: w where :math:`A \ge 0`,
     :math:`1/w` elsewhere, so that a token that is encouraged more is also discouraged less; a weight of 0 stays 0.
+    ``"negative"``: w where :math:`A < 0`, 1 elsewhere. ``"rule"``: as ``"all"``; :func:`loss_weights` puts the sign of
+    the rule in its place.
 
     Args:
         weights: ``[B, R]``, not negative.
@@ -142,8 +145,10 @@ def signed_weights(
         )
 
     is_negative = advantages < 0
-    if sign == "all":
+    if sign in ("all", "rule"):
         return weights
+    if sign == "negative":
+        return torch.where(is_negative, weights, torch.ones_like(weights))
     if sign == "non_negative":
         return torch.where(is_negative, torch.ones_like(weights), weights)
     # The inverse of a number below the normal range would be infinite, so such a weight stays.
@@ -174,37 +179,143 @@ def mean_one(
     return relative / torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
+def annealed(weights: Float[Tensor, "batch response"], anneal: float, progress: float) -> Tensor:
+    r"""Move the weights towards 1: :math:`1 + (w - 1) \max(0, 1 - progress / anneal)`; unchanged with ``anneal`` 0.
+
+    Args:
+        weights: ``[B, R]``.
+        anneal: share of the run after which all weights are 1; 0: off.
+        progress: share of the run that is done, in [0, 1].
+
+    Raises:
+        ConfigError: a progress outside [0, 1].
+    """
+    if not 0 <= progress <= 1:
+        raise ConfigError(f"progress: must lie in [0, 1], got {progress!r}; it is the share of the run that is done")
+    if anneal == 0:
+        return weights
+    remaining = max(0.0, 1 - progress / anneal)
+    return 1 + (weights - 1) * remaining
+
+
+def normalized(
+    weights: Float[Tensor, "batch response"], scored: Bool[Tensor, "batch response"], normalize: Normalize
+) -> Float[Tensor, "batch response"]:
+    r"""Divide the weights of the scored tokens of each response, so that a rule does not change the step size.
+
+    ``"mean"``: by :math:`\operatorname{mean}(w)`; ``"sum_of_squares"``: by :math:`\sqrt{\operatorname{mean}(w^2)}`;
+    ``"none"``: unchanged.
+
+    Args:
+        weights: ``[B, R]``, not negative.
+        scored: ``[B, R]``, tokens that compete; the others keep their weights.
+        normalize: the divisor.
+
+    Raises:
+        ConfigError: wrong shapes.
+        CreditError: a negative weight, one that is not finite, or a response whose weights are all 0.
+    """
+    if normalize == "none":
+        return weights
+    competing = _checked(weights, scored, names=("weights", "scored"))
+    vanishes = scored.any(1) & ~(competing > 0).any(1)
+    if bool(vanishes.any()):
+        row = int(vanishes.nonzero()[0])
+        raise CreditError(
+            f"weights: must have one above 0 among the scored tokens of every response to be normalised, got none in "
+            f"response {row}; use normalize='none', or a floor above 0"
+        )
+    if normalize == "mean":
+        return torch.where(scored, mean_one(competing, scored), weights)
+
+    # Relative weights keep the squares of very large and very small ones in range.
+    relative = _relative(competing)
+    num_scored = scored.sum(1, keepdim=True).clamp_min(1)
+    mean_square = relative.square().sum(1, keepdim=True) / num_scored
+    scale = torch.where(mean_square > 0, mean_square.sqrt(), torch.ones_like(mean_square))
+    return torch.where(scored, relative / scale, weights)
+
+
 def loss_weights(
     credit: Credit,
     advantages: Float[Tensor, "batch response"],
     mask: Bool[Tensor, "batch response"],
     settings: CreditConfig,
+    *,
+    progress: float = 0.0,
 ) -> Float[Tensor, "batch response"]:
     """Combine credit weights and advantages into the factor of each token's policy loss.
 
-    The sign rule is applied first. With ``mean_one`` the weights of the tokens that competed are then divided by their
-    mean; the other tokens keep weight 1, so the mean over the response is 1 as well.
+    The sign rule is applied first, then annealing, then the normalisation of the tokens that competed. The other tokens
+    keep weight 1, so with ``normalize="mean"`` the mean over the response is 1 as well.
 
     Args:
         credit: of the batch.
         advantages: ``[B, R]``, whitened where the run whitens.
         mask: ``[B, R]``, action tokens.
-        settings: ``sign`` and ``mean_one``.
+        settings: ``sign``, ``anneal``, ``normalize`` and ``mean_one``.
+        progress: share of the run that is done, in [0, 1]; ``anneal`` reads it.
 
     Returns:
         ``[B, R]``, on the device and in the dtype of the advantages.
 
     Raises:
-        ConfigError: wrong shapes, or an unknown sign.
-        CreditError: a negative weight.
+        ConfigError: wrong shapes, an unknown sign, or a progress outside its range.
+        CreditError: a negative weight, or a response without a positive one that is to be normalised.
     """
     unsigned = credit.weights.to(advantages.device, advantages.dtype)
-    weights = signed_weights(unsigned, advantages, settings.sign)
-    if not settings.mean_one:
+    sign = settings.sign
+    if sign == "rule":
+        sign = find_rule(applied(settings).rule).sign
+    weights = signed_weights(unsigned, advantages, sign)
+    weights = annealed(weights, settings.anneal, progress)
+    if settings.normalization == "none":
         return weights
     scored = credit.scored.to(advantages.device)
-    normalised = torch.where(scored, mean_one(weights, scored), weights)
-    return normalised.masked_fill(~mask, 0.0)
+    return normalized(weights, scored, settings.normalization).masked_fill(~mask, 0.0)
+
+
+def gini(weights: Float[Tensor, " tokens"]) -> float:
+    r"""Compute the Gini coefficient of weights, the unevenness with which they fall on tokens.
+
+    :math:`\sum_{i,j} |w_i - w_j| / (2 n \sum_i w_i)`: 0 where all are equal, towards 1 where one token has everything.
+
+    Args:
+        weights: n weights, not negative; 0 for no tokens, or only weights of 0.
+
+    Cost: one sort.
+
+    Example:
+        >>> gini(torch.tensor([1.0, 1.0])), gini(torch.tensor([0.0, 2.0]))
+        (0.0, 0.5)
+    """
+    ordered = weights.detach().double().sort().values
+    total = float(ordered.sum())
+    count = ordered.numel()
+    if count == 0 or total == 0:
+        return 0.0
+    # In ascending order, the i-th weight is the larger one in 2i - n - 1 more pairs than the smaller one.
+    rank = torch.arange(1, count + 1, dtype=torch.float64, device=ordered.device)
+    return max(0.0, float(((2 * rank - count - 1) * ordered).sum()) / (count * total))
+
+
+def effective_token_ratio(weights: Float[Tensor, " tokens"]) -> float:
+    r"""Compute the effective number of tokens as a share of all, :math:`(\sum w)^2 / (n \sum w^2)`.
+
+    It is 1 for equal weights, and 1 / n where one token has everything.
+
+    Args:
+        weights: n weights, not negative; 1 for no tokens, or only weights of 0.
+
+    Example:
+        >>> effective_token_ratio(torch.tensor([0.0, 2.0]))
+        0.5
+    """
+    wide = weights.detach().double()
+    squares = float(wide.square().sum())
+    if squares == 0:
+        return 1.0
+    return float(wide.sum()) ** 2 / (wide.numel() * squares)
 
 
 def redistribute(

@@ -15,8 +15,8 @@ trainer::
         tensors["advantages"] = scale_advantages(tensors["advantages"], mask, credit, config)
         return batch
 
-Rules that read attention need ``rows``: a worker that has the model records them with a
-:class:`flowgraph.AttentionRecorder` around its log-probability pass, and sends ``credit.weights``, which have the shape
+Rules that read attention need ``rows``: a worker that has the model records them with
+:func:`attention_recorders` around its log-probability pass, and sends ``credit.weights``, which have the shape
 of the advantages. Rules without attention, such as ``entropy``, run where the advantages are computed.
 
 Letters of the shapes: B sequences, P prompt columns, R response columns.
@@ -33,11 +33,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flowgraph import AttentionRows, encode
+from flowgraph import AttentionRecorder, AttentionRows, encode
 from rl.algorithm.tensor_checks import require_alike, require_run
 from rl.config import CreditConfig
-from rl.credit.registry import CreditRule, find_rule
-from rl.credit.scoring import credit_tokens
+from rl.credit.ratings import check_credit, credit_tokens
+from rl.credit.registry import CreditRule, applied, find_rule
 from rl.credit.weights import loss_weights
 from rl.errors import ConfigError, CreditError
 from rl.policy.sampling import Generated
@@ -108,21 +108,23 @@ def read_responses(
 
 
 def usable_rule(credit: CreditConfig) -> CreditRule:
-    """Return the rule of these settings, if it can run inside another trainer.
+    """Return the rule that scores the tokens under these settings, if it can run inside another trainer.
 
     Raises:
-        CreditError: an unknown rule, or one that needs a backward pass or a task that knows its decisive tokens.
+        CreditError: an unknown rule or option, or a rule that needs a backward pass or a task that knows its decisive
+            tokens.
         ConfigError: credit enters elsewhere than at the advantages.
     """
-    rule = find_rule(credit.rule)
+    check_credit(credit)
+    rule = find_rule(applied(credit).rule)
     if credit.entry != "advantage":
         raise ConfigError(
             f"credit.entry: must be 'advantage' in another trainer, whose token rewards are out of reach, got "
             f"{credit.entry!r}; use entry='advantage', or rl.PPOTrainer"
         )
     need = None
-    if rule.gradient:
-        need = "a backward pass of its own"
+    if rule.own_pass:
+        need = f"{rule.own_pass} of its own"
     elif rule.needs_oracle:
         need = "a task that knows its decisive tokens"
     if need is not None:
@@ -133,6 +135,36 @@ def usable_rule(credit: CreditConfig) -> CreditRule:
     return rule
 
 
+def attention_recorders(model: Any, credit: CreditConfig) -> dict[str, AttentionRecorder]:
+    """Make the recorders of the attention that a rule reads; use each as a context of the log-probability pass.
+
+    Args:
+        model: a Hugging Face causal LM, PEFT-wrapped or not.
+        credit: rule, its options, and the layers and heads that it leaves open.
+
+    Returns:
+        A recorder by the name of each need; empty for rules that read no attention. ``recorder.rows(attention_mask)``
+        of each, under the same name, is the argument ``rows`` of :func:`token_credit`.
+
+    Raises:
+        ConfigError, CreditError: as :func:`usable_rule`.
+        CaptureError: the architecture cannot be captured.
+
+    Example:
+        with ExitStack() as stack:
+            recorders = attention_recorders(model, credit)
+            for recorder in recorders.values():
+                stack.enter_context(recorder)
+            logprobs = ...  # the engine's own pass
+        rows = {name: recorder.rows(attention_mask) for name, recorder in recorders.items()}
+    """
+    rule = usable_rule(credit)
+    recorders = {}
+    for name, need in rule.needs_for(applied(credit).options).items():
+        recorders[name] = need.recorder(model, layers=credit.layers, heads=credit.heads)
+    return recorders
+
+
 def token_credit(
     responses: Responses,
     scores: TokenScores,
@@ -141,13 +173,13 @@ def token_credit(
     rows: Mapping[str, AttentionRows] | None = None,
     random: Sequence[torch.Generator] = (),
 ) -> Credit:
-    """Run a credit rule and shape its scores.
+    """Run a credit rule and shape its scores. With a fallback, pass the complete batch: its responses are compared.
 
     Args:
         responses: see :func:`read_responses`; all tensors on one device.
         scores: log-probabilities and entropies of the policy that wrote them, 0 on padding.
         credit: rule, shape and scope.
-        rows: attention by the names that ``usable_rule(credit).needs`` lists.
+        rows: attention by the names of :func:`attention_recorders`.
         random: a generator for each response, for rules that draw random numbers.
 
     Returns:
@@ -171,6 +203,8 @@ def scale_advantages(
     mask: Bool[Tensor, "batch response"],
     credit: Credit,
     config: CreditConfig,
+    *,
+    progress: float = 0.0,
 ) -> Float[Tensor, "batch response"]:
     r"""Multiply each token's advantage by its weight, :math:`A_t w_t`; call it after whitening.
 
@@ -178,8 +212,9 @@ def scale_advantages(
         advantages: ``[B]`` or ``[B, R]``.
         mask: ``[B, R]``, response tokens.
         credit: the result of :func:`token_credit`.
-        config: ``sign`` chooses the advantages on which weights act, ``mean_one`` normalises the weights of the tokens
-            that competed to mean 1.
+        config: ``sign`` chooses the advantages on which weights act, ``normalize`` normalises the weights of the tokens
+            that competed, ``anneal`` moves them to 1 in the course of the run.
+        progress: share of the run that is done, in [0, 1]; only ``anneal`` reads it.
 
     Returns:
         ``[B, R]``.
@@ -196,7 +231,7 @@ def scale_advantages(
     shape = credit.weights.shape
     if advantages.shape == shape[:1]:
         advantages = advantages[:, None].expand(shape)
-    return advantages * loss_weights(credit, advantages, mask.to(advantages.device).bool(), config)
+    return advantages * loss_weights(credit, advantages, mask.to(advantages.device).bool(), config, progress=progress)
 
 
 @dataclass

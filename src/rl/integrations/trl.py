@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowgraph import AttentionRecorder, MissingExtraError
+from flowgraph import MissingExtraError
 from rl.config import CreditConfig
-from rl.credit.registry import AttentionNeed
+from rl.credit.ratings import Ratings, rate_tokens, weigh_tokens
+from rl.credit.weights import effective_token_ratio, gini
 from rl.errors import ConfigError
-from rl.integrations.tensors import FindAnswer, read_responses, scale_advantages, token_credit, usable_rule
+from rl.integrations.tensors import (
+    FindAnswer,
+    attention_recorders,
+    read_responses,
+    scale_advantages,
+    usable_rule,
+)
 from rl.policy.sampling import evaluating
-from rl.records import Credit, Responses, TokenScores, to_device
+from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
 from rl.tasks.answers import find_answer as find_stated_answer
 
@@ -89,12 +97,16 @@ class TokenCredit(_GRPOTrainer):
         started = time.perf_counter()
         credit = self._token_credit(inputs, output)
         mask = output["completion_mask"].bool()
-        output["advantages"] = scale_advantages(output["advantages"], mask, credit, self.credit)
-        self._log_credit(credit.weights[mask], time.perf_counter() - started)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        output["advantages"] = scale_advantages(
+            output["advantages"], mask, credit, self.credit, progress=min(1.0, progress)
+        )
+        self._log_credit(credit, mask, time.perf_counter() - started)
         return output
 
-    def _log_credit(self, weights: Float[Tensor, " tokens"], seconds: float) -> None:
-        """Add mean weight, share of raised tokens and time to TRL's metrics; no tokens give 1 and 0."""
+    def _log_credit(self, credit: Credit, mask: Bool[Tensor, "batch response"], seconds: float) -> None:
+        """Add figures of the weights and the time to TRL's metrics; no tokens give those of equal weights."""
+        weights = credit.weights[mask]
         mean = 1.0
         raised_share = 0.0
         if weights.numel() > 0:
@@ -105,28 +117,63 @@ class TokenCredit(_GRPOTrainer):
         metrics["credit/raised_share"].append(raised_share)
         metrics["credit/seconds"].append(seconds)
 
+        # The unevenness within each response that has tokens.
+        of_responses = [row[chosen] for row, chosen in zip(credit.weights, mask, strict=True) if bool(chosen.any())]
+        count = max(1, len(of_responses))
+        metrics["credit/weight_gini"].append(sum(map(gini, of_responses)) / count)
+        effective = [effective_token_ratio(of_response) for of_response in of_responses]
+        metrics["credit/effective_token_ratio"].append(sum(effective) / count if effective else 1.0)
+        if credit.unanchored is not None:
+            metrics["credit/unanchored_share"].append(float(credit.unanchored.float().mean()))
+
     def _token_credit(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> Credit:
-        """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``)."""
+        """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``).
+
+        ``unanchored`` describes the sequences that TRL did not mask.
+        """
         mask = output["completion_mask"].bool()
+        kept = mask.any(1).nonzero().flatten().tolist()
+        size = self.args.per_device_train_batch_size
+        parts = []
+        for start in range(0, len(kept), size):
+            parts.append(self._ratings_of_rows(inputs, output, kept[start : start + size]))
+
         credit = Credit(
             scores=torch.zeros(mask.shape, dtype=torch.float32),
             scored=torch.zeros(mask.shape, dtype=torch.bool),
             weights=torch.ones(mask.shape, dtype=torch.float32),
         )
         credit = to_device(credit, mask.device)
-
-        kept = mask.any(1).nonzero().flatten().tolist()
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(kept), size):
-            rows = kept[start : start + size]
-            part = self._credit_of_rows(inputs, output, rows)
-            credit.scores[rows] = part.scores
-            credit.scored[rows] = part.scored
-            credit.weights[rows] = part.weights
+        found = self._weighed(parts, mask.device)
+        if found is not None:
+            credit.scores[kept] = found.scores
+            credit.scored[kept] = found.scored
+            credit.weights[kept] = found.weights
+            credit = replace(credit, unanchored=found.unanchored)
         return credit
 
-    def _credit_of_rows(self, inputs: list[dict[str, Any]], output: dict[str, Any], rows: list[int]) -> Credit:
-        """Compute the credit of some sequences from one forward pass without gradient, which the rule records."""
+    def _weighed(self, parts: list[Ratings], device: torch.device) -> Credit | None:
+        """Weigh the ratings of this process, compared with those of all processes; None where it has none."""
+
+        def mean_over_batch(ties: Float[Tensor, " chosen"]) -> float:
+            """Add sums and counts over all processes."""
+            own = torch.stack([ties.sum(), torch.tensor(ties.numel(), dtype=ties.dtype, device=device)])
+            reduced: Any = self.accelerator.reduce(own, reduction="sum")
+            total, count = reduced.tolist()
+            return total / count if count else 0.0
+
+        if parts:
+            random = generator(
+                self.args.seed, "credit positions", self.state.global_step, self.accelerator.process_index
+            )
+            return weigh_tokens(join_records(parts), self.credit, mean_over_batch=mean_over_batch, random=random)
+        # The other processes wait for the sum of this one.
+        if self.credit.fallback > 0:
+            mean_over_batch(torch.zeros(0, device=device, dtype=torch.float32))
+        return None
+
+    def _ratings_of_rows(self, inputs: list[dict[str, Any]], output: dict[str, Any], rows: list[int]) -> Ratings:
+        """Rate the tokens of some sequences by one forward pass without gradient, which the rule records."""
         # Numbers over all processes: they tell groups apart and seed the rules that draw.
         first = self.accelerator.process_index * len(inputs)
         numbers = [first + row for row in rows]
@@ -145,25 +192,17 @@ class TokenCredit(_GRPOTrainer):
         ids = responses.input_ids
         mask = responses.attention_mask
         with torch.no_grad(), evaluating(self._policy), ExitStack() as stack:
-            recorders = {}
-            for name, need in self.credit_rule.needs.items():
-                recorders[name] = stack.enter_context(self._recorder(need))
+            recorders = attention_recorders(self._policy, self.credit)
+            for recorder in recorders.values():
+                stack.enter_context(recorder)
             scores = self._token_scores(responses)
             attention = {name: recorder.rows(mask, ids) for name, recorder in recorders.items()}
-        return token_credit(responses, scores, self.credit, rows=attention, random=random)
+        return rate_tokens(responses, scores, self.credit, rows=attention, random=random)
 
     @property
     def _policy(self) -> Any:
         """Return the model without distributed wrappers."""
         return self.model
-
-    def _recorder(self, need: AttentionNeed) -> AttentionRecorder:
-        """Return a recorder of the attention that a rule needs, by default that of the credit settings."""
-        return AttentionRecorder(
-            self._policy,
-            layers=self.credit.layers if need.layers is None else need.layers,
-            heads=self.credit.heads if need.heads is None else need.heads,
-        )
 
     def _token_scores(self, responses: Responses) -> TokenScores:
         """Compute log-probabilities and entropies as TRL does in its loss, at its temperature."""
@@ -197,7 +236,7 @@ def flow_grpo_trainer(base: type | None = None) -> type[TokenCredit]:
     Example:
         trainer = flow_grpo_trainer()(
             model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=prompts, processing_class=tokenizer,
-            peft_config=lora, credit=CreditConfig(rule="flow", strength=1.5),
+            peft_config=lora, credit=CreditConfig.recommended(),
         )
     """
     grpo = _grpo_trainer()

@@ -7,7 +7,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -256,6 +256,81 @@ class ActorCritic(nn.Module):
         logits = self._response_logits(inputs, tokens.shape[1], embeddings=embeddings)
         logprobs, _ = token_logprobs(logits, tokens, temperature)
         return logprobs
+
+    def logits_of_embeddings(
+        self, embeddings: Float[Tensor, "batch tokens hidden"], inputs: ModelInput, response_length: int
+    ) -> Float[Tensor, "batch response vocabulary"]:
+        """Compute the logits of each response token as a function of the input embeddings, at temperature 1.
+
+        Args:
+            embeddings: ``[B, P + R, hidden]``, replace ``inputs.input_ids``.
+            inputs: mask and positions of the sequences.
+            response_length: R.
+        """
+        return self._response_logits(inputs, response_length, embeddings=embeddings)
+
+    def hidden_states(self, inputs: ModelInput, response_length: int) -> Float[Tensor, "batch response hidden"]:
+        """Compute the last hidden state from which each response token was drawn, that of the column before it.
+
+        Args:
+            inputs: sequences of prompt and response.
+            response_length: R.
+        """
+        with self._pass():
+            decoder = self.causal_lm.get_decoder()
+            hidden = decoder(**self._arguments(inputs), use_cache=False).last_hidden_state
+        return hidden[:, -response_length - 1 : -1]
+
+    def logprob_derivative(
+        self,
+        inputs: ModelInput,
+        tokens: Int64[Tensor, "batch response"],
+        temperature: float,
+        direction: Mapping[str, Tensor],
+    ) -> Float[Tensor, "batch response"]:
+        r"""Compute the derivative of each response token's log-probability along a direction of the policy's weights.
+
+        :math:`\partial \log p_t(\theta + \epsilon d) / \partial \epsilon = \langle \nabla_\theta \log p_t, d \rangle`,
+        exactly, by forward-mode differentiation: one pass serves all tokens.
+
+        Args:
+            inputs: sequences of prompt and response.
+            tokens: ``[B, R]``, the response tokens.
+            temperature: tau, that of the sampling.
+            direction: d, by the names of :meth:`policy_parameters`; a missing weight does not move.
+
+        Returns:
+            ``[B, R]`` float32, detached.
+
+        Raises:
+            PolicyError: a layer without a forward-mode derivative, such as one of a quantised base.
+
+        Cost: about two forward passes, with attention by plain matrix products.
+        """
+        from torch.autograd import forward_ad
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        parameters = self.policy_parameters()
+        # Fused attention kernels have no forward-mode derivative.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), self._pass():
+            moved = {}
+            for name, tangent in direction.items():
+                parameter = parameters[name].detach()
+                moved[name.removeprefix("peft.")] = forward_ad.make_dual(parameter, tangent.to(parameter.dtype))
+            arguments = self._arguments(inputs)
+            try:
+                output = torch.func.functional_call(self.peft, moved, kwargs={**arguments, "use_cache": False})
+            except NotImplementedError as error:
+                raise PolicyError(
+                    f"model: all layers must have a forward-mode derivative, got {type(self.causal_lm).__name__} with "
+                    f"one that has none ({error}); use another credit rule, or a base that is not quantised"
+                ) from error
+            logits = output.logits[:, -tokens.shape[1] - 1 : -1].float() / temperature
+            chosen = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+            derivative = forward_ad.unpack_dual(chosen).tangent
+            if derivative is None:
+                return torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+            return derivative.clone()
 
     def _response_logits(
         self,

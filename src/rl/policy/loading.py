@@ -14,12 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from flowgraph import MissingExtraError
 from rl.errors import CheckpointError, ConfigError, PolicyError
 from rl.policy.actor_critic import quiet_peft
+from rl.policy.shipped_models import SHIPPED_MODELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CHAIN_MODEL = Path(__file__).parent.parent / "assets" / "chain"
-"""The folder of the base model that comes with the package."""
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Names of dtypes; "auto" is that of the checkpoint."""
@@ -44,7 +42,7 @@ def load_policy(
     """Load a model and its tokenizer to a device, with a trainable adapter if one is given.
 
     Args:
-        model: name or folder, or "chain" for the shipped model.
+        model: name or folder, or the name of a shipped model, such as "chain".
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: as torch names it; None: the CPU.
         adapter: a PEFT folder; None: the base alone.
@@ -73,10 +71,10 @@ def load_policy(
 def load_model(
     name: str, dtype: str = "auto", *, quantize: str | None = None, device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer by name or folder, or the shipped one for "chain".
+    """Load a model and its tokenizer by name or folder, or a shipped one.
 
     Args:
-        name: name or folder, or "chain".
+        name: name or folder, or one of :data:`rl.policy.shipped_models.SHIPPED_MODELS`.
         dtype: as for :func:`load_policy`; with ``quantize`` also that of the computation, bfloat16 for "auto".
         quantize: as for :func:`load_policy`.
         device: of quantised weights; None: the GPU of this process, or the CPU. Other weights are loaded to the CPU.
@@ -91,8 +89,8 @@ def load_model(
         raise ConfigError(
             f"dtype: must be one of {', '.join(_DTYPES)}, got {dtype!r}; 'auto' takes the checkpoint's own"
         )
-    if name == "chain":
-        model, tokenizer = load_chain_model()
+    if name in SHIPPED_MODELS:
+        model, tokenizer = load_base_model(name)
         if dtype != "auto":
             model = model.to(_DTYPES[dtype])
         return model, tokenizer
@@ -104,16 +102,30 @@ def load_model(
     except _MODEL_FAILURES as error:
         raise PolicyError(
             f"model: must be a folder or a name that transformers can load, got {name!r} ({_first_line(error)}); check "
-            "the name, or use 'chain'"
+            f"the name, or use a shipped model ({', '.join(map(repr, SHIPPED_MODELS))})"
         ) from error
     return model, tokenizer
 
 
-def load_chain_model(folder: str | Path = CHAIN_MODEL) -> tuple[Any, Any]:
+def load_chain_model(folder: str | Path = "chain") -> tuple[Any, Any]:
     """Load a base model of the chain task and its tokenizer, by default the shipped one.
 
+    See :func:`load_base_model`, which loads those of the other tasks too.
+
+    Example:
+        >>> model, tokenizer = load_chain_model()
+        >>> tokenizer.decode(tokenizer("a=7;a?")["input_ids"])
+        'a=7;a?'
+    """
+    return load_base_model(folder)
+
+
+def load_base_model(model: str | Path) -> tuple[Any, Any]:
+    """Load the base model of one of the package's own tasks, and its tokenizer.
+
     Args:
-        folder: a folder that :func:`rl.chain_model.pretrain.pretrain` wrote.
+        model: name of a shipped model (``"chain"``, ``"pathsearch"``, ``"program"`` or ``"wandering"``), or a folder
+            that ``flowgraph-rl pretrain`` wrote.
 
     Returns:
         The model, in float32 and evaluation mode, and its tokenizer.
@@ -122,30 +134,31 @@ def load_chain_model(folder: str | Path = CHAIN_MODEL) -> tuple[Any, Any]:
         PolicyError: the folder contains no model.
 
     Example:
-        >>> model, tokenizer = load_chain_model()
-        >>> tokenizer.decode(tokenizer("a=7;a?")["input_ids"])
-        'a=7;a?'
+        >>> model, tokenizer = load_base_model("wandering")
+        >>> tokenizer.decode(tokenizer("A=B+3;")["input_ids"][1])
+        '=B+3'
     """
-    folder = Path(folder)
+    shipped = SHIPPED_MODELS.get(str(model))
+    folder = Path(model) if shipped is None else shipped.folder
     if not (folder / "model.safetensors").is_file():
         raise PolicyError(
             f"folder: must hold a model that pretrain() wrote, got {str(folder)!r} without model.safetensors; "
-            "install the package again, or run rl.chain_model.pretrain.pretrain"
+            "install the package again, or run flowgraph-rl pretrain"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    if folder == CHAIN_MODEL:
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if shipped is not None:
         # Checkpoints, logs and pages record this name; the folder of the installation would be meaningless there.
-        model.name_or_path = "chain"
-        model.config._name_or_path = "chain"
+        network.name_or_path = shipped.name
+        network.config._name_or_path = shipped.name
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), tokenizer
+    return network.eval(), tokenizer
 
 
 def check_quantize(quantize: str | None, model: str) -> None:
     """Check that a base can be quantised here, before anything is loaded.
 
     Raises:
-        ConfigError: another value than "4bit", or the shipped model.
+        ConfigError: another value than "4bit", or a shipped model.
         MissingExtraError: bitsandbytes is not installed.
     """
     if quantize is None:
@@ -154,9 +167,9 @@ def check_quantize(quantize: str | None, model: str) -> None:
         raise ConfigError(
             f"quantize: must be '4bit' or left out, got {quantize!r}; leave it out for the base's own dtype"
         )
-    if model == "chain":
+    if model in SHIPPED_MODELS:
         raise ConfigError(
-            "quantize: must come with a model of your own, got '4bit' for 'chain', which has only 0.7 million "
+            f"quantize: must come with a model of your own, got '4bit' for {model!r}, which has less than a million "
             "parameters; leave it out"
         )
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -8,6 +8,7 @@ const SCORED = 2; // has a credit score
 const ANSWER = 4; // part of the stated answer
 const IN_LOSS = 8;
 const DECISIVE = 16; // known to be decisive for the answer
+const DETOUR = 32; // work of the same kind that the answer does not depend on
 
 const MIN_RATIO = 1e-6; // smaller ratios are drawn like this one
 
@@ -40,6 +41,7 @@ function stateText(flags) {
   const words = [flags & SCORED ? "scored" : "not scored"];
   if (flags & ANSWER) words.push("answer");
   if (flags & DECISIVE) words.push("decisive");
+  if (flags & DETOUR) words.push("detour");
   if (!(flags & IN_LOSS)) words.push("not in the loss");
   return words.join(", ");
 }
@@ -145,6 +147,7 @@ function drawLegend(quantity) {
   keys.push(exampleToken("off", "not scored"));
   if (isAnyToken(ANSWER)) keys.push(exampleToken("answer", "answer"));
   if (isAnyToken(DECISIVE)) keys.push(make("span", "key", "◆ decisive"));
+  if (isAnyToken(DETOUR)) keys.push(make("span", "key", "◇ detour: work that the answer does not use"));
   legend.replaceChildren(...keys);
 }
 
@@ -296,6 +299,7 @@ function drawToken(response, column) {
   if (!(flags & SCORED)) element.classList.add("off");
   if (flags & ANSWER) element.classList.add("answer");
   if (flags & DECISIVE) element.append(make("span", "sign", "◆"));
+  if (flags & DETOUR) element.append(make("span", "sign", "◇"));
   appendTokenText(element, text);
   makeToggle(element, ""); // named when it is painted
   if (column === 0) element.tabIndex = 0;

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowgraph import InvalidInputError, atomic_write, render_page
 from rl.config import flattened
-from rl.records import Experience, Responses
+from rl.records import Credit, Experience, Responses
 from rl.rollouts.rollout_file import PathLike, Tokens, load_rollout
 
 PAGE_SCHEMA = "flowgraph-credit-report/1"
@@ -85,6 +85,7 @@ def report_payload(
     settings: Mapping[str, Any] | None = None,
     groups: Sequence[int] | None = None,
     right_at: float = 1.0,
+    others: Mapping[str, Credit] | None = None,
 ) -> dict[str, Any]:
     """Collect all that the page shows, as plain JSON values in the schema ``flowgraph-credit-report/1``.
 
@@ -97,6 +98,7 @@ def report_payload(
         settings: how the rollout was made; nested mappings are flattened.
         groups: numbers of the prompt groups to show, all of them by default; the summary is of those shown.
         right_at: a response counts as right from this reward on.
+        others: credit of the same tokens under other settings, by name; their weights are further numbers of the page.
 
     Returns:
         Summary, scales and per group its responses, the best rewarded first. Numbers have four digits and are None
@@ -127,8 +129,12 @@ def report_payload(
         tokens = [tokens[row] for row in rows]
         if ratio is not None:
             ratio = ratio[rows]
+        others = {name: credit.select(rows) for name, credit in (others or {}).items()}
 
     quantities = list(_quantities(experience, ratio))
+    for name, credit in (others or {}).items():
+        note = "what this rule would give; 1 changes nothing"
+        quantities.append(_Quantity(f"weight by {name}", note, "signed", credit.weights, credit.scored, 1.0))
     shown = [_response(experience, tokens, quantities, row, right_at) for row in range(len(tokens))]
     return {
         "schema": PAGE_SCHEMA,
@@ -149,13 +155,13 @@ def write_report(path: PathLike, experience: Experience, tokens: Tokens, **optio
         path: of the page.
         experience: the rollout.
         tokens: B lists of R readable token strings; see :func:`token_texts`.
-        **options: of :func:`report_payload`: ratio, title, subtitle, settings, groups, right_at.
+        **options: of :func:`report_payload`: ratio, title, subtitle, settings, groups, right_at, others.
 
     Raises:
         InvalidInputError: as there.
         OutputError: the path cannot be written.
 
-    Cost: about 80 bytes per token and quantity shown, 10 at most.
+    Cost: about 80 bytes per token and quantity shown, 10 at most and one for each of ``others``.
     """
     page = render_report(report_payload(experience, tokens, **options)).encode("utf-8", "replace")
     with atomic_write(path) as temporary:
@@ -163,8 +169,13 @@ def write_report(path: PathLike, experience: Experience, tokens: Tokens, **optio
     return Path(path)
 
 
-def report_file(source: PathLike, out: PathLike) -> Path:
+def report_file(source: PathLike, out: PathLike, *, others: Mapping[str, Credit] | None = None) -> Path:
     """Make the page of a rollout file.
+
+    Args:
+        source: the rollout file.
+        out: of the page.
+        others: as in :func:`report_payload`.
 
     Raises:
         CheckpointError: not a rollout file.
@@ -176,7 +187,14 @@ def report_file(source: PathLike, out: PathLike) -> Path:
     # What the heading names is not repeated among the settings.
     subtitle = ", ".join(str(info.pop(name)) for name in ("model", "task") if name in info)
     return write_report(
-        out, rollout.experience, rollout.tokens, ratio=rollout.ratio, title=title, subtitle=subtitle, settings=info
+        out,
+        rollout.experience,
+        rollout.tokens,
+        ratio=rollout.ratio,
+        title=title,
+        subtitle=subtitle,
+        settings=info,
+        others=others,
     )
 
 
@@ -269,20 +287,21 @@ def _response(
 
 
 def _flags(experience: Experience, row: int) -> list[int]:
-    """Return the masks of each token as bits: chosen, scored, answer, in the loss, known to be decisive."""
+    """Return the masks of each token as bits: chosen, scored, answer, in the loss, decisive, detour."""
     responses = experience.responses
     masks = [
         responses.response_mask[row],
         experience.credit.scored[row],
         responses.answer_in_response[row],
         experience.loss_mask[row],
+        responses.oracle[row] if responses.oracle is not None else None,
+        responses.detours[row] if responses.detours is not None else None,
     ]
-    if responses.oracle is not None:
-        masks.append(responses.oracle[row])
 
-    flags = torch.zeros_like(masks[0], dtype=torch.int64)
+    flags = torch.zeros_like(responses.response_mask[row], dtype=torch.int64)
     for bit, mask in enumerate(masks):
-        flags += mask.long() << bit
+        if mask is not None:
+            flags += mask.long() << bit
     return flags.tolist()
 
 

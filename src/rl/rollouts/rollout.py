@@ -28,7 +28,7 @@ from rl.errors import PolicyError, RewardError, TaskError, describe_cause
 from rl.policy.sampling import Ending, Generated, generate, vocabulary_size
 from rl.records import CharSpan, Responses, Sample
 from rl.seeds import derive
-from rl.tasks.base import BatchTask, Task
+from rl.tasks.base import BatchTask, DetourTask, Task
 from rl.tasks.rewards import RewardParts, batch_rewards, checked_values
 
 if TYPE_CHECKING:
@@ -273,8 +273,11 @@ def judge(
     prompt_length = generated.prompt_length
     question = torch.zeros(generated.input_ids.shape, dtype=torch.bool)
     answer = torch.zeros(generated.input_ids.shape, dtype=torch.bool)
-    oracle = torch.zeros_like(generated.response_mask)
-    has_oracle = False
+    # The masks that only some tasks know, by the method that finds their characters.
+    marks: dict[str, Callable[..., Any]] = {"oracle": task.oracle}
+    if isinstance(task, DetourTask):
+        marks["detours"] = task.detours
+    marked: dict[str, Tensor] = {}
     completions: list[str] = []
     judged: list[Sample] = []
     end_ids: tuple[Any, ...] = (tokenizer.eos_token_id,)
@@ -302,12 +305,14 @@ def judge(
         question[row, columns] = question_tokens
         answer[row, columns] = answer_tokens
 
-        # Decisive tokens, where the task marks them.
-        decisive = _call(task.oracle, sample, completion, sample, completion)
-        if decisive is not None:
-            has_oracle = True
-            spans = [_checked_span("oracle", span, sample, completion) for span in _checked_list(decisive, sample)]
-            oracle[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
+        # Decisive tokens and detours, where the task marks them; a response without this knowledge has none.
+        for name, method in marks.items():
+            value = _call(method, sample, completion, sample, completion)
+            if value is None:
+                continue
+            mask = marked.setdefault(name, torch.zeros_like(generated.response_mask))
+            spans = [_checked_span(name, item, sample, completion) for item in _checked_list(name, value, sample)]
+            mask[row, : len(ids)] = _covered(encoded, spans)[encoded.prompt_length :]
 
     # Rewards come last, because a task may compare all completions.
     rewards = _rewards(task, judged, completions)
@@ -324,7 +329,8 @@ def judge(
         rewards=rewards.totals,
         question=question,
         answer=answer,
-        oracle=oracle if has_oracle else None,
+        oracle=marked.get("oracle"),
+        detours=marked.get("detours"),
         sampled_logprobs=generated.logprobs,
         reward_parts=rewards.parts if has_parts else None,
         reward_names=list(rewards.names) if has_parts else [],
@@ -385,12 +391,12 @@ def _checked_span(method: str, span: Any, sample: Sample, text: str) -> CharSpan
     return span[0], span[1]
 
 
-def _checked_list(spans: Any, sample: Sample) -> list[Any]:
+def _checked_list(method: str, spans: Any, sample: Sample) -> list[Any]:
     """Check that a task returned a list or a tuple of spans."""
     if not isinstance(spans, list | tuple):
         raise RewardError(
-            f"task: oracle must return a list of spans or None, got {type(spans).__name__} for sample {sample.index}; "
-            "return [(start, end), ...]"
+            f"task: {method} must return a list of spans or None, got {type(spans).__name__} for sample "
+            f"{sample.index}; return [(start, end), ...]"
         )
     return list(spans)
 

@@ -71,6 +71,19 @@ class BatchTask(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class DetourTask(Task, Protocol):
+    """A task that knows which work of a response is not used: detours, dead ends, sub-results that nothing reads.
+
+    Detours take the same skill as the decisive steps, and the answer does not depend on them. A credit rule that ranks
+    decisive tokens above detours follows the dependencies of the response; one that ranks them alike finds the skill.
+    """
+
+    def detours(self, sample: Sample, completion: str) -> list[CharSpan] | None:
+        """Return the characters of unused work, none of which ``oracle`` returns; None where it is not known."""
+        ...
+
+
 def check_problem(split: object, index: object) -> None:
     """Check the arguments of ``Task.sample``.
 

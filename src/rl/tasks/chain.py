@@ -167,19 +167,32 @@ class Chain:
         separators ``=``, ``,`` and ``#``, variables and values of detours, text outside such lines, and the answer
         behind the ``#``, which repeats the last value.
         """
-        needed = set(sample.metadata["needed"])
-        spans: list[CharSpan] = []
-        for line in _LINE.finditer(completion.split("#", 1)[0]):
-            for position in range(*line.span(1)):
-                if completion[position] in needed:
-                    spans.append((position, position + 1))
-            variable = line[1][-1]
-            if variable in needed:
-                spans.append(line.span(2))
-        return spans
+        return _marked_characters(sample, completion, is_needed=True)
+
+    def detours(self, sample: Sample, completion: str) -> list[CharSpan]:
+        """Return the variables and values of a response that :meth:`oracle` leaves out, each a span of one character.
+
+        A letter of a line is part of a detour if the queried variable does not depend on that variable; a digit is if
+        the letter in front of its ``=`` is.
+        """
+        return _marked_characters(sample, completion, is_needed=False)
 
 
 # Problems as data ---------------------------------------------------------------------------------------
+
+
+def _marked_characters(sample: Sample, completion: str, *, is_needed: bool) -> list[CharSpan]:
+    """Return the variables and values of a response that belong to the needed chain, or those that do not."""
+    needed = set(sample.metadata["needed"])
+    spans: list[CharSpan] = []
+    for line in _LINE.finditer(completion.split("#", 1)[0]):
+        for position in range(*line.span(1)):
+            if (completion[position] in needed) == is_needed:
+                spans.append((position, position + 1))
+        variable = line[1][-1]
+        if (variable in needed) == is_needed:
+            spans.append(line.span(2))
+    return spans
 
 
 def _stated_digit(completion: str, opening: str = "") -> CharSpan | None:

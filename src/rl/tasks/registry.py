@@ -13,6 +13,9 @@ from rl.tasks.tables import DATASET_PREFIX, is_dataset, is_table
 if TYPE_CHECKING:
     from rl.tasks.base import Task
 
+OWN_NAMES = ("chain", "pathsearch", "program", "wandering")
+"""The package's own tasks, whose decisive tokens and detours are known."""
+
 GYM_NAMES = ("chain_sum", "countdown", "gsm_symbolic")
 """Datasets of reasoning-gym that have a short name."""
 
@@ -24,24 +27,26 @@ def task_names() -> list[str]:
     """List the names that :func:`make_task` accepts; each of the last four is a pattern for many.
 
     Example:
-        >>> task_names()[:5]
-        ['chain', 'chain_sum', 'countdown', 'gsm_symbolic', 'reasoning_gym:<dataset>']
-        >>> task_names()[5:]
-        ['datasets:<name>', '<path>.parquet', '<path>.jsonl']
+        >>> task_names()[:7]
+        ['chain', 'chain_sum', 'countdown', 'gsm_symbolic', 'pathsearch', 'program', 'wandering']
+        >>> task_names()[7:]
+        ['reasoning_gym:<dataset>', 'datasets:<name>', '<path>.parquet', '<path>.jsonl']
     """
-    files = [f"{DATASET_PREFIX}<name>", "<path>.parquet", "<path>.jsonl"]
-    return ["chain", *GYM_NAMES, f"{_GYM_PREFIX}<dataset>", *files]
+    patterns = [f"{_GYM_PREFIX}<dataset>", f"{DATASET_PREFIX}<name>", "<path>.parquet", "<path>.jsonl"]
+    return [*sorted(OWN_NAMES + GYM_NAMES), *patterns]
 
 
 def make_task(task: Any, **options: Any) -> Task:
     """Make the task of this name.
 
     Args:
-        task: ``"chain"`` (:class:`rl.tasks.chain.Chain`); ``"countdown"``, ``"gsm_symbolic"``, ``"chain_sum"`` or
-            ``"reasoning_gym:<dataset>"`` (:class:`rl.tasks.procedural.Procedural`); a path that ends in ``.jsonl`` or
-            ``.parquet``, a folder of ``Dataset.save_to_disk``, or ``"datasets:NAME"`` for a dataset of the library
-            datasets, or such a dataset itself (:class:`rl.tasks.jsonl.JsonlTask`); or a task, which is returned as it
-            is.
+        task: one of the package's own, ``"chain"`` (:class:`rl.tasks.chain.Chain`), ``"pathsearch"``
+            (:class:`rl.tasks.path_search.PathSearch`), ``"program"`` (:class:`rl.tasks.program.Program`) or
+            ``"wandering"`` (:class:`rl.tasks.wandering.Wandering`);
+            ``"countdown"``, ``"gsm_symbolic"``, ``"chain_sum"`` or ``"reasoning_gym:<dataset>"``
+            (:class:`rl.tasks.procedural.Procedural`); a path that ends in ``.jsonl`` or ``.parquet``, a folder of
+            ``Dataset.save_to_disk``, or ``"datasets:NAME"`` for a dataset of the library datasets, or such a dataset
+            itself (:class:`rl.tasks.jsonl.JsonlTask`); or a task, which is returned as it is.
         **options: the keyword arguments of that class.
 
     Raises:
@@ -60,10 +65,8 @@ def make_task(task: Any, **options: Any) -> Task:
         task = str(task)
     if not isinstance(task, str):
         return _checked_task(task, options)
-    if task == "chain":
-        from rl.tasks.chain import Chain
-
-        return _construct(Chain, task, options)
+    if task in OWN_NAMES:
+        return _construct(_own_task(task), task, options)
     if task in GYM_NAMES or task.startswith(_GYM_PREFIX):
         from rl.tasks.procedural import Procedural
 
@@ -76,6 +79,25 @@ def make_task(task: Any, **options: Any) -> Task:
         f"task: must be one of {', '.join(task_names())}, got {task!r}; datasets of reasoning-gym without a short name "
         "take its name as a prefix"
     )
+
+
+def _own_task(name: str) -> Callable[..., Any]:
+    """Return the class of one of the package's own tasks."""
+    if name == "chain":
+        from rl.tasks.chain import Chain
+
+        return Chain
+    if name == "pathsearch":
+        from rl.tasks.path_search import PathSearch
+
+        return PathSearch
+    if name == "program":
+        from rl.tasks.program import Program
+
+        return Program
+    from rl.tasks.wandering import Wandering
+
+    return Wandering
 
 
 def _checked_task(task: Any, options: dict[str, Any]) -> Task:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rl.algorithm.advantages import whiten
+from rl.credit.ratings import local_mean
 from rl.errors import ConfigError
 from rl.training.metrics import Averages
 
@@ -90,6 +91,24 @@ def of_main_process(value: Any, accelerator: Any) -> Any:
 
     (shared,) = broadcast_object_list([value])
     return shared
+
+
+def mean_together(values: Float[Tensor, " chosen"], accelerator: Any) -> float:
+    """Compute the mean of numbers of all processes; 0 where there are none.
+
+    Args:
+        values: of this process; any number of them.
+        accelerator: of the run.
+    """
+    if accelerator.num_processes == 1:
+        return local_mean(values)
+    from accelerate.utils import gather_object
+
+    of_this_process = (float(values.double().sum()), values.numel())
+    of_all = gather_object([of_this_process])
+    total = sum(part for part, _ in of_all)
+    count = sum(number for _, number in of_all)
+    return total / count if count else 0.0
 
 
 def whiten_together(

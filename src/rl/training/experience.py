@@ -27,6 +27,7 @@ def build_experience(
     *,
     kl_weight: float,
     whitening: Whitening = whiten,
+    progress: float = 0.0,
 ) -> Experience:
     """Compute advantages, returns, masks and weights of a scored rollout.
 
@@ -41,6 +42,7 @@ def build_experience(
         config: of the run.
         kl_weight: beta at this step.
         whitening: over all processes.
+        progress: share of the run that is done, in [0, 1], for weights that are annealed.
 
     Returns:
         The experience, detached, on the device of the responses.
@@ -63,7 +65,7 @@ def build_experience(
     # Weights multiply the whitened advantages: whitening afterwards would remove part of their effect.
     weights = torch.ones_like(advantages)
     if config.credit.entry == "advantage":
-        weights = loss_weights(credit, advantages, mask, config.credit)
+        weights = loss_weights(credit, advantages, mask, config.credit, progress=progress)
     if config.sampling_correction is not None:
         weights = weights * _sampling_correction(responses, scores, config.sampling_correction)
     return Experience(

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from rl.config import PPOConfig
+from rl.credit.scope import answer_openers, end_tokens
+from rl.credit.weights import effective_token_ratio, gini
 from rl.records import Experience
 from rl.training.experience import compared_rewards, zero_variance_share
 
@@ -121,6 +123,7 @@ def step_averages(updates: Averages, experience: Experience, config: PPOConfig, 
     averages.add("weight_mean", token_weights.sum(), num_tokens)
     averages.add("raised_share", is_raised.sum(), int(credit.scored.sum()))
     averages.add("advantage", (experience.advantages * mask).sum(), num_tokens)
+    _add_weight_figures(averages, experience)
 
     # How far generation and scoring disagree about the tokens that were drawn, which PPO takes for equal.
     if responses.sampled_logprobs is not None:
@@ -135,6 +138,24 @@ def step_averages(updates: Averages, experience: Experience, config: PPOConfig, 
     if scores.values is not None:
         averages.add("value", scores.values.sum(), num_tokens)
     return averages
+
+
+def _add_weight_figures(averages: Averages, experience: Experience) -> None:
+    """Add how unevenly the weights fall on the tokens of a response, and on which they must not fall unevenly.
+
+    An end token or an answer opener with a low weight teaches wrong lengths; unanchored responses have weights of 1.
+    """
+    responses = experience.responses
+    weights = experience.policy_weights
+    # Means over responses, so that any split of the batch over processes gives the same figure.
+    for row, mask in zip(weights, responses.response_mask, strict=True):
+        averages.add("weight_gini", gini(row[mask]), 1)
+        averages.add("effective_token_ratio", effective_token_ratio(row[mask]), 1)
+
+    for name, chosen in (("end", end_tokens(responses)), ("answer_opener", answer_openers(responses))):
+        averages.add(f"weight_{name}", weights[chosen].sum(), chosen.sum())
+    if experience.credit.unanchored is not None:
+        averages.add("unanchored_share", experience.credit.unanchored.sum(), responses.num_sequences)
 
 
 def step_row(step: int, averages: Averages, seconds: Mapping[str, float], **settings: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowgraph import FlowgraphError, InvalidInputError, OutputError
 from rl.algorithm.schedules import adapted_kl_weight, check_schedule, depends_on_length, learning_rate_factor
 from rl.config import CreditConfig, PPOConfig, flat_settings
-from rl.credit.registry import find_rule
+from rl.credit.ratings import check_credit
 from rl.credit.scoring import score_rollout
 from rl.errors import CheckpointError
 from rl.evaluation.evaluate import Evaluation, evaluate
@@ -39,7 +39,14 @@ from rl.training.checkpoint import (
     reference_mark,
     write_checkpoint,
 )
-from rl.training.distributed import check_accelerator, gathered, make_accelerator, of_main_process, whiten_together
+from rl.training.distributed import (
+    check_accelerator,
+    gathered,
+    make_accelerator,
+    mean_together,
+    of_main_process,
+    whiten_together,
+)
 from rl.training.experience import build_experience
 from rl.training.interruption import StopRequest
 from rl.training.metrics import Averages, Clock, step_averages, step_row
@@ -125,7 +132,7 @@ class PPOTrainer:
     ) -> None:
         # Everything that can be checked without the model is checked first.
         config = _with_credit(config or PPOConfig(), credit)
-        find_rule(config.credit.rule)
+        check_credit(config.credit)
         check_schedule(config)
         self.config = config
         self.task = make_task(task)
@@ -270,6 +277,7 @@ class PPOTrainer:
             step=step,
             reference=config.kl_weight > 0,
             keep_graph=self._learns_in_one_pass,
+            mean_over_batch=partial(mean_together, accelerator=self.accelerator),
         )
         experience = build_experience(
             responses,
@@ -278,6 +286,7 @@ class PPOTrainer:
             config,
             kl_weight=self.position.kl_weight,
             whitening=partial(whiten_together, accelerator=self.accelerator),
+            progress=step / config.steps,
         )
         clock.stop("scoring_seconds")
         clock.seconds["credit_seconds"] = scored.credit_seconds

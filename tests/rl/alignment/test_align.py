@@ -13,7 +13,17 @@ from flowgraph import MemoryLimitError, MissingExtraError, OutputError, holm
 from rl import ActorCritic, ConfigError, CreditConfig, CreditError, DivergedError, LoraConfig, PPOConfig, align
 from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, split_arms
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients
-from rl.alignment.multipliers import SCHEMA, Estimate, Products, compare, cosines, jackknife, multipliers, signal_shares
+from rl.alignment.multipliers import (
+    SCHEMA,
+    Estimate,
+    Products,
+    compare,
+    cosines,
+    jackknife,
+    multipliers,
+    projected_cosines,
+    signal_shares,
+)
 from rl.alignment.plot import plot_alignment
 from rl.credit.scope import after_answer
 from rl.credit.scoring import score_rollout
@@ -408,3 +418,62 @@ def test_adapters_that_train_modules_and_tokens_are_as_before_afterwards(setting
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name for name, value in model.named_parameters() if value.requires_grad} == trainable
+
+
+# Along the decisive tokens ------------------------------------------------------------------------------
+
+
+def slow_projected(arm, uniform, left_out=None):
+    """Mean cosine in probe coordinates, by loops over gradients, probes and batches."""
+    kept = [b for b in range(len(arm)) if b != left_out]
+    found = []
+    for b in kept:
+        probes = [c for c in kept if c != b]
+        own = [float(arm[b, c]) for c in probes]
+        true = [sum(float(uniform[d, c]) for d in kept if d not in (b, c)) for c in probes]
+        length = sum(x * x for x in own) ** 0.5 * sum(y * y for y in true) ** 0.5
+        found.append(sum(x * y for x, y in zip(own, true, strict=True)) / length if length else 0.0)
+    return sum(found) / len(found)
+
+
+def test_projected_cosines_against_loops():
+    random = torch.Generator().manual_seed(5)
+    arm, uniform = torch.randn(2, 6, 6, generator=random, dtype=torch.float64) + 0.5
+    replicates = projected_cosines(arm, uniform)
+    assert float(replicates[0]) == pytest.approx(slow_projected(arm, uniform))
+    for d in range(6):
+        assert float(replicates[1 + d]) == pytest.approx(slow_projected(arm, uniform, left_out=d))
+
+
+def test_noise_that_moves_no_decisive_token_counts_in_the_raw_multiplier_only():
+    """Twelve coordinates of noise beside three that decide: an arm that removes the noise gains nothing along these."""
+    random = torch.Generator().manual_seed(6)
+    n = 120
+    signal = torch.cat([torch.ones(3), torch.zeros(12)]).double()
+    uniform = signal + torch.randn(n, 15, generator=random, dtype=torch.float64) * 3
+    quiet = uniform.clone()
+    quiet[:, 3:] = 0
+    probes = torch.randn(n, 15, generator=random, dtype=torch.float64)
+    probes[:, 3:] = 0
+
+    def ratio(one, other):
+        return float(multipliers(one, other)[0])
+
+    raw = [cosines(Products(g @ uniform.T, g.norm(dim=1)), Products(uniform @ uniform.T, uniform.norm(dim=1)))
+           for g in (quiet, uniform)]  # fmt: skip
+    along = [projected_cosines(g @ probes.T, uniform @ probes.T) for g in (quiet, uniform)]
+    assert ratio(*raw) > 2
+    assert ratio(*along) == pytest.approx(1.0)
+
+
+def test_align_reports_the_multiplier_along_decisive_tokens(measured):
+    assert measured.arms[0].decisive_multiplier.value == pytest.approx(1.0)
+    assert all(arm.decisive_multiplier is not None for arm in measured.arms)
+    assert measured.table()[1]["decisive_multiplier"] == measured.arms[1].decisive_multiplier.corrected
+
+    class Unmarked(Digits):
+        def oracle(self, sample, completion):
+            return None
+
+    without = align(tiny_policy(), alphabet(), Unmarked(), arms=["random"], config=SETTINGS, num_batches=3)
+    assert [arm.decisive_multiplier for arm in without.arms] == [None, None]

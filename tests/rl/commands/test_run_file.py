@@ -49,6 +49,29 @@ def test_settings_win_over_flags_and_flags_over_the_file(tmp_path: Path):
     assert settled.task_options["seed"] == 9
 
 
+def test_a_task_of_the_package_brings_its_model_and_its_limits(tmp_path: Path):
+    for task, limit in (("chain", 48), ("wandering", 128), ("pathsearch", 64), ("program", 48)):
+        run = read(task=task)
+        assert (run.model, run.config.max_response_tokens, run.config.learning_rate) == (task, limit, 1e-3)
+        assert run.output == Path(f"runs/{task}-flow")
+    assert read(task="countdown").model == "chain"
+    assert read(task="wandering", model="base").config.max_response_tokens == 256
+    assert read(task="wandering", model="chain").model == "chain"
+    assert read(None, "max_response_tokens=100", task="wandering").config.max_response_tokens == 100
+
+
+def test_levels_are_text_and_no_numbers_to_the_base_60(tmp_path: Path):
+    """YAML 1.1 reads 4:0 as 240, and 0:5 as text."""
+    for level in ("4:0", "0:5", "2:2"):
+        run = read(task="wandering", options=(f"level={level}",))
+        assert run.task_options == {"level": level}
+        assert read(written(tmp_path, run.to_yaml())).task_options == {"level": level}
+        assert read(written(tmp_path, f"task_options: {{level: {level}}}")).task_options == {"level": level}
+    assert parse_options(["a=190:20:30.15", "b=-1:30", "c=12", "d=1_000", "e=1.5", "f=0x1F", "g=[1:30, 2]"]) == {
+        "a": "190:20:30.15", "b": "-1:30", "c": 12, "d": 1000, "e": 1.5, "f": 31, "g": ["1:30", 2],
+    }  # fmt: skip
+
+
 def test_credit_may_be_a_name_and_then_have_settings(tmp_path: Path):
     path = written(tmp_path, "credit: entropy\n")
     assert read(path).config.credit.rule == "entropy"

@@ -9,6 +9,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rl.commands.run_file import read_run
+from rl.commands.train import _evaluation_command
 from rl.training.tracking import read_metrics
 from tests.fixtures.rl_commands import SHORT, SMALL, invoke
 
@@ -59,3 +61,25 @@ def test_show_settings_prints_them_and_does_nothing(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "run.yaml").write_text(shown)
     assert invoke("train", "run.yaml", "--show-settings").output == shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "command"),
+    [
+        ({}, [], "flowgraph-rl eval --adapter runs/chain-flow"),
+        (
+            {"task": "wandering"},
+            ["level=4:0"],
+            "flowgraph-rl eval --task wandering --task-option level=4:0 --adapter runs/wandering-flow",
+        ),
+        (
+            {"task": "chain", "model": "my base"},
+            ["hops=[1,2]"],
+            "flowgraph-rl eval --task-option 'hops=[1, 2]' --model 'my base' --adapter runs/chain-flow",
+        ),
+        ({"task": "chain", "model": "wandering"}, [], "flowgraph-rl eval --model wandering --adapter runs/chain-flow"),
+    ],
+)
+def test_the_summary_names_the_command_that_evaluates_the_run(flags: dict, options: list[str], command: str):
+    run = read_run(None, flags, credit=None, settings=[], task_options=options)
+    assert _evaluation_command(run) == command

@@ -87,7 +87,7 @@ def test_a_name_is_taken_once():
 
 
 def test_an_unknown_rule_lists_those_there_are():
-    with pytest.raises(CreditError, match=r"credit: must name a registered rule, got 'flux'; .*flow, .*waad, and "):
+    with pytest.raises(CreditError, match=r"credit: must name a registered rule, got 'flux'; .*flow, .*waad, .*, and "):
         find_rule("flux")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgraph import AttentionRecorder, AttentionRows, HeadSelector, InvalidInputError, MemoryLimitError
+from flowgraph import AttentionRows, HeadSelector, InvalidInputError, MemoryLimitError
 from flowgraph.attention.attention_rows import WeightedLayer
 from flowgraph.attention.head_aggregation import HeadAggregator
 from rl import AttentionNeed, CreditError, CreditInput, Responses, Sample, TokenScores, rule_names
@@ -19,16 +19,27 @@ from rl.credit.registry import find_rule, score_tokens
 from tests.fixtures.tiny import tiny_model
 from tests.reference import rl_credit as reference
 
-ANSWER_DIRECTED = ("flow", "flow_entropy", "reach", "reach_entropy", "shuffled_flow", "correlation", "atpo")
+ANSWER_DIRECTED = (
+    "flow", "flow_entropy", "reach", "reach_entropy", "shuffled_flow", "correlation", "atpo", "flow_sharp",
+    "reach_sharp", "shuffled_flow_sharp",
+)  # fmt: skip
 CAPTURED = {
     "attention": AttentionNeed(),
     "layers": AttentionNeed(layers="all"),
     "local": AttentionNeed(heads=HeadSelector("distance", "lowest", 0.3)),
     "global": AttentionNeed(heads=HeadSelector("distance", "highest", 0.3)),
+    "sharp": AttentionNeed(layers="1-", power=4, place="max"),
 }
 
 # Other modules of the suite register faulty rules on purpose.
-BUILT_IN = [name for name in rule_names() if find_rule(name).function.__module__.startswith("rl.")]
+# The control that permutes the weights of a batch has no scores of its own; rules of papers have a test module.
+BUILT_IN = [
+    name
+    for name in rule_names()
+    if find_rule(name).function.__module__.startswith("rl.")
+    and find_rule(name).function.__module__ != "rl.credit.paper_rules"
+    and name != "position_matched"
+]
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,13 @@ def random_case(seed: int, prompt: int = 6, response: int = 15, answer: Sequence
     layers = random_attention(3, tokens)
     return Case(
         ids=torch.randint(2, 300, (tokens,)),
-        rows={"attention": layers.mean(0, keepdim=True), "layers": layers, "local": layers[:1], "global": layers[1:2]},
+        rows={
+            "attention": layers.mean(0, keepdim=True),
+            "layers": layers,
+            "local": layers[:1],
+            "global": layers[1:2],
+            "sharp": layers[1:].amax(0, keepdim=True) ** 4,
+        },
         start=prompt,
         question=region(tokens, range(1, prompt - 1)),
         answer=region(tokens, [tokens + place for place in answer]),
@@ -133,9 +150,7 @@ def captured_rows(responses: Responses) -> dict[str, AttentionRows]:
     mask = responses.attention_mask
     with torch.no_grad(), ExitStack() as stack:
         recorders = {
-            name: stack.enter_context(
-                AttentionRecorder(tiny_model(), layers=need.layers or "middle", heads=need.heads or "mean")
-            )
+            name: stack.enter_context(need.recorder(tiny_model(), layers="middle", heads="mean"))
             for name, need in CAPTURED.items()
         }
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)
@@ -186,6 +201,7 @@ def eager_case(case: Case) -> Case:
         "layers": found.mean(1),
         "local": middle[spans.index(min(spans))][None],
         "global": middle[spans.index(max(spans))][None],
+        "sharp": found[1:].amax((0, 1))[None] ** 4,
     }
     return replace(case, rows=rows)
 
@@ -201,6 +217,9 @@ def expected(name: str, case: Case, seed: int, **options: Any) -> list[float]:
     if name == "shuffled_flow":
         keys = torch.rand(len(question), len(question), generator=torch.Generator().manual_seed(seed)).tolist()
         A["attention"] = reference.shuffled(A["attention"], start, keys, convention)
+    if name == "shuffled_flow_sharp":
+        keys = torch.rand(len(question), len(question), generator=torch.Generator().manual_seed(seed)).tolist()
+        A["sharp"] = reference.shuffled(A["sharp"], start, keys, convention)
     if name.endswith("_entropy"):
         alone = expected(name.removesuffix("_entropy"), case, seed, **options)
         return [score * entropy for score, entropy in zip(alone, case.entropy.tolist(), strict=True)]
@@ -216,6 +235,13 @@ def expected(name: str, case: Case, seed: int, **options: Any) -> list[float]:
         "shuffled_flow": lambda: reference.throughput(A["attention"], start, question, answer, convention),
         "reach": lambda: reference.reach(A["attention"], start, question, answer, convention),
         "max_attention": lambda: reference.max_attention(A["attention"], start),
+        "flow_sharp": lambda: reference.throughput(A["sharp"], start, question, answer, convention),
+        "shuffled_flow_sharp": lambda: reference.throughput(A["sharp"], start, question, answer, convention),
+        "reach_sharp": lambda: reference.reach(A["sharp"], start, question, answer, convention),
+        "max_attention_sharp": lambda: reference.largest_edge(A["sharp"], start, convention),
+        "wrong_sink": lambda: reference.wrong_sink(
+            A["sharp"], start, question, answer, torch.Generator().manual_seed(seed), convention
+        ),
         "correlation": lambda: reference.correlation(A["attention"], start, answer),
         "waad": lambda: waad,
         "fai": lambda: fai,
@@ -234,6 +260,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reach": {"rows": "literal"},
     "reach_entropy": {"rows": "literal"},
     "shuffled_flow": {"rows": "literal"},
+    "flow_sharp": {"rows": "literal"},
+    "reach_sharp": {"rows": "literal"},
+    "max_attention_sharp": {"rows": "literal"},
+    "shuffled_flow_sharp": {"rows": "literal"},
+    "wrong_sink": {"rows": "literal"},
 }
 CASES = [
     random_case(0),
@@ -484,5 +515,5 @@ def test_dense_rows_are_refused_where_they_do_not_fit(monkeypatch: pytest.Monkey
     with pytest.raises(MemoryLimitError, match="dense rows"):
         score_tokens(find_rule("shuffled_flow"), batch)
     for name in BUILT_IN:
-        if name != "shuffled_flow":
+        if not name.startswith("shuffled_flow"):
             score_tokens(find_rule(name), batch)  # all others read blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from rl.config import CreditConfig, LoraConfig, PPOConfig
 from rl.credit.scope import after_answer
 from rl.credit.scoring import score_rollout
 from rl.errors import ConfigError, CreditError, RewardError
-from rl.integrations.tensors import read_responses, scale_advantages, token_credit, usable_rule
+from rl.integrations.tensors import (
+    attention_recorders,
+    read_responses,
+    scale_advantages,
+    token_credit,
+    usable_rule,
+)
 from rl.policy.actor_critic import ActorCritic
 from rl.policy.sampling import Generated
 from rl.records import Credit, Responses, TokenScores
@@ -82,6 +89,32 @@ def test_credited_advantages_are_those_of_our_own_trainer():
     ours = scale_advantages(experience.advantages, responses.response_mask, found, credit)
     torch.testing.assert_close(ours, experience.advantages * experience.policy_weights, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(ours, experience.advantages, atol=1e-2)
+
+
+@pytest.mark.parametrize("rule", ["flow_sharp", "reach_sharp", "position_matched"])
+def test_sharp_credit_with_a_fallback_is_that_of_our_own_trainer(rule):
+    """The recorders that a worker makes, in its own pass."""
+    credit = CreditConfig(rule=rule, shape="soft", floor=0.5, ceiling=2.0, fallback=0.9, normalize="sum_of_squares")
+    responses = read(made_up(), rewards=torch.tensor([1.0, 0.0, 0.0, 2.0]))
+    policy = ActorCritic(tiny_policy(), LoraConfig(), critic=False)
+    scored = score_rollout(
+        policy, responses, credit, temperature=1.0, micro_batch_size=1, seed=0, step=0, reference=False
+    )
+    model = tiny_policy()
+    recorders = attention_recorders(model, credit)
+    with torch.no_grad(), ExitStack() as stack:
+        for recorder in recorders.values():
+            stack.enter_context(recorder)
+        model(input_ids=responses.input_ids, attention_mask=responses.attention_mask.long(), use_cache=False)
+    rows = {name: recorder.rows(responses.attention_mask) for name, recorder in recorders.items()}
+    random = [generator(0, "credit positions", 0, 0)] * 4
+    found = token_credit(responses, scored.scores, credit, rows=rows, random=random)
+    torch.testing.assert_close(found.weights, scored.credit.weights, rtol=1e-4, atol=1e-5)
+    assert found.unanchored is not None
+    assert torch.equal(found.unanchored, scored.credit.unanchored)
+    assert 0 < int(found.unanchored.sum()) < 4
+    assert (found.weights != 1).any()
+    assert attention_recorders(model, CreditConfig(rule="entropy")) == {}
 
 
 @pytest.mark.parametrize("scope", ["reasoning", "response"])

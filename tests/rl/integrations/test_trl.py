@@ -146,6 +146,44 @@ def test_credited_advantages_are_those_of_our_own_trainer(tmp_path, rule):
     assert not torch.allclose(wanted[mask], plain[mask], atol=1e-2)
 
 
+@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("rule", ["flow_sharp", "reach_sharp"])
+def test_sharp_credit_with_a_fallback_is_that_of_our_own_trainer(tmp_path, rule, size):
+    """The fallback compares all sequences of the process, whatever the size of TRL's passes."""
+    credit = replace(CreditConfig.recommended(), rule=rule, fallback=0.9)
+    trainer = make(tmp_path, credit)
+    trainer.args.per_device_train_batch_size = size
+    stock, output = rollout(make(tmp_path)), rollout(trainer)
+    policy = ActorCritic(tiny_policy(), LoraConfig(), critic=False)
+    responses, mask = as_responses(trainer, output), output["completion_mask"].bool()
+    scored = score_rollout(
+        policy, responses, credit, temperature=1.0, micro_batch_size=3, seed=0, step=0, reference=False
+    )
+    assert scored.credit.unanchored is not None
+    assert 0 < int(scored.credit.unanchored.sum()) < len(mask)
+    logged = trainer._metrics["train"]
+    assert logged["credit/unanchored_share"] == [pytest.approx(float(scored.credit.unanchored.float().mean()))]
+    assert 0 < logged["credit/weight_gini"][0] < 1
+    assert 0 < logged["credit/effective_token_ratio"][0] < 1
+    wanted = stock["advantages"][:, None] * scored.credit.weights
+    torch.testing.assert_close(output["advantages"][mask], wanted[mask], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted[mask], stock["advantages"][:, None].expand(mask.shape)[mask], atol=1e-2)
+
+
+def test_annealing_follows_the_steps_of_trl(tmp_path):
+    trainer = make(tmp_path, replace(STRONG, anneal=0.5), max_steps=4)
+    trainer.state.max_steps = 4
+    stock = rollout(make(tmp_path))
+    mask = stock["completion_mask"].bool()
+    plain = stock["advantages"][:, None].expand(mask.shape)[mask]
+    live = plain.abs() > 1e-3
+    largest = []
+    for step in range(3):
+        trainer.state.global_step = step
+        largest.append(float((rollout(trainer)["advantages"][mask][live] / plain[live]).max()))
+    assert largest == pytest.approx([3.0, 2.0, 1.0], rel=1e-4)
+
+
 @pytest.mark.parametrize("rule", ["flow", "entropy", "random"])
 def test_advantages_after_the_answer_stay_those_of_trl(tmp_path, rule):
     stock = rollout(make(tmp_path))

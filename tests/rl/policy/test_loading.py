@@ -104,6 +104,7 @@ def test_4_bits_without_bitsandbytes_are_refused_before_anything_is_loaded(tmp_p
     [
         ("8bit", "none", "quantize: must be '4bit' or left out, got '8bit'; leave it out for"),
         ("4bit", "chain", "quantize: must come with a model of your own, got '4bit' for 'chain', which"),
+        ("4bit", "wandering", "quantize: must come with a model of your own, got '4bit' for 'wandering', which"),
     ],
 )
 def test_other_quantisations_are_refused(quantize: str, model: str, message: str):

@@ -83,6 +83,7 @@ def example(
             question=torch.cat([~pad, torch.zeros_like(response_mask)], 1),
             answer=torch.cat([pad, answer], 1),
             oracle=oracle,
+            detours=None if oracle is None else scored & ~oracle & (column % 5 == 0),
         ),
         scores=TokenScores(
             logprobs=logprobs,
@@ -146,17 +147,17 @@ def test_every_number_of_every_token_is_the_rollouts():
                     assert column[position] == pytest.approx(float(values[row, position]), rel=1e-3, abs=1e-9)
 
 
-def test_flags_say_chosen_scored_answer_loss_and_decisive():
+def test_flags_say_chosen_scored_answer_loss_decisive_and_detour():
     experience, tokens, _ = example()
     payload = report_payload(experience, tokens)
     masks = [
         experience.responses.response_mask, experience.credit.scored, experience.responses.answer_in_response,
-        experience.loss_mask, experience.responses.oracle,
+        experience.loss_mask, experience.responses.oracle, experience.responses.detours,
     ]  # fmt: skip
     for row in range(16):
         shown = response_of(payload, row)
         for position, flags in enumerate(shown["flags"]):
-            assert [bool(flags & 1 << bit) for bit in range(5)] == [bool(mask[row, position]) for mask in masks]
+            assert [bool(flags & 1 << bit) for bit in range(6)] == [bool(mask[row, position]) for mask in masks]
         assert shown["in_loss"] == (not shown["truncated"])
 
 

@@ -94,8 +94,17 @@ class Task(Digits):
         return self._choice("reward", 0.0)
 
 
+class Wandering(Task):
+    """A task that knows unused work too."""
+
+    def detours(self, sample, completion):
+        return self._choice("detours", None)
+
+
 def test_a_task_that_knows_nothing_gives_no_oracle():
     assert judged(Task(), ["a=1"]).oracle is None
+    assert judged(Task(), ["a=1"]).detours is None
+    assert judged(Wandering(), ["a=1"]).detours is None
     known = judged(Task(oracle=[]), ["a=1"]).oracle
     assert known is not None
     assert not known.any()
@@ -109,6 +118,25 @@ def test_spans_become_tokens(span, expected: str):
     assert int(responses.oracle.sum()) == len(expected)
 
 
+def test_detours_become_tokens_where_the_task_knows_them():
+    class Letters(Digits):
+        """Unused work: every "c"; nothing is known of a response without a letter."""
+
+        def detours(self, sample, completion):
+            places = [(place, place + 1) for place, character in enumerate(completion) if character == "c"]
+            return places if any(map(str.isalpha, completion)) else None
+
+    responses = judged(Letters(), ["a=1,c2", "1c8c", "=", "b"], extra=2)
+    assert responses.detours is not None
+    assert responses.detours.nonzero().tolist() == [[0, 4], [1, 1], [1, 3]]
+    assert responses.detours.shape == responses.response_mask.shape
+    assert judged(Letters(), ["=", "12"]).detours is None
+    assert judged(Digits(), ["c"]).detours is None
+    part = responses.select([1, 2]).detours
+    assert part is not None
+    assert part.nonzero().tolist() == [[0, 1], [0, 3]]
+
+
 def test_a_span_without_a_character_is_no_answer():
     assert not judged(Task(find_answer=(1, 1)), ["a=1"]).answer.any()
     empty = judged(Task(oracle=[(1, 1)]), ["a=1"]).oracle
@@ -119,26 +147,27 @@ def test_a_span_without_a_character_is_no_answer():
 @pytest.mark.parametrize(
     "span", [(0, 4), (-1, 2), (2, 1), (0.0, 1), (True, 2), (0,), (0, 1, 2), "a", 3, ("0", "1"), False, ()]
 )
-@pytest.mark.parametrize("method", ["find_answer", "oracle"])
+@pytest.mark.parametrize("method", ["find_answer", "oracle", "detours"])
 def test_spans_that_are_none_of_the_text_are_refused(method: str, span):
-    task = Task(**{method: [span] if method == "oracle" else span})
+    task = Wandering(**{method: span if method == "find_answer" else [span]})
     message = rf"task: {method} must return spans .* within the completion of 3 characters, got .*sample 0 and 'a=1'"
     with pytest.raises(RewardError, match=message):
         judged(task, ["a=1"])
 
 
-def test_known_tokens_must_be_a_list():
+@pytest.mark.parametrize("method", ["oracle", "detours"])
+def test_known_tokens_must_be_a_list(method: str):
     for value, kind in ((3, "int"), ("ab", "str"), ({(0, 1)}, "set")):
         with pytest.raises(
-            RewardError, match=f"task: oracle must return a list of spans or None, got {kind} for sample 0"
+            RewardError, match=f"task: {method} must return a list of spans or None, got {kind} for sample 0"
         ):
-            judged(Task(oracle=value), ["a=1"])
+            judged(Wandering(**{method: value}), ["a=1"])
 
 
-@pytest.mark.parametrize("method", ["find_answer", "oracle", "reward"])
+@pytest.mark.parametrize("method", ["find_answer", "oracle", "detours", "reward"])
 def test_a_task_that_raises_is_named_with_the_problem(method: str):
     with pytest.raises(RewardError, match=r"KeyError: 'lost'") as raised:
-        judged(Task(**{method: KeyError("lost")}), ["a=1"])
+        judged(Wandering(**{method: KeyError("lost")}), ["a=1"])
     assert isinstance(raised.value.__cause__, KeyError)
     assert "sample" in str(raised.value)
 
@@ -357,7 +386,7 @@ def test_rewards_of_single_responses_may_be_coroutines():
 
 
 @pytest.mark.unchecked
-@pytest.mark.parametrize("method", ["find_answer", "oracle"])
+@pytest.mark.parametrize("method", ["find_answer", "oracle", "detours"])
 def test_other_methods_that_are_coroutines_are_named(method: str):
     async def late(self, *arguments):
         return None

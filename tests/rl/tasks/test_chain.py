@@ -97,6 +97,18 @@ def test_the_oracle_by_hand():
     assert task.oracle(BY_HAND, "") == []
 
 
+def test_detours_are_the_variables_and_values_that_are_not_needed():
+    task = Chain()
+    assert task.detours(BY_HAND, "fca=7,c=8,f=0#0") == []
+    response = "db=4,d=5,fca=7,c=8,f=0#0"
+    assert [response[start:end] for start, end in task.detours(BY_HAND, response)] == ["d", "b", "4", "d", "5"]
+    assert task.detours(BY_HAND, response)[:2] == [(0, 1), (1, 2)]
+    # Every letter and digit of a line is either decisive or part of a detour.
+    marked = sorted(task.detours(BY_HAND, response) + task.oracle(BY_HAND, response))
+    assert [response[start:end] for start, end in marked] == re.findall("[a-z0-9]", response)[:-1]
+    assert task.detours(BY_HAND, "#d=5") == task.detours(BY_HAND, "") == []
+
+
 @pytest.mark.parametrize(
     ("completion", "span", "reward"),
     [

@@ -15,7 +15,7 @@ from tests.fixtures.policies import Digits, alphabet, tiny_policy
 
 SETTINGS = PPOConfig(
     steps=3, num_prompts=4, group_size=3, max_response_tokens=8, num_minibatches=2, micro_batch_size=2,
-    learning_rate=3e-3, lora=LoraConfig(rank=4), credit=CreditConfig(rule="flow"), save_every_updates=1,
+    learning_rate=3e-3, lora=LoraConfig(rank=4), credit=CreditConfig(rule="flow", fallback=0.9), save_every_updates=1,
     keep_checkpoints=100, save_every=1,
 )  # fmt: skip
 EVALUATED = replace(

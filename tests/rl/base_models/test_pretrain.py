@@ -11,23 +11,21 @@ from random import Random
 import pytest
 import torch
 
-from rl import ConfigError, PolicyError, load_chain_model
-from rl.chain_model import pretrain as module
-from rl.chain_model.measure import measure, respond
-from rl.chain_model.pretrain import (
-    Recipe,
-    build_model,
-    chain_tokenizer,
-    demonstrations,
-    encode,
-    mistaken_sums,
-    pretrain,
-    train_model,
-)
-from rl.policy.loading import CHAIN_MODEL
+from rl import ConfigError, PolicyError, load_base_model, load_chain_model, make_task
+from rl.base_models.chain_recipe import ChainRecipe, mistaken_sums
+from rl.base_models.measure import measure, respond
+from rl.base_models.path_search_recipe import PathSearchRecipe
+from rl.base_models.pretrain import _weighted_loss, build_model, find_recipe, measurements, pretrain, train_model
+from rl.base_models.program_recipe import ProgramRecipe
+from rl.base_models.vocabulary import Vocabulary
+from rl.base_models.wandering_recipe import WanderingRecipe
+from rl.policy.shipped_models import SHIPPED_MODELS
 from rl.tasks.chain import Chain, demonstration, first_error, read_prompt
+from rl.tasks.wandering import LEVELS
 
-TINY = Recipe(steps=3, width=16, layers=1, heads=2, batch_size=4, num_variables=3, evaluate=2)
+SMALL = {"steps": 3, "width": 16, "layers": 1, "heads": 2, "batch_size": 4, "evaluate": 2}
+TINY = ChainRecipe(num_variables=3, **SMALL)
+CHAIN_MODEL = SHIPPED_MODELS["chain"].folder
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def base():
 
 
 def test_the_tokenizer_gives_the_same_text_again():
-    tokenizer = chain_tokenizer()
+    tokenizer = ChainRecipe.vocabulary.tokenizer()
     text = "abcdefghijklmnopqrstuvwxyz0123456789=+;?,#"
     assert len(tokenizer) == 3 + len(text) + 36 + 10
     for line in (text, text[::-1], "f=c+2;a=7;f?a=7,c=8,f=0#0", "a", "", "a==+b+=", "=", "+"):
@@ -44,15 +42,15 @@ def test_the_tokenizer_gives_the_same_text_again():
         assert tokenizer.decode(ids) == line
     pieces = [tokenizer.decode(index) for index in tokenizer("f=c+2;a=7;f?a=7#7")["input_ids"]]
     assert pieces == ["f", "=c", "+2", ";", "a", "=7", ";", "f", "?", "a", "=7", "#", "7"]
-    assert tokenizer(text)["input_ids"] == encode([(text, "")])[0][0, :-1].tolist()
+    assert tokenizer(text)["input_ids"] == ChainRecipe.vocabulary.encode([(text, "")])[0][0, :-1].tolist()
     assert tokenizer("a b\nc\u00e9")["input_ids"].count(tokenizer.unk_token_id) == 3
     padded = tokenizer(["a=1;a?", "a?"], padding=True)
     assert padded["attention_mask"][1] == [0] * 3 + [1] * 2
 
 
 def test_targets_are_the_response_and_its_end():
-    input_ids, targets = encode([("a=7;a?", "a=7#7"), ("b=1;c=2;b?", "b=1#1")])
-    tokenizer = chain_tokenizer()
+    input_ids, targets = ChainRecipe.vocabulary.encode([("a=7;a?", "a=7#7"), ("b=1;c=2;b?", "b=1#1")])
+    tokenizer = ChainRecipe.vocabulary.tokenizer()
     assert tokenizer.decode(input_ids[0]) == "a=7;a?a=7#7<eos>" + "<pad>" * 3
     for row, prompt in enumerate((5, 8)):
         assert (targets[row] != -100).nonzero().flatten().tolist() == list(range(prompt, prompt + 5))
@@ -60,15 +58,15 @@ def test_targets_are_the_response_and_its_end():
 
 
 def test_without_mistakes_demonstrations_grow_and_are_never_wrong():
-    recipe = Recipe(steps=100, batch_size=40, hard_share=0.3, least_mistakes=0.0, most_mistakes=0.0)
-    first, last = demonstrations(recipe, 0), [row for step in range(90, 100) for row in demonstrations(recipe, step)]
+    recipe = ChainRecipe(steps=100, batch_size=40, hard_share=0.3, least_mistakes=0.0, most_mistakes=0.0)
+    first, last = recipe.demonstrations(0), [row for step in range(90, 100) for row in recipe.demonstrations(step)]
     assert {prompt.count("=") for prompt, _ in first} == {2}
     assert max(prompt.count("=") for prompt, _ in last) == recipe.num_variables
     large = [max(digit for earlier, digit in read_prompt(prompt).values() if earlier) > recipe.easy_addend
              for prompt, _ in last]  # fmt: skip
     assert 0.2 < sum(large) / len(large) < 0.4
-    assert demonstrations(recipe, 7) == demonstrations(recipe, 7) != demonstrations(recipe, 8)
-    assert demonstrations(replace(recipe, seed=1), 7) != demonstrations(recipe, 7)
+    assert recipe.demonstrations(7) == recipe.demonstrations(7) != recipe.demonstrations(8)
+    assert replace(recipe, seed=1).demonstrations(7) != recipe.demonstrations(7)
     for prompt, response in last:
         assignments, stated = read_prompt(prompt), {}
         for line in response.split("#")[0].split(","):
@@ -80,7 +78,7 @@ def test_without_mistakes_demonstrations_grow_and_are_never_wrong():
 
 
 def test_each_sum_is_wrong_at_its_own_rate_always_by_the_same_digit():
-    recipe = Recipe(least_mistakes=0.1, most_mistakes=0.6)
+    recipe = ChainRecipe(least_mistakes=0.1, most_mistakes=0.6)
     add, wrong = mistaken_sums(recipe, Random(0)), {}
     for pair in ((3, 4), (7, 8), (0, 1)):
         found = Counter(add(*pair) for _ in range(2000))
@@ -117,6 +115,72 @@ def test_a_recipe_gives_the_same_weights_again_and_reports(tmp_path: Path):
     assert tokenizer.decode(tokenizer("f=c+2;f?")["input_ids"]) == "f=c+2;f?"
 
 
+@pytest.mark.parametrize("kind", [PathSearchRecipe, ProgramRecipe, WanderingRecipe])
+def test_every_recipe_gives_the_same_weights_again(tmp_path: Path, kind: type):
+    recipe = kind(**SMALL)
+    if kind is WanderingRecipe:
+        recipe = replace(recipe, second_steps=2, third_steps=1)
+    assert recipe.demonstrations(1) == recipe.demonstrations(1) != recipe.demonstrations(2)
+    assert replace(recipe, seed=1).demonstrations(1) != recipe.demonstrations(1)
+    report = pretrain(tmp_path / "one", recipe)
+    pretrain(tmp_path / "two", recipe)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert report["task"]["name"] == recipe.task_name
+    for measured in measurements(report).values():
+        assert measured["num_problems"] == 2
+        assert 0 <= measured["mean_over_samples"] <= 1
+    _, tokenizer = load_base_model(tmp_path / "one")
+    prompt, response = recipe.demonstrations(0)[0]
+    assert tokenizer(prompt + response)["input_ids"] == recipe.vocabulary.token_ids(prompt + response)
+
+
+def test_a_batch_has_one_level_and_short_levels_come_first():
+    recipe = WanderingRecipe(batch_size=6)
+    for step in range(0, recipe.steps, 500):
+        assert len({prompt[-5:] for prompt, _ in recipe.demonstrations(step)}) == 1
+    early, middle, late, last, second = (
+        recipe.level_weights(step) for step in (0, 900, 1600, recipe.steps - 1, recipe.steps)
+    )
+    short = LEVELS.index("0:0")
+    long = LEVELS.index("0:5")
+    for weights, exponent, factor in (
+        (early, 1.6, 1),
+        (middle, 0.8, 1),
+        (late, 0.4, 1),
+        (last, 0.4, 4),
+        (second, 0, 4),
+    ):
+        assert weights[long] / weights[short] == pytest.approx(factor * (22 / 72) ** exponent)
+
+
+def test_updates_are_numbered_through_all_cycles():
+    recipe = replace(WanderingRecipe(**SMALL), second_steps=2, third_steps=1)
+    seen = []
+    losses = train_model(build_model(recipe), recipe, lambda step, loss: seen.append(step))
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert len(losses) == 6
+    assert [cycle.answer_weight for cycle in recipe.cycles] == [1, 1, 8]
+
+
+def test_the_answer_may_weigh_more_in_the_loss():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 7)
+    targets = torch.tensor([[-100, 3, 6, 1, 2], [-100, -100, 4, 6, -100]])
+    losses = -logits.log_softmax(-1)
+    plain = [losses[0, 1, 3], losses[1, 2, 4]]
+    answer = [losses[0, 2, 6], losses[0, 3, 1], losses[0, 4, 2], losses[1, 3, 6]]
+    for weight in (1.0, 8.0):
+        expected = (sum(plain) + weight * sum(answer)) / (2 + 4 * weight)
+        torch.testing.assert_close(_weighted_loss(logits, targets, 6, weight), expected)
+
+
+def test_a_task_without_demonstrations_has_no_recipe():
+    with pytest.raises(
+        ConfigError, match=r"task: must be one of chain, pathsearch, program, wandering, got 'countdown'; other"
+    ):
+        find_recipe("countdown")
+
+
 def test_training_lowers_the_loss():
     losses = []
     recipe = replace(TINY, steps=60, batch_size=16, warmup_steps=5, num_variables=2, width=32, most_mistakes=0.1)
@@ -127,7 +191,7 @@ def test_training_lowers_the_loss():
 
 def test_the_start_has_the_stated_spread():
     torch.manual_seed(0)
-    model = build_model(Recipe(layers=1))
+    model = build_model(ChainRecipe(layers=1))
     spread = {name: float(weight.detach().std()) for name, weight in model.named_parameters() if weight.dim() == 2}
     assert spread["model.embed_tokens.weight"] == pytest.approx(0.5, rel=0.05)
     assert spread["model.layers.0.mlp.down_proj.weight"] == pytest.approx(256**-0.5, rel=0.05)
@@ -138,8 +202,8 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path, monkeypatch: pyt
     def fail(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "chain_tokenizer", lambda: type("Broken", (), {"save_pretrained": fail})())
-    monkeypatch.setattr(module, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(Vocabulary, "tokenizer", lambda self: type("Broken", (), {"save_pretrained": fail})())
+    monkeypatch.setattr(ChainRecipe, "measure", lambda *_, **__: {})
     with pytest.raises(OSError, match="no space left"):
         pretrain(tmp_path / "out", TINY)
     assert list(tmp_path.iterdir()) == []
@@ -178,20 +242,50 @@ def test_bad_folders_are_refused_before_any_work(tmp_path: Path):
 )
 def test_bad_settings(setting: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        Recipe(**setting)
+        ChainRecipe(**setting)
 
 
-def test_the_shipped_model_is_small_and_described():
-    sizes = {path.name: path.stat().st_size for path in CHAIN_MODEL.iterdir()}
-    assert sizes["model.safetensors"] <= 4 * 2**20
-    report = json.loads((CHAIN_MODEL / "recipe.json").read_text())
-    assert Recipe(**report["recipe"]) == Recipe()
-    assert Chain(**report["task"]) == Chain()
+# The models of the package ------------------------------------------------------------------------------
+
+MOST_BYTES = {"chain": 4 * 2**20, "pathsearch": 2**20, "program": 2**20, "wandering": 2**20}
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED_MODELS))
+def test_the_shipped_model_is_small_and_described(name: str):
+    folder = SHIPPED_MODELS[name].folder
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(sizes.values()) <= MOST_BYTES[name]
+    report = json.loads((folder / "recipe.json").read_text())
+    kind = find_recipe(name)
+    assert kind(**report["recipe"]) == kind()
+    assert report["task"] == json.loads(json.dumps(kind().task_settings()))
+    model, tokenizer = load_base_model(name)
+    assert sum(weight.numel() for weight in model.parameters()) == report["num_parameters"]
+    assert model.name_or_path == model.config.name_or_path == name
+    for prompt, response in kind(batch_size=8).demonstrations(2000):
+        for text in (prompt, response):
+            ids = tokenizer(text)["input_ids"]
+            assert ids == kind.vocabulary.token_ids(text)
+            assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["pathsearch", "program", "wandering"])
+def test_the_shipped_model_starts_with_much_to_learn(name: str):
+    """The rewards at temperature 1 that are written down, and a small sample of them drawn again."""
+    report = json.loads((SHIPPED_MODELS[name].folder / "recipe.json").read_text())
+    starts = {label: measured["mean_over_samples"] for label, measured in measurements(report).items()}
+    assert list(starts) == ([f"level {level}" for level in LEVELS] if name == "wandering" else [name])
+    assert all(0.15 < start < 0.4 for start in starts.values())
+    found = measure(*load_base_model(name), make_task(name), num_problems=150, num_samples=1, max_new_tokens=64)
+    start = next(iter(starts.values()))
+    assert found["mean_over_samples"] == pytest.approx(start, abs=0.13)  # 3 standard errors of 150 problems
+    assert found["without_answer"] < 0.1
+    assert found["decisive_share"] > 0.1
 
 
 def test_the_shipped_model_can_write_and_has_much_to_learn(base):
     report = json.loads((CHAIN_MODEL / "recipe.json").read_text())["measured"]
-    found = measure(*base, Chain(), num_problems=150, num_samples=2, seed=1)
+    found = measure(*base, Chain(), num_problems=150, num_samples=2, seed=1, group_by="hops", first_error=first_error)
     assert abs(found["mean_over_samples"] - report["mean_over_samples"]) < 0.13  # 3 standard errors of 150 problems
     assert 0.1 < found["mean_over_samples"] < 0.5
     assert found["ill_formed"] < 0.1

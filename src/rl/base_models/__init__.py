@@ -1,0 +1,1 @@
+"""How the shipped base models were made and measured: one recipe a task, one mechanism for all."""

@@ -1,1 +1,0 @@
-"""How the shipped base model was made and measured."""
