@@ -57,6 +57,7 @@ PUBLIC = {
     "FlowgraphError",
     "GapReport",
     "GraphError",
+    "RelevanceEdge",
     "RelevanceTrace",
     "SignedFlow",
     "SignedGraph",

@@ -133,6 +133,7 @@ from .tracing.edge import Edge as Edge
 from .tracing.edge import EdgeParts as EdgeParts
 from .tracing.flow_trace import FlowTrace as FlowTrace
 from .tracing.flow_trace import load_trace as load_trace
+from .tracing.relevance_edge import RelevanceEdge as RelevanceEdge
 from .tracing.relevance_trace import RelevanceTrace as RelevanceTrace
 from .tracing.relevance_trace import load_relevance as load_relevance
 from .tracing.sensitivity import Sensitivity as Sensitivity

@@ -7,7 +7,7 @@ from operator import index
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from flowgraph.attention.attention_rows import SequenceRows
@@ -39,6 +39,8 @@ class EdgeParts:
         layers: index in the model of each row of ``values``.
         values: ``[layers, heads]`` float64, in the units of the capacity; one column where heads were not told apart.
         heads_apart: whether columns are heads.
+        arc: the part of a relevance edge that no head holds: the demand of an answer token, and what a generated token
+            passed on to the token before it. 0 for other edges and capacities.
     """
 
     source: int
@@ -47,11 +49,12 @@ class EdgeParts:
     layers: tuple[int, ...]
     values: Float64[Tensor, "layers heads"]
     heads_apart: bool
+    arc: float = 0.0
 
     @property
     def total(self) -> float:
-        """Sum over layers and heads: the capacity, up to rounding."""
-        return float(self.values.sum())
+        """Sum over layers and heads, and the arc: the capacity, up to rounding."""
+        return float(self.values.sum()) + self.arc
 
     @property
     def by_layer(self) -> Float64[Tensor, " layers"]:
@@ -77,11 +80,14 @@ class EdgeParts:
             "capacity": self.capacity,
             "layers": list(self.layers),
             "heads_apart": self.heads_apart,
+            "arc": self.arc,
             "values": self.values.tolist(),
         }
 
     def __repr__(self) -> str:
         lines = [f"EdgeParts({self.source} -> {self.target}, capacity {self.capacity:.4g})"]
+        if self.arc:
+            lines.append(f"  arc to the token before: {self.arc:+.3g} ({self.arc / self.capacity:+.1%})")
         for layer, head, part in self.top():
             share = part / self.capacity if self.capacity else 0.0
             place = f"layer {layer:>2}" if head < 0 else f"layer {layer:>2}, head {head:>2}"
@@ -176,7 +182,29 @@ def edge_of(trace: Traced, source: Any, target: Any) -> Edge:
     Raises:
         InvalidInputError: not two tokens in order, or no edge between them.
     """
-    num_tokens = trace.num_tokens
+    s, t = ends_of_edge(source, target, trace.num_tokens)
+    at = position_of_edge(trace.graph.edge_index, s, t)
+    if at is None:
+        raise InvalidInputError(
+            f"source, target: must be the ends of an edge, got {s} and {t} without one; the capacity is 0, or the edge "
+            "was pruned or excluded by a rule (see trace.graph.rules)"
+        )
+    return Edge(
+        source=s,
+        target=t,
+        texts=(trace.tokens[s], trace.tokens[t]),
+        capacity=float(trace.graph.capacity[at]),
+        flow=float(trace.flow.edge_flow[at]),
+        trace=trace,
+    )
+
+
+def ends_of_edge(source: Any, target: Any, num_tokens: int) -> tuple[int, int]:
+    """Check the two tokens of an edge.
+
+    Raises:
+        InvalidInputError: not two integers, or not in the order of the text.
+    """
     try:
         s = index(source)
         t = index(target)
@@ -189,22 +217,13 @@ def edge_of(trace: Traced, source: Any, target: Any) -> Edge:
             f"source, target: must satisfy 0 <= source < target < {num_tokens}, got {s} and {t}; the earlier token is "
             "the source"
         )
-    edge_index = trace.graph.edge_index
-    found = ((edge_index[0] == s) & (edge_index[1] == t)).nonzero().flatten()
-    if found.numel() == 0:
-        raise InvalidInputError(
-            f"source, target: must be the ends of an edge, got {s} and {t} without one; the capacity is 0, or the edge "
-            "was pruned or excluded by a rule (see trace.graph.rules)"
-        )
-    at = int(found[0])
-    return Edge(
-        source=s,
-        target=t,
-        texts=(trace.tokens[s], trace.tokens[t]),
-        capacity=float(trace.graph.capacity[at]),
-        flow=float(trace.flow.edge_flow[at]),
-        trace=trace,
-    )
+    return s, t
+
+
+def position_of_edge(edge_index: Int64[Tensor, "2 edges"], source: int, target: int) -> int | None:
+    """Return the column of an edge in ``edge_index``; None where it is missing."""
+    found = ((edge_index[0] == source) & (edge_index[1] == target)).nonzero().flatten()
+    return int(found[0]) if found.numel() else None
 
 
 def _row_of(trace: Traced, target: int) -> int:

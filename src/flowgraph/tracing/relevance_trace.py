@@ -14,13 +14,15 @@ from flowgraph.capacities.capture import capture
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import InvalidInputError, TraceFileError
 from flowgraph.files import PathLike, loadable, write_json
-from flowgraph.flow.signed_flow import SignedFlow, relevance_flow
+from flowgraph.flow.signed_flow import SignedFlow, relevance_flow, streams
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.splitting import TokenText, region_of_tokens
 from flowgraph.steps.step_flow import By, split_steps
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
+from flowgraph.tracing.recapture import RECORD
+from flowgraph.tracing.relevance_edge import RelevanceEdge, relevance_edge_of, relevance_record
 from flowgraph.tracing.relevance_payload import page_payload, relevance_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
@@ -116,6 +118,18 @@ class RelevanceTrace:
     def shares(self) -> dict[str, float]:
         """Return where the demand ends, as shares that sum to 1; see :meth:`flowgraph.SignedFlow.shares`."""
         return self.flow.shares()
+
+    def edge(self, source: int, target: int) -> RelevanceEdge:
+        """Return one edge, whose :meth:`RelevanceEdge.by_head` finds the layers and heads that its share comes from.
+
+        Args:
+            source: the earlier token.
+            target: the later token.
+
+        Raises:
+            InvalidInputError: not two tokens in order, or no edge between them.
+        """
+        return relevance_edge_of(self, source, target)
 
     def steps(self, by: By = "auto", *, split_question: bool = True) -> StepRelevance:
         """Join tokens to lines, sentences, numbered steps or words; see :func:`flowgraph.split_steps`."""
@@ -276,6 +290,7 @@ def relevance_trace(
         generated=generated,
         target=goal,
         hops=hops,
+        streamed=streams(max_edges, token_ids.numel()),
     )
     # A blank token belongs to the text that it stands in: what it holds is a share of the question too.
     regions = region_of_tokens(TokenText.of(tokens, spans, text), question, reasoning, answer)
@@ -286,6 +301,7 @@ def relevance_trace(
         reasoning=torch.from_numpy(regions == REGIONS.index("reasoning")),
         max_edges=max_edges,
     )
+    record = relevance_record(rows, explained, goal if isinstance(goal, Tensor) else None)
     choices = {"target": flow.target, "contrast": None if contrast is None else str(contrast), "hops": flow.hops}
     return RelevanceTrace(
         tokens=tokens,
@@ -293,7 +309,7 @@ def relevance_trace(
         text=text,
         spans=spans,
         flow=flow,
-        provenance={**provenance, "capacity": "relevance", **choices},
+        provenance={**provenance, "capacity": "relevance", **choices, RECORD: record},
     )
 
 
