@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
-from flowgraph.attention.attention_rows import SequenceRows
+from flowgraph.attention.attention_rows import AttentionRows, SequenceRows
 from flowgraph.errors import InvalidInputError
 from flowgraph.tracing.recapture import capture_again
 from flowgraph.tracing.traced import Traced
@@ -20,6 +21,9 @@ _TOLERANCE = 1e-3
 
 _TOLERANCE_HALF = 5e-2
 """The same in half precision, where a text in another batch is rounded differently."""
+
+NUM_EDGES = 200
+"""Edges that are split by default, those with most flow or of largest absolute share."""
 
 _LISTED = 8
 """Layers and heads that a repr lists."""
@@ -39,6 +43,7 @@ class EdgeParts:
         layers: index in the model of each row of ``values``.
         values: ``[layers, heads]`` float64, in the units of the capacity; one column where heads were not told apart.
         heads_apart: whether columns are heads.
+        kind: ``"capacity"``, or ``"relevance"`` of an edge of a relevance trace, whose capacity is its signed share.
         arc: the part of a relevance edge that no head holds: the demand of an answer token, and what a generated token
             passed on to the token before it. 0 for other edges and capacities.
     """
@@ -49,6 +54,7 @@ class EdgeParts:
     layers: tuple[int, ...]
     values: Float64[Tensor, "layers heads"]
     heads_apart: bool
+    kind: Literal["capacity", "relevance"] = "capacity"
     arc: float = 0.0
 
     @property
@@ -75,6 +81,7 @@ class EdgeParts:
     def to_dict(self) -> dict[str, Any]:
         """Describe the parts as plain JSON values."""
         return {
+            "kind": self.kind,
             "source": self.source,
             "target": self.target,
             "capacity": self.capacity,
@@ -148,27 +155,119 @@ class Edge:
         return self._parts(model, heads_apart=False)
 
     def _parts(self, model: nn.Module, *, heads_apart: bool) -> EdgeParts:
-        trace = self.trace
-        captured = capture_again(trace, model)
-        rows = captured.sequence(0)
-        row = _row_of(trace, self.target)
+        captured = capture_again(self.trace, model)
+        (parts,) = _split(self.trace, captured, [(self.source, self.target, self.capacity)], heads_apart=heads_apart)
+        return parts
 
-        # A token with one edge says nothing about the model, so the last row is compared as well.
-        last = int(trace.graph.edge_index[1, -1])
-        _factor_of_row(trace, last, rows)
-        factor = _factor_of_row(trace, self.target, rows)
-        if heads_apart:
-            values = rows.by_head(row, self.source)
-        else:
-            values = rows.by_layer(row, self.source)[:, None]
-        return EdgeParts(
-            source=self.source,
-            target=self.target,
-            capacity=self.capacity,
-            layers=_layers_of(captured.layers, rows),
-            values=values.double() * factor,
-            heads_apart=heads_apart,
+
+def _split(
+    trace: Traced, captured: AttentionRows, edges: Sequence[tuple[int, int, float]], *, heads_apart: bool
+) -> list[EdgeParts]:
+    """Split edges, given as (source, target, capacity), by the rows that were captured again."""
+    rows = captured.sequence(0)
+    # A token with one edge says nothing about the model, so the last row is compared as well.
+    last = int(trace.graph.edge_index[1, -1])
+    factors = {last: _factor_of_row(trace, last, rows)}
+    found = []
+    for source, target, capacity in edges:
+        if target not in factors:
+            factors[target] = _factor_of_row(trace, target, rows)
+        row = _row_of(trace, target)
+        values = rows.by_head(row, source) if heads_apart else rows.by_layer(row, source)[:, None]
+        found.append(
+            EdgeParts(
+                source=source,
+                target=target,
+                capacity=capacity,
+                layers=_layers_of(captured.layers, rows),
+                values=values.double() * factors[target],
+                heads_apart=heads_apart,
+            )
         )
+    return found
+
+
+def strongest_parts(trace: Traced, model: nn.Module, count: int) -> list[EdgeParts]:
+    """Split the edges with most flow, from one capture: by heads, or by layers where the capacity joins heads first.
+
+    Args:
+        trace: its edges.
+        model: the model of the trace.
+        count: number of edges.
+
+    Raises:
+        InvalidInputError: a count below 1; layers joined by their maximum; another model; a trace without a record of
+            its capture.
+        CaptureError: the model cannot be captured.
+
+    Cost: one capture, and one row of each layer and head per edge.
+    """
+    check_count(count)
+    flow = trace.flow.edge_flow
+    order = torch.argsort(flow, descending=True, stable=True)[:count]
+    order = order[flow[order] > 0]
+    source, target = trace.graph.edge_index[:, order].tolist()
+    edges = list(zip(source, target, trace.graph.capacity[order].tolist(), strict=True))
+    if not edges:
+        return []
+    captured = capture_again(trace, model)
+    return _split(trace, captured, edges, heads_apart=_can_split_heads(captured.sequence(0)))
+
+
+def _can_split_heads(rows: SequenceRows) -> bool:
+    """Tell whether the heads of every layer are summed; the first cell is split as an attempt."""
+    try:
+        rows.by_head(0, 0)
+    except InvalidInputError:
+        # Heads that are joined before. Layers that are joined by their maximum are refused by by_layer, too.
+        return False
+    return True
+
+
+def check_count(count: Any) -> None:
+    """Refuse a number of edges that is not a positive integer."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InvalidInputError(f"count: must be a positive integer, got {count!r}; {NUM_EDGES} is the default")
+
+
+def parts_payload(parts: Sequence[EdgeParts], kinds: Mapping[str, Int64[Tensor, "2 edges"]]) -> list[dict[str, Any]]:
+    """Describe the parts of edges as plain JSON values of bounded size, in shares of each edge.
+
+    Args:
+        parts: of edges of one trace.
+        kinds: for each kind of edges that the trace has, its edges.
+
+    Returns:
+        ``{kind, source, target, weight, arc, heads_apart, layers: [[layer, share]], heads: [[layer, head, share]]}`` of
+        each edge; ``heads`` holds the eight of largest absolute value.
+
+    Raises:
+        InvalidInputError: parts of another trace.
+    """
+    known = {kind: set(map(tuple, edges.T.tolist())) for kind, edges in kinds.items()}
+    described = []
+    for each in parts:
+        if (each.source, each.target) not in known.get(each.kind, ()):
+            raise InvalidInputError(
+                f"edge_parts: must be of edges of this trace, got {each.source} -> {each.target} ({each.kind}), which "
+                "it does not have; pass trace.edge_parts(model), and those of the relevance together with it"
+            )
+        weight = each.capacity
+        layers = zip(each.layers, (each.by_layer / weight).tolist(), strict=True)
+        heads = [[layer, head, part / weight] for layer, head, part in each.top()] if each.heads_apart else []
+        described.append(
+            {
+                "kind": each.kind,
+                "source": each.source,
+                "target": each.target,
+                "weight": weight,
+                "arc": each.arc / weight,
+                "heads_apart": each.heads_apart,
+                "layers": [list(layer) for layer in layers],
+                "heads": heads,
+            }
+        )
+    return described
 
 
 def edge_of(trace: Traced, source: Any, target: Any) -> Edge:

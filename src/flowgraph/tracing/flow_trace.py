@@ -25,7 +25,7 @@ from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
 from flowgraph.text.quoting import quote, shortened
-from flowgraph.tracing.edge import Edge, edge_of
+from flowgraph.tracing.edge import NUM_EDGES, Edge, EdgeParts, edge_of, parts_payload, strongest_parts
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.payload import finite_or_none, trace_payload
 from flowgraph.tracing.provenance import describe_response
@@ -174,6 +174,24 @@ class FlowTrace:
             InvalidInputError: not two tokens in order, or no edge between them.
         """
         return edge_of(self, source, target)
+
+    def edge_parts(self, model: nn.Module, count: int = NUM_EDGES) -> list[EdgeParts]:
+        """Split the ``count`` edges with most flow by layers and heads, for :meth:`to_html`.
+
+        Capacities that join heads before layers (``"vtrace_share"``) are split by layers alone.
+
+        Args:
+            model: the model of the trace.
+            count: number of edges.
+
+        Raises:
+            InvalidInputError: a count below 1; layers joined by their maximum (``"sharp_max"``); another model; a trace
+                without a record of its capture.
+            CaptureError: the model cannot be captured.
+
+        Cost: one capture, and one row of each layer and head per edge.
+        """
+        return strongest_parts(self, model, count)
 
     def sensitivity(
         self,
@@ -360,6 +378,7 @@ class FlowTrace:
         max_edges: int = 20_000,
         relevance: RelevanceTrace | None = None,
         beside: Sequence[FlowTrace] = (),
+        edge_parts: Sequence[EdgeParts] = (),
     ) -> dict[str, Any]:
         """Describe the trace as plain JSON values, in the schema of :mod:`flowgraph.tracing.payload`.
 
@@ -368,9 +387,10 @@ class FlowTrace:
             max_edges: most edges listed, those with most flow first.
             relevance: the relevance of the same answer (:meth:`relevance`), described under ``"relevance"``.
             beside: traces of the same tokens with other capacities, whose scores are listed under ``"scores"``.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts` of this trace and of its relevance.
 
         Raises:
-            InvalidInputError: a trace of other tokens.
+            InvalidInputError: a trace of other tokens, or parts of edges that this trace does not have.
 
         Cost: one backbone search and twenty routes.
         """
@@ -392,6 +412,11 @@ class FlowTrace:
             payload["relevance"] = relevance.to_dict(max_edges=max_edges)
         if beside:
             payload["scores"] = [self._scores_of(other) for other in beside]
+        if edge_parts:
+            kinds = {"capacity": self.graph.edge_index}
+            if relevance is not None:
+                kinds["relevance"] = relevance.graph.edge_index
+            payload["edge_parts"] = parts_payload(edge_parts, kinds)
         return payload
 
     def _require_same_tokens(self, other: FlowTrace | RelevanceTrace, name: str) -> None:
@@ -423,6 +448,7 @@ class FlowTrace:
         keep: float = 0.9,
         relevance: RelevanceTrace | None = None,
         beside: Sequence[FlowTrace] = (),
+        edge_parts: Sequence[EdgeParts] = (),
     ) -> None:
         """Write one self-contained page that needs no network: tokens by throughput, backbone, numbers on hover.
 
@@ -431,12 +457,14 @@ class FlowTrace:
             keep: share of the flow whose routes make the backbone.
             relevance: the relevance of the same answer; the page starts with it, as a tree of steps.
             beside: traces of the same tokens with other capacities, which the colours of the text can show.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts` of this trace and of its relevance; a click
+                on an edge shows them.
 
         Raises:
             OutputError: the path cannot be written.
-            InvalidInputError: a trace of other tokens.
+            InvalidInputError: a trace of other tokens, or parts of edges that this trace does not have.
         """
-        write_html(path, self.to_dict(keep=keep, relevance=relevance, beside=beside))
+        write_html(path, self.to_dict(keep=keep, relevance=relevance, beside=beside, edge_parts=edge_parts))
 
     def _repr_html_(self) -> str:
         """Render the trace for a notebook."""

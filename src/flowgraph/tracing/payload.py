@@ -24,6 +24,9 @@ Schema ``flowgraph-trace/1``::
     relevance     the relevance of the same answer, in the schema of flowgraph.tracing.relevance_payload; only if asked
                   for
     scores        [{capacity, kind, symbol, values}]: scores of the tokens by other capacities; only if asked for
+    edge_parts    [{kind, source, target, weight, arc, heads_apart, layers: [[layer, share]], heads: [[layer, head,
+                  share]]}]: which layers and heads an edge comes from, in shares of its weight; kind is "capacity" or
+                  "relevance"; only if asked for
     provenance    what was run, with which choices and versions; "answer_by" is how the answer was found
 """
 

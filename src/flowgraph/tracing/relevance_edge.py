@@ -14,7 +14,7 @@ from flowgraph.capacities.capture import capture
 from flowgraph.capacities.relevance import RelevanceRows
 from flowgraph.errors import InvalidInputError
 from flowgraph.flow.signed_flow import share_blocks
-from flowgraph.tracing.edge import EdgeParts, ends_of_edge, position_of_edge
+from flowgraph.tracing.edge import EdgeParts, check_count, ends_of_edge, position_of_edge
 from flowgraph.tracing.recapture import RECORD
 from flowgraph.tracing.traced import TracedRelevance
 
@@ -78,6 +78,7 @@ class RelevanceEdge:
             layers=parts.layers,
             values=parts.by_layer[:, None],
             heads_apart=False,
+            kind="relevance",
             arc=parts.arc,
         )
 
@@ -209,7 +210,28 @@ def relevance_parts(trace: TracedRelevance, model: nn.Module, edges: list[tuple[
                 layers=rows.layers,
                 values=rows.by_head(target, source).double() / total,
                 heads_apart=True,
+                kind="relevance",
                 arc=arc,
             )
         )
     return found
+
+
+def strongest_relevance_parts(trace: TracedRelevance, model: nn.Module, count: int) -> list[EdgeParts]:
+    """Split the edges of largest absolute share, from one capture.
+
+    Args:
+        trace: its edges.
+        model: the model of the trace.
+        count: number of edges.
+
+    Raises:
+        InvalidInputError: a count below 1, or as :func:`relevance_again`.
+        CaptureError: the model cannot be captured.
+
+    Cost: as :func:`relevance_parts`.
+    """
+    check_count(count)
+    order = torch.argsort(trace.flow.edge_flow.abs(), descending=True, stable=True)[:count]
+    edges = [(source, target) for source, target in trace.flow.graph.edge_index[:, order].T.tolist()]
+    return relevance_parts(trace, model, edges)

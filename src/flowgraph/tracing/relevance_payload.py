@@ -12,6 +12,7 @@ Schema ``flowgraph-relevance/1``; shares are of the demand, and negative ones ar
     edges_left_out  number of edges that are not listed
     steps         [{index, start, stop, region, text, share, absorbed, bias, demand}]
     step_edges    [[source step, target step, share]], largest absolute share first
+    edge_parts    layers and heads of edges, as in flowgraph.tracing.payload; only if asked for
     provenance    what was run, with which choices and versions
 """
 
@@ -108,6 +109,7 @@ def page_payload(relevance: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoints": [],
         "specificity": None,
         "relevance": relevance,
+        "edge_parts": relevance.get("edge_parts", []),
         "provenance": relevance["provenance"],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,14 @@ from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.splitting import TokenText, region_of_tokens
 from flowgraph.steps.step_flow import By, split_steps
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
+from flowgraph.tracing.edge import NUM_EDGES, EdgeParts, parts_payload
 from flowgraph.tracing.recapture import RECORD
-from flowgraph.tracing.relevance_edge import RelevanceEdge, relevance_edge_of, relevance_record
+from flowgraph.tracing.relevance_edge import (
+    RelevanceEdge,
+    relevance_edge_of,
+    relevance_record,
+    strongest_relevance_parts,
+)
 from flowgraph.tracing.relevance_payload import page_payload, relevance_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
@@ -131,6 +137,21 @@ class RelevanceTrace:
         """
         return relevance_edge_of(self, source, target)
 
+    def edge_parts(self, model: nn.Module, count: int = NUM_EDGES) -> list[EdgeParts]:
+        """Split the ``count`` edges of largest absolute share by layers and heads, for :meth:`to_html`.
+
+        Args:
+            model: the model of the trace.
+            count: number of edges.
+
+        Raises:
+            InvalidInputError: a count below 1; another model; a trace without a record of its capture.
+            CaptureError: the model cannot be captured.
+
+        Cost: one capture with the hops of the trace, and one row of each layer and head per edge.
+        """
+        return strongest_relevance_parts(self, model, count)
+
     def steps(self, by: By = "auto", *, split_question: bool = True) -> StepRelevance:
         """Join tokens to lines, sentences, numbered steps or words; see :func:`flowgraph.split_steps`."""
         steps = split_steps(
@@ -149,13 +170,17 @@ class RelevanceTrace:
         """Check the conservation law at every token, across every cut and in total; see :func:`flowgraph.certify`."""
         return certify(self.flow)
 
-    def to_dict(self, *, max_edges: int = 20_000) -> dict[str, Any]:
+    def to_dict(self, *, max_edges: int = 20_000, edge_parts: Sequence[EdgeParts] = ()) -> dict[str, Any]:
         """Describe the relevance as plain JSON values, in the schema of :mod:`flowgraph.tracing.relevance_payload`.
 
         Args:
             max_edges: most edges listed, those of largest absolute weight first.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts`.
+
+        Raises:
+            InvalidInputError: parts of edges that this trace does not have.
         """
-        return relevance_payload(
+        payload = relevance_payload(
             self.flow,
             self.steps(),
             tokens=self.tokens,
@@ -164,18 +189,26 @@ class RelevanceTrace:
             provenance=self.provenance,
             max_edges=max_edges,
         )
+        if edge_parts:
+            payload["edge_parts"] = parts_payload(edge_parts, {"relevance": self.graph.edge_index})
+        return payload
 
-    def to_json(self, path: PathLike, *, max_edges: int = 20_000) -> None:
-        """Write :meth:`to_dict` as a JSON file, atomically."""
-        write_json(path, self.to_dict(max_edges=max_edges))
+    def to_json(self, path: PathLike, **options: Any) -> None:
+        """Write :meth:`to_dict` as a JSON file, atomically; the options are those of :meth:`to_dict`."""
+        write_json(path, self.to_dict(**options))
 
-    def to_html(self, path: PathLike) -> None:
+    def to_html(self, path: PathLike, *, edge_parts: Sequence[EdgeParts] = ()) -> None:
         """Write one self-contained page: the relevance as a tree of steps, and the text coloured by it.
+
+        Args:
+            path: where to write.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts`; a click on an edge shows them.
 
         Raises:
             OutputError: the path cannot be written.
+            InvalidInputError: parts of edges that this trace does not have.
         """
-        write_html(path, page_payload(self.to_dict()))
+        write_html(path, page_payload(self.to_dict(edge_parts=edge_parts)))
 
     def save(self, path: PathLike) -> None:
         """Write everything to one safetensors file, atomically; :func:`flowgraph.load_relevance` reads it back.
