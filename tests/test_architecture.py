@@ -29,6 +29,8 @@ PUBLIC = {
     "AttentionRecorder",
     "AttentionRows",
     "Backbone",
+    "Baseline",
+    "Baselines",
     "step_relevance",
     "capacity_names",
     "capacity",

@@ -21,6 +21,7 @@ from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.steps.step_relevance import StepRelevance
 from flowgraph.text.quoting import shortened
 from flowgraph.text.spans import printed_pieces
+from flowgraph.tracing.baselines import Baselines
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
 from flowgraph.tracing.provenance import describe_response
@@ -163,6 +164,41 @@ def _specificity(trace: FlowTrace, *, is_brief: bool = False) -> Text:
         line.append(f" (total variation {found.total_variation:.2g} against {found.compared_with})", style="dim")
     line.append(f"; its reach enters the prompt at: {entry}", style="dim")
     return line
+
+
+def baselines_line(found: Baselines) -> Text:
+    """Say in one line how far rankings without a flow agree with that of a trace."""
+    place = "before the answer" if found.region == "all" else f"of the {found.region}"
+    line = Text(f"ranked by {found.score}, {found.num_tokens} tokens {place}; Spearman / common top {found.num_top}: ")
+    parts = []
+    for each in found.baselines:
+        if each.spearman is None or each.overlap is None:
+            parts.append(f"{each.name} -")
+        else:
+            parts.append(f"{each.name} {each.spearman:+.2f} / {each.overlap:.0%}")
+    line.append(", ".join(parts), style="dim")
+    return line
+
+
+def baselines_table(found: Baselines) -> RenderableType:
+    """Tabulate the baselines of a ranking, with what each is."""
+    place = "before the answer" if found.region == "all" else f"of the {found.region}"
+    table = Table(
+        title=f"how this ranking compares: {found.score}, {found.num_tokens} tokens {place}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("ranking without a flow")
+    table.add_column("Spearman", justify="right")
+    table.add_column(f"common top {found.num_top}", justify="right")
+    table.add_column("what it is", style="dim")
+    for each in found.baselines:
+        correlation = "-" if each.spearman is None else f"{each.spearman:+.2f}"
+        overlap = "-" if each.overlap is None else f"{each.overlap:.0%}"
+        note = f"{each.description} ({signs.visible(each.reason)})" if each.reason else each.description
+        table.add_row(each.name, correlation, overlap, note)
+    return table
 
 
 def _response(trace: FlowTrace) -> list[Text]:

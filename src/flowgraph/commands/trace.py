@@ -42,6 +42,7 @@ from flowgraph.commands.views import View
 
 if TYPE_CHECKING:
     from flowgraph.text.selectors import Selector
+    from flowgraph.tracing.baselines import Baselines
     from flowgraph.tracing.edge import EdgeParts
     from flowgraph.tracing.flow_trace import FlowTrace
     from flowgraph.tracing.relevance_trace import RelevanceTrace
@@ -61,11 +62,13 @@ class PageExtras:
         relevance: the relevance of the same answer.
         beside: traces of the same tokens with other capacities.
         edge_parts: layers and heads of the strongest edges.
+        baselines: rankings without a flow; None: those that need no model.
     """
 
     relevance: RelevanceTrace | None = None
     beside: Sequence[FlowTrace] = ()
     edge_parts: Sequence[EdgeParts] = ()
+    baselines: Baselines | None = None
 
 
 def trace(
@@ -130,6 +133,10 @@ def trace(
             "capture.",
         ),
     ] = 0,
+    gradient: Annotated[
+        bool,
+        typer.Option(help="Also compare the ranking with gradient x input: one more forward and one backward pass."),
+    ] = True,
     full: Full = False,
     quiet: Quiet = False,
 ) -> None:
@@ -182,14 +189,18 @@ def trace(
                 progress=progress,
             )
         if isinstance(result, RelevanceTrace):
-            parts = _edge_parts(network, [result], edge_parts, progress)
-            _report_relevance(result, outputs, view, parts, progress)
+            extras = PageExtras(
+                edge_parts=_edge_parts(network, [result], edge_parts, progress),
+                baselines=_baselines(network, result, gradient and (not quiet or out is not None), progress),
+            )
+            _report_relevance(result, outputs, view, extras, progress)
             return
         found = _relevance(network, result, progress) if relevance else None
         extras = PageExtras(
             relevance=found,
             beside=_beside(network, result, beside, progress),
             edge_parts=_edge_parts(network, [result, found], edge_parts, progress),
+            baselines=_baselines(network, result, gradient and (not quiet or out is not None), progress),
         )
     _report(result, out, view, extras)
 
@@ -232,6 +243,7 @@ def demo(
             relevance=found,
             beside=_beside(network, result, _DEMO_CAPACITIES, progress),
             edge_parts=_edge_parts(network, [result, found], _DEMO_EDGES, progress),
+            baselines=_baselines(network, result, True, progress),
         )
     _report(result, out, view, extras)
 
@@ -307,6 +319,18 @@ def _edge_parts(
     return parts
 
 
+def _baselines(
+    model: Any, result: FlowTrace | RelevanceTrace, with_gradient: bool, progress: Callable[[str], None]
+) -> Baselines | None:
+    """Compare the ranking with baselines, gradient x input included; None where those without a model do."""
+    from flowgraph.tracing.baselines import can_rank
+
+    if not with_gradient or not can_rank(result):
+        return None
+    progress("comparing the ranking with gradient x input (one backward pass)")
+    return result.baselines(model)
+
+
 def _report(result: FlowTrace, out: Path | None, view: View, extras: PageExtras) -> None:
     """Print a trace with its certificate, and write its files; exit code 1 when a check fails."""
     outputs = outputs_in(out)
@@ -326,6 +350,8 @@ def _report(result: FlowTrace, out: Path | None, view: View, extras: PageExtras)
     if relevance is not None:
         for part in view.of_relevance(relevance.steps()):
             terminal.print(part)
+    for part in view.of_baselines(result, extras.baselines):
+        terminal.print(part)
     for part in view.of_certificate(certificate):
         terminal.print(part)
     view.print_end(terminal, outputs)
@@ -337,7 +363,7 @@ def _report_relevance(
     result: RelevanceTrace,
     outputs: Sequence[Path],
     view: View,
-    edge_parts: Sequence[EdgeParts],
+    extras: PageExtras,
     progress: Callable[[str], None],
 ) -> None:
     """Print a relevance trace with its certificate, and write its files; exit code 1 when a check fails."""
@@ -347,14 +373,16 @@ def _report_relevance(
     for path in outputs:
         progress(f"writing {path}")
         if path.suffix == ".html":
-            result.to_html(path, edge_parts=edge_parts)
+            result.to_html(path, edge_parts=extras.edge_parts, baselines=extras.baselines)
         elif path.suffix == ".json":
-            result.to_json(path, edge_parts=edge_parts)
+            result.to_json(path, edge_parts=extras.edge_parts, baselines=extras.baselines)
         else:
             result.save(path)
     terminal = console()
     if not view.quiet:
         terminal.print(relevance_tree(result.steps()))
+    for part in view.of_baselines(result, extras.baselines):
+        terminal.print(part)
     for part in view.of_certificate(certificate):
         terminal.print(part)
     view.print_end(terminal, outputs)
@@ -364,7 +392,12 @@ def _report_relevance(
 
 def _write(result: FlowTrace, path: Path, extras: PageExtras) -> None:
     """Write a trace in the format of the suffix."""
-    shown = {"relevance": extras.relevance, "beside": extras.beside, "edge_parts": extras.edge_parts}
+    shown = {
+        "relevance": extras.relevance,
+        "beside": extras.beside,
+        "edge_parts": extras.edge_parts,
+        "baselines": extras.baselines,
+    }
     if path.suffix == ".html":
         result.to_html(path, **shown)  # type: ignore[arg-type]
     elif path.suffix == ".json":

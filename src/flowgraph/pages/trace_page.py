@@ -109,6 +109,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "provenance": list(flattened(payload["provenance"])),
         "schema": payload["schema"],
         "specificity": payload.get("specificity"),
+        "baselines": _baselines(payload.get("baselines")),
         "relevance": _relevance_header(payload.get("relevance")),
         "only_relevance": payload["schema"] == RELEVANCE_SCHEMA,
         "colourings": len(colourings(payload)),
@@ -121,6 +122,19 @@ def _relevance_header(relevance: Mapping[str, Any] | None) -> dict[str, Any] | N
         return None
     summary = relevance["summary"]
     return {**summary, "what": _DEMANDS.get(summary["target"], summary["target"])}
+
+
+def _baselines(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the table of baselines as text; None without one."""
+    if not found:
+        return None
+    rows = []
+    for row in found["baselines"]:
+        correlation = "-" if row["spearman"] is None else f"{row['spearman']:+.2f}"
+        overlap = "-" if row["overlap"] is None else f"{100 * row['overlap']:.0f} %"
+        note = row["description"] if not row["reason"] else f"{row['description']} ({row['reason']})"
+        rows.append((row["baseline"], correlation, overlap, visible(note)))
+    return {**found, "score": visible(found["score"]), "rows": rows}
 
 
 def _pruned(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:

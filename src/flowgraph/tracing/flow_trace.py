@@ -25,6 +25,7 @@ from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
 from flowgraph.text.quoting import quote, shortened
+from flowgraph.tracing.baselines import NUM_TOP, Baselines, baselines_of, shown_baselines
 from flowgraph.tracing.edge import NUM_EDGES, Edge, EdgeParts, edge_of, parts_payload, strongest_parts
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.payload import finite_or_none, trace_payload
@@ -116,6 +117,19 @@ class FlowTrace:
         if self.composed is not None:
             return self.composed
         return self.potential if self.provenance.get("score") == "potential" else self.throughput
+
+    @property
+    def score_name(self) -> str:
+        """What :attr:`scores` are, with the capacity of the edges, such as ``"potential on vtrace_share"``."""
+        capacity = self.provenance.get("capacity", "unknown edges")
+        if self.provenance.get("edge_weight", "attention") != "attention":
+            capacity = f"{capacity} x {self.provenance['edge_weight']}"
+        composition = self.provenance.get("composition")
+        if self.composed is not None:
+            name = composition.get("name") if isinstance(composition, Mapping) else "a composition"
+            return f"{name} on {capacity}"
+        kind = "potential" if self.provenance.get("score") == "potential" else "throughput"
+        return f"{kind} on {capacity}"
 
     @property
     def question(self) -> Bool[Tensor, " tokens"]:
@@ -305,6 +319,26 @@ class FlowTrace:
             max_edges=max_edges,
         )
 
+    def baselines(self, model: nn.Module | None = None, *, region: str | None = None, top: int = NUM_TOP) -> Baselines:
+        """Compare the ranking by :attr:`scores` with gradient x input, one hop, position, digits and a random order.
+
+        Args:
+            model: the model of the trace, for gradient x input; None: without it.
+            region: the tokens that are ranked: ``"reasoning"``, ``"question"``, or ``"all"``, all before the answer.
+                Default: the reasoning, or all where it has fewer than three tokens.
+            top: number of tokens with the highest scores; at most half of the region is compared.
+
+        Returns:
+            Spearman's correlation and the common share of the top tokens for each, with ``table()``, ``to_dict()`` and
+            ``to_json(path)``.
+
+        Raises:
+            InvalidInputError: a region or number outside its range, or a region of fewer than three tokens.
+
+        Cost: one read of the edges; with a model one forward and one backward pass.
+        """
+        return baselines_of(self, model, region=region, top=top)
+
     def specificity(self) -> Specificity:
         """Measure how much the flow depends on where it enters; see :func:`flowgraph.specificity`. Measured once."""
         return self._specificity
@@ -379,6 +413,7 @@ class FlowTrace:
         relevance: RelevanceTrace | None = None,
         beside: Sequence[FlowTrace] = (),
         edge_parts: Sequence[EdgeParts] = (),
+        baselines: Baselines | None = None,
     ) -> dict[str, Any]:
         """Describe the trace as plain JSON values, in the schema of :mod:`flowgraph.tracing.payload`.
 
@@ -388,6 +423,7 @@ class FlowTrace:
             relevance: the relevance of the same answer (:meth:`relevance`), described under ``"relevance"``.
             beside: traces of the same tokens with other capacities, whose scores are listed under ``"scores"``.
             edge_parts: layers and heads of edges, from :meth:`edge_parts` of this trace and of its relevance.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
 
         Raises:
             InvalidInputError: a trace of other tokens, or parts of edges that this trace does not have.
@@ -405,8 +441,10 @@ class FlowTrace:
             max_edges=max_edges,
             scores=self.composed,
         )
+        payload["score"] = self.score_name
         if self.feasible:
             payload["specificity"] = self.specificity().to_dict()
+            payload["baselines"] = shown_baselines(self, baselines)
         if relevance is not None:
             self._require_same_tokens(relevance, "relevance")
             payload["relevance"] = relevance.to_dict(max_edges=max_edges)
@@ -449,6 +487,7 @@ class FlowTrace:
         relevance: RelevanceTrace | None = None,
         beside: Sequence[FlowTrace] = (),
         edge_parts: Sequence[EdgeParts] = (),
+        baselines: Baselines | None = None,
     ) -> None:
         """Write one self-contained page that needs no network: tokens by throughput, backbone, numbers on hover.
 
@@ -459,12 +498,16 @@ class FlowTrace:
             beside: traces of the same tokens with other capacities, which the colours of the text can show.
             edge_parts: layers and heads of edges, from :meth:`edge_parts` of this trace and of its relevance; a click
                 on an edge shows them.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
 
         Raises:
             OutputError: the path cannot be written.
             InvalidInputError: a trace of other tokens, or parts of edges that this trace does not have.
         """
-        write_html(path, self.to_dict(keep=keep, relevance=relevance, beside=beside, edge_parts=edge_parts))
+        payload = self.to_dict(
+            keep=keep, relevance=relevance, beside=beside, edge_parts=edge_parts, baselines=baselines
+        )
+        write_html(path, payload)
 
     def _repr_html_(self) -> str:
         """Render the trace for a notebook."""

@@ -21,6 +21,9 @@ Schema ``flowgraph-trace/1``::
     hubs, checkpoints   [{token, throughput, inflows, outflows, score}] of the reasoning tokens
     specificity   {total_variation, compared_with, rank_correlation, entry, description}, or null without a flow; see
                   flowgraph.analysis.specificity
+    score         what ranks the tokens, with its capacity, in words
+    baselines     {score, region, num_tokens, num_top, baselines: [{baseline, description, spearman, overlap, reason}]}:
+                  how far rankings without a flow agree with that of the trace, or null
     relevance     the relevance of the same answer, in the schema of flowgraph.tracing.relevance_payload; only if asked
                   for
     scores        [{capacity, kind, symbol, values}]: scores of the tokens by other capacities; only if asked for

@@ -21,6 +21,7 @@ from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.splitting import TokenText, region_of_tokens
 from flowgraph.steps.step_flow import By, split_steps
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
+from flowgraph.tracing.baselines import NUM_TOP, Baselines, baselines_of, shown_baselines
 from flowgraph.tracing.edge import NUM_EDGES, EdgeParts, parts_payload
 from flowgraph.tracing.recapture import RECORD
 from flowgraph.tracing.relevance_edge import (
@@ -117,6 +118,11 @@ class RelevanceTrace:
         return self.flow.throughput
 
     @property
+    def score_name(self) -> str:
+        """What :attr:`scores` are, with the target of the relevance, such as ``"share of the relevance (margin)"``."""
+        return f"share of the relevance ({self.flow.target})"
+
+    @property
     def residual(self) -> float:
         """Largest difference between the two sides of the conservation law, relative to its largest term."""
         return self.flow.residual
@@ -166,16 +172,43 @@ class RelevanceTrace:
         )
         return step_relevance(self.flow, steps)
 
+    def baselines(self, model: nn.Module | None = None, *, region: str | None = None, top: int = NUM_TOP) -> Baselines:
+        """Compare the ranking by :attr:`scores` with gradient x input, one hop, position, digits and a random order.
+
+        Args:
+            model: the model of the trace, for gradient x input; None: without it.
+            region: the tokens that are ranked: ``"reasoning"``, ``"question"``, or ``"all"``, all before the answer.
+                Default: the reasoning, or all where it has fewer than three tokens.
+            top: number of tokens with the highest scores; at most half of the region is compared.
+
+        Returns:
+            Spearman's correlation and the common share of the top tokens for each, with ``table()``, ``to_dict()`` and
+            ``to_json(path)``.
+
+        Raises:
+            InvalidInputError: a region or number outside its range, or a region of fewer than three tokens.
+
+        Cost: one read of the edges; with a model one forward and one backward pass.
+        """
+        return baselines_of(self, model, region=region, top=top)
+
     def certify(self) -> Certificate:
         """Check the conservation law at every token, across every cut and in total; see :func:`flowgraph.certify`."""
         return certify(self.flow)
 
-    def to_dict(self, *, max_edges: int = 20_000, edge_parts: Sequence[EdgeParts] = ()) -> dict[str, Any]:
+    def to_dict(
+        self,
+        *,
+        max_edges: int = 20_000,
+        edge_parts: Sequence[EdgeParts] = (),
+        baselines: Baselines | None = None,
+    ) -> dict[str, Any]:
         """Describe the relevance as plain JSON values, in the schema of :mod:`flowgraph.tracing.relevance_payload`.
 
         Args:
             max_edges: most edges listed, those of largest absolute weight first.
             edge_parts: layers and heads of edges, from :meth:`edge_parts`.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
 
         Raises:
             InvalidInputError: parts of edges that this trace does not have.
@@ -189,6 +222,8 @@ class RelevanceTrace:
             provenance=self.provenance,
             max_edges=max_edges,
         )
+        payload["score"] = self.score_name
+        payload["baselines"] = shown_baselines(self, baselines)
         if edge_parts:
             payload["edge_parts"] = parts_payload(edge_parts, {"relevance": self.graph.edge_index})
         return payload
@@ -197,18 +232,21 @@ class RelevanceTrace:
         """Write :meth:`to_dict` as a JSON file, atomically; the options are those of :meth:`to_dict`."""
         write_json(path, self.to_dict(**options))
 
-    def to_html(self, path: PathLike, *, edge_parts: Sequence[EdgeParts] = ()) -> None:
+    def to_html(
+        self, path: PathLike, *, edge_parts: Sequence[EdgeParts] = (), baselines: Baselines | None = None
+    ) -> None:
         """Write one self-contained page: the relevance as a tree of steps, and the text coloured by it.
 
         Args:
             path: where to write.
             edge_parts: layers and heads of edges, from :meth:`edge_parts`; a click on an edge shows them.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
 
         Raises:
             OutputError: the path cannot be written.
             InvalidInputError: parts of edges that this trace does not have.
         """
-        write_html(path, page_payload(self.to_dict(edge_parts=edge_parts)))
+        write_html(path, page_payload(self.to_dict(edge_parts=edge_parts, baselines=baselines)))
 
     def save(self, path: PathLike) -> None:
         """Write everything to one safetensors file, atomically; :func:`flowgraph.load_relevance` reads it back.

@@ -50,6 +50,9 @@ class Traced(Protocol):
     @property
     def scores(self) -> Float64[Tensor, " tokens"]: ...
 
+    @property
+    def score_name(self) -> str: ...
+
 
 @runtime_checkable
 class TracedRelevance(Protocol):
