@@ -167,15 +167,16 @@ def _specificity(trace: FlowTrace, *, is_brief: bool = False) -> Text:
 
 
 def baselines_line(found: Baselines) -> Text:
-    """Say in one line how far rankings without a flow agree with that of a trace."""
-    place = "before the answer" if found.region == "all" else f"of the {found.region}"
-    line = Text(f"ranked by {found.score}, {found.num_tokens} tokens {place}; Spearman / common top {found.num_top}: ")
+    """Say in two lines how far rankings without a flow agree with that of a trace."""
+    place = "tokens before the answer" if found.region == "all" else found.region
+    line = Text(f"ranking of the {place} beside (Spearman/top {found.num_top}): ")
     parts = []
     for each in found.baselines:
         if each.spearman is None or each.overlap is None:
             parts.append(f"{each.name} -")
         else:
-            parts.append(f"{each.name} {each.spearman:+.2f} / {each.overlap:.0%}")
+            correlation = f"{each.spearman:.2f}".replace("0.", ".")
+            parts.append(f"{each.name} {correlation}/{each.overlap:.0%}")
     line.append(", ".join(parts), style="dim")
     return line
 
@@ -362,7 +363,8 @@ def _strongest(trace: FlowTrace, rows: int, *, with_answer: bool = True) -> list
 
 def brief_certificate(certificate: Certificate) -> RenderableType:
     """Render a certificate in one line, with the checks that do not hold where there are any."""
-    lines: list[RenderableType] = [Text(f"certificate: {certificate.result}")]
+    score = "" if certificate.score is None else f"; tokens are ranked by {signs.visible(certificate.score)}"
+    lines: list[RenderableType] = [Text(f"certificate: {certificate.result}{score}")]
     if not certificate.ok:
         lines.append(_checks(certificate.failed))
     return Group(*lines, *_notes(certificate))
@@ -371,7 +373,8 @@ def brief_certificate(certificate: Certificate) -> RenderableType:
 def certificate_table(certificate: Certificate) -> RenderableType:
     """Render a certificate with one row a check: passed or failed, residual and bound, the statement in words."""
     head = Text(f"Certificate: {certificate.result}", style="bold")
-    figures = Text(f"  {certificate.figures}")
+    score = "" if certificate.score is None else f"; tokens are ranked by {signs.visible(certificate.score)}"
+    figures = Text(f"  {certificate.figures}{score}")
     meaning = Text("  alpha: so many times this flow fits through the attention; V: the exact max flow", style="dim")
     return Group(head, figures, meaning, _checks(certificate.checks), *_notes(certificate))
 

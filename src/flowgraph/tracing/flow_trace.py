@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -348,8 +348,8 @@ class FlowTrace:
         return specificity(self.flow, generated=self.generated)
 
     def certify(self, **options: Any) -> Certificate:
-        """Check every provable property of this flow; see :func:`flowgraph.certify`."""
-        return certify(self.flow, **options)
+        """Check every provable property of this flow; see :func:`flowgraph.certify`. The result names the score."""
+        return replace(certify(self.flow, **options), score=self.score_name)
 
     def save(self, path: PathLike) -> None:
         """Write everything to one safetensors file, atomically; :func:`flowgraph.load_trace` reads it back.

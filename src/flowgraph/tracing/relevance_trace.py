@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,7 +194,7 @@ class RelevanceTrace:
 
     def certify(self) -> Certificate:
         """Check the conservation law at every token, across every cut and in total; see :func:`flowgraph.certify`."""
-        return certify(self.flow)
+        return replace(certify(self.flow), score=self.score_name)
 
     def to_dict(
         self,
