@@ -38,7 +38,7 @@ _MAX_SELECTION = 160
 """Characters of the answer and the rule that found it in the brief view."""
 _NUM_BRIEF_TOKENS = 6
 _NUM_BRIEF_ROUTES = 3
-_NUM_BRIEF_LINES = 6
+_NUM_BRIEF_LINES = 5
 """Lines of text in the brief view."""
 _NUM_BRIEF_PARTS = 8
 """Lines of the tree of relevance in the brief view."""

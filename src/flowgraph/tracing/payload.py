@@ -47,6 +47,7 @@ from flowgraph.analysis.backbone import backbone
 from flowgraph.analysis.routes import TokenRole, checkpoints, hubs, widest_routes
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
+from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.steps.step_flow import step_flow
 
 SCHEMA = "flowgraph-trace/1"
@@ -146,7 +147,7 @@ def finite_or_none(value: float) -> float | None:
     return value
 
 
-def token_regions(graph: FlowGraph) -> list[str | None]:
+def token_regions(graph: FlowGraph | SignedGraph) -> list[str | None]:
     """Name the region of every token; None outside the three."""
     # Regions are disjoint, so no name is overwritten.
     names: list[str | None] = [None] * int(graph.question_mask.numel())
