@@ -131,7 +131,7 @@ def test_pages_and_terminal_show_a_ranking_with_its_baselines(tmp_path: Path):
         console.print(baselines_line(with_gradient))
         console.print(baselines_table(with_gradient))
     printed = capture.get()
-    assert printed.startswith("ranking of the reasoning beside (Spearman/top ")
+    assert printed.startswith(f"Spearman/top {with_gradient.num_top} beside: gradient x input ")
     for name in NAMES:
         assert printed.count(name) >= 2
 

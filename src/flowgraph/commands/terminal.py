@@ -167,16 +167,20 @@ def _specificity(trace: FlowTrace, *, is_brief: bool = False) -> Text:
 
 
 def baselines_line(found: Baselines) -> Text:
-    """Say in two lines how far rankings without a flow agree with that of a trace."""
-    place = "tokens before the answer" if found.region == "all" else found.region
-    line = Text(f"ranking of the {place} beside (Spearman/top {found.num_top}): ")
+    """Say in a line or two how far rankings without a flow agree with that of a trace; those without a model fit one.
+
+    Baselines that were not computed are left to :func:`baselines_table`.
+    """
+    line = Text(f"Spearman/top {found.num_top} beside: ")
     parts = []
     for each in found.baselines:
+        if each.scores is None:
+            continue
         if each.spearman is None or each.overlap is None:
             parts.append(f"{each.name} -")
-        else:
-            correlation = f"{each.spearman:.2f}".replace("0.", ".")
-            parts.append(f"{each.name} {correlation}/{each.overlap:.0%}")
+            continue
+        correlation = "0" if each.spearman == 0 else f"{each.spearman:.2f}".replace("0.", ".", 1)
+        parts.append(f"{each.name} {correlation}/{each.overlap:.0%}")
     line.append(", ".join(parts), style="dim")
     return line
 
