@@ -1,6 +1,10 @@
 """Measure what each capacity costs beside the plain forward pass, and beside a forward and backward pass.
 
-    python -m benchmarks.speed.capacities [--tokens 128 512 2048] [--ways attention sharp relevance]
+    python -m benchmarks.speed.capacities [--tokens 128 512 2048] [--ways attention sharp relevance] [--name capacities]
+
+Two peers are ways too: autograd through eager attention with ``output_attentions`` (the gradient of the answer by
+every attention weight, times the weight), and FlashTrace 0.1.1 (arXiv 2602.01914) where it is installed, else it is
+left out. Both hold the attention of every layer and head.
 
 SmolLM2-135M-Instruct (30 layers, all weights frozen) on texts of random tokens; every way reads its rows once, in
 blocks. The backward pass is that of the answer's margin to the embeddings, without gradients of weights. Times are
@@ -11,11 +15,12 @@ of its own.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +31,10 @@ from benchmarks.common import PeakMemory, interleaved, save
 from flowgraph.demo import load_demo_model
 
 FORWARD_ONLY = ("attention", "value_norm", "sharp", "sharp_max", "centred", "vtrace", "vtrace_share")
-HOPS = {"relevance": 0, "relevance, 4 hops": 4}
+HOPS = {"relevance": 0, "relevance, streamed": 0, "relevance, 4 hops": 4}
+EAGER = "eager attention, autograd"
+FLASHTRACE = "flashtrace"
+PEERS = (EAGER, FLASHTRACE)
 SHARE_GENERATED = 0.5
 
 
@@ -51,6 +59,7 @@ def captured(name: str, model: nn.Module, ids: Tensor) -> None:
         position = torch.arange(ids.shape[1])
         options["answer"] = (position == ids.shape[1] - 1)[None]
         options["hops"] = HOPS[name]
+        options["streamed"] = name.endswith("streamed")
         if HOPS[name]:
             options["generated"] = (position >= ids.shape[1] * (1 - SHARE_GENERATED))[None]
     rows = flowgraph.capture(model, ids, capacity=name.split(",")[0], **options)
@@ -58,16 +67,61 @@ def captured(name: str, model: nn.Module, ids: Tensor) -> None:
         pass
 
 
-def ways(names: list[str]) -> dict[str, Callable[[nn.Module, Tensor], None]]:
-    """List the two passes to compare with, and the capacities."""
-    return {"forward": plain, "forward and backward": forward_backward} | {
-        name: partial(captured, name) for name in names
+def eager_autograd(model: Any, ids: Tensor) -> None:
+    """Differentiate the last logit's margin by the attention weights of eager attention; sum weight x gradient."""
+    model.set_attn_implementation("eager")
+    try:
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        output = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1, output_attentions=True)
+        best = output.logits[0, -1].topk(2).values
+        gradients = torch.autograd.grad(best[0] - best[1], output.attentions)
+        total = torch.zeros(ids.shape[1], ids.shape[1])
+        for weights, gradient in zip(output.attentions, gradients, strict=True):
+            total += (weights.detach() * gradient)[0].sum(0)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def flashtrace(model: Any, ids: Tensor) -> None:
+    """Attribute the last tokens by FlashTrace's default method, under eager attention."""
+    from flashtrace import FlashTrace  # pyright: ignore[reportMissingImports]
+
+    _, tokenizer = loaded()
+    half = ids.shape[1] // 2
+    prompt = tokenizer.decode(ids[0, :half])
+    response = tokenizer.decode(ids[0, half:])
+    length = len(tokenizer(response, add_special_tokens=False)["input_ids"])
+    model.set_attn_implementation("eager")
+    try:
+        FlashTrace(model, tokenizer).trace(prompt=prompt, target=response, output_span=(length - 1, length - 1))
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def ways(names: Sequence[str]) -> dict[str, Callable[[nn.Module, Tensor], None]]:
+    """List the two passes to compare with, the capacities, and the peers that are installed."""
+    listed: dict[str, Callable[[nn.Module, Tensor], None]] = {
+        "forward": plain,
+        "forward and backward": forward_backward,
     }
+    peers = {EAGER: eager_autograd, FLASHTRACE: flashtrace}
+    for name in names:
+        if name == FLASHTRACE and importlib.util.find_spec("flashtrace") is None:
+            print("flashtrace is not installed and is left out: pip install --group bench")
+            continue
+        listed[name] = peers[name] if name in peers else partial(captured, name)
+    return listed
+
+
+@cache
+def loaded() -> tuple[Any, Any]:
+    """Load the demo model and its tokenizer once."""
+    return load_demo_model()
 
 
 def frozen_model() -> nn.Module:
-    """Load the demo model with frozen weights: relevance needs gradients of activations only."""
-    model, _ = load_demo_model()
+    """Return the demo model with frozen weights: relevance needs gradients of activations only."""
+    model, _ = loaded()
     return model.requires_grad_(False)
 
 
@@ -81,16 +135,19 @@ def peak_mib(way: str, tokens: int) -> float:
     model = frozen_model()
     plain(model, random_ids(8))
     with PeakMemory() as memory:
-        ways([*FORWARD_ONLY, *HOPS])[way](model, random_ids(tokens))
+        ways([way])[way](model, random_ids(tokens))
     return memory.mib
 
 
 def main() -> None:
-    names = [*FORWARD_ONLY, *HOPS]
+    names = [*FORWARD_ONLY, *HOPS, *PEERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="+", default=names, choices=names)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    parser.add_argument("--name", default="capacities", help="of the file in benchmarks/results")
+    parser.add_argument("--notes", default="", help="added to the file, for example what else ran on the machine")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
@@ -107,8 +164,11 @@ def main() -> None:
         times = interleaved(runs, arguments.repeats)
         for name in runs:
             # Each way in a process of its own, so that no way reuses memory of another.
-            command = [sys.executable, "-m", "benchmarks.speed.capacities", "--peak", name, str(tokens)]
-            memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            memory = None
+            if arguments.memory:
+                command = [sys.executable, "-m", "benchmarks.speed.capacities", "--peak", name, str(tokens)]
+                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                memory = float(printed.splitlines()[-1])
             rows.append(
                 {
                     "tokens": tokens,
@@ -120,7 +180,8 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    save("capacities", rows, "SmolLM2-135M-Instruct, float32; over_forward: time over the plain forward pass")
+    notes = "SmolLM2-135M-Instruct, float32; over_forward: time over the plain forward pass"
+    save(arguments.name, rows, "; ".join([notes, arguments.notes]) if arguments.notes else notes)
 
 
 if __name__ == "__main__":

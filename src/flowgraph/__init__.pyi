@@ -134,10 +134,13 @@ from .text.regions import find_question as find_question
 from .text.regions import find_regions as find_regions
 from .text.statements import StatedAnswer as StatedAnswer
 from .text.statements import stated_answers as stated_answers
+from .tracing.baselines import Baseline as Baseline
+from .tracing.baselines import Baselines as Baselines
 from .tracing.edge import Edge as Edge
 from .tracing.edge import EdgeParts as EdgeParts
 from .tracing.flow_trace import FlowTrace as FlowTrace
 from .tracing.flow_trace import load_trace as load_trace
+from .tracing.relevance_edge import RelevanceEdge as RelevanceEdge
 from .tracing.relevance_trace import RelevanceTrace as RelevanceTrace
 from .tracing.relevance_trace import load_relevance as load_relevance
 from .tracing.sensitivity import Sensitivity as Sensitivity

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgraph import CaptureError, InvalidInputError, RelevanceRows, capture
+from flowgraph import CaptureError, InvalidInputError, MemoryLimitError, RelevanceRows, capture, relevance_flow
 from flowgraph.attention.modules import first_block, text_decoder
+from flowgraph.capacities.relevance import relevance_bytes
 from tests.attention.test_capture_families import FUSED, HANDS_OUT_WEIGHTS
 from tests.fixtures.models import FAMILIES, build, family, padded, sequences
 from tests.reference.relevance import llama_relevance
@@ -181,6 +182,68 @@ def test_contrast_with_another_token():
     back = capture(model, other, capacity="relevance", answer=answer, target=text)
     # The contrast of X with Y is minus that of Y with X; the text before the answer is the same.
     assert torch.allclose(one.dense(), -back.dense(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:answer. should be what the model prefers")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_sliding", "mixtral"])
+def test_streamed_rows_equal_the_matrix(name: str, side: str):
+    ids, mask = padded(side)
+    options = {"answer": last_token(mask), "generated": (mask.cumsum(-1) > 6) & (mask == 1), "hops": 2}
+    dense = capture(build(name), ids, mask, capacity="relevance", target="logprob", **options)
+    rows = capture(build(name), ids, mask, capacity="relevance", target="logprob", streamed=True, **options)
+    assert rows.matrix is None
+    scale = float(dense.dense().abs().max())
+    assert torch.allclose(rows.dense(), dense.dense(), atol=1e-6 * scale)
+    assert torch.allclose(rows.block(5, 9), dense.dense()[:, 5:9, :9], atol=1e-6 * scale)
+    assert torch.allclose(rows.throughput, dense.throughput, atol=1e-5 * scale)
+    assert rows.residual == pytest.approx(dense.residual, abs=1e-6)
+    one = rows.sequence(1)
+    assert torch.allclose(one.dense()[0], dense.dense()[1], atol=1e-6 * scale)
+    assert torch.allclose(one.throughput[0], dense.throughput[1], atol=1e-5 * scale)
+
+    # The strongest edges of a flow, and what the others carry.
+    for item in range(2):
+        regions = {"question": slice(1, 4), "answer": [int(mask[item].sum()) - 1], "item": item}
+        for max_edges in (30, "all"):
+            whole = relevance_flow(dense, max_edges=max_edges, **regions)
+            part = relevance_flow(rows, max_edges=max_edges, **regions)
+            assert torch.equal(part.graph.edge_index, whole.graph.edge_index)
+            for field in ("throughput", "pruned_in", "pruned_out", "edge_flow"):
+                assert torch.allclose(getattr(part, field), getattr(whole, field), rtol=1e-5, atol=1e-6)
+            assert torch.allclose(part.throughput, part.leaving, atol=1e-4)
+
+
+def test_streaming_needs_no_matrix(monkeypatch: pytest.MonkeyPatch):
+    model = build("llama")
+    tokens = 50_000
+    tape = relevance_bytes(model, 1, tokens, streamed=True)
+    assert relevance_bytes(model, 1, tokens, streamed=False) - tape == 4 * tokens**2
+    # The streamed estimate grows with the tokens, not with their square.
+    assert relevance_bytes(model, 1, 2 * tokens, streamed=True) < 2 * tape
+
+    text = sequences()[0]
+    answer = torch.arange(len(text)) == len(text) - 1
+    free = (relevance_bytes(model, 1, len(text), streamed=True) + 4) / 0.9
+    monkeypatch.setattr("flowgraph.memory.available_bytes", lambda device: free)
+    rows = capture(model, text, capacity="relevance", answer=answer, streamed=True)
+    assert rows.block(3, 5).shape == (1, 2, 5)
+    with pytest.raises(MemoryLimitError, match=r"relevance of 1 x 24 tokens: .*streamed=True"):
+        capture(model, text, capacity="relevance", answer=answer)
+    monkeypatch.setattr("flowgraph.memory.available_bytes", lambda device: 1000)
+    with pytest.raises(MemoryLimitError, match=r"matrix of 1 x 24 tokens: .*read block\(start, stop\) instead"):
+        rows.dense()
+
+
+@pytest.mark.unchecked
+def test_bad_streams_and_sequences():
+    text = sequences()[0]
+    answer = torch.arange(len(text)) == len(text) - 1
+    with pytest.raises(InvalidInputError, match="streamed: must be True or False, got 1"):
+        capture(build("llama"), text, capacity="relevance", answer=answer, streamed=1)
+    rows = capture(build("llama"), text, capacity="relevance", answer=answer)
+    with pytest.raises(InvalidInputError, match=r"item: must lie in 0\.\.0, got 1; it counts the sequences"):
+        rows.sequence(1)
 
 
 def with_demand(total: float) -> RelevanceRows:

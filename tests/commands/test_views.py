@@ -10,7 +10,7 @@ from flowgraph.commands.views import View
 from tests.fixtures.figures import make_trace
 from tests.fixtures.tiny import PROMPT, RESPONSE, save_tiny
 
-ONE_SCREEN = 26
+ONE_SCREEN = 27
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import resource
 import signal
+import warnings
 from pathlib import Path
 
 import pyarrow.parquet
@@ -20,6 +21,7 @@ from flowgraph import (
     MemoryLimitError,
     MissingExtraError,
     OutputError,
+    load_relevance,
     load_trace,
     trace,
     trace_corpus,
@@ -249,6 +251,63 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(finished: CorpusSu
         assert (resumed.now, resumed.traced) == (len(LINES) - stop_after, len(LINES))
         for name in TABLES:
             assert (resumed.out / name).read_bytes() == (finished.out / name).read_bytes(), name
+
+
+@pytest.mark.filterwarnings("ignore:answer. should be what the model prefers")
+def test_a_corpus_of_relevance_has_signed_scores_and_shares(tmp_path: Path):
+    options = {"capacity": "relevance", "max_edges": 60}
+    (tmp_path / "whole").mkdir()
+    done = run(tmp_path / "whole", html=True, **options)
+    assert (done.traced, done.errors) == (len(LINES), ())
+    rows = table(done.out / "traces.parquet")
+    tokens = table(done.out / "tokens.parquet")
+    for row in rows:
+        shares = [row[f"{name}_share"] for name in ("question", "context", "forced", "remainder", "bias")]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+        assert row["residual"] < 1e-3
+        assert row["edges"] <= 60
+        saved = load_relevance(done.out / row["file"])
+        assert saved.provenance["line"] == row["line"]
+        own = [token for token in tokens if token["line"] == row["line"]]
+        assert [token["score"] for token in own] == saved.scores.tolist()
+        assert [token["absorbed"] for token in own] == saved.flow.absorbed.tolist()
+        assert saved.certify().ok
+        assert (done.out / row["file"]).with_suffix(".html").is_file()
+    assert any(token["score"] < 0 for token in tokens)
+    # Each line runs alone, so its numbers are those of a trace of its own.
+    alone = trace(*tiny(), [{"role": "user", "content": PROMPT}], RESPONSE, **options)
+    first = load_relevance(done.out / rows[0]["file"])
+    assert torch.equal(first.scores, alone.scores)
+    assert "question share" in (done.out / "index.html").read_text(encoding="utf-8")
+
+    # An interrupted run goes on and writes the same bytes.
+    def stop(at: CorpusProgress) -> None:
+        if at.now >= 3:
+            raise KeyboardInterrupt
+
+    (tmp_path / "stopped").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", progress=stop, **options)
+    resumed = run(tmp_path / "stopped", html=True, **options)
+    assert (resumed.now, resumed.traced) == (len(LINES) - 3, len(LINES))
+    for name in TABLES:
+        assert (resumed.out / name).read_bytes() == (done.out / name).read_bytes(), name
+    # Pages of finished lines are written later, too.
+    assert (resumed.out / rows[0]["file"]).with_suffix(".html").is_file()
+
+
+def test_lines_that_a_relevance_cannot_explain_are_reported(tmp_path: Path):
+    lines = [LINES[0], {"id": "other", "prompt": "He buys 4 more.", "response": "So 4 it is.", "answer": "4"}]
+    options = {"capacity": "relevance", "capacity_options": {"contrast": "4"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = run(tmp_path, lines, format="csv", **options)
+    assert done.traced == 1
+    ((line, message),) = done.errors
+    assert line == 2
+    assert message.startswith("contrast: must differ from the answer '4' in a token of its own, got '4'")
+    with pytest.raises(InvalidInputError, match="capacity: must be 'relevance' or have edges that are not negative"):
+        run(tmp_path, lines, capacity="gradient")
 
 
 def traced_in_a_process(path: Path, out: Path, file_limit: int | None = None, kill_at: int | None = None) -> None:

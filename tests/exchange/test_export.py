@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,7 +22,10 @@ from flowgraph import (
     MissingExtraError,
     OutputError,
     backbone,
+    certify,
     from_networkx,
+    read_gexf,
+    read_graphml,
     read_json,
     solve,
     to_igraph,
@@ -76,6 +80,48 @@ def test_a_trace_brings_its_tokens_and_igraph_the_same_numbers():
     assert "_nx_name" not in exported.vs.attributes()
     assert sum(exported.es["flow"]) == pytest.approx(2)
     assert exported.is_dag()
+
+
+def test_exports_name_the_score(tmp_path: Path):
+    leaking = replace(traced(), provenance={"capacity": "vtrace_share", "score": "potential"})
+    composed = replace(
+        leaking,
+        composed=torch.arange(4, dtype=torch.float64),
+        provenance={"capacity": "sharp_max", "composition": {"name": "cage", "options": {}}},
+    )
+    facts = {"score_name": "potential on vtrace_share", "capacity_name": "vtrace_share"}
+    graph = to_networkx(leaking)
+    assert facts.items() <= graph.graph.items()
+    assert "composition" not in graph.graph
+    assert [graph.nodes[token]["score"] for token in range(4)] == leaking.potential.tolist()
+    assert to_pyg(composed).score_name == "cage on sharp_max"
+    assert to_pyg(composed).composition == "cage"
+    assert to_pyg(composed).score.tolist() == [0, 1, 2, 3]
+    assert to_igraph(composed)["composition"] == "cage"
+
+    # Files of graph tools hold the name once, tables in each row; readers of graphs ignore both.
+    write_graphml(leaking, tmp_path / "g.graphml")
+    read = nx.read_graphml(tmp_path / "g.graphml")
+    assert facts.items() <= read.graph.items()
+    assert [node["score"] for node in read.nodes.values()] == leaking.potential.tolist()
+    write_gexf(composed, tmp_path / "g.gexf")
+    assert b"cage on sharp_max" in (tmp_path / "g.gexf").read_bytes()
+    for name, reader in (("g.graphml", read_graphml), ("g.gexf", read_gexf)):
+        assert torch.equal(reader(tmp_path / name).capacity, leaking.graph.capacity)
+    write_tokens(composed, tmp_path / "t.csv")
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert {row["score_name"] for row in rows} == {"cage on sharp_max"}
+    assert [float(row["score"]) for row in rows] == [0, 1, 2, 3]
+    # A flow alone has no score of a trace.
+    assert "score_name" not in to_networkx(solve(GRAPH)).graph
+
+    # The certificate names it, too.
+    certificate = composed.certify()
+    assert certificate.ok
+    assert certificate.score == "cage on sharp_max"
+    assert "tokens are ranked by: cage on sharp_max" in str(certificate)
+    assert certificate.to_dict()["score"] == "cage on sharp_max"
+    assert certify(solve(GRAPH)).score is None
 
 
 def test_pyg_gets_a_plain_copy():
@@ -192,7 +238,7 @@ def test_our_gexf_keeps_to_the_schema(tmp_path: Path):
     kinds = {name: kind for (_, name), (_, kind) in declared.items()}
     assert kinds == {
         "position": "long", "region": "string", "token": "string", "throughput": "double", "h": "double", "g": "double",
-        "capacity": "double",
+        "score": "double", "capacity": "double",
     }  # fmt: skip
     ids = {node.get("id") for node in graph.iter(f"{GEXF}node")}
     assert ids == {str(k) for k in range(8)}
@@ -237,7 +283,8 @@ def test_tables_in_csv_and_parquet(tmp_path: Path):
         rows = list(csv.DictReader(file))
     assert tuple(row["token"] or None for row in rows) == CLEAN
     table = parquet.read_table(tmp_path / "t.parquet")
-    assert table.column_names == ["position", "region", "token", "throughput", "h", "g"]
+    assert table.column_names == ["position", "region", "token", "throughput", "h", "g", "score", "score_name"]
+    assert set(table["score_name"].to_pylist()) == {trace.score_name}
     assert tuple(token or None for token in table["token"].to_pylist()) == CLEAN
 
 
@@ -283,7 +330,11 @@ def test_the_command_writes_a_json_that_is_read_back(tmp_path: Path):
 def test_the_command_writes_the_token_table(tmp_path: Path):
     traced().save(tmp_path / "t.safetensors")
     assert run(tmp_path / "t.safetensors", tmp_path / "o.csv", "--tokens").exit_code == 0
-    assert (tmp_path / "o.csv").read_text().startswith("position,region,token,throughput,h,g\n0,question,a,1.0,")
+    assert (
+        (tmp_path / "o.csv")
+        .read_text()
+        .startswith("position,region,token,throughput,h,g,score,score_name\n0,question,a,1.0,")
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from flowgraph import (
     InvalidInputError,
     NumericalRangeError,
     RegionError,
+    SignedGraph,
     capture,
     certify,
     compose,
@@ -429,6 +430,46 @@ def test_one_hop_reads_signed_rows(capacity: str, preset: str):
     wanted[0] = wanted[0] * (1 - shift)
     assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9)
     assert bool((found < 0).any())
+
+
+@pytest.mark.parametrize("capacity", ["relevance", "gradient"])
+def test_signed_rows_become_a_signed_graph(capacity: str):
+    received = []
+
+    @composition(f"largest weight of {capacity}", signed=True)
+    def largest_weight(graph: FlowGraph | SignedGraph) -> Tensor:
+        """Score every token by the largest absolute weight."""
+        received.append(graph)
+        weight = graph.weight if isinstance(graph, SignedGraph) else graph.capacity
+        return weight.abs().max().double().expand(graph.answer_mask.shape[0])
+
+    text = sequences()[0]
+    answer = torch.arange(len(text)) >= len(text) - 2
+    rows = capture(family("llama"), text, capacity=capacity, answer=answer, target="logprob")
+    scores = compose(rows, f"largest weight of {capacity}", question=slice(1, 4), answer=answer, preset=None)
+    assert isinstance(received[0], SignedGraph)
+    received[0].validate()
+    assert bool((received[0].weight < 0).any())
+    assert float(scores[0]) == float(rows.dense().abs().max())
+    # Derivatives reach signed weights as they reach capacities.
+    graph = example()
+    weight = torch.where(torch.arange(graph.num_edges) == 3, -1.0, graph.capacity).requires_grad_()
+    one_hop = compose(signed(graph).update({"weight": weight}), "one_hop")
+    one_hop.sum().backward()
+    is_read = graph.answer_mask[graph.edge_index[1]] & ~graph.answer_mask[graph.edge_index[0]]
+    assert torch.equal(weight.grad, is_read.to(weight.dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_signed_graphs_is_scaled_graph_by_graph(name: str):
+    graphs = [example(), example()]
+    graphs[1].capacity = 8 * graphs[1].capacity
+    as_signed = []
+    for graph in graphs:
+        masks = {region: graph[f"{region}_mask"] for region in ("question", "reasoning", "answer")}
+        as_signed.append(SignedGraph.from_edges(graph.edge_index, graph.capacity, num_nodes=graph.num_nodes, **masks))
+    wanted = compose(Batch.from_data_list(graphs), name)
+    assert torch.allclose(compose(Batch.from_data_list(as_signed), name), wanted, rtol=1e-12)
 
 
 @pytest.mark.unchecked

@@ -184,7 +184,11 @@ def test_what_needs_weights_that_are_not_negative_says_what_to_use():
         ({"demand": torch.ones(3)}, "demand: does not apply to capacity='relevance'"),
         (
             {"capacity_options": {"power": 2}},
-            r"options of capacity='relevance' \(contrast, hops, keep_tape, target\), got power=2",
+            r"options of capacity='relevance' \(contrast, hops, target\), got power=2",
+        ),
+        (
+            {"capacity_options": {"keep_tape": True}},
+            r"options of capacity='relevance' \(contrast, hops, target\), got keep_tape=True",
         ),
         ({"capacity_options": {"hops": -1}}, "hops: must be at least 0, got -1"),
         ({"capacity_options": {"target": "logit"}}, "target: must be 'margin', 'logprob' or token ids, got 'logit'"),

@@ -120,7 +120,7 @@ def gradient_positive(batch: CapacityInput) -> GradientRows:
 
 @capacity(
     "relevance",
-    defaults={"answer": None, "generated": None, "target": "margin", "hops": 0, "keep_tape": False},
+    defaults={"answer": None, "generated": None, "target": "margin", "hops": 0, "keep_tape": False, "streamed": False},
     signed=True,
     gradient=True,
     normalization="none",
@@ -145,8 +145,18 @@ def relevance(batch: CapacityInput) -> RelevanceRows:
     keep_tape = options["keep_tape"]
     if not isinstance(keep_tape, bool):
         raise InvalidInputError(f"keep_tape: must be True or False, got {keep_tape!r}; True keeps what by_head reads")
+    streamed = options["streamed"]
+    if not isinstance(streamed, bool):
+        raise InvalidInputError(f"streamed: must be True or False, got {streamed!r}; True makes no T x T matrix")
     return capture_relevance(
-        batch.model, inputs, answer=answer, generated=generated, target=target, hops=hops, keep_tape=keep_tape
+        batch.model,
+        inputs,
+        answer=answer,
+        generated=generated,
+        target=target,
+        hops=hops,
+        keep_tape=keep_tape,
+        streamed=streamed,
     )
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ from flowgraph.attention.interception import AttentionDispatch
 from flowgraph.attention.modules import (
     attention_modules,
     num_layers,
+    text_config,
     uses_attention_interface,
 )
 from flowgraph.capacities.linear_rules import LinearRules
@@ -71,6 +72,9 @@ _SMALLEST_DEMAND = 1e-5
 MAX_RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest residual of the law, relative to the largest term at any token."""
 
+_BYTES_PER_CELL = 4
+"""Memory of one N[t, s]."""
+
 MAX_RESIDUAL_HALF = 0.1
 """The same for bfloat16 and float16, whose gradients are rounded to 2**-8 at every layer."""
 
@@ -82,7 +86,8 @@ class RelevanceRows:
     Row t is the position that reads, so the answer's demand stands at the position before each answer token.
 
     Attributes:
-        matrix: ``[batch, tokens, tokens]`` float32, N[t, s] for s < t, zero elsewhere.
+        matrix: ``[batch, tokens, tokens]`` float32, N[t, s] for s < t, zero elsewhere. None for streamed rows, which
+            :meth:`block` recomputes from the tape.
         demand: ``[batch, tokens]`` d: relevance that enters at the row that predicts an answer token.
         absorbed: ``[batch, tokens]`` a: relevance that stays at the token's embedding.
         emitted: ``[batch, tokens]`` relevance that the generated token k passed on to row k - 1; 0 without hops.
@@ -95,10 +100,12 @@ class RelevanceRows:
         hops: emission hops made.
         target: what the demand is the relevance of.
         layers: indices of the layers summed.
-        tape: queries, keys, values and gradients of each layer, for :meth:`by_head`; None unless they were kept.
+        tape: queries, keys, values and gradients of each layer, for :meth:`by_head` and for streamed rows; None unless
+            they were kept.
+        taken: ``[batch, tokens]`` sum over later readers t of N[t, s], of streamed rows; None: of the matrix.
     """
 
-    matrix: Float[Tensor, "batch tokens tokens"]
+    matrix: Float[Tensor, "batch tokens tokens"] | None
     demand: Float[Tensor, "batch tokens"]
     absorbed: Float[Tensor, "batch tokens"]
     emitted: Float[Tensor, "batch tokens"]
@@ -112,23 +119,25 @@ class RelevanceRows:
     target: str
     layers: tuple[int, ...]
     tape: Mapping[int, TapeLayer] | None = None
+    taken: Float[Tensor, "batch tokens"] | None = None
 
     @property
     def batch_size(self) -> int:
-        return self.matrix.shape[0]
+        return self.demand.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        return self.matrix.shape[1]
+        return self.demand.shape[1]
 
     @property
     def device(self) -> torch.device:
-        return self.matrix.device
+        return self.demand.device
 
     @property
     def throughput(self) -> Float[Tensor, "batch tokens"]:
         """Relevance that reaches each position: demand + emission arc + what later readers pass to it."""
-        return self.demand + shift_left(self.emitted) + self.matrix.sum(1)
+        taken = self.dense().sum(1) if self.taken is None else self.taken
+        return self.demand + shift_left(self.emitted) + taken
 
     def total_demand(self, item: int = 0) -> float:
         """Return the demand of one sequence, in the units of the target, to divide by.
@@ -171,8 +180,49 @@ class RelevanceRows:
         }
 
     def dense(self) -> Float[Tensor, "batch tokens tokens"]:
-        """Return N[t, s] of the batch."""
-        return self.matrix
+        """Return N[t, s] of the batch.
+
+        Raises:
+            MemoryLimitError: streamed rows whose matrix would not fit.
+        """
+        if self.matrix is not None:
+            return self.matrix
+        shape = (self.batch_size, self.num_tokens, self.num_tokens)
+        require_memory(
+            _BYTES_PER_CELL * self.batch_size * self.num_tokens**2,
+            f"matrix of {self.batch_size} x {self.num_tokens} tokens",
+            "read block(start, stop) instead",
+            self.device,
+        )
+        matrix = torch.zeros(shape, device=self.device, dtype=torch.float32)
+        for start, rows in self.blocks():
+            matrix[:, start : start + rows.shape[1], : rows.shape[2]] = rows
+        return matrix
+
+    def sequence(self, item: int) -> RelevanceRows:
+        """Return the rows of one sequence, padding included, as a batch of one; its tensors are views.
+
+        Raises:
+            InvalidInputError: no such sequence.
+        """
+        if not 0 <= item < self.batch_size:
+            raise InvalidInputError(
+                f"item: must lie in 0..{self.batch_size - 1}, got {item}; it counts the sequences of the batch"
+            )
+        one = slice(item, item + 1)
+        return replace(
+            self,
+            matrix=None if self.matrix is None else self.matrix[one],
+            demand=self.demand[one],
+            absorbed=self.absorbed[one],
+            emitted=self.emitted[one],
+            bias=self.bias[one],
+            forced=self.forced[one],
+            generated=self.generated[one],
+            attention_mask=self.attention_mask[one],
+            tape=None if self.tape is None else {index: layer.select(one) for index, layer in self.tape.items()},
+            taken=None if self.taken is None else self.taken[one],
+        )
 
     def by_head(self, row: int, column: int, item: int = 0) -> Float[Tensor, "layers heads"]:
         """Split N[row, column] of one sequence into the parts of layers and heads, which sum to it.
@@ -202,8 +252,14 @@ class RelevanceRows:
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
-        """Return the rows [start, stop) over the columns [0, stop)."""
-        return self.matrix[:, start:stop, :stop]
+        """Return the rows [start, stop) over the columns [0, stop), read from the matrix or recomputed from the tape.
+
+        Cost: of streamed rows, two products like Q K^T of every layer on the block.
+        """
+        if self.matrix is not None:
+            return self.matrix[:, start:stop, :stop]
+        assert self.tape is not None  # streamed rows keep their tape
+        return _rows_of_tape(self.tape, self.attention_mask, start, stop)
 
     def blocks(self, size: int = MAX_BLOCK) -> Iterator[tuple[int, Float[Tensor, "batch block stop"]]]:
         """Yield all rows in order, as (first row, block)."""
@@ -226,6 +282,7 @@ def capture_relevance(
     target: Target | Int64[Tensor, "batch tokens"] = "margin",
     hops: int = 0,
     keep_tape: bool = False,
+    streamed: bool = False,
 ) -> RelevanceRows:
     """Run one forward pass and one backward pass per hop; return the conserved relevance of the answer.
 
@@ -238,14 +295,16 @@ def capture_relevance(
             tokens to contrast with, of which those at the answer's positions count.
         hops: largest number of emission hops; 0 leaves the relevance of generated tokens at their embeddings.
         keep_tape: keep queries, keys, values and gradients of every layer with the result.
+        streamed: make no T x T matrix: rows are recomputed from the tape, which is kept.
 
     Raises:
         CaptureError: a part of the model without a rule (with the residual and the module), or one that has no
             backward pass.
         InvalidInputError: masks, targets or hops that do not fit.
+        MemoryLimitError: the tape, or the matrix, would not fit.
 
     Cost: 2.6 plain forward passes at 128 tokens and 3.0 at 512 (1.2 of a forward and backward pass), and one more
-    backward pass per hop; memory of the activations of one pass and one T x T matrix.
+    backward pass per hop; memory of the activations of one pass and, unless streamed, one T x T matrix.
     """
     if torch.is_inference_mode_enabled():
         # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
@@ -258,6 +317,7 @@ def capture_relevance(
                 target=_copied(target),
                 hops=hops,
                 keep_tape=keep_tape,
+                streamed=streamed,
             )
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"].bool()
@@ -266,9 +326,9 @@ def capture_relevance(
     modules = attention_modules(model)
     _refuse_unsupported(model, modules)
     require_memory(
-        4 * mask.numel() * mask.shape[1],
+        relevance_bytes(model, mask.shape[0], mask.shape[1], streamed=streamed),
         f"relevance of {mask.shape[0]} x {mask.shape[1]} tokens",
-        "trace fewer sequences at a time, or a shorter text",
+        "trace fewer sequences at a time, a shorter text, or with streamed=True (max_edges= of a trace)",
         mask.device,
     )
 
@@ -298,8 +358,19 @@ def capture_relevance(
             chosen = generated & ~forced
             emitted, made = _run_chain(passes, balance, rows, gradient, margin, chosen, demand, hops)
 
-    matrix = _sum_of_products(tape, mask)
-    residual = _residual_of_law(matrix, demand, emitted, balance.absorbed, balance.bias, mask)
+    # N in blocks: into one matrix, or only its sums over readers and over what they read.
+    matrix = None
+    taken = torch.zeros_like(demand)
+    given = torch.zeros_like(demand)
+    if not streamed:
+        matrix = torch.zeros(*mask.shape, mask.shape[1], device=mask.device, dtype=torch.float32)
+    for start, stop in _row_blocks(list(tape.layers.values()), mask.shape[1], mask.shape[0]):
+        block = _rows_of_tape(tape.layers, mask, start, stop)
+        taken[:, :stop] += block.sum(1)
+        given[:, start:stop] = block.sum(2)
+        if matrix is not None:
+            matrix[:, start:stop, :stop] = block
+    residual = _residual_of_law(taken, given, demand, emitted, balance.absorbed, balance.bias, mask)
     result = RelevanceRows(
         matrix=matrix,
         demand=demand,
@@ -314,7 +385,8 @@ def capture_relevance(
         hops=made,
         target=target if isinstance(target, str) else "contrast",
         layers=tuple(sorted(tape.layers)),
-        tape=tape.layers if keep_tape else None,
+        tape=tape.layers if keep_tape or streamed else None,
+        taken=taken,
     )
     if not result.residual <= result.bound:
         culprit = _find_culprit(model, modules, inputs, rows, answer, target, result.bound)
@@ -413,38 +485,61 @@ def _run_chain(
     return emitted, hops
 
 
-def _sum_of_products(tape: Tape, mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens tokens"]:
-    """Return N[t, s], the sum over layers and heads of A <v, dL/dz>, for s < t."""
-    batch, tokens = mask.shape
-    layers = [layer for layer in tape.layers.values() if layer.reader is not None]
-    matrix = torch.zeros(batch, tokens, tokens, device=mask.device, dtype=torch.float32)
+def relevance_bytes(model: PreTrainedModel, batch: int, tokens: int, *, streamed: bool) -> int:
+    """Estimate the memory of a capture beyond the activations of its passes.
+
+    Args:
+        model: the transformers model, without wrappers.
+        batch: sequences.
+        tokens: T, padding included.
+        streamed: whether no T x T matrix is made.
+
+    Returns:
+        Bytes of queries, keys, values and dL/dz of every layer, which are about as wide as the model, of one block of
+        rows, and of the matrix.
+    """
+    width = text_config(model).hidden_size
+    num_modules = len(attention_modules(model))
+    num_bytes = model.dtype.itemsize
+    tape = num_modules * batch * tokens * width * (3 * num_bytes + 4)
+    matrix = 0 if streamed else _BYTES_PER_CELL * batch * tokens**2
+    return tape + SCRATCH_BYTES + matrix
+
+
+def _rows_of_tape(
+    layers: Mapping[int, TapeLayer], mask: Bool[Tensor, "batch tokens"], start: int, stop: int
+) -> Float[Tensor, "batch block stop"]:
+    """Return N[t, s], the sum over layers and heads of A <v, dL/dz>, of the readers [start, stop) for s < t."""
+    read = [layer for layer in layers.values() if layer.reader is not None]
+    batch = mask.shape[0]
+    rows = torch.zeros(batch, stop - start, stop, device=mask.device, dtype=torch.float32)
     with torch.no_grad():
-        for start, stop in _row_blocks(layers, tokens, batch):
-            block = matrix[:, start:stop, :stop]
-            for layer in layers:
-                block += layer.products(start, stop).sum(1).to(block.device)
+        for first, last in _row_blocks(read, stop, batch, start):
+            block = rows[:, first - start : last - start, :last]
+            for layer in read:
+                block += layer.products(first, last).sum(1).to(block.device)
             # Self edges cancel on both sides of the law.
-            reader = torch.arange(start, stop, device=mask.device)
-            column = torch.arange(stop, device=mask.device)
+            reader = torch.arange(first, last, device=mask.device)
+            column = torch.arange(last, device=mask.device)
             block.masked_fill_(column[None] >= reader[:, None], 0.0)
     # Padding reads nothing.
-    return matrix.mul_(mask[:, :, None])
+    return rows.mul_(mask[:, start:stop, None])
 
 
-def _row_blocks(layers: Sequence[TapeLayer], tokens: int, batch: int) -> Iterator[tuple[int, int]]:
+def _row_blocks(layers: Sequence[TapeLayer], tokens: int, batch: int, first_row: int = 0) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of row blocks whose products of all heads fit into the scratch memory."""
     heads = max((layer.record.num_heads for layer in layers), default=1)
     step = max(1, min(MAX_BLOCK, SCRATCH_BYTES // (4 * batch * heads * tokens)))
-    for start in range(0, tokens, step):
+    for start in range(first_row, tokens, step):
         yield start, min(start + step, tokens)
 
 
 def _residual_of_law(
-    matrix: Tensor, demand: Tensor, emitted: Tensor, absorbed: Tensor, bias: Tensor, mask: Tensor
+    taken: Tensor, given: Tensor, demand: Tensor, emitted: Tensor, absorbed: Tensor, bias: Tensor, mask: Tensor
 ) -> float:
     """Return the largest difference of the two sides of the law, relative to the largest term of its sequence."""
-    arriving = demand + shift_left(emitted) + matrix.sum(1)
-    leaving = matrix.sum(2) + absorbed + bias
+    arriving = demand + shift_left(emitted) + taken
+    leaving = given + absorbed + bias
     difference = torch.where(mask, (arriving - leaving).abs(), 0.0)
 
     # Where the demand is 0, so is every term, and no difference is left to compare.

@@ -30,6 +30,11 @@ class TapeLayer:
     value: Tensor
     reader: Tensor | None = None
 
+    def select(self, items: slice) -> TapeLayer:
+        """Return the layer of some sequences of the batch, as views."""
+        reader = None if self.reader is None else self.reader[items]
+        return TapeLayer(self.record.select(items), self.value[items], reader)
+
     def products(self, start: int, stop: int) -> Float[Tensor, "batch heads block stop"]:
         """Return A[t, s] <v_s, reader_t> of each head, for the readers [start, stop) and s < stop, in float32.
 

@@ -58,6 +58,8 @@ class Certificate:
         gap: alpha / V in (0, 1]; None without V or without flow. It has no constant lower bound: a small gap
             means that the routes are narrow somewhere, not that the flow is wrong.
         notes: what was not checked, and why.
+        score: what ranks the tokens of the trace that was checked; None for a flow alone. The checks are about the
+            flow.
     """
 
     checks: tuple[Check, ...]
@@ -65,6 +67,7 @@ class Certificate:
     alpha: float
     gap: float | None
     notes: tuple[str, ...]
+    score: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -86,6 +89,7 @@ class Certificate:
             checks.append(row)
         return {
             "ok": self.ok,
+            "score": self.score,
             "max_flow_value": _finite(self.max_flow_value),
             "alpha": _finite(self.alpha),
             "gap": _finite(self.gap),
@@ -136,11 +140,16 @@ class Certificate:
         checks = table(["", "check", "residual", "bound", "statement"], rows, left=["", "check", "statement"])
         notes = "".join(f"<div>note: {escaped(note, _MAX_STATEMENT)}</div>" for note in self.notes)
         headline = f"<b>Certificate:</b> {escaped(self.result, _MAX_STATEMENT)}; {escaped(self.figures)}"
+        if self.score is not None:
+            headline += f"; tokens ranked by {escaped(self.score, _MAX_STATEMENT)}"
         # A failed check must be seen without a click.
         return fragment(folded(headline, checks, is_open=not self.ok), notes)
 
     def _headline(self) -> list[str]:
-        return [f"Certificate: {self.result}", f"  {self.figures}"]
+        lines = [f"Certificate: {self.result}", f"  {self.figures}"]
+        if self.score is not None:
+            lines.append(f"  tokens are ranked by: {self.score}")
+        return lines
 
     def _rows(self, checks: Sequence[Check]) -> list[str]:
         name_width = max((len(made.name) for made in checks), default=0)

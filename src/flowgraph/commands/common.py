@@ -50,7 +50,7 @@ Capacity = Annotated[
     str,
     typer.Option(
         help="What an edge weighs: 'attention', 'vtrace_share', 'vtrace', 'sharp', 'sharp_max', 'centred', "
-        "'value_norm', 'gradient_positive' (one backward pass), or (trace alone) 'relevance', which is signed."
+        "'value_norm', 'gradient_positive' (one backward pass), or 'relevance', which is signed."
     ),
 ]
 CompositionText = Annotated[

@@ -29,6 +29,8 @@ def show(
     trace = load_trace(file)
     terminal = console()
     terminal.print(view.of_trace(trace))
+    for part in view.of_baselines(trace):
+        terminal.print(part)
     if html is not None:
         trace.to_html(html, keep=keep)
     view.print_end(terminal, [])

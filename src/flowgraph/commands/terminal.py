@@ -21,6 +21,7 @@ from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.steps.step_relevance import StepRelevance
 from flowgraph.text.quoting import shortened
 from flowgraph.text.spans import printed_pieces
+from flowgraph.tracing.baselines import Baselines
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import token_regions
 from flowgraph.tracing.provenance import describe_response
@@ -37,7 +38,7 @@ _MAX_SELECTION = 160
 """Characters of the answer and the rule that found it in the brief view."""
 _NUM_BRIEF_TOKENS = 6
 _NUM_BRIEF_ROUTES = 3
-_NUM_BRIEF_LINES = 6
+_NUM_BRIEF_LINES = 5
 """Lines of text in the brief view."""
 _NUM_BRIEF_PARTS = 8
 """Lines of the tree of relevance in the brief view."""
@@ -163,6 +164,46 @@ def _specificity(trace: FlowTrace, *, is_brief: bool = False) -> Text:
         line.append(f" (total variation {found.total_variation:.2g} against {found.compared_with})", style="dim")
     line.append(f"; its reach enters the prompt at: {entry}", style="dim")
     return line
+
+
+def baselines_line(found: Baselines) -> Text:
+    """Say in a line or two how far rankings without a flow agree with that of a trace; those without a model fit one.
+
+    Baselines that were not computed are left to :func:`baselines_table`.
+    """
+    line = Text(f"Spearman/top {found.num_top} beside: ")
+    parts = []
+    for each in found.baselines:
+        if each.scores is None:
+            continue
+        if each.spearman is None or each.overlap is None:
+            parts.append(f"{each.name} -")
+            continue
+        correlation = "0" if each.spearman == 0 else f"{each.spearman:.2f}".replace("0.", ".", 1)
+        parts.append(f"{each.name} {correlation}/{each.overlap:.0%}")
+    line.append(", ".join(parts), style="dim")
+    return line
+
+
+def baselines_table(found: Baselines) -> RenderableType:
+    """Tabulate the baselines of a ranking, with what each is."""
+    place = "before the answer" if found.region == "all" else f"of the {found.region}"
+    table = Table(
+        title=f"how this ranking compares: {found.score}, {found.num_tokens} tokens {place}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("ranking without a flow")
+    table.add_column("Spearman", justify="right")
+    table.add_column(f"common top {found.num_top}", justify="right")
+    table.add_column("what it is", style="dim")
+    for each in found.baselines:
+        correlation = "-" if each.spearman is None else f"{each.spearman:+.2f}"
+        overlap = "-" if each.overlap is None else f"{each.overlap:.0%}"
+        note = f"{each.description} ({signs.visible(each.reason)})" if each.reason else each.description
+        table.add_row(each.name, correlation, overlap, note)
+    return table
 
 
 def _response(trace: FlowTrace) -> list[Text]:
@@ -326,7 +367,8 @@ def _strongest(trace: FlowTrace, rows: int, *, with_answer: bool = True) -> list
 
 def brief_certificate(certificate: Certificate) -> RenderableType:
     """Render a certificate in one line, with the checks that do not hold where there are any."""
-    lines: list[RenderableType] = [Text(f"certificate: {certificate.result}")]
+    score = "" if certificate.score is None else f"; tokens are ranked by {signs.visible(certificate.score)}"
+    lines: list[RenderableType] = [Text(f"certificate: {certificate.result}{score}")]
     if not certificate.ok:
         lines.append(_checks(certificate.failed))
     return Group(*lines, *_notes(certificate))
@@ -335,7 +377,8 @@ def brief_certificate(certificate: Certificate) -> RenderableType:
 def certificate_table(certificate: Certificate) -> RenderableType:
     """Render a certificate with one row a check: passed or failed, residual and bound, the statement in words."""
     head = Text(f"Certificate: {certificate.result}", style="bold")
-    figures = Text(f"  {certificate.figures}")
+    score = "" if certificate.score is None else f"; tokens are ranked by {signs.visible(certificate.score)}"
+    figures = Text(f"  {certificate.figures}{score}")
     meaning = Text("  alpha: so many times this flow fits through the attention; V: the exact max flow", style="dim")
     return Group(head, figures, meaning, _checks(certificate.checks), *_notes(certificate))
 

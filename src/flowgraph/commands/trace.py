@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,11 +42,33 @@ from flowgraph.commands.views import View
 
 if TYPE_CHECKING:
     from flowgraph.text.selectors import Selector
+    from flowgraph.tracing.baselines import Baselines
+    from flowgraph.tracing.edge import EdgeParts
     from flowgraph.tracing.flow_trace import FlowTrace
     from flowgraph.tracing.relevance_trace import RelevanceTrace
 
 _DEMO_CAPACITIES = ("vtrace_share", "sharp")
 """Capacities whose scores the page of the demo can show beside the flow."""
+
+_DEMO_EDGES = 200
+"""Edges of the flow, and of the relevance, whose layers and heads the page of the demo shows."""
+
+
+@dataclass(frozen=True)
+class PageExtras:
+    """What the page and the JSON file of a trace hold besides its flow.
+
+    Attributes:
+        relevance: the relevance of the same answer.
+        beside: traces of the same tokens with other capacities.
+        edge_parts: layers and heads of the strongest edges.
+        baselines: rankings without a flow; None: those that need no model.
+    """
+
+    relevance: RelevanceTrace | None = None
+    beside: Sequence[FlowTrace] = ()
+    edge_parts: Sequence[EdgeParts] = ()
+    baselines: Baselines | None = None
 
 
 def trace(
@@ -102,6 +125,18 @@ def trace(
         list[str] | None,
         typer.Option(help="Another capacity whose scores the page can show; may be repeated.", show_default=False),
     ] = None,
+    edge_parts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Split this many of the strongest edges by layers and heads, for trace.html and trace.json; one more "
+            "capture.",
+        ),
+    ] = 0,
+    gradient: Annotated[
+        bool,
+        typer.Option(help="Also compare the ranking with gradient x input: one more forward and one backward pass."),
+    ] = True,
     full: Full = False,
     quiet: Quiet = False,
 ) -> None:
@@ -154,11 +189,20 @@ def trace(
                 progress=progress,
             )
         if isinstance(result, RelevanceTrace):
-            _report_relevance(result, outputs, view, progress)
+            extras = PageExtras(
+                edge_parts=_edge_parts(network, [result], edge_parts, progress),
+                baselines=_baselines(network, result, gradient and (not quiet or out is not None), progress),
+            )
+            _report_relevance(result, outputs, view, extras, progress)
             return
         found = _relevance(network, result, progress) if relevance else None
-        others = _beside(network, result, beside, progress)
-    _report(result, out, view, found, others)
+        extras = PageExtras(
+            relevance=found,
+            beside=_beside(network, result, beside, progress),
+            edge_parts=_edge_parts(network, [result, found], edge_parts, progress),
+            baselines=_baselines(network, result, gradient and (not quiet or out is not None), progress),
+        )
+    _report(result, out, view, extras)
 
 
 def _as_chat(tokenizer: Any, text: str, system: str | None, plain: bool) -> str | list[dict[str, Any]]:
@@ -195,8 +239,13 @@ def demo(
         messages = [{"role": "user", "content": PROMPT}]
         result = flowgraph.trace(network, tokenizer, messages, outputs=outputs, progress=progress)
         found = _relevance(network, result, progress)
-        others = _beside(network, result, _DEMO_CAPACITIES, progress)
-    _report(result, out, view, found, others)
+        extras = PageExtras(
+            relevance=found,
+            beside=_beside(network, result, _DEMO_CAPACITIES, progress),
+            edge_parts=_edge_parts(network, [result, found], _DEMO_EDGES, progress),
+            baselines=_baselines(network, result, True, progress),
+        )
+    _report(result, out, view, extras)
 
 
 def _answer_choice(pattern: str | None, span: str | None, last_line: bool) -> str | Selector | None:
@@ -252,30 +301,57 @@ def _beside(
     return others
 
 
-def _report(
-    result: FlowTrace,
-    out: Path | None,
-    view: View,
-    relevance: RelevanceTrace | None = None,
-    beside: Sequence[FlowTrace] = (),
-) -> None:
+def _edge_parts(
+    model: Any, results: Sequence[FlowTrace | RelevanceTrace | None], count: int, progress: Callable[[str], None]
+) -> list[EdgeParts]:
+    """Split the strongest edges of each trace by layers and heads; where that is not defined, print why."""
+    from flowgraph.errors import CaptureError, InvalidInputError
+
+    parts: list[EdgeParts] = []
+    for result in results:
+        if result is None or not count:
+            continue
+        progress(f"splitting the {count} strongest edges by layers and heads")
+        try:
+            parts += result.edge_parts(model, count)
+        except (CaptureError, InvalidInputError) as error:
+            typer.echo(f"no layers and heads of edges: {error}", err=True)
+    return parts
+
+
+def _baselines(
+    model: Any, result: FlowTrace | RelevanceTrace, with_gradient: bool, progress: Callable[[str], None]
+) -> Baselines | None:
+    """Compare the ranking with baselines, gradient x input included; None where those without a model do."""
+    from flowgraph.tracing.baselines import can_rank
+
+    if not with_gradient or not can_rank(result):
+        return None
+    progress("comparing the ranking with gradient x input (one backward pass)")
+    return result.baselines(model)
+
+
+def _report(result: FlowTrace, out: Path | None, view: View, extras: PageExtras) -> None:
     """Print a trace with its certificate, and write its files; exit code 1 when a check fails."""
     outputs = outputs_in(out)
     with stages(quiet=view.quiet) as progress:
         progress("finding the routes")
         # Everything is computed and written before anything is printed.
         # The tree of the relevance takes the place of the strongest tokens.
+        relevance = extras.relevance
         rendered = view.of_trace(result, with_tokens=relevance is None)
         progress("checking the flow")
         certificate = result.certify()
         for path in outputs:
             progress(f"writing {path}")
-            _write(result, path, relevance, beside)
+            _write(result, path, extras)
     terminal = console()
     terminal.print(rendered)
     if relevance is not None:
         for part in view.of_relevance(relevance.steps()):
             terminal.print(part)
+    for part in view.of_baselines(result, extras.baselines):
+        terminal.print(part)
     for part in view.of_certificate(certificate):
         terminal.print(part)
     view.print_end(terminal, outputs)
@@ -284,7 +360,11 @@ def _report(
 
 
 def _report_relevance(
-    result: RelevanceTrace, outputs: Sequence[Path], view: View, progress: Callable[[str], None]
+    result: RelevanceTrace,
+    outputs: Sequence[Path],
+    view: View,
+    extras: PageExtras,
+    progress: Callable[[str], None],
 ) -> None:
     """Print a relevance trace with its certificate, and write its files; exit code 1 when a check fails."""
     from flowgraph.commands.terminal import relevance_tree
@@ -293,14 +373,16 @@ def _report_relevance(
     for path in outputs:
         progress(f"writing {path}")
         if path.suffix == ".html":
-            result.to_html(path)
+            result.to_html(path, edge_parts=extras.edge_parts, baselines=extras.baselines)
         elif path.suffix == ".json":
-            result.to_json(path)
+            result.to_json(path, edge_parts=extras.edge_parts, baselines=extras.baselines)
         else:
             result.save(path)
     terminal = console()
     if not view.quiet:
         terminal.print(relevance_tree(result.steps()))
+    for part in view.of_baselines(result, extras.baselines):
+        terminal.print(part)
     for part in view.of_certificate(certificate):
         terminal.print(part)
     view.print_end(terminal, outputs)
@@ -308,13 +390,17 @@ def _report_relevance(
         raise typer.Exit(1)
 
 
-def _write(
-    result: FlowTrace, path: Path, relevance: RelevanceTrace | None = None, beside: Sequence[FlowTrace] = ()
-) -> None:
+def _write(result: FlowTrace, path: Path, extras: PageExtras) -> None:
     """Write a trace in the format of the suffix."""
+    shown = {
+        "relevance": extras.relevance,
+        "beside": extras.beside,
+        "edge_parts": extras.edge_parts,
+        "baselines": extras.baselines,
+    }
     if path.suffix == ".html":
-        result.to_html(path, relevance=relevance, beside=beside)
+        result.to_html(path, **shown)  # type: ignore[arg-type]
     elif path.suffix == ".json":
-        result.to_json(path, relevance=relevance, beside=beside)
+        result.to_json(path, **shown)
     else:
         result.save(path)

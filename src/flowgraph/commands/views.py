@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from flowgraph.certificate.certify import Certificate
     from flowgraph.steps.step_relevance import StepRelevance
+    from flowgraph.tracing.baselines import Baselines
     from flowgraph.tracing.flow_trace import FlowTrace
+    from flowgraph.tracing.relevance_trace import RelevanceTrace
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,18 @@ class View:
         if self.is_full or self.relevance:
             return ["", relevance_tree(relevance)]
         return ["", brief_relevance(relevance)]
+
+    def of_baselines(
+        self, trace: FlowTrace | RelevanceTrace, baselines: Baselines | None = None
+    ) -> list[RenderableType]:
+        """Render how far rankings without a flow agree with that of a trace; nothing where nothing is ranked."""
+        from flowgraph.commands.terminal import baselines_line, baselines_table
+        from flowgraph.tracing.baselines import can_rank
+
+        if self.quiet or not can_rank(trace):
+            return []
+        found = trace.baselines() if baselines is None else baselines
+        return ["", baselines_table(found)] if self.is_full else [baselines_line(found)]
 
     def of_certificate(self, certificate: Certificate) -> list[RenderableType]:
         """Render a certificate, set apart from what stands before it; a quiet view has failures only."""

@@ -30,7 +30,8 @@ class CorpusOptions:
         system: system message in front of text prompts.
         chat_template_kwargs: arguments of the chat template; a line may override them.
         keep: share of the flow whose routes make the backbone, in (0, 1].
-        batch_tokens: most tokens, padding included, of one forward pass. It changes rounding only.
+        batch_tokens: most tokens, padding included, of one forward pass. It changes rounding only. Lines of a relevance
+            run alone.
         html: whether a page is written for each trace.
     """
 
@@ -59,11 +60,6 @@ class CorpusOptions:
             CaptureError: the architecture cannot be captured correctly.
         """
         self.trace.check(model)
-        if self.trace.is_signed:
-            raise InvalidInputError(
-                f"capacity: must have edges that are not negative in a corpus, got {self.trace.capacity!r}; trace each "
-                "text by itself, or use 'vtrace_share'"
-            )
         for pattern in (self.question, self.answer):
             if isinstance(pattern, str):
                 Regex(pattern)

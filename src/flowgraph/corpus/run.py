@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,14 @@ from flowgraph.attention.modules import base_model
 from flowgraph.corpus.corpus_options import CorpusOptions
 from flowgraph.corpus.requests import Line
 from flowgraph.corpus.run_folder import CorpusFolder
-from flowgraph.corpus.tables import figures
-from flowgraph.errors import InfeasibleFlowError, InvalidInputError, MemoryLimitError, NumericalRangeError
+from flowgraph.corpus.tables import figures, relevance_figures
+from flowgraph.errors import (
+    CaptureError,
+    InfeasibleFlowError,
+    InvalidInputError,
+    MemoryLimitError,
+    NumericalRangeError,
+)
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.text.chat import check_prompt, ends_with_response
 from flowgraph.text.encoding import EncodedText
@@ -27,7 +34,8 @@ from flowgraph.tracing.flow_trace import FlowTrace, load_trace
 from flowgraph.tracing.generation import generate_response
 from flowgraph.tracing.inputs import TextRequest, regions_of_text
 from flowgraph.tracing.provenance import provenance_of, response_record
-from flowgraph.tracing.trace import assemble, require_trace_memory
+from flowgraph.tracing.relevance_trace import RelevanceTrace, load_relevance
+from flowgraph.tracing.trace import assemble, assemble_relevance, require_trace_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +126,7 @@ class Run:
         tokens: tokens of this run's traces.
         truncated: lines of this run whose generated response was cut off.
         failed: message of every line that could not be traced, by its number.
+        disfavoured: numbers of the lines of this run whose answer is not what the model prefers (relevance).
         guessed: numbers of the lines of this run whose answer was found by the last resort.
         began: clock reading at the start.
     """
@@ -144,6 +153,7 @@ class Run:
         self.truncated = 0
         self.failed: dict[int, str] = {}
         self.guessed: list[int] = []
+        self.disfavoured: list[int] = []
         self.began = time.perf_counter()
         self._progress = progress
 
@@ -197,6 +207,12 @@ class Run:
             item = self._prepare(line, request)
             if item is not None:
                 prepared.append(item)
+        if self.options.trace.is_signed:
+            # A backward pass holds the activations of its forward pass, so each line runs alone, in the same order.
+            for batch in batches(prepared, 1):
+                if batch[0].line.number in unfinished:
+                    self._trace_relevance(batch[0])
+            return
         for batch in batches(prepared, self.options.batch_tokens):
             if any(item.line.number in unfinished for item in batch):
                 self._trace_batch(batch, unfinished)
@@ -205,8 +221,9 @@ class Run:
         """Write the page of a finished line where an earlier run wrote none."""
         page = self.folder.page_path(line)
         if self.options.html and not page.is_file():
-            trace = load_trace(self.folder.trace_path(line))
-            trace.to_html(page, keep=self.options.keep)
+            path = self.folder.trace_path(line)
+            trace = load_relevance(path) if self.options.trace.is_signed else load_trace(path)
+            self._write_page(trace, line)
 
     def _prepare(self, line: Line, request: TextRequest) -> Prepared | None:
         """Encode a line and find its regions; None for a line that cannot be traced, which is reported."""
@@ -279,19 +296,60 @@ class Run:
             except _LINE_ERRORS as error:
                 self.skip(item.line, error)
                 continue
-            # The record is written after the trace: it marks the line as finished.
-            self._write(trace, item.line)
-
             # A line's time is its own work and its share of the batch's pass.
-            seconds = seconds_per_token * trace.num_tokens + time.perf_counter() - began
-            self.folder.finish(item.line, {**record, "seconds": round(seconds, 6), "batch": len(batch)})
-            if last_resort(item.regions.answer_by, item.encoded):
-                self.guessed.append(item.line.number)
-            self.done += 1
-            self.now += 1
-            self.tokens += trace.num_tokens
-            self.truncated += bool(trace.provenance["truncated"])
-            self.progress("tracing")
+            began -= seconds_per_token * trace.num_tokens
+            self._finish(item, trace, record, began, len(batch))
+
+    def _trace_relevance(self, item: Prepared) -> None:
+        """Compute and write the relevance of one line."""
+        began = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                # One warning at the end of the run counts these lines.
+                warnings.filterwarnings("ignore", "answer: should be what the model prefers", UserWarning)
+                found = assemble_relevance(
+                    self.model,
+                    self.tokenizer,
+                    item.encoded,
+                    item.regions,
+                    self.options.trace,
+                    self._response_facts(item),
+                )
+            provenance = {**found.provenance, "line": item.line.number, "id": item.line.id}
+            trace = replace(found, provenance=provenance)
+            record = relevance_figures(trace)
+        except (*_LINE_ERRORS, CaptureError) as error:
+            self.skip(item.line, error)
+            return
+        except torch.OutOfMemoryError as error:
+            self.skip(item.line, f"memory: must hold the passes of one line, got {str(error).splitlines()[0]}")
+            return
+        # A log-probability is negative by itself.
+        if trace.flow.total < 0 and trace.flow.target != "logprob":
+            self.disfavoured.append(item.line.number)
+        self._finish(item, trace, record, began, 1)
+
+    def _finish(
+        self,
+        item: Prepared,
+        trace: FlowTrace | RelevanceTrace,
+        record: dict[str, Any],
+        began: float,
+        batch_size: int,
+    ) -> None:
+        """Write the trace of a line, and then its record, which marks the line as finished; count it."""
+        trace.save(self.folder.trace_path(item.line))
+        if self.options.html:
+            self._write_page(trace, item.line)
+        seconds = time.perf_counter() - began
+        self.folder.finish(item.line, {**record, "seconds": round(seconds, 6), "batch": batch_size})
+        if last_resort(item.regions.answer_by, item.encoded):
+            self.guessed.append(item.line.number)
+        self.done += 1
+        self.now += 1
+        self.tokens += trace.num_tokens
+        self.truncated += bool(trace.provenance["truncated"])
+        self.progress("tracing")
 
     def _capture(self, batch: list[Prepared]) -> AttentionRows:
         """Run one forward pass over some lines, padded on the right, which every model supports."""
@@ -321,13 +379,7 @@ class Run:
     def _assemble(self, attention: AttentionRows, place: int, item: Prepared) -> FlowTrace:
         """Trace one sequence of a batch."""
         options = self.options.trace
-        response_facts = response_record(
-            self.inner,
-            self.tokenizer,
-            item.encoded.input_ids[item.encoded.prompt_length :],
-            was_generated=item.was_generated,
-            max_new_tokens=options.max_new_tokens,
-        )
+        response_facts = self._response_facts(item)
         provenance = provenance_of(
             self.inner, self.tokenizer, item.regions, attention.layers, options, response_facts, item.encoded
         )
@@ -335,11 +387,23 @@ class Run:
         provenance["id"] = item.line.id
         return assemble(attention.sequence(place), item.encoded, item.regions, options, provenance)
 
-    def _write(self, trace: FlowTrace, line: Line) -> None:
-        """Write a trace, and its page where pages are wanted."""
-        trace.save(self.folder.trace_path(line))
-        if self.options.html:
-            trace.to_html(self.folder.page_path(line), keep=self.options.keep)
+    def _response_facts(self, item: Prepared) -> dict[str, Any]:
+        """Describe how the response of a line was made."""
+        return response_record(
+            self.inner,
+            self.tokenizer,
+            item.encoded.input_ids[item.encoded.prompt_length :],
+            was_generated=item.was_generated,
+            max_new_tokens=self.options.trace.max_new_tokens,
+        )
+
+    def _write_page(self, trace: FlowTrace | RelevanceTrace, line: Line) -> None:
+        """Write the page of a trace."""
+        page = self.folder.page_path(line)
+        if isinstance(trace, RelevanceTrace):
+            trace.to_html(page)
+        else:
+            trace.to_html(page, keep=self.options.keep)
 
 
 def batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[list[Prepared]]:

@@ -17,8 +17,10 @@ from flowgraph.corpus.run_folder import CorpusFolder
 from flowgraph.errors import InvalidInputError, MissingExtraError
 from flowgraph.files import atomic_write, write_text
 from flowgraph.pages.corpus_page import write_index
+from flowgraph.text.quoting import quote
 from flowgraph.tracing.flow_trace import FlowTrace
 from flowgraph.tracing.payload import finite_or_none, token_regions
+from flowgraph.tracing.relevance_trace import RelevanceTrace
 
 TableFormat = Literal["parquet", "csv"]
 Row = Mapping[str, Any]
@@ -48,8 +50,49 @@ TRACE_COLUMNS = {
     "kept_flow": _NUMBER,
     "backbone_edges": _INTEGER,
     "backbone_share": _NUMBER,
+    "score_name": _TEXT,
     "error": _TEXT,
 }
+RELEVANCE_TRACE_COLUMNS = {
+    "id": _TEXT,
+    "line": _INTEGER,
+    "file": _TEXT,
+    "tokens": _INTEGER,
+    "prompt_tokens": _INTEGER,
+    "question": _INTEGER,
+    "reasoning": _INTEGER,
+    "answer": _INTEGER,
+    "answer_text": _TEXT,
+    "answer_by": _TEXT,
+    "truncated": _FLAG,
+    "target": _TEXT,
+    "demand": _NUMBER,
+    "hops": _INTEGER,
+    "residual": _NUMBER,
+    "question_share": _NUMBER,
+    "context_share": _NUMBER,
+    "forced_share": _NUMBER,
+    "remainder_share": _NUMBER,
+    "bias_share": _NUMBER,
+    "edges": _INTEGER,
+    "score_name": _TEXT,
+    "error": _TEXT,
+}
+"""The table of traces of a relevance; shares are of the demand and sum to 1."""
+RELEVANCE_TOKEN_COLUMNS = {
+    "id": _TEXT,
+    "line": _INTEGER,
+    "index": _INTEGER,
+    "token_id": _INTEGER,
+    "text": _TEXT,
+    "region": _TEXT,
+    "generated": _FLAG,
+    "forced": _FLAG,
+    "score": _NUMBER,
+    "absorbed": _NUMBER,
+    "bias": _NUMBER,
+}
+"""The table of tokens of a relevance; numbers are shares of the demand, and negative ones argue against the answer."""
 TOKEN_COLUMNS = {
     "id": _TEXT,
     "line": _INTEGER,
@@ -78,6 +121,8 @@ def write_results(
     failed: Mapping[int, str],
     kind: TableFormat,
     facts: Mapping[str, Any],
+    *,
+    signed: bool = False,
 ) -> None:
     """Write the tables, the list of errors and the index page from the records of all finished lines.
 
@@ -87,6 +132,7 @@ def write_results(
         failed: message of every line without a record, by its number.
         kind: format of the tables.
         facts: name and value of each fact that the page states about the run.
+        signed: whether the traces are relevance traces.
 
     Raises:
         OutputError: a path cannot be written.
@@ -115,11 +161,13 @@ def write_results(
 
     # The rows of all tokens may not fit into memory: they are read and written one window at a time.
     token_groups = (list(_token_rows(folder, window)) for window in windows)
-    write_table(folder.out, "tokens", kind, TOKEN_COLUMNS, token_groups)
-    write_table(folder.out, "traces", kind, TRACE_COLUMNS, [rows])
+    token_columns = RELEVANCE_TOKEN_COLUMNS if signed else TOKEN_COLUMNS
+    trace_columns = RELEVANCE_TRACE_COLUMNS if signed else TRACE_COLUMNS
+    write_table(folder.out, "tokens", kind, token_columns, token_groups)
+    write_table(folder.out, "traces", kind, trace_columns, [rows])
     write_table(folder.out, "timing", kind, TIMING_COLUMNS, [timing])
     _write_errors(folder.out, rows)
-    write_index(folder.out / "index.html", rows, _existing_pages(folder, windows), facts)
+    write_index(folder.out / "index.html", rows, _existing_pages(folder, windows), facts, signed=signed)
 
 
 def _token_rows(folder: CorpusFolder, lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
@@ -178,15 +226,7 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         backbone_share = backbone.share
         mean_hops = float(flow.throughput.sum()) - 1
     row = {
-        "tokens": trace.num_tokens,
-        "prompt_tokens": int((~trace.generated).sum()),
-        "question": int(trace.question.sum()),
-        "reasoning": int(trace.reasoning.sum()),
-        "answer": int(trace.answer.sum()),
-        "answer_text": _storable(trace.text_of(trace.answer).strip()),
-        "answer_by": trace.provenance.get("answer_by"),
-        # Whether a generated response was cut off before it ended; None where that is unknown.
-        "truncated": trace.provenance.get("truncated"),
+        **_sizes(trace),
         "feasible": trace.feasible,
         "mean_hops": mean_hops,
         "alpha": finite_or_none(float(flow.alpha)),
@@ -194,20 +234,73 @@ def figures(trace: FlowTrace, keep: float) -> dict[str, Any]:
         "kept_flow": float(graph.kept_flow),
         "backbone_edges": backbone_edges,
         "backbone_share": backbone_share,
+        "score_name": trace.score_name,
     }
     potential, influence = flow.potentials
-    # Columns instead of rows, so that the record holds each name once.
     tokens = {
-        "token_id": trace.token_ids.tolist(),
-        "text": [_storable(token) for token in trace.tokens],
-        "region": token_regions(graph),
-        "generated": trace.generated.tolist(),
+        **_token_texts(trace),
         "throughput": flow.throughput.tolist(),
         "h": [finite_or_none(value) for value in potential.tolist()],
         "g": [finite_or_none(value) for value in influence.tolist()],
         "score": [finite_or_none(value) for value in trace.scores.tolist()],
     }
     return {"trace": row, "tokens": tokens}
+
+
+def relevance_figures(trace: RelevanceTrace) -> dict[str, Any]:
+    """Compute the figures of one relevance trace for both tables, as plain JSON values.
+
+    Args:
+        trace: a relevance trace of generated text.
+
+    Returns:
+        ``trace``: its row; ``tokens``: the columns of its tokens.
+    """
+    flow = trace.flow
+    row = {
+        **_sizes(trace),
+        "target": flow.target,
+        "demand": flow.total,
+        "hops": flow.hops,
+        "residual": flow.residual,
+        **{f"{name}_share": share for name, share in flow.shares().items()},
+        "edges": trace.graph.num_edges,
+        "score_name": trace.score_name,
+    }
+    tokens = {
+        **_token_texts(trace),
+        "forced": flow.forced.tolist(),
+        "score": trace.scores.tolist(),
+        "absorbed": flow.absorbed.tolist(),
+        "bias": flow.bias.tolist(),
+    }
+    return {"trace": row, "tokens": tokens}
+
+
+def _sizes(trace: FlowTrace | RelevanceTrace) -> dict[str, Any]:
+    """Return the sizes of a trace and its answer, which every table of traces holds."""
+    answer = trace.answer.nonzero().flatten().tolist()
+    return {
+        "tokens": trace.num_tokens,
+        "prompt_tokens": int((~trace.generated).sum()),
+        "question": int(trace.question.sum()),
+        "reasoning": int(trace.reasoning.sum()),
+        "answer": int(trace.answer.sum()),
+        "answer_text": _storable(quote(answer, trace.tokens, trace.spans.tolist(), trace.text).strip()),
+        "answer_by": trace.provenance.get("answer_by"),
+        # Whether a generated response was cut off before it ended; None where that is unknown.
+        "truncated": trace.provenance.get("truncated"),
+    }
+
+
+def _token_texts(trace: FlowTrace | RelevanceTrace) -> dict[str, list[Any]]:
+    """Return what every table of tokens holds, as columns, so that the record holds each name once."""
+    return {
+        "token_id": trace.token_ids.tolist(),
+        "text": [_storable(token) for token in trace.tokens],
+        "region": token_regions(trace.graph),
+        "generated": trace.generated.tolist(),
+    }
 
 
 def _storable(text: str) -> str:

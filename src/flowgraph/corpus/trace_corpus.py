@@ -116,7 +116,8 @@ def trace_corpus(
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
         chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``; a line may override them.
-        capacity: what an edge weighs, as for :func:`flowgraph.trace`; not a signed one.
+        capacity: what an edge weighs, as for :func:`flowgraph.trace`. Lines of ``"relevance"`` run one by one, and
+            their tables hold signed scores and the shares in which the demand ends.
         capacity_options: options of the capacity by name.
         layers: this argument and those down to ``max_new_tokens`` are those of :func:`flowgraph.trace`, and are
             explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
@@ -153,7 +154,7 @@ def trace_corpus(
 
     Warns:
         UserWarning: in some lines no answer is stated, and the end of an unfinished response, or all of a long one,
-            was taken.
+            was taken; in some the answer is not what the model prefers (``"relevance"``).
 
     Cost: as many times :func:`flowgraph.trace`, less what batching saves.
     """
@@ -205,13 +206,23 @@ def trace_corpus(
         for window in windows:
             _trace_window(run, window, path, names)
         run.progress("writing the tables")
-        write_results(folder, windows, run.failed, tables, {"input": Path(path).name, **settings})
+        write_results(
+            folder, windows, run.failed, tables, {"input": Path(path).name, **settings}, signed=options.trace.is_signed
+        )
     if run.guessed:
         shown = ", ".join(map(str, sorted(run.guessed)[:_SHOWN_LINES]))
         warnings.warn(
             f"answer: should be stated in every response, got {len(run.guessed)} of {run.now} where the end of an "
             f"unfinished response, or all of a long one, was taken (lines {shown}; column answer_by): name it in the "
             "field answer, pass answer=, or raise max_new_tokens",
+            stacklevel=2,
+        )
+    if run.disfavoured:
+        shown = ", ".join(map(str, sorted(run.disfavoured)[:_SHOWN_LINES]))
+        warnings.warn(
+            f"answer: should be what the model prefers, got {len(run.disfavoured)} of {run.now} with a negative demand "
+            f"(lines {shown}; column demand), whose shares are those of the case against it; "
+            "pass a contrast in capacity_options to compare with another answer",
             stacklevel=2,
         )
     if run.truncated:

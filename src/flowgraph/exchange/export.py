@@ -61,7 +61,9 @@ def to_networkx(graph: Exportable, *, keep: float | None = None) -> nx.DiGraph:
     """Convert to a ``networkx.DiGraph``: nodes hold the three region masks, edges their ``capacity``.
 
     Given a :class:`Flow`, nodes also hold ``throughput``, ``h`` and ``g``, and edges their ``flow``; given a
-    :class:`FlowTrace`, nodes also hold the ``token`` text. :func:`flowgraph.from_networkx` reads it back.
+    :class:`FlowTrace`, nodes also hold the ``token`` text and the ``score`` that ranks it, and the graph
+    ``score_name``, ``capacity_name`` and, where there is one, ``composition``. :func:`flowgraph.from_networkx` reads it
+    back.
 
     Args:
         graph: a graph, a solved flow or a trace.
@@ -83,7 +85,7 @@ def to_networkx(graph: Exportable, *, keep: float | None = None) -> nx.DiGraph:
     """
     part = _exported_part(graph, keep)
     result = pyg_to_networkx(part.graph, node_attrs=_MASKS, edge_attrs=["capacity"])
-    result.graph.update(_facts(part.graph))
+    result.graph.update(_facts(part))
 
     # PyG converts what the graph holds; the flow and the texts are added by token and by edge.
     for name, values in part.node_values().items():
@@ -118,7 +120,7 @@ def to_pyg(graph: Exportable, *, keep: float | None = None) -> Data:
     """Convert to a plain ``torch_geometric.data.Data``: ``edge_index``, ``capacity``, the three masks, and no ``x``.
 
     Given a :class:`Flow`, it also holds ``flow`` per edge and ``throughput``, ``h`` and ``g`` per token; given a
-    :class:`FlowTrace`, also ``token_id``. All tensors are copies.
+    :class:`FlowTrace`, also ``token_id``, ``score`` and the names of :func:`to_networkx`. All tensors are copies.
 
     Args:
         graph: see :func:`to_networkx`.
@@ -136,14 +138,16 @@ def to_pyg(graph: Exportable, *, keep: float | None = None) -> Data:
     if part.trace is not None:
         tensors["token_id"] = part.trace.token_ids
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    return Data(num_nodes=part.graph.num_nodes, rules=part.graph.rules, schema=GRAPH_SCHEMA, **copies)
+    facts: dict[str, Any] = {"rules": part.graph.rules, "schema": GRAPH_SCHEMA, **part.score_facts()}
+    return Data(num_nodes=part.graph.num_nodes, **facts, **copies)
 
 
 def write_graphml(graph: Exportable, path: PathLike, *, keep: float | None = None) -> None:
     """Write GraphML, atomically; :func:`flowgraph.read_graphml` reads it back.
 
     Nodes hold ``label``, ``position`` (the token's index), ``region`` (``other`` for none), ``token``,
-    ``throughput``, ``h`` and ``g``; edges ``weight`` (the flow; the capacity of a graph without one) and ``capacity``.
+    ``score``, ``throughput``, ``h`` and ``g``; edges ``weight`` (the flow; the capacity of a graph without one) and
+    ``capacity``. The graph of a trace names its score, as in :func:`to_networkx`.
     What XML cannot hold is replaced visibly: control characters by their pictures (␀ to ␟), lone surrogates by
     U+FFFD. A number too large for float64 is left out.
 
@@ -213,14 +217,15 @@ def write_edges(graph: Exportable, path: PathLike, *, keep: float | None = None)
     """
     with atomic_write(path) as temporary:
         part = _exported_part(graph, keep)
-        _write_table(temporary, Path(path).suffix, _edge_columns(part), _facts(part.graph))
+        _write_table(temporary, Path(path).suffix, _edge_columns(part), _facts(part))
 
 
 def write_tokens(graph: Exportable, path: PathLike) -> None:
     """Write the tokens as a table, atomically.
 
     The columns are ``position`` and ``region``; of a trace also ``token``, with the replacements of
-    :func:`write_graphml`; of a flow or trace also ``throughput``, ``h`` and ``g``.
+    :func:`write_graphml`, ``score`` and ``score_name``, what the score is and on which capacity; of a flow or trace
+    also ``throughput``, ``h`` and ``g``.
 
     Args:
         graph: see :func:`to_networkx`, also for errors.
@@ -232,7 +237,7 @@ def write_tokens(graph: Exportable, path: PathLike) -> None:
     """
     with atomic_write(path) as temporary:
         part = _exported_part(graph, None)
-        _write_table(temporary, Path(path).suffix, _token_columns(part), _facts(part.graph))
+        _write_table(temporary, Path(path).suffix, _token_columns(part), _facts(part))
 
 
 @dataclass(frozen=True)
@@ -252,11 +257,27 @@ class _ExportedPart:
     trace: FlowTrace | None
 
     def node_values(self) -> dict[str, Tensor]:
-        """Return throughput, h and g of each token by name; nothing without a flow."""
+        """Return throughput, h and g of each token by name, and the score of a trace; nothing without a flow."""
         if self.flow is None:
             return {}
         h, g = self.flow.potentials
-        return {"throughput": self.flow.throughput, "h": h, "g": g}
+        values = {"throughput": self.flow.throughput, "h": h, "g": g}
+        if self.trace is not None:
+            values["score"] = self.trace.scores.detach()
+        return values
+
+    def score_facts(self) -> dict[str, str]:
+        """Return what the score of a trace is, its capacity and its composition, by name; nothing without a trace."""
+        if self.trace is None:
+            return {}
+        facts = {
+            "score_name": self.trace.score_name,
+            "capacity_name": str(self.trace.provenance.get("capacity", "unknown")),
+        }
+        composition = self.trace.provenance.get("composition")
+        if self.trace.composed is not None and isinstance(composition, Mapping):
+            facts["composition"] = str(composition.get("name"))
+        return facts
 
 
 def _exported_part(graph: Exportable, keep: float | None) -> _ExportedPart:
@@ -291,8 +312,9 @@ def _exported_part(graph: Exportable, keep: float | None) -> _ExportedPart:
     return _ExportedPart(strongest.subgraph(), flow, flow.edge_flow[strongest.edge_mask], trace)
 
 
-def _facts(graph: FlowGraph) -> dict[str, Any]:
-    """Return the facts about a graph as plain values; an unknown loss (NaN) is left out."""
+def _facts(part: _ExportedPart) -> dict[str, Any]:
+    """Return the facts about a graph and the score of its tokens as plain values; an unknown loss (NaN) is left out."""
+    graph = part.graph
     facts: dict[str, Any] = {
         "schema": GRAPH_SCHEMA,
         "capacity_dtype": str(graph.capacity.dtype).removeprefix("torch."),
@@ -304,7 +326,7 @@ def _facts(graph: FlowGraph) -> dict[str, Any]:
         loss = float(graph[name])
         if math.isfinite(loss):
             facts[name] = loss
-    return facts
+    return facts | part.score_facts()
 
 
 def _token_columns(part: _ExportedPart) -> dict[str, list]:
@@ -322,6 +344,9 @@ def _token_columns(part: _ExportedPart) -> dict[str, list]:
         columns["token"] = [_printable(token) for token in part.trace.tokens]
     for name, values in part.node_values().items():
         columns[name] = [_finite_or_none(value) for value in values.tolist()]
+    # A CSV file has no place for facts, so each row names its score.
+    if part.trace is not None:
+        columns["score_name"] = [_printable(part.trace.score_name)] * num_nodes
     return columns
 
 
@@ -364,9 +389,12 @@ def _rows(columns: dict[str, list]) -> Iterator[dict[str, Any]]:
 def _document(part: _ExportedPart) -> nx.DiGraph:
     """Build the graph with the attribute names and values that graph tools understand."""
     document = nx.DiGraph()
-    for name, fact in _facts(part.graph).items():
+    for name, fact in _facts(part).items():
         document.graph[name] = _printable(fact) if isinstance(fact, str) else fact
-    for row in _rows(_token_columns(part)):
+    columns = _token_columns(part)
+    # The graph's own attributes name the score once.
+    columns.pop("score_name", None)
+    for row in _rows(columns):
         position = row["position"]
         # Graph tools show the label in one line.
         label = row.get("token", str(position))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 
 from flowgraph.attention.attention_rows import AttentionRows, SequenceRows
 from flowgraph.capacities.relevance import RelevanceRows
@@ -17,6 +17,7 @@ from flowgraph.errors import GraphError, InvalidInputError
 from flowgraph.flow.composition_registry import Composition
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.masks import MaskLike, as_mask
 from flowgraph.propagation.row_sources import RowSource, as_row_source
 
@@ -63,9 +64,21 @@ def negative_weight(name: str, value: float, source: int, target: int) -> str:
     )
 
 
-def with_capacity(graph: Data) -> FlowGraph:
-    """Return a FlowGraph as it is, and a graph with signed weights as one whose capacities are these weights."""
-    if isinstance(graph, FlowGraph):
+def composable(chosen: Composition, graph: Data) -> Data:
+    """Return a graph, or a batch of graphs, as a composition reads it.
+
+    Args:
+        chosen: the composition.
+        graph: a FlowGraph, which is returned as it is; or a graph with signed weights.
+
+    Returns:
+        A :class:`FlowGraph`; a :class:`SignedGraph` where a weight is negative, which the composition must allow.
+
+    Raises:
+        GraphError: a graph without weights or regions.
+        InvalidInputError: a negative weight that the composition does not allow.
+    """
+    if "capacity" in graph:
         return graph
     needed = ("edge_index", "weight", "question_mask", "reasoning_mask", "answer_mask")
     missing = [name for name in needed if name not in graph]
@@ -74,7 +87,35 @@ def with_capacity(graph: Data) -> FlowGraph:
             f"weights: must be a FlowGraph or a signed graph, got {type(graph).__name__} without {', '.join(missing)}; "
             "build one with FlowGraph.from_edges"
         )
-    # The constructor checks nothing; the sign is checked with the capacities.
+    negative = graph["weight"].detach() < 0
+    if bool(negative.any()):
+        if not chosen.signed:
+            at = int(negative.nonzero()[0])
+            source, target = graph["edge_index"][:, at].tolist()
+            raise InvalidInputError(negative_weight(chosen.name, float(graph["weight"][at]), source, target))
+        return graph if isinstance(graph, (SignedGraph, Batch)) else _signed(graph)
+    # A batch stays a batch, because compositions scale each graph by itself.
+    if isinstance(graph, Batch):
+        parts: list[Any] = list(graph.to_data_list())
+        batch: Any = Batch.from_data_list([_non_negative(part) for part in parts])
+        return batch
+    return _non_negative(graph)
+
+
+def _signed(graph: Data) -> SignedGraph:
+    """Return the weights and regions of a graph as a SignedGraph."""
+    return SignedGraph(
+        edge_index=graph["edge_index"],
+        weight=graph["weight"],
+        question_mask=graph["question_mask"],
+        reasoning_mask=graph["reasoning_mask"],
+        answer_mask=graph["answer_mask"],
+        num_nodes=graph.num_nodes,
+    )
+
+
+def _non_negative(graph: Data) -> FlowGraph:
+    """Return a graph of weights that are not negative as one whose capacities they are."""
     return FlowGraph(
         edge_index=graph["edge_index"],
         capacity=graph["weight"],
@@ -83,6 +124,11 @@ def with_capacity(graph: Data) -> FlowGraph:
         answer_mask=graph["answer_mask"],
         num_nodes=graph.num_nodes,
     )
+
+
+def edge_weight(graph: Data) -> Float[Tensor, " edges"]:
+    """Return what the edges of a composed graph weigh: the capacities of a FlowGraph, or signed weights."""
+    return graph["capacity"] if "capacity" in graph else graph["weight"]
 
 
 def refuse_regions(**given: Any) -> None:
@@ -104,8 +150,8 @@ def graph_of_rows(
     generated: MaskLike | None,
     preset: str | None,
     rules: EdgeRules | None,
-) -> FlowGraph:
-    """Build the graph of one sequence, with all edges."""
+) -> FlowGraph | SignedGraph:
+    """Build the graph of one sequence, with all edges; of signed rows, where the composition allows them, signed."""
     is_rows = isinstance(rows, Tensor) or (hasattr(rows, "block") and hasattr(rows, "num_tokens"))
     if not is_rows:
         raise GraphError(
@@ -164,7 +210,7 @@ def _graph_of_signed_rows(
     reasoning: MaskLike | None,
     generated: MaskLike | None,
     rules: EdgeRules | None,
-) -> FlowGraph:
+) -> SignedGraph:
     """Build the edges of signed rows: each token takes the row that the rules give it, and nothing is normalised.
 
     Without rules, the rows are capacities already.
@@ -185,19 +231,15 @@ def _graph_of_signed_rows(
         if rules.first_token == "exclude":
             weights = weights.index_fill(1, torch.zeros(1, dtype=torch.int64, device=matrix.device), 0.0)
 
-    # The checks of edges and regions are those of a FlowGraph; signs are put back afterwards.
     target, source = weights.tril(-1).nonzero(as_tuple=True)
-    weight = weights[target, source]
-    graph = FlowGraph.from_edges(
+    return SignedGraph.from_edges(
         torch.stack([source, target]),
-        weight.abs(),
+        weights[target, source],
         num_nodes=num_tokens,
         question=question,
         answer=answer,
         reasoning=reasoning,
     )
-    graph.capacity = weight
-    return graph
 
 
 def _row_of_token(rule: str, question: Bool[Tensor, " tokens"], generated: MaskLike | None) -> Int64[Tensor, " tokens"]:

@@ -53,7 +53,7 @@ class Composition:
         defaults: its options with their defaults; other options are refused.
         checks: for some options, a function ``(name, value)`` that raises on a value outside the option's range. They
             run before a model does.
-        signed: True where negative capacities are allowed.
+        signed: True where negative weights are allowed: the graph may be a :class:`flowgraph.SignedGraph`.
         reads_layers: True where the function also takes ``layer_rows``: the rows of each layer, or None for a graph.
     """
 
@@ -111,7 +111,8 @@ def composition(
         name: how it is asked for, as in ``compose(graph, name)``.
         defaults: its options; a call may set these and no others.
         checks: for some options, a function ``(name, value)`` that raises :class:`flowgraph.InvalidInputError`.
-        signed: negative capacities are allowed.
+        signed: negative weights are allowed: the function also takes a :class:`flowgraph.SignedGraph`, whose weights
+            are ``graph.weight``, in place of a FlowGraph with ``graph.capacity``.
         reads_layers: the function also takes ``layer_rows``, the rows of each layer where the capacities were captured.
 
     Raises:

@@ -30,7 +30,14 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from flowgraph.errors import GraphError, InvalidInputError, NumericalRangeError
-from flowgraph.flow.composed_graph import LayerRows, graph_of_rows, negative_weight, refuse_regions, with_capacity
+from flowgraph.flow.composed_graph import (
+    LayerRows,
+    composable,
+    edge_weight,
+    graph_of_rows,
+    negative_weight,
+    refuse_regions,
+)
 from flowgraph.flow.composition_registry import (
     ComposedScores,
     Composition,
@@ -42,6 +49,7 @@ from flowgraph.flow.flow import Flow
 from flowgraph.flow.solve import solve
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.masks import MaskLike, as_mask
 from flowgraph.propagation.block_substitution import token_blocks
 from flowgraph.propagation.checks import token_vector
@@ -74,8 +82,8 @@ def compose(
     r"""Compose edges into one score per token, by a named composition.
 
     Args:
-        weights: a :class:`FlowGraph`, or a PyG ``Batch`` of many; a signed graph (``one_hop`` alone takes negative
-            weights); or the rows of one sequence: captured ones, or a matrix ``[T, T]``.
+        weights: a :class:`FlowGraph`, or a PyG ``Batch`` of many; a :class:`SignedGraph` (``one_hop`` alone takes
+            negative weights); or the rows of one sequence: captured ones, or a matrix ``[T, T]``.
         name: one of :func:`flowgraph.composition_names`: ``"flowtracer"``, ``"cage"``, ``"vtrace"``, ``"hops"``,
             ``"one_hop"``, ``"katz"``, ``"rollout"`` or a registered one.
         question: with rows: where flow enters (mask, indices or slice). A graph has its own regions.
@@ -99,7 +107,7 @@ def compose(
             ============== ===========================================================================
 
     Returns:
-        ``[N]`` float64 scores. Derivatives propagate to ``graph.capacity`` where it requires them.
+        ``[N]`` float64 scores. Derivatives propagate to ``graph.capacity`` or ``graph.weight`` where they require them.
 
     Raises:
         InvalidInputError: an unknown name or option, a value outside its range, negative capacities.
@@ -167,7 +175,7 @@ def composed_scores(
     complete = chosen.complete(options)
     layer_rows = None
     if isinstance(weights, Data):
-        graph = with_capacity(weights)
+        graph = composable(chosen, weights)
         other_preset = None if preset == "default" else preset
         refuse_regions(question=question, answer=answer, reasoning=reasoning, rules=rules, preset=other_preset)
     else:
@@ -181,13 +189,15 @@ def composed_scores(
             preset=preset,
             rules=rules,
         )
-        layer_rows = LayerRows.of(weights, graph, generated)
+        # The edges of signed rows state no rule, so their layers stay joined.
+        if isinstance(graph, FlowGraph):
+            layer_rows = LayerRows.of(weights, graph, generated)
     return run_composition(chosen, graph, complete, generated=generated, layer_rows=layer_rows)
 
 
 def run_composition(
     chosen: Composition,
-    graph: FlowGraph,
+    graph: Data,
     options: Mapping[str, Any],
     *,
     generated: MaskLike | None = None,
@@ -197,7 +207,7 @@ def run_composition(
 
     Args:
         chosen: the composition.
-        graph: the edges and regions.
+        graph: the edges and regions: a FlowGraph, or for a signed composition a SignedGraph.
         options: all of its options, checked.
         generated: tokens that the model produced; None: those from the first reasoning or answer token on.
         layer_rows: the rows of each layer, where they are known apart.
@@ -209,7 +219,7 @@ def run_composition(
     # The option that says which tokens are the prompt follows from those that were generated.
     arguments = dict(options)
     if generated is not None and "prompt" in arguments and arguments["prompt"] is None:
-        arguments["prompt"] = ~as_mask(generated, int(graph.num_nodes or 0), "generated", graph.capacity.device)
+        arguments["prompt"] = ~as_mask(generated, int(graph.num_nodes or 0), "generated", graph["answer_mask"].device)
     if chosen.reads_layers:
         arguments["layer_rows"] = layer_rows
     result = chosen.function(graph, **arguments)
@@ -331,9 +341,9 @@ def hops(graph: FlowGraph, *, k: int, demand: Tensor | None, normalize: bool) ->
 
 
 @composition("one_hop", defaults={"demand": None}, signed=True)
-def one_hop(graph: FlowGraph, *, demand: Tensor | None) -> Vector:
+def one_hop(graph: FlowGraph | SignedGraph, *, demand: Tensor | None) -> Vector:
     """What the answer's rows read directly from each token: the second term of h."""
-    weight = _without_absorbing(graph, graph.capacity.double(), demand)
+    weight = _without_absorbing(graph, edge_weight(graph).double(), demand)
     return _step(graph, weight, _demand(graph, demand))
 
 
@@ -389,11 +399,11 @@ def rollout(
 # What they are made of ---------------------------------------------------------------------------------------
 
 
-def _demand(graph: FlowGraph, demand: Tensor | None) -> Vector:
+def _demand(graph: FlowGraph | SignedGraph, demand: Tensor | None) -> Vector:
     """Return b: a checked vector, by default 1 on answer tokens."""
     if demand is None:
         return graph.answer_mask.double()
-    return token_vector(demand, graph.answer_mask.shape, graph.capacity.device, "demand")
+    return token_vector(demand, graph.answer_mask.shape, graph.answer_mask.device, "demand")
 
 
 def _row_sums(graph: FlowGraph) -> Vector:
@@ -408,14 +418,14 @@ def _stochastic(graph: FlowGraph) -> EdgeVector:
     return masked_ratio(capacity > 0, capacity, _row_sums(graph)[graph.edge_index[1]])
 
 
-def _without_absorbing(graph: FlowGraph, weight: EdgeVector, demand: Tensor | None) -> EdgeVector:
+def _without_absorbing(graph: FlowGraph | SignedGraph, weight: EdgeVector, demand: Tensor | None) -> EdgeVector:
     """Drop the edges out of answer tokens, which absorb with the default demand, as in :func:`solve`."""
     if demand is not None:
         return weight
     return torch.where(graph.answer_mask[graph.edge_index[0]], 0.0, weight)
 
 
-def _step(graph: FlowGraph, weight: EdgeVector, x: Vector) -> Vector:
+def _step(graph: FlowGraph | SignedGraph, weight: EdgeVector, x: Vector) -> Vector:
     """Multiply by the transpose: sum over the readers t of each token s of ``weight[t, s] * x[t]``."""
     source, target = graph.edge_index
     return torch.zeros_like(x).index_add(0, source, weight * x[target])
@@ -452,10 +462,10 @@ def _prompt_tokens(graph: FlowGraph, prompt: MaskLike | None) -> Bool[Tensor, " 
     return topology.position < topology.broadcast(first)
 
 
-def _check_capacities(chosen: Composition, graph: FlowGraph) -> None:
+def _check_capacities(chosen: Composition, graph: Data) -> None:
     """Refuse capacities that are NaN or infinite, and negative ones where walks are multiplied."""
-    capacity = graph.capacity.detach()
-    source, target = graph.edge_index
+    capacity = edge_weight(graph).detach()
+    source, target = graph["edge_index"]
     not_finite = ~torch.isfinite(capacity)
     if bool(not_finite.any()):
         at = int(not_finite.nonzero()[0])
@@ -469,16 +479,17 @@ def _check_capacities(chosen: Composition, graph: FlowGraph) -> None:
         raise InvalidInputError(negative_weight(chosen.name, float(capacity[at]), int(source[at]), int(target[at])))
 
 
-def _check_scores(chosen: Composition, result: Any, graph: FlowGraph) -> None:
+def _check_scores(chosen: Composition, result: Any, graph: Data) -> None:
     """Refuse scores of another shape, and scores that float64 cannot hold."""
     if not isinstance(result, ComposedScores):
         raise InvalidInputError(
             f"composition: {chosen.name!r} must return a tensor, got {type(result).__name__}; check its function"
         )
     scores = result.scores
-    if scores.shape != graph.answer_mask.shape:
+    wanted = tuple(graph["answer_mask"].shape)
+    if scores.shape != wanted:
         raise InvalidInputError(
-            f"composition: {chosen.name!r} must return one score per token {tuple(graph.answer_mask.shape)}, got shape "
+            f"composition: {chosen.name!r} must return one score per token {wanted}, got shape "
             f"{tuple(scores.shape)}; check its function"
         )
     if not bool(torch.isfinite(scores.detach()).all()):

@@ -17,6 +17,7 @@ with b the demand, a what stays at the token's embedding, beta what stays in bia
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,8 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from flowgraph.capacities.relevance import RelevanceRows
-from flowgraph.errors import InvalidInputError
 from flowgraph.files import loadable
-from flowgraph.graph.edge_collection import edges_kept
+from flowgraph.graph.edge_collection import StrongestEdges, edges_kept
 from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.masks import MaskLike
 
@@ -142,52 +142,44 @@ def relevance_flow(
         InvalidInputError: no such sequence; an answer whose demand is 0; masks that do not fit.
         RegionError, GraphError: regions that are empty or overlap; weights that are not finite.
 
-    Cost: one read of the T x T matrix, and one selection among its entries where edges are left out.
+    Cost: one read of the rows, a block at a time; memory O(block x T + edges) beyond the rows.
 
     Example:
         ``relevance_flow(rows, question=slice(5, 20), answer=[41]).shares()["question"]``
     """
-    if not 0 <= item < rows.batch_size:
-        raise InvalidInputError(
-            f"item: must lie in 0..{rows.batch_size - 1}, got {item}; it counts the sequences of the batch"
-        )
-    total = rows.total_demand(item)
-    kept = rows.attention_mask[item].nonzero().flatten()
+    one = rows.sequence(item)
+    total = one.total_demand()
+    kept = one.attention_mask[0].nonzero().flatten()
     num_tokens = kept.numel()
 
     def shares_of(values: Tensor) -> Float64[Tensor, " tokens"]:
-        return values[item][kept].double().cpu() / total
+        return values[0][kept].double().cpu() / total
 
     # The demand d stands at the row before each answer token; it becomes an arc of that token.
-    demand_at_row = shares_of(rows.demand)
     demand = torch.zeros(num_tokens, dtype=torch.float64)
-    demand[1:] = demand_at_row[:-1]
-    arc = shares_of(rows.emitted) + demand
+    demand[1:] = shares_of(one.demand)[:-1]
 
-    # F(s -> t): reads, and the arcs from t - 1 to t.
-    matrix = rows.matrix[item][kept][:, kept].double().cpu() / total
-    position = torch.arange(1, num_tokens)
-    matrix[position, position - 1] += arc[1:]
-
-    # Keep the strongest edges; the sums of the others per token keep the law.
-    inflow = matrix.sum(1)
-    outflow = matrix.sum(0)
-    target, source = matrix.nonzero(as_tuple=True)
-    weight = matrix[target, source]
-    limit = edges_kept(max_edges, num_tokens)
-    if weight.numel() > limit:
-        strongest = weight.abs().topk(limit).indices.sort().values
-        target = target[strongest]
-        source = source[strongest]
-        weight = weight[strongest]
-        pruned_in = inflow.index_add(0, target, -weight)
-        pruned_out = outflow.index_add(0, source, -weight)
-    else:
+    # F(s -> t): reads, and the arcs from t - 1 to t. The strongest edges are kept as the rows pass by; the sums of the
+    # others per token keep the law.
+    strongest = StrongestEdges(num_tokens, _limit(max_edges, num_tokens))
+    inflow = torch.zeros(num_tokens, dtype=torch.float64)
+    outflow = torch.zeros(num_tokens, dtype=torch.float64)
+    for start, block in share_blocks(one, total):
+        stop = start + block.shape[0]
+        inflow[start:stop] = block.sum(1)
+        outflow[:stop] += block.sum(0)
+        strongest.add(start, block, block.abs())
+    edge_index, weight = strongest.edges()
+    source, target = edge_index
+    if strongest.limit is None:
         pruned_in = torch.zeros_like(inflow)
         pruned_out = torch.zeros_like(outflow)
+    else:
+        pruned_in = inflow.index_add(0, target, -weight)
+        pruned_out = outflow.index_add(0, source, -weight)
 
     graph = SignedGraph.from_edges(
-        torch.stack([source, target]),
+        edge_index,
         weight,
         num_nodes=num_tokens,
         question=question,
@@ -197,15 +189,57 @@ def relevance_flow(
     return SignedFlow(
         graph=graph,
         demand=demand,
-        absorbed=shares_of(rows.absorbed),
-        bias=shares_of(rows.bias),
+        absorbed=shares_of(one.absorbed),
+        bias=shares_of(one.bias),
         pruned_in=pruned_in,
         pruned_out=pruned_out,
-        generated=rows.generated[item][kept].cpu(),
-        forced=rows.forced[item][kept].cpu(),
+        generated=one.generated[0][kept].cpu(),
+        forced=one.forced[0][kept].cpu(),
         total=total,
         target=rows.target,
         hops=rows.hops,
         residual=rows.residual,
         bound=rows.bound,
     )
+
+
+def streams(max_edges: int | str, num_tokens: int) -> bool:
+    """Tell whether a flow with this limit leaves edges out, so that its rows need not be held as one matrix.
+
+    Raises:
+        InvalidInputError: ``max_edges`` is neither "auto", "all" nor a positive number.
+    """
+    return _limit(max_edges, num_tokens) is not None
+
+
+def _limit(max_edges: int | str, num_tokens: int) -> int | None:
+    """Return the number of edges to keep; None for all."""
+    limit = edges_kept(max_edges, num_tokens)
+    return limit if limit < num_tokens * (num_tokens - 1) // 2 else None
+
+
+def share_blocks(rows: RelevanceRows, total: float) -> Iterator[tuple[int, Float64[Tensor, "block stop"]]]:
+    """Yield F(s -> t) of one sequence without padding, as (first token t, block of rows over earlier tokens).
+
+    Args:
+        rows: those of one sequence.
+        total: D, the demand that shares are of.
+    """
+    kept = rows.attention_mask[0].nonzero().flatten()
+    # The emission arc e[t] and the demand d[t - 1], on the edge from t - 1 to t.
+    arc = rows.emitted[0][kept].double().cpu()
+    arc[1:] += rows.demand[0][kept].double().cpu()[:-1]
+    arc = arc / total
+
+    first_token = 0
+    for start, block in rows.blocks():
+        is_inside = (kept >= start) & (kept < start + block.shape[1])
+        count = int(is_inside.sum())
+        if count == 0:
+            continue
+        stop = first_token + count
+        shares = block[0][kept[is_inside] - start][:, kept[:stop]].double().cpu() / total
+        reader = torch.arange(max(first_token, 1), stop)
+        shares[reader - first_token, reader - 1] += arc[reader]
+        yield first_token, shares
+        first_token = stop

@@ -147,7 +147,7 @@ class _Candidates:
     importance: Float[Tensor, " edges"]
 
 
-class _StrongestEdges:
+class StrongestEdges:
     """The edges of positive importance, or the ``limit`` most important of them, from blocks of rows in order.
 
     Attributes:
@@ -245,7 +245,7 @@ class _CollectingSweeps(StreamSweeps):
     def influence(self, weight: RowSource, inflow: Tensor) -> Tensor:
         """Run the forward sweep, and select edges from each finished block."""
         g = inflow.clone()
-        self.strongest = _StrongestEdges(weight.num_tokens, self.limit)
+        self.strongest = StrongestEdges(weight.num_tokens, self.limit)
         for block, rows in influence_steps(StreamedOperator(weight), self.propagation_factor, g):
             weights = rows.weights[0]
             propagated = (g * self.propagation_factor)[0, : block.stop]
@@ -262,7 +262,7 @@ class _CollectingSweeps(StreamSweeps):
 
 def _all_edges(rows: EdgeRows) -> CollectedEdges:
     """Collect every edge of positive capacity."""
-    edges = _StrongestEdges(rows.num_tokens)
+    edges = StrongestEdges(rows.num_tokens)
     for start in range(0, rows.num_tokens, BLOCK):
         stop = min(start + BLOCK, rows.num_tokens)
         capacity = rows.block(start, stop)[0]

@@ -15,33 +15,48 @@ from flowgraph.display.signs import visible
 from flowgraph.files import PathLike, write_text
 from flowgraph.pages.page import asset, flattened, percent, render_page
 
-_COLUMNS = [
+_TEXT_COLUMNS = [
     ("line", "line of the input file", "number"),
     ("trace", "its id; opens the page, or the trace file", "text"),
-    ("answer", "the tokens where flow leaves", "text"),
+    ("answer", "the tokens that are explained", "text"),
     ("found by", "how the answer was found", "text"),
     ("tokens", "prompt and response", "number"),
-    ("question", "tokens where flow enters", "number"),
+    ("question", "tokens of the question", "number"),
     ("reasoning", "generated tokens before the answer", "number"),
+]
+_COLUMNS = [
+    *_TEXT_COLUMNS,
     ("mean hops", "steps of a route, on average", "number"),
     ("alpha", "how much of the flow fits through the attention", "number"),
     ("backbone edges", "edges of the routes that carry most flow", "number"),
     ("backbone share", "share of the flow that they carry", "number"),
 ]
 """Name, explanation and sorting of each column."""
+_RELEVANCE_COLUMNS = [
+    *_TEXT_COLUMNS,
+    ("demand", "of the answer, in the units of the target; negative: the model prefers another answer", "number"),
+    ("question share", "share of the demand that ends at the question", "number"),
+    ("context share", "share that ends at other prompt tokens", "number"),
+    ("forced share", "share that ends at tokens the model did not choose", "number"),
+    ("residual", "of the conservation law", "number"),
+]
+"""The same for a corpus of relevance traces."""
 MAX_ROWS = 10_000
 """Most rows in the page: a browser sorts more of them slowly, and the table file is the better tool."""
 _SHOWN = 160
 """Characters of a text that a row shows."""
 
 
-def render_index(rows: Sequence[Mapping[str, Any]], pages: Mapping[int, str], facts: Mapping[str, Any]) -> str:
+def render_index(
+    rows: Sequence[Mapping[str, Any]], pages: Mapping[int, str], facts: Mapping[str, Any], *, signed: bool = False
+) -> str:
     """Render the traces of a corpus as one HTML page.
 
     Args:
         rows: one per line of the input, as in the table of traces; a row with an error holds only id and line besides.
         pages: path of a trace's own page, relative to this page, by line number.
         facts: provenance of the run, by name.
+        signed: whether the traces are relevance traces.
 
     Returns:
         The page: a few hundred bytes a row, 10,000 traces and as many errors at most.
@@ -52,43 +67,37 @@ def render_index(rows: Sequence[Mapping[str, Any]], pages: Mapping[int, str], fa
         asset("corpus.html.jinja"),
         styles=[asset("corpus.css")],
         scripts=[asset("corpus.js")],
-        columns=_COLUMNS,
-        traces=[_cells(row, pages.get(row["line"])) for row in traces[:MAX_ROWS]],
+        columns=_RELEVANCE_COLUMNS if signed else _COLUMNS,
+        traces=[_cells(row, pages.get(row["line"]), signed) for row in traces[:MAX_ROWS]],
         errors=[(row["line"], _shown(row["id"]), _shown(row["error"], 600)) for row in errors[:MAX_ROWS]],
         num_traces=len(traces),
         num_errors=len(errors),
-        summary=_summary(traces),
+        summary=_summary(traces, signed),
         model=visible(str(facts.get("model", "a model"))),
         facts=list(flattened(facts)),
     )
 
 
 def write_index(
-    path: PathLike, rows: Sequence[Mapping[str, Any]], pages: Mapping[int, str], facts: Mapping[str, Any]
+    path: PathLike,
+    rows: Sequence[Mapping[str, Any]],
+    pages: Mapping[int, str],
+    facts: Mapping[str, Any],
+    *,
+    signed: bool = False,
 ) -> Path:
     """Write :func:`render_index` to a file, atomically.
 
     Raises:
         OutputError: the path cannot be written.
     """
-    return write_text(path, render_index(rows, pages, facts))
+    return write_text(path, render_index(rows, pages, facts, signed=signed))
 
 
-def _cells(row: Mapping[str, Any], page: str | None) -> dict[str, Any]:
+def _cells(row: Mapping[str, Any], page: str | None, signed: bool) -> dict[str, Any]:
     """Return one row of the table: what is shown, what it is sorted by, and where its link leads."""
-    # A trace without flow has neither hops nor a backbone.
-    hops = "no flow"
-    if row["mean_hops"] is not None:
-        hops = f"{row['mean_hops']:.2f}"
-    numbers = [
-        (f"{row['tokens']:,}", row["tokens"]),
-        (f"{row['question']:,}", row["question"]),
-        (f"{row['reasoning']:,}", row["reasoning"]),
-        (hops, row["mean_hops"]),
-        (_number(row["alpha"], ".2g"), row["alpha"]),
-        (_number(row["backbone_edges"], ","), row["backbone_edges"]),
-        ("" if row["backbone_share"] is None else percent(row["backbone_share"]), row["backbone_share"]),
-    ]
+    sizes = [(f"{row[name]:,}", row[name]) for name in ("tokens", "question", "reasoning")]
+    numbers = sizes + (_relevance_numbers(row) if signed else _flow_numbers(row))
     return {
         "line": row["line"],
         "id": _shown(row["id"]),
@@ -97,6 +106,30 @@ def _cells(row: Mapping[str, Any], page: str | None) -> dict[str, Any]:
         "answer_by": _shown(row.get("answer_by") or ""),
         "numbers": [(text, "" if value is None else repr(value)) for text, value in numbers],
     }
+
+
+def _relevance_numbers(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """Return the figures of a relevance trace, each as text and as number."""
+    shares = [row[f"{name}_share"] for name in ("question", "context", "forced")]
+    return [
+        (f"{row['demand']:.3g}", row["demand"]),
+        *[(f"{100 * share:.1f} %", share) for share in shares],
+        (f"{row['residual']:.0e}", row["residual"]),
+    ]
+
+
+def _flow_numbers(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """Return the figures of a flow, each as text and as number."""
+    # A trace without flow has neither hops nor a backbone.
+    hops = "no flow"
+    if row["mean_hops"] is not None:
+        hops = f"{row['mean_hops']:.2f}"
+    return [
+        (hops, row["mean_hops"]),
+        (_number(row["alpha"], ".2g"), row["alpha"]),
+        (_number(row["backbone_edges"], ","), row["backbone_edges"]),
+        ("" if row["backbone_share"] is None else percent(row["backbone_share"]), row["backbone_share"]),
+    ]
 
 
 def _number(value: float | None, style: str) -> str:
@@ -114,13 +147,18 @@ def _shown(text: str, limit: int = _SHOWN) -> str:
     return f"{text[: limit - 1]}…"
 
 
-def _summary(traces: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+def _summary(traces: Sequence[Mapping[str, Any]], signed: bool) -> list[tuple[str, str, str]]:
     """List name, figure and explanation of the facts at the top of the page."""
     num_tokens = sum(row["tokens"] for row in traces)
     facts = [
         ("traces", f"{len(traces):,}", "lines with a trace"),
         ("tokens", f"{num_tokens:,}", "in all traces"),
     ]
+    if signed:
+        if traces:
+            middle = statistics.median(row["question_share"] for row in traces)
+            facts.append(("question share", f"{100 * middle:.0f} %", "of the demand, median over the traces"))
+        return facts
     feasible = [row for row in traces if row["feasible"]]
     if feasible:
         facts.append(("mean hops", _median(feasible, "mean_hops"), "median over the traces"))

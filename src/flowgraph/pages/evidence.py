@@ -9,6 +9,9 @@ from typing import Any
 _MAX_PART_EDGES = 4_000
 """Most edges between parts in the page, those of largest absolute share."""
 
+_MAX_SPLIT_EDGES = 400
+"""Most edges in the page whose layers and heads are listed."""
+
 _FLOW_NOTE = "share of the unit flow that passes through each token"
 _SCORE_NOTES = {
     "potential": "potential h: how much of the answer each token reaches, relative to the strongest token",
@@ -78,6 +81,26 @@ def colourings(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
     return listed
 
 
+def edge_parts_data(parts: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Return the layers and heads of edges as the page holds them.
+
+    Args:
+        parts: ``edge_parts`` of a payload; see :mod:`flowgraph.tracing.payload`.
+
+    Returns:
+        [is relevance, source, target, weight, arc, [[layer, share], ...], [[layer, head, share], ...]] of each edge, at
+        most 400 edges.
+    """
+    listed = []
+    for edge in parts[:_MAX_SPLIT_EDGES]:
+        layers = [[layer, _short(share, 3)] for layer, share in edge["layers"]]
+        heads = [[layer, head, _short(share, 3)] for layer, head, share in edge["heads"]]
+        is_relevance = int(edge["kind"] == "relevance")
+        ends = [edge["source"], edge["target"]]
+        listed.append([is_relevance, *ends, _short(edge["weight"], 4), _short(edge["arc"], 3), layers, heads])
+    return listed
+
+
 def _relative(values: Sequence[float | None]) -> list[float]:
     """Divide by the largest finite value, so that potentials of any scale can be drawn."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
@@ -87,6 +110,6 @@ def _relative(values: Sequence[float | None]) -> list[float]:
     return [min(1.0, (largest if value is None else value) / largest) for value in values]
 
 
-def _short(value: float) -> float:
-    """Round to six significant digits."""
-    return float(f"{value:.6g}")
+def _short(value: float, digits: int = 6) -> float:
+    """Round to some significant digits."""
+    return float(f"{value:.{digits}g}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from flowgraph.display.signs import visible
 from flowgraph.files import PathLike, write_text
-from flowgraph.pages.evidence import colourings, relevance_data
+from flowgraph.pages.evidence import colourings, edge_parts_data, relevance_data
 from flowgraph.pages.page import asset, flattened, percent, render_page
 
 _MAX_EDGES = 20_000
@@ -27,7 +27,7 @@ _DEMANDS = {
     "contrast": "logit over that of the other answer",
 }
 """What the relevance is shares of, in words."""
-STYLES = ("trace.css", "text.css", "steps.css", "evidence.css")
+STYLES = ("trace.css", "text.css", "steps.css", "evidence.css", "heads.css")
 _VENDORED = ("d3-array", "d3-sankey")
 SCRIPTS = (
     "tokens",
@@ -35,6 +35,7 @@ SCRIPTS = (
     "curves",
     "backbone",
     "panel",
+    "heads",
     "selection",
     "steps",
     "evidence",
@@ -54,7 +55,8 @@ def render_html(payload: Mapping[str, Any]) -> str:
             absent or None: then the page has no step view.
 
     Returns:
-        The page. It is at most a few hundred bytes per token and a few dozen per edge, 20,000 edges at most.
+        The page. It is at most a few hundred bytes per token and a few dozen per edge, 20,000 edges at most, and
+        about a kilobyte for each of up to 400 edges whose layers and heads are listed.
 
     Cost: one pass over the tokens, the steps and the edges shown.
     """
@@ -107,6 +109,7 @@ def _header(payload: Mapping[str, Any]) -> dict[str, Any]:
         "provenance": list(flattened(payload["provenance"])),
         "schema": payload["schema"],
         "specificity": payload.get("specificity"),
+        "baselines": _baselines(payload.get("baselines")),
         "relevance": _relevance_header(payload.get("relevance")),
         "only_relevance": payload["schema"] == RELEVANCE_SCHEMA,
         "colourings": len(colourings(payload)),
@@ -119,6 +122,19 @@ def _relevance_header(relevance: Mapping[str, Any] | None) -> dict[str, Any] | N
         return None
     summary = relevance["summary"]
     return {**summary, "what": _DEMANDS.get(summary["target"], summary["target"])}
+
+
+def _baselines(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the table of baselines as text; None without one."""
+    if not found:
+        return None
+    rows = []
+    for row in found["baselines"]:
+        correlation = "-" if row["spearman"] is None else f"{row['spearman']:+.2f}"
+        overlap = "-" if row["overlap"] is None else f"{100 * row['overlap']:.0f} %"
+        note = row["description"] if not row["reason"] else f"{row['description']} ({row['reason']})"
+        rows.append((row["baseline"], correlation, overlap, visible(note)))
+    return {**found, "score": visible(found["score"]), "rows": rows}
 
 
 def _pruned(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -148,6 +164,7 @@ def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
         "steps": _steps(payload.get("steps")),
         "colourings": colourings(payload),
         "relevance": relevance_data(payload.get("relevance")),
+        "edge_parts": edge_parts_data(payload.get("edge_parts", [])),
     }
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
-from flowgraph.attention.attention_rows import SequenceRows
+from flowgraph.attention.attention_rows import AttentionRows, SequenceRows
 from flowgraph.errors import InvalidInputError
 from flowgraph.tracing.recapture import capture_again
 from flowgraph.tracing.traced import Traced
@@ -20,6 +21,9 @@ _TOLERANCE = 1e-3
 
 _TOLERANCE_HALF = 5e-2
 """The same in half precision, where a text in another batch is rounded differently."""
+
+NUM_EDGES = 200
+"""Edges that are split by default, those with most flow or of largest absolute share."""
 
 _LISTED = 8
 """Layers and heads that a repr lists."""
@@ -39,6 +43,9 @@ class EdgeParts:
         layers: index in the model of each row of ``values``.
         values: ``[layers, heads]`` float64, in the units of the capacity; one column where heads were not told apart.
         heads_apart: whether columns are heads.
+        kind: ``"capacity"``, or ``"relevance"`` of an edge of a relevance trace, whose capacity is its signed share.
+        arc: the part of a relevance edge that no head holds: the demand of an answer token, and what a generated token
+            passed on to the token before it. 0 for other edges and capacities.
     """
 
     source: int
@@ -47,11 +54,13 @@ class EdgeParts:
     layers: tuple[int, ...]
     values: Float64[Tensor, "layers heads"]
     heads_apart: bool
+    kind: Literal["capacity", "relevance"] = "capacity"
+    arc: float = 0.0
 
     @property
     def total(self) -> float:
-        """Sum over layers and heads: the capacity, up to rounding."""
-        return float(self.values.sum())
+        """Sum over layers and heads, and the arc: the capacity, up to rounding."""
+        return float(self.values.sum()) + self.arc
 
     @property
     def by_layer(self) -> Float64[Tensor, " layers"]:
@@ -72,16 +81,20 @@ class EdgeParts:
     def to_dict(self) -> dict[str, Any]:
         """Describe the parts as plain JSON values."""
         return {
+            "kind": self.kind,
             "source": self.source,
             "target": self.target,
             "capacity": self.capacity,
             "layers": list(self.layers),
             "heads_apart": self.heads_apart,
+            "arc": self.arc,
             "values": self.values.tolist(),
         }
 
     def __repr__(self) -> str:
         lines = [f"EdgeParts({self.source} -> {self.target}, capacity {self.capacity:.4g})"]
+        if self.arc:
+            lines.append(f"  arc to the token before: {self.arc:+.3g} ({self.arc / self.capacity:+.1%})")
         for layer, head, part in self.top():
             share = part / self.capacity if self.capacity else 0.0
             place = f"layer {layer:>2}" if head < 0 else f"layer {layer:>2}, head {head:>2}"
@@ -142,27 +155,119 @@ class Edge:
         return self._parts(model, heads_apart=False)
 
     def _parts(self, model: nn.Module, *, heads_apart: bool) -> EdgeParts:
-        trace = self.trace
-        captured = capture_again(trace, model)
-        rows = captured.sequence(0)
-        row = _row_of(trace, self.target)
+        captured = capture_again(self.trace, model)
+        (parts,) = _split(self.trace, captured, [(self.source, self.target, self.capacity)], heads_apart=heads_apart)
+        return parts
 
-        # A token with one edge says nothing about the model, so the last row is compared as well.
-        last = int(trace.graph.edge_index[1, -1])
-        _factor_of_row(trace, last, rows)
-        factor = _factor_of_row(trace, self.target, rows)
-        if heads_apart:
-            values = rows.by_head(row, self.source)
-        else:
-            values = rows.by_layer(row, self.source)[:, None]
-        return EdgeParts(
-            source=self.source,
-            target=self.target,
-            capacity=self.capacity,
-            layers=_layers_of(captured.layers, rows),
-            values=values.double() * factor,
-            heads_apart=heads_apart,
+
+def _split(
+    trace: Traced, captured: AttentionRows, edges: Sequence[tuple[int, int, float]], *, heads_apart: bool
+) -> list[EdgeParts]:
+    """Split edges, given as (source, target, capacity), by the rows that were captured again."""
+    rows = captured.sequence(0)
+    # A token with one edge says nothing about the model, so the last row is compared as well.
+    last = int(trace.graph.edge_index[1, -1])
+    factors = {last: _factor_of_row(trace, last, rows)}
+    found = []
+    for source, target, capacity in edges:
+        if target not in factors:
+            factors[target] = _factor_of_row(trace, target, rows)
+        row = _row_of(trace, target)
+        values = rows.by_head(row, source) if heads_apart else rows.by_layer(row, source)[:, None]
+        found.append(
+            EdgeParts(
+                source=source,
+                target=target,
+                capacity=capacity,
+                layers=_layers_of(captured.layers, rows),
+                values=values.double() * factors[target],
+                heads_apart=heads_apart,
+            )
         )
+    return found
+
+
+def strongest_parts(trace: Traced, model: nn.Module, count: int) -> list[EdgeParts]:
+    """Split the edges with most flow, from one capture: by heads, or by layers where the capacity joins heads first.
+
+    Args:
+        trace: its edges.
+        model: the model of the trace.
+        count: number of edges.
+
+    Raises:
+        InvalidInputError: a count below 1; layers joined by their maximum; another model; a trace without a record of
+            its capture.
+        CaptureError: the model cannot be captured.
+
+    Cost: one capture, and one row of each layer and head per edge.
+    """
+    check_count(count)
+    flow = trace.flow.edge_flow
+    order = torch.argsort(flow, descending=True, stable=True)[:count]
+    order = order[flow[order] > 0]
+    source, target = trace.graph.edge_index[:, order].tolist()
+    edges = list(zip(source, target, trace.graph.capacity[order].tolist(), strict=True))
+    if not edges:
+        return []
+    captured = capture_again(trace, model)
+    return _split(trace, captured, edges, heads_apart=_can_split_heads(captured.sequence(0)))
+
+
+def _can_split_heads(rows: SequenceRows) -> bool:
+    """Tell whether the heads of every layer are summed; the first cell is split as an attempt."""
+    try:
+        rows.by_head(0, 0)
+    except InvalidInputError:
+        # Heads that are joined before. Layers that are joined by their maximum are refused by by_layer, too.
+        return False
+    return True
+
+
+def check_count(count: Any) -> None:
+    """Refuse a number of edges that is not a positive integer."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InvalidInputError(f"count: must be a positive integer, got {count!r}; {NUM_EDGES} is the default")
+
+
+def parts_payload(parts: Sequence[EdgeParts], kinds: Mapping[str, Int64[Tensor, "2 edges"]]) -> list[dict[str, Any]]:
+    """Describe the parts of edges as plain JSON values of bounded size, in shares of each edge.
+
+    Args:
+        parts: of edges of one trace.
+        kinds: for each kind of edges that the trace has, its edges.
+
+    Returns:
+        ``{kind, source, target, weight, arc, heads_apart, layers: [[layer, share]], heads: [[layer, head, share]]}`` of
+        each edge; ``heads`` holds the eight of largest absolute value.
+
+    Raises:
+        InvalidInputError: parts of another trace.
+    """
+    known = {kind: set(map(tuple, edges.T.tolist())) for kind, edges in kinds.items()}
+    described = []
+    for each in parts:
+        if (each.source, each.target) not in known.get(each.kind, ()):
+            raise InvalidInputError(
+                f"edge_parts: must be of edges of this trace, got {each.source} -> {each.target} ({each.kind}), which "
+                "it does not have; pass trace.edge_parts(model), and those of the relevance together with it"
+            )
+        weight = each.capacity
+        layers = zip(each.layers, (each.by_layer / weight).tolist(), strict=True)
+        heads = [[layer, head, part / weight] for layer, head, part in each.top()] if each.heads_apart else []
+        described.append(
+            {
+                "kind": each.kind,
+                "source": each.source,
+                "target": each.target,
+                "weight": weight,
+                "arc": each.arc / weight,
+                "heads_apart": each.heads_apart,
+                "layers": [list(layer) for layer in layers],
+                "heads": heads,
+            }
+        )
+    return described
 
 
 def edge_of(trace: Traced, source: Any, target: Any) -> Edge:
@@ -176,7 +281,29 @@ def edge_of(trace: Traced, source: Any, target: Any) -> Edge:
     Raises:
         InvalidInputError: not two tokens in order, or no edge between them.
     """
-    num_tokens = trace.num_tokens
+    s, t = ends_of_edge(source, target, trace.num_tokens)
+    at = position_of_edge(trace.graph.edge_index, s, t)
+    if at is None:
+        raise InvalidInputError(
+            f"source, target: must be the ends of an edge, got {s} and {t} without one; the capacity is 0, or the edge "
+            "was pruned or excluded by a rule (see trace.graph.rules)"
+        )
+    return Edge(
+        source=s,
+        target=t,
+        texts=(trace.tokens[s], trace.tokens[t]),
+        capacity=float(trace.graph.capacity[at]),
+        flow=float(trace.flow.edge_flow[at]),
+        trace=trace,
+    )
+
+
+def ends_of_edge(source: Any, target: Any, num_tokens: int) -> tuple[int, int]:
+    """Check the two tokens of an edge.
+
+    Raises:
+        InvalidInputError: not two integers, or not in the order of the text.
+    """
     try:
         s = index(source)
         t = index(target)
@@ -189,22 +316,13 @@ def edge_of(trace: Traced, source: Any, target: Any) -> Edge:
             f"source, target: must satisfy 0 <= source < target < {num_tokens}, got {s} and {t}; the earlier token is "
             "the source"
         )
-    edge_index = trace.graph.edge_index
-    found = ((edge_index[0] == s) & (edge_index[1] == t)).nonzero().flatten()
-    if found.numel() == 0:
-        raise InvalidInputError(
-            f"source, target: must be the ends of an edge, got {s} and {t} without one; the capacity is 0, or the edge "
-            "was pruned or excluded by a rule (see trace.graph.rules)"
-        )
-    at = int(found[0])
-    return Edge(
-        source=s,
-        target=t,
-        texts=(trace.tokens[s], trace.tokens[t]),
-        capacity=float(trace.graph.capacity[at]),
-        flow=float(trace.flow.edge_flow[at]),
-        trace=trace,
-    )
+    return s, t
+
+
+def position_of_edge(edge_index: Int64[Tensor, "2 edges"], source: int, target: int) -> int | None:
+    """Return the column of an edge in ``edge_index``; None where it is missing."""
+    found = ((edge_index[0] == source) & (edge_index[1] == target)).nonzero().flatten()
+    return int(found[0]) if found.numel() else None
 
 
 def _row_of(trace: Traced, target: int) -> int:

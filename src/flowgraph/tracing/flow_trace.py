@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from flowgraph.pages.notebook import repr_html
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.step_flow import By, StepFlow, step_flow
 from flowgraph.text.quoting import quote, shortened
-from flowgraph.tracing.edge import Edge, edge_of
+from flowgraph.tracing.baselines import NUM_TOP, Baselines, baselines_of, shown_baselines
+from flowgraph.tracing.edge import NUM_EDGES, Edge, EdgeParts, edge_of, parts_payload, strongest_parts
 from flowgraph.tracing.generation import Progress
 from flowgraph.tracing.payload import finite_or_none, trace_payload
 from flowgraph.tracing.provenance import describe_response
@@ -118,6 +119,19 @@ class FlowTrace:
         return self.potential if self.provenance.get("score") == "potential" else self.throughput
 
     @property
+    def score_name(self) -> str:
+        """What :attr:`scores` are, with the capacity of the edges, such as ``"potential on vtrace_share"``."""
+        capacity = self.provenance.get("capacity", "unknown edges")
+        if self.provenance.get("edge_weight", "attention") != "attention":
+            capacity = f"{capacity} x {self.provenance['edge_weight']}"
+        composition = self.provenance.get("composition")
+        if self.composed is not None:
+            name = composition.get("name") if isinstance(composition, Mapping) else "a composition"
+            return f"{name} on {capacity}"
+        kind = "potential" if self.provenance.get("score") == "potential" else "throughput"
+        return f"{kind} on {capacity}"
+
+    @property
     def question(self) -> Bool[Tensor, " tokens"]:
         """Mask of the tokens where flow enters."""
         return self.graph.question_mask
@@ -174,6 +188,24 @@ class FlowTrace:
             InvalidInputError: not two tokens in order, or no edge between them.
         """
         return edge_of(self, source, target)
+
+    def edge_parts(self, model: nn.Module, count: int = NUM_EDGES) -> list[EdgeParts]:
+        """Split the ``count`` edges with most flow by layers and heads, for :meth:`to_html`.
+
+        Capacities that join heads before layers (``"vtrace_share"``) are split by layers alone.
+
+        Args:
+            model: the model of the trace.
+            count: number of edges.
+
+        Raises:
+            InvalidInputError: a count below 1; layers joined by their maximum (``"sharp_max"``); another model; a trace
+                without a record of its capture.
+            CaptureError: the model cannot be captured.
+
+        Cost: one capture, and one row of each layer and head per edge.
+        """
+        return strongest_parts(self, model, count)
 
     def sensitivity(
         self,
@@ -287,6 +319,26 @@ class FlowTrace:
             max_edges=max_edges,
         )
 
+    def baselines(self, model: nn.Module | None = None, *, region: str | None = None, top: int = NUM_TOP) -> Baselines:
+        """Compare the ranking by :attr:`scores` with gradient x input, one hop, position, digits and a random order.
+
+        Args:
+            model: the model of the trace, for gradient x input; None: without it.
+            region: the tokens that are ranked: ``"reasoning"``, ``"question"``, or ``"all"``, all before the answer.
+                Default: the reasoning, or all where it has fewer than three tokens.
+            top: number of tokens with the highest scores; at most half of the region is compared.
+
+        Returns:
+            Spearman's correlation and the common share of the top tokens for each, with ``table()``, ``to_dict()`` and
+            ``to_json(path)``.
+
+        Raises:
+            InvalidInputError: a region or number outside its range, or a region of fewer than three tokens.
+
+        Cost: one read of the edges; with a model one forward and one backward pass.
+        """
+        return baselines_of(self, model, region=region, top=top)
+
     def specificity(self) -> Specificity:
         """Measure how much the flow depends on where it enters; see :func:`flowgraph.specificity`. Measured once."""
         return self._specificity
@@ -296,8 +348,8 @@ class FlowTrace:
         return specificity(self.flow, generated=self.generated)
 
     def certify(self, **options: Any) -> Certificate:
-        """Check every provable property of this flow; see :func:`flowgraph.certify`."""
-        return certify(self.flow, **options)
+        """Check every provable property of this flow; see :func:`flowgraph.certify`. The result names the score."""
+        return replace(certify(self.flow, **options), score=self.score_name)
 
     def save(self, path: PathLike) -> None:
         """Write everything to one safetensors file, atomically; :func:`flowgraph.load_trace` reads it back.
@@ -360,6 +412,8 @@ class FlowTrace:
         max_edges: int = 20_000,
         relevance: RelevanceTrace | None = None,
         beside: Sequence[FlowTrace] = (),
+        edge_parts: Sequence[EdgeParts] = (),
+        baselines: Baselines | None = None,
     ) -> dict[str, Any]:
         """Describe the trace as plain JSON values, in the schema of :mod:`flowgraph.tracing.payload`.
 
@@ -368,9 +422,11 @@ class FlowTrace:
             max_edges: most edges listed, those with most flow first.
             relevance: the relevance of the same answer (:meth:`relevance`), described under ``"relevance"``.
             beside: traces of the same tokens with other capacities, whose scores are listed under ``"scores"``.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts` of this trace and of its relevance.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
 
         Raises:
-            InvalidInputError: a trace of other tokens.
+            InvalidInputError: a trace of other tokens, or parts of edges that this trace does not have.
 
         Cost: one backbone search and twenty routes.
         """
@@ -385,13 +441,20 @@ class FlowTrace:
             max_edges=max_edges,
             scores=self.composed,
         )
+        payload["score"] = self.score_name
         if self.feasible:
             payload["specificity"] = self.specificity().to_dict()
+            payload["baselines"] = shown_baselines(self, baselines)
         if relevance is not None:
             self._require_same_tokens(relevance, "relevance")
             payload["relevance"] = relevance.to_dict(max_edges=max_edges)
         if beside:
             payload["scores"] = [self._scores_of(other) for other in beside]
+        if edge_parts:
+            kinds = {"capacity": self.graph.edge_index}
+            if relevance is not None:
+                kinds["relevance"] = relevance.graph.edge_index
+            payload["edge_parts"] = parts_payload(edge_parts, kinds)
         return payload
 
     def _require_same_tokens(self, other: FlowTrace | RelevanceTrace, name: str) -> None:
@@ -423,6 +486,8 @@ class FlowTrace:
         keep: float = 0.9,
         relevance: RelevanceTrace | None = None,
         beside: Sequence[FlowTrace] = (),
+        edge_parts: Sequence[EdgeParts] = (),
+        baselines: Baselines | None = None,
     ) -> None:
         """Write one self-contained page that needs no network: tokens by throughput, backbone, numbers on hover.
 
@@ -431,12 +496,18 @@ class FlowTrace:
             keep: share of the flow whose routes make the backbone.
             relevance: the relevance of the same answer; the page starts with it, as a tree of steps.
             beside: traces of the same tokens with other capacities, which the colours of the text can show.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts` of this trace and of its relevance; a click
+                on an edge shows them.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
 
         Raises:
             OutputError: the path cannot be written.
-            InvalidInputError: a trace of other tokens.
+            InvalidInputError: a trace of other tokens, or parts of edges that this trace does not have.
         """
-        write_html(path, self.to_dict(keep=keep, relevance=relevance, beside=beside))
+        payload = self.to_dict(
+            keep=keep, relevance=relevance, beside=beside, edge_parts=edge_parts, baselines=baselines
+        )
+        write_html(path, payload)
 
     def _repr_html_(self) -> str:
         """Render the trace for a notebook."""

@@ -21,9 +21,15 @@ Schema ``flowgraph-trace/1``::
     hubs, checkpoints   [{token, throughput, inflows, outflows, score}] of the reasoning tokens
     specificity   {total_variation, compared_with, rank_correlation, entry, description}, or null without a flow; see
                   flowgraph.analysis.specificity
+    score         what ranks the tokens, with its capacity, in words
+    baselines     {score, region, num_tokens, num_top, baselines: [{baseline, description, spearman, overlap, reason}]}:
+                  how far rankings without a flow agree with that of the trace, or null
     relevance     the relevance of the same answer, in the schema of flowgraph.tracing.relevance_payload; only if asked
                   for
     scores        [{capacity, kind, symbol, values}]: scores of the tokens by other capacities; only if asked for
+    edge_parts    [{kind, source, target, weight, arc, heads_apart, layers: [[layer, share]], heads: [[layer, head,
+                  share]]}]: which layers and heads an edge comes from, in shares of its weight; kind is "capacity" or
+                  "relevance"; only if asked for
     provenance    what was run, with which choices and versions; "answer_by" is how the answer was found
 """
 
@@ -41,6 +47,7 @@ from flowgraph.analysis.backbone import backbone
 from flowgraph.analysis.routes import TokenRole, checkpoints, hubs, widest_routes
 from flowgraph.flow.flow import Flow
 from flowgraph.graph.flow_graph import REGIONS, FlowGraph
+from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.steps.step_flow import step_flow
 
 SCHEMA = "flowgraph-trace/1"
@@ -140,7 +147,7 @@ def finite_or_none(value: float) -> float | None:
     return value
 
 
-def token_regions(graph: FlowGraph) -> list[str | None]:
+def token_regions(graph: FlowGraph | SignedGraph) -> list[str | None]:
     """Name the region of every token; None outside the three."""
     # Regions are disjoint, so no name is overwritten.
     names: list[str | None] = [None] * int(graph.question_mask.numel())

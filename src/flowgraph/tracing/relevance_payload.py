@@ -12,6 +12,9 @@ Schema ``flowgraph-relevance/1``; shares are of the demand, and negative ones ar
     edges_left_out  number of edges that are not listed
     steps         [{index, start, stop, region, text, share, absorbed, bias, demand}]
     step_edges    [[source step, target step, share]], largest absolute share first
+    score         what the shares of the tokens are, in words
+    baselines     rankings of the tokens without a flow, as in flowgraph.tracing.payload, or null
+    edge_parts    layers and heads of edges, as in flowgraph.tracing.payload; only if asked for
     provenance    what was run, with which choices and versions
 """
 
@@ -108,6 +111,9 @@ def page_payload(relevance: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoints": [],
         "specificity": None,
         "relevance": relevance,
+        "edge_parts": relevance.get("edge_parts", []),
+        "score": relevance.get("score"),
+        "baselines": relevance.get("baselines"),
         "provenance": relevance["provenance"],
     }
 

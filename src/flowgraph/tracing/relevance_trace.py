@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,22 @@ from flowgraph.capacities.capture import capture
 from flowgraph.certificate.certify import Certificate, certify
 from flowgraph.errors import InvalidInputError, TraceFileError
 from flowgraph.files import PathLike, loadable, write_json
-from flowgraph.flow.signed_flow import SignedFlow, relevance_flow
+from flowgraph.flow.signed_flow import SignedFlow, relevance_flow, streams
 from flowgraph.graph.flow_graph import REGIONS
 from flowgraph.graph.signed_graph import SignedGraph
 from flowgraph.pages.trace_page import write_html
 from flowgraph.steps.splitting import TokenText, region_of_tokens
 from flowgraph.steps.step_flow import By, split_steps
 from flowgraph.steps.step_relevance import StepRelevance, step_relevance
+from flowgraph.tracing.baselines import NUM_TOP, Baselines, baselines_of, shown_baselines
+from flowgraph.tracing.edge import NUM_EDGES, EdgeParts, parts_payload
+from flowgraph.tracing.recapture import RECORD
+from flowgraph.tracing.relevance_edge import (
+    RelevanceEdge,
+    relevance_edge_of,
+    relevance_record,
+    strongest_relevance_parts,
+)
 from flowgraph.tracing.relevance_payload import page_payload, relevance_payload
 from flowgraph.tracing.storage import read_record, require_tensors, write_record
 
@@ -109,6 +118,11 @@ class RelevanceTrace:
         return self.flow.throughput
 
     @property
+    def score_name(self) -> str:
+        """What :attr:`scores` are, with the target of the relevance, such as ``"share of the relevance (margin)"``."""
+        return f"share of the relevance ({self.flow.target})"
+
+    @property
     def residual(self) -> float:
         """Largest difference between the two sides of the conservation law, relative to its largest term."""
         return self.flow.residual
@@ -116,6 +130,33 @@ class RelevanceTrace:
     def shares(self) -> dict[str, float]:
         """Return where the demand ends, as shares that sum to 1; see :meth:`flowgraph.SignedFlow.shares`."""
         return self.flow.shares()
+
+    def edge(self, source: int, target: int) -> RelevanceEdge:
+        """Return one edge, whose :meth:`RelevanceEdge.by_head` finds the layers and heads that its share comes from.
+
+        Args:
+            source: the earlier token.
+            target: the later token.
+
+        Raises:
+            InvalidInputError: not two tokens in order, or no edge between them.
+        """
+        return relevance_edge_of(self, source, target)
+
+    def edge_parts(self, model: nn.Module, count: int = NUM_EDGES) -> list[EdgeParts]:
+        """Split the ``count`` edges of largest absolute share by layers and heads, for :meth:`to_html`.
+
+        Args:
+            model: the model of the trace.
+            count: number of edges.
+
+        Raises:
+            InvalidInputError: a count below 1; another model; a trace without a record of its capture.
+            CaptureError: the model cannot be captured.
+
+        Cost: one capture with the hops of the trace, and one row of each layer and head per edge.
+        """
+        return strongest_relevance_parts(self, model, count)
 
     def steps(self, by: By = "auto", *, split_question: bool = True) -> StepRelevance:
         """Join tokens to lines, sentences, numbered steps or words; see :func:`flowgraph.split_steps`."""
@@ -131,17 +172,48 @@ class RelevanceTrace:
         )
         return step_relevance(self.flow, steps)
 
+    def baselines(self, model: nn.Module | None = None, *, region: str | None = None, top: int = NUM_TOP) -> Baselines:
+        """Compare the ranking by :attr:`scores` with gradient x input, one hop, position, digits and a random order.
+
+        Args:
+            model: the model of the trace, for gradient x input; None: without it.
+            region: the tokens that are ranked: ``"reasoning"``, ``"question"``, or ``"all"``, all before the answer.
+                Default: the reasoning, or all where it has fewer than three tokens.
+            top: number of tokens with the highest scores; at most half of the region is compared.
+
+        Returns:
+            Spearman's correlation and the common share of the top tokens for each, with ``table()``, ``to_dict()`` and
+            ``to_json(path)``.
+
+        Raises:
+            InvalidInputError: a region or number outside its range, or a region of fewer than three tokens.
+
+        Cost: one read of the edges; with a model one forward and one backward pass.
+        """
+        return baselines_of(self, model, region=region, top=top)
+
     def certify(self) -> Certificate:
         """Check the conservation law at every token, across every cut and in total; see :func:`flowgraph.certify`."""
-        return certify(self.flow)
+        return replace(certify(self.flow), score=self.score_name)
 
-    def to_dict(self, *, max_edges: int = 20_000) -> dict[str, Any]:
+    def to_dict(
+        self,
+        *,
+        max_edges: int = 20_000,
+        edge_parts: Sequence[EdgeParts] = (),
+        baselines: Baselines | None = None,
+    ) -> dict[str, Any]:
         """Describe the relevance as plain JSON values, in the schema of :mod:`flowgraph.tracing.relevance_payload`.
 
         Args:
             max_edges: most edges listed, those of largest absolute weight first.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts`.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
+
+        Raises:
+            InvalidInputError: parts of edges that this trace does not have.
         """
-        return relevance_payload(
+        payload = relevance_payload(
             self.flow,
             self.steps(),
             tokens=self.tokens,
@@ -150,18 +222,31 @@ class RelevanceTrace:
             provenance=self.provenance,
             max_edges=max_edges,
         )
+        payload["score"] = self.score_name
+        payload["baselines"] = shown_baselines(self, baselines)
+        if edge_parts:
+            payload["edge_parts"] = parts_payload(edge_parts, {"relevance": self.graph.edge_index})
+        return payload
 
-    def to_json(self, path: PathLike, *, max_edges: int = 20_000) -> None:
-        """Write :meth:`to_dict` as a JSON file, atomically."""
-        write_json(path, self.to_dict(max_edges=max_edges))
+    def to_json(self, path: PathLike, **options: Any) -> None:
+        """Write :meth:`to_dict` as a JSON file, atomically; the options are those of :meth:`to_dict`."""
+        write_json(path, self.to_dict(**options))
 
-    def to_html(self, path: PathLike) -> None:
+    def to_html(
+        self, path: PathLike, *, edge_parts: Sequence[EdgeParts] = (), baselines: Baselines | None = None
+    ) -> None:
         """Write one self-contained page: the relevance as a tree of steps, and the text coloured by it.
+
+        Args:
+            path: where to write.
+            edge_parts: layers and heads of edges, from :meth:`edge_parts`; a click on an edge shows them.
+            baselines: from :meth:`baselines` with the model; None: those that need no model.
 
         Raises:
             OutputError: the path cannot be written.
+            InvalidInputError: parts of edges that this trace does not have.
         """
-        write_html(path, page_payload(self.to_dict()))
+        write_html(path, page_payload(self.to_dict(edge_parts=edge_parts, baselines=baselines)))
 
     def save(self, path: PathLike) -> None:
         """Write everything to one safetensors file, atomically; :func:`flowgraph.load_relevance` reads it back.
@@ -276,6 +361,7 @@ def relevance_trace(
         generated=generated,
         target=goal,
         hops=hops,
+        streamed=streams(max_edges, token_ids.numel()),
     )
     # A blank token belongs to the text that it stands in: what it holds is a share of the question too.
     regions = region_of_tokens(TokenText.of(tokens, spans, text), question, reasoning, answer)
@@ -286,6 +372,7 @@ def relevance_trace(
         reasoning=torch.from_numpy(regions == REGIONS.index("reasoning")),
         max_edges=max_edges,
     )
+    record = relevance_record(rows, explained, goal if isinstance(goal, Tensor) else None)
     choices = {"target": flow.target, "contrast": None if contrast is None else str(contrast), "hops": flow.hops}
     return RelevanceTrace(
         tokens=tokens,
@@ -293,7 +380,7 @@ def relevance_trace(
         text=text,
         spans=spans,
         flow=flow,
-        provenance={**provenance, "capacity": "relevance", **choices},
+        provenance={**provenance, "capacity": "relevance", **choices, RECORD: record},
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from flowgraph.analysis.statistics import spearman
@@ -22,6 +22,7 @@ from flowgraph.flow.compositions import LayerRows, find_composition, run_composi
 from flowgraph.flow.solve import solve
 from flowgraph.graph.edge_rules import EdgeRules, RowRule
 from flowgraph.graph.flow_graph import FlowGraph
+from flowgraph.tracing.baselines import counted_tokens
 from flowgraph.tracing.generation import Progress, is_integer
 from flowgraph.tracing.recapture import capture_again, recorded_capture
 from flowgraph.tracing.traced import Traced
@@ -31,9 +32,6 @@ HEADS = ("mean", "max", "global", "local", "receiver")
 ROWS = ("emission", "emission_all", "literal")
 POWERS = (1.0, 2.0, 4.0, 8.0)
 CAPACITIES = ("attention", "value_norm", "sharp", "sharp_max", "centred", "vtrace", "vtrace_share")
-_REGIONS = ("reasoning", "question", "all")
-_MIN_TOKENS = 3
-"""A rank correlation of fewer tokens is not defined."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def sensitivity_of(
     """
     if not is_integer(top) or top < 1:
         raise InvalidInputError(f"top: must be a positive integer, got {top!r}; 10 is the default")
-    counted, region = _counted_tokens(trace, region)
+    counted, region = counted_tokens(trace, region)
     num_tokens = int(counted.sum())
     # Of few tokens, the best ten would be nearly all of them.
     num_top = max(1, min(top, num_tokens // 2))
@@ -180,25 +178,6 @@ def sensitivity_of(
         scores = _scores(trace, captured[key], change)
         variations.append(_compared(change, base, None if scores is None else scores[counted], num_top))
     return Sensitivity(_settings(trace), region, num_tokens, num_top, tuple(variations))
-
-
-def _counted_tokens(trace: Traced, region: str | None) -> tuple[Bool[Tensor, " tokens"], str]:
-    """Mark the tokens that are ranked, and name their region."""
-    masks = {
-        "reasoning": trace.reasoning,
-        "question": trace.question,
-        "all": torch.arange(trace.num_tokens) < int(trace.answer.nonzero().min()),
-    }
-    if region is None:
-        region = "reasoning" if int(masks["reasoning"].sum()) >= _MIN_TOKENS else "all"
-    if region not in masks:
-        raise InvalidInputError(f"region: must be one of {', '.join(_REGIONS)}, got {region!r}; 'reasoning' is usual")
-    count = int(masks[region].sum())
-    if count < _MIN_TOKENS:
-        raise InvalidInputError(
-            f"region: must hold at least {_MIN_TOKENS} tokens to rank, got {count} in {region!r}; use region='all'"
-        )
-    return masks[region], region
 
 
 def _changes(

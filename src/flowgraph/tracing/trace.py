@@ -275,7 +275,7 @@ def trace(
     else:
         warn_if_truncated(response_facts, stacklevel=3)
     if options.is_signed:
-        return _trace_relevance(model, tokenizer, encoded, regions, options, response_facts, report)
+        return assemble_relevance(model, tokenizer, encoded, regions, options, response_facts, report)
     require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)
 
     # The pass records queries and keys; rows are computed in blocks while the graph is built.
@@ -285,16 +285,34 @@ def trace(
     return assemble(attention.sequence(0), encoded, regions, options, provenance, report)
 
 
-def _trace_relevance(
+def _ignore(line: str) -> None:
+    """Ignore a line of progress."""
+
+
+def assemble_relevance(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     encoded: EncodedText,
     regions: Regions,
     options: TraceOptions,
     response_facts: dict[str, Any],
-    progress: Progress,
+    progress: Progress = _ignore,
 ) -> RelevanceTrace:
-    """Compute the relevance of the answer: one forward pass, and a backward pass per hop."""
+    """Compute the relevance of the answer of one text: one forward pass, and a backward pass per hop.
+
+    Args:
+        model: a Hugging Face causal LM.
+        tokenizer: needed with a contrast.
+        encoded: the tokens and text.
+        regions: question, reasoning and answer.
+        options: the choices of the trace.
+        response_facts: how the response was made.
+        progress: called before the pass.
+
+    Raises:
+        CaptureError: the model has a part without a linear rule.
+        InvalidInputError: options outside their range, or an answer without a demand.
+    """
     progress(f"computing the relevance of the answer over {encoded.input_ids.numel()} tokens")
     inner = base_model(model)
     provenance = provenance_of(inner, tokenizer, regions, (), options, response_facts, encoded)
@@ -313,10 +331,6 @@ def _trace_relevance(
         max_edges=options.max_edges,
         **(options.capacity_options or {}),
     )
-
-
-def _ignore(line: str) -> None:
-    """Ignore a line of progress."""
 
 
 def assemble(

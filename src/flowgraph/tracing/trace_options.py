@@ -178,6 +178,8 @@ class TraceOptions:
         """Refuse options that the capacity does not have, or that have an argument of their own."""
         known = set(find_capacity(self.capacity).defaults) - {"layers", "heads", "edge_weight", "answer", "generated"}
         if self.is_signed:
+            # A trace decides itself how it holds its rows.
+            known -= {"keep_tape", "streamed"}
             known.add("contrast")
         for name, value in (self.capacity_options or {}).items():
             if name not in known:

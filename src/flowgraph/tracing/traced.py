@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from flowgraph.flow.flow import Flow
+from flowgraph.flow.signed_flow import SignedFlow
 from flowgraph.graph.flow_graph import FlowGraph
 
 
@@ -48,3 +49,26 @@ class Traced(Protocol):
 
     @property
     def scores(self) -> Float64[Tensor, " tokens"]: ...
+
+    @property
+    def score_name(self) -> str: ...
+
+
+@runtime_checkable
+class TracedRelevance(Protocol):
+    """A relevance trace, as :class:`flowgraph.RelevanceTrace` documents its attributes."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def token_ids(self) -> Int64[Tensor, " tokens"]: ...
+
+    @property
+    def flow(self) -> SignedFlow: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...

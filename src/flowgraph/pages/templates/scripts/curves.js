@@ -84,6 +84,10 @@ function drawChosenCurves() {
     const largest = Math.max(into[0]?.flow ?? 0, out[0]?.flow ?? 0);
     curves.push(...drawCurves(into, largest, "in"), ...drawCurves(out, largest, "out"));
   }
+  if (shown?.edge !== undefined) {
+    const { source, target } = edgeParts[shown.edge];
+    curves.push(...drawCurves([{ source, target, flow: 1 }], 1, "in"));
+  }
   if (shown?.route !== undefined) curves.push(...drawRouteCurves(shown.route));
   chosenCurves.replaceChildren(...curves);
 }

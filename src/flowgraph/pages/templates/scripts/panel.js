@@ -37,7 +37,10 @@ function outflowsOf(token) {
  */
 function flowList({ title, className, tokenEdges, end, boundary, throughput }) {
   if (throughput === 0) return "";
-  const rows = tokenEdges.slice(0, MAX_LISTED).map((edge) => flowRow(edge.flow, throughput, tokenButton(edge[end])));
+  const rows = tokenEdges.slice(0, MAX_LISTED).map((edge) => {
+    const name = make("span", "", tokenButton(edge[end]), headsButton(edge.source, edge.target));
+    return flowRow(edge.flow, throughput, name);
+  });
 
   // The rest is known only if the page holds every edge.
   const onEdges = tokenEdges.reduce((sum, edge) => sum + edge.flow, 0);
@@ -136,7 +139,8 @@ function drawHint() {
   const listed = isSteps ? steps.edges.slice(0, 6) : edges.slice(0, 10);
   const nameEnd = isSteps ? (index) => stepButton(index, 12) : tokenButton;
   const rows = listed.map(({ source, target, flow }) => {
-    const ends = make("span", "", nameEnd(source), make("span", "arrow", "→"), nameEnd(target));
+    const heads = isSteps ? null : headsButton(source, target);
+    const ends = make("span", "", nameEnd(source), make("span", "arrow", "→"), nameEnd(target), heads);
     return make("li", "", make("span", "pct", percent(flow)), ends);
   });
 
@@ -151,8 +155,9 @@ function drawHint() {
     make("h2", "", isSteps ? "One step at a time" : "One token at a time"),
     make("p", "hint", isSteps ? stepHint : tokenHint),
   );
-  if (!rows.length) return;
-  detail.append(make("h3", "", isSteps ? "Strongest bands" : "Strongest edges"), make("ul", "flows pairs", ...rows));
+  const title = isSteps ? "Strongest bands" : "Strongest edges";
+  if (rows.length) detail.append(make("h3", "", title), make("ul", "flows pairs", ...rows));
+  if (!isSteps) detail.append(strongestRelevanceEdges());
 }
 
 /** The numbers of a token: those of the flow, and every other score. */
@@ -198,6 +203,7 @@ function drawTokenPanel(index) {
       boundary: "ends here",
       throughput,
     }),
+    ...relevanceEdgesOf(index),
   ];
   detail.replaceChildren(...parts.filter((part) => part !== ""));
 }
@@ -211,6 +217,7 @@ function drawPanel(selection) {
   else if (selection?.route !== undefined && player) drawTokenPanel(routes[player.route].path[player.position]);
   else if (selection?.step !== undefined) drawStepPanel(selection.step);
   else if (selection?.band !== undefined) drawBandPanel(selection.band);
+  else if (selection?.edge !== undefined) drawEdgePanel(selection.edge);
   else if (selection?.part !== undefined) drawPartPanel(selection.part);
   else drawHint();
 }

@@ -1,5 +1,5 @@
-// What is chosen: {token}, {route}, {step}, {band} or {part}. It is shown while pointed at or focused, and kept while
-// pinned.
+// What is chosen: {token}, {edge}, {route}, {step}, {band} or {part}. It is shown while pointed at or focused, and kept
+// while pinned.
 
 let shown = null;
 let pinned = null;
@@ -47,10 +47,11 @@ function show(selection) {
   shown = selection;
   clearMarks();
   drawChosenCurves();
-  const hasCurves = selection?.token !== undefined || selection?.route !== undefined;
+  const hasCurves = ["token", "edge", "route"].some((kind) => selection?.[kind] !== undefined);
   canvas.classList.toggle("busy", hasCurves);
 
   if (selection?.token !== undefined) markToken(selection.token);
+  if (selection?.edge !== undefined) markEdge(selection.edge);
   if (selection?.route !== undefined) markRoute(selection.route);
   if (selection?.step !== undefined) markStep(selection.step);
   if (selection?.part !== undefined) markPart(selection.part);
@@ -96,7 +97,7 @@ function unpin() {
 
 function isSame(first, second) {
   if (first === null) return false;
-  return ["token", "route", "step", "band", "part"].every((kind) => first[kind] === second[kind]);
+  return ["token", "edge", "route", "step", "band", "part"].every((kind) => first[kind] === second[kind]);
 }
 
 function togglePin(selection) {
