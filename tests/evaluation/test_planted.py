@@ -168,6 +168,22 @@ def test_rows_of_the_next_token_lose_what_a_generated_token_carries():
         assert float(scores[recall]) == pytest.approx(1, abs=1e-5)
 
 
+def test_gradient_times_input_is_zero_for_a_token_read_through_a_norm_alone():
+    # A LayerNorm undoes any scaling of its input, so the derivative along the input is 0, though the token decides.
+    model, _ = planted_model("copy")
+    for subject in subjects_of("copy"):
+        (gold,) = planted_truth(subject.item).gold
+        ids = subject.token_ids[None]
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, attention_mask=torch.ones_like(ids)).logits[0, -2]
+        (gradient,) = torch.autograd.grad(logits.log_softmax(-1)[ids[0, -1]], embedded)
+        product = float((gradient * embedded.detach())[0, gold].sum())
+        norms = gradient[0].norm(dim=-1)
+        assert product == pytest.approx(0, abs=1e-6)
+        assert float(norms[gold]) > 0.05
+        assert int(norms[: len(norms) - 2].argmax()) == gold
+
+
 def test_relevance_does_not_hold_what_decides_where_a_head_reads():
     # The copied token is found; the one before it acts through the key alone, and attention weights are constants.
     assert mean_of("induction", capacity("relevance")) == 0.5
