@@ -53,6 +53,14 @@ from .errors import TooLargeError as TooLargeError
 from .errors import TraceFileError as TraceFileError
 from .evaluation.catalogue import evaluation_methods as evaluation_methods
 from .evaluation.catalogue import evaluation_tasks as evaluation_tasks
+from .evaluation.planted import PlantedScore as PlantedScore
+from .evaluation.planted import PlantedTruth as PlantedTruth
+from .evaluation.planted import planted_check as planted_check
+from .evaluation.planted import planted_items as planted_items
+from .evaluation.planted import planted_table as planted_table
+from .evaluation.planted import planted_truth as planted_truth
+from .evaluation.planted_models import planted_model as planted_model
+from .evaluation.randomized_model import randomized_copy as randomized_copy
 from .evaluation.records import EvaluationItem as EvaluationItem
 from .evaluation.records import Explanation as Explanation
 from .evaluation.records import Truth as Truth

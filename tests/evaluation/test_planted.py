@@ -38,13 +38,14 @@ def subjects_of(kind: PlantedKind) -> list[fg.Subject]:
 @every_kind
 def test_the_model_gives_the_answer_of_every_text(kind: PlantedKind):
     model, tokenizer = planted_model(kind)
-    for item in planted_items(kind, "test", 30):
-        assert isinstance(item.prompt, str)
-        ids = torch.tensor([tokenizer(item.prompt).input_ids])
+    for item in planted_items(kind, "test", 20):
+        prompt = tokenizer(str(item.prompt)).input_ids
+        response = tokenizer(item.response).input_ids
+        ids = torch.tensor([prompt + response])
         with torch.no_grad():
-            logits = model(ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
-        assert item.response == f" {tokenizer.decode(logits.argmax())}"
-        best, second = logits.topk(2).values
+            logits = model(ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == response
+        best, second = logits[-1].topk(2).values
         assert float(best - second) == pytest.approx(8, abs=1e-4)
 
 
@@ -70,12 +71,12 @@ def test_masking_a_gold_token_changes_the_answer_and_no_other_token_does(kind: P
 def test_masking_a_gold_edge_changes_the_answer_and_no_other_edge_does(kind: PlantedKind):
     for subject in subjects_of(kind)[:2]:
         truth = planted_truth(subject.item)
-        # Under emission rows the row of the last prompt token is that of the answer's token.
+        # Under emission rows the row of a position is that of the next token, where the model generated that one.
         cells = [cell for cell in truth.cells() if cell[0] > 1]
         masked = []
         for reader, read in cells:
-            is_last = reader == truth.last_reader
-            masked.append(fg.Intervention(edges=[(read, reader + 1 if is_last else reader)]))
+            generates = reader >= truth.prompt_length - 1
+            masked.append(fg.Intervention(edges=[(read, reader + 1 if generates else reader)]))
         for cell, result in zip(cells, subject.knockouts(masked, batch_size=32), strict=True):
             if cell in truth.edges:
                 assert result.change == pytest.approx(-8, abs=1e-4)
@@ -154,6 +155,35 @@ def test_one_hop_misses_what_is_read_through_another_token(name: str):
     assert mean_of("two_hop", capacity(name, "hops")) == 1
 
 
+def test_rows_of_the_next_token_lose_what_a_generated_token_carries():
+    # The hidden state of the generated token holds the value, and its row belongs to the token after it.
+    kind: PlantedKind = "generated_hop"
+    assert mean_of(kind, capacity("relevance")) == 1
+    assert mean_of(kind, capacity("gradient_positive")) == 0.5
+    assert mean_of(kind, capacity("value_norm")) == 0.5
+    for subject in subjects_of(kind):
+        pair, recall = planted_truth(subject.item).gold
+        scores = subject.trace("gradient_positive").scores
+        assert float(scores[pair]) == pytest.approx(0, abs=1e-6)
+        assert float(scores[recall]) == pytest.approx(1, abs=1e-5)
+
+
+def test_gradient_times_input_is_zero_for_a_token_read_through_a_norm_alone():
+    # A LayerNorm undoes any scaling of its input, so the derivative along the input is 0, though the token decides.
+    model, _ = planted_model("copy")
+    for subject in subjects_of("copy"):
+        (gold,) = planted_truth(subject.item).gold
+        ids = subject.token_ids[None]
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, attention_mask=torch.ones_like(ids)).logits[0, -2]
+        (gradient,) = torch.autograd.grad(logits.log_softmax(-1)[ids[0, -1]], embedded)
+        product = float((gradient * embedded.detach())[0, gold].sum())
+        norms = gradient[0].norm(dim=-1)
+        assert product == pytest.approx(0, abs=1e-6)
+        assert float(norms[gold]) > 0.05
+        assert int(norms[: len(norms) - 2].argmax()) == gold
+
+
 def test_relevance_does_not_hold_what_decides_where_a_head_reads():
     # The copied token is found; the one before it acts through the key alone, and attention weights are constants.
     assert mean_of("induction", capacity("relevance")) == 0.5
@@ -189,6 +219,9 @@ def test_edges_are_found_under_either_name_of_the_answers_row():
     for kind in PLANTED_KINDS:
         item = planted_items(kind, "test", 1)[0]
         truth = planted_truth(item)
+        if kind == "generated_hop":
+            assert math.isnan(truth.score(fg.Explanation(edges=torch.ones(20, 20)))["edge_auroc"])
+            continue
         size = truth.last_reader + 2
         for shift in (0, 1):
             edges = torch.zeros(size, size)
@@ -226,7 +259,9 @@ def test_a_method_that_refuses_the_model_says_so_in_the_table():
 
 @pytest.mark.unchecked
 def test_bad_arguments_are_refused():
-    with pytest.raises(fg.InvalidInputError, match="kind: must be one of copy, induction, two_hop, got 'three_hop'"):
+    with pytest.raises(
+        fg.InvalidInputError, match="kind: must be one of copy, induction, two_hop, generated_hop, got 'three_hop'"
+    ):
         planted_model("three_hop")  # type: ignore[arg-type]
     with pytest.raises(fg.InvalidInputError, match="kind: must be one of"):
         planted_items("three_hop", "test", 1)  # type: ignore[arg-type]
@@ -236,11 +271,13 @@ def test_bad_arguments_are_refused():
         planted_check([], number=0)
     with pytest.raises(fg.InvalidInputError, match=r"methods: must be of .*, got 'no such'"):
         planted_check(["no such"])
-    with pytest.raises(fg.InvalidInputError, match="item: must be made by planted_items, got 'x' without kind, cand"):
+    with pytest.raises(
+        fg.InvalidInputError, match="item: must be made by planted_items, got 'x' without kind, prompt_length, cand"
+    ):
         planted_truth(fg.EvaluationItem(id="x", prompt="a"))
 
 
 def test_gold_of_a_truth_can_be_given_by_hand():
-    truth = PlantedTruth("copy", candidates=(0, 1, 2), gold=(1,), edges=((3, 1),))
+    truth = PlantedTruth("copy", prompt_length=4, candidates=(0, 1, 2), gold=(1,), edges=((3, 1),))
     assert truth.score(fg.Explanation(tokens=torch.tensor([0.0, 2, 1, 9, 9])))["recovered"] == 1
     assert truth.score(fg.Explanation(tokens=torch.tensor([0.0, 1, 1, 0, 0])))["recovered"] == 0

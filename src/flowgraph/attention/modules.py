@@ -97,14 +97,18 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def first_block(decoder: nn.Module) -> nn.Module:
-    """Return the first layer of a decoder: item 0 of the numbered list that holds its attention modules.
+    """Return the first layer of a decoder."""
+    return decoder_blocks(decoder)[0]
+
+
+def decoder_blocks(decoder: nn.Module) -> list[nn.Module]:
+    """Return the layers of a decoder: the items of the numbered list that holds its attention modules.
 
     Lists of experts may be longer than the list of layers, so the length says nothing.
     """
     name, _ = _self_attentions(decoder)[0]
     before_number = re.split(r"(?:^|\.)\d+(?:\.|$)", name)[0]
-    layers = decoder.get_submodule(before_number)
-    return next(iter(layers.children()))
+    return list(decoder.get_submodule(before_number).children())
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

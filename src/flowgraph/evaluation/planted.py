@@ -22,7 +22,17 @@ from torch import Tensor
 from flowgraph.errors import FlowgraphError, InvalidInputError
 from flowgraph.evaluation.catalogue import evaluation_methods, find_method
 from flowgraph.evaluation.metrics import auroc, average_precision
-from flowgraph.evaluation.planted_models import FIRST, KEYS, LEAVES, LETTERS, LINKS, VALUES, PlantedKind, planted_model
+from flowgraph.evaluation.planted_models import (
+    FIRST,
+    KEYS,
+    LEAVES,
+    LETTERS,
+    LINKS,
+    SO,
+    VALUES,
+    PlantedKind,
+    planted_model,
+)
 from flowgraph.evaluation.records import EvaluationItem, Explanation
 from flowgraph.evaluation.registry import EvaluationMethod, ItemSource, Metric
 from flowgraph.evaluation.subject import Subject
@@ -46,12 +56,14 @@ class PlantedTruth:
 
     Attributes:
         kind: the mechanism.
-        candidates: positions that are ranked: the prompt without its last token, which is read by none.
+        prompt_length: number of tokens of the prompt.
+        candidates: positions that are ranked: those before the last token that is read from, which none reads.
         gold: those of them that decide the answer.
         edges: (reader, token that is read) pairs that decide it, as rows and columns of the model's attention.
     """
 
     kind: PlantedKind
+    prompt_length: int
     candidates: tuple[int, ...]
     gold: tuple[int, ...]
     edges: tuple[tuple[int, int], ...]
@@ -63,7 +75,7 @@ class PlantedTruth:
 
     @property
     def last_reader(self) -> int:
-        """The position whose row the answer is predicted from: the last of the prompt."""
+        """The position whose row the answer is predicted from: the last before the answer."""
         return max(reader for reader, _ in self.edges)
 
     def score(self, explanation: Explanation) -> dict[str, float]:
@@ -71,7 +83,8 @@ class PlantedTruth:
 
         Returns:
             Each figure in [0, 1], 1 is best; NaN for a part that the explanation does not have. Equal scores never
-            count as the right order, except half in ``auroc``.
+            count as the right order, except half in ``auroc``. Edges are NaN where generated tokens are read: the row
+            of a position then is that of the next token under emission rows, and an explanation does not say which.
         """
         figures = {metric.name: math.nan for metric in PLANTED_METRICS}
         if explanation.tokens is not None:
@@ -81,7 +94,7 @@ class PlantedTruth:
             figures["auroc"] = auroc(scores, is_gold)
             best_other = scores[~is_gold].max()
             figures["recovered"] = float((scores[is_gold] > best_other).double().mean())
-        if explanation.edges is not None:
+        if explanation.edges is not None and self.last_reader == self.prompt_length - 1:
             cells = self.cells()
             strengths = self._strengths(explanation.edges)
             scores = torch.stack([strengths[cell] for cell in cells])
@@ -91,7 +104,7 @@ class PlantedTruth:
         return figures
 
     def cells(self) -> list[tuple[int, int]]:
-        """List the edges that are ranked: every (reader, earlier token) of the prompt."""
+        """List all edges that can reach the answer: every (reader, earlier token) up to the last reader."""
         return [(reader, read) for reader in range(1, self.last_reader + 1) for read in range(reader)]
 
     def _strengths(self, edges: Float[Tensor, "tokens tokens"]) -> Float[Tensor, "tokens tokens"]:
@@ -109,6 +122,7 @@ class PlantedTruth:
         """Return the truth as plain JSON values."""
         return {
             "kind": self.kind,
+            "prompt_length": self.prompt_length,
             "units": [[position] for position in self.candidates],
             "gold": [position in self.gold for position in self.candidates],
             "edges": [list(edge) for edge in self.edges],
@@ -147,8 +161,8 @@ def planted_items(kind: PlantedKind, split: str, number: int, seed: int = 0) -> 
         seed: the same arguments give the same texts.
 
     Returns:
-        Items whose ``data`` holds ``candidates``, ``gold`` and ``edges`` of :class:`PlantedTruth`. Positions of gold
-        tokens vary over the whole prompt.
+        Items whose ``data`` holds the attributes of :class:`PlantedTruth`. Positions of gold tokens vary over the
+        whole prompt.
 
     Raises:
         InvalidInputError: another kind, or a negative number.
@@ -166,10 +180,13 @@ def planted_items(kind: PlantedKind, split: str, number: int, seed: int = 0) -> 
     items = []
     for index in range(number):
         random = Random(f"{kind} {split} {seed} {index}")
-        words, answer, gold, edges = _WRITERS[kind](random)
+        words, response, gold, edges = _WRITERS[kind](random)
+        num_words = len(words) + len(response)
         data = {
             "kind": kind,
-            "candidates": list(range(len(words) - 1)),
+            "prompt_length": len(words),
+            # All but the answer and the token before it.
+            "candidates": list(range(num_words - 2)),
             "gold": sorted(gold),
             "edges": [list(edge) for edge in sorted(edges)],
         }
@@ -177,17 +194,17 @@ def planted_items(kind: PlantedKind, split: str, number: int, seed: int = 0) -> 
             EvaluationItem(
                 id=f"{kind}-{split}-{seed}-{index}",
                 prompt=" ".join(words),
-                # The space keeps the answer a word of its own where prompt and response meet.
-                response=f" {answer}",
-                answer=Regex(r"\S+"),
+                # The space keeps the words apart where prompt and response meet.
+                response=f" {' '.join(response)}",
+                answer=Regex(r"\S+$"),
                 data=data,
             )
         )
     return items
 
 
-_Written = tuple[list[str], str, list[int], list[tuple[int, int]]]
-"""Words of the prompt, the answer, gold positions, gold edges (reader, read)."""
+_Written = tuple[list[str], list[str], list[int], list[tuple[int, int]]]
+"""Words of the prompt and of the response, gold positions, gold edges (reader, read)."""
 
 
 def _write_copy(random: Random) -> _Written:
@@ -198,7 +215,7 @@ def _write_copy(random: Random) -> _Written:
     key, value = pairs[asked]
     words = [FIRST, *(f"{name}={content}" for name, content in pairs), f"{key}?"]
     position = 1 + asked
-    return words, value, [position], [(len(words) - 1, position)]
+    return words, [value], [position], [(len(words) - 1, position)]
 
 
 def _write_induction(random: Random) -> _Written:
@@ -208,7 +225,7 @@ def _write_induction(random: Random) -> _Written:
     words = [FIRST, *letters, letters[repeated]]
     position = 1 + repeated
     after = position + 1
-    return words, words[after], [position, after], [(after, position), (len(words) - 1, after)]
+    return words, [words[after]], [position, after], [(after, position), (len(words) - 1, after)]
 
 
 def _write_two_hop(random: Random) -> _Written:
@@ -238,13 +255,22 @@ def _write_two_hop(random: Random) -> _Written:
     words = [FIRST, *(word for _, word in sorted(placed)), f"{link_word[0]}?"]
     leaf = words.index(leaf_word)
     link = words.index(link_word)
-    return words, leaf_word[-1], [leaf, link], [(link, leaf), (len(words) - 1, link)]
+    return words, [leaf_word[-1]], [leaf, link], [(link, leaf), (len(words) - 1, link)]
+
+
+def _write_generated_hop(random: Random) -> _Written:
+    """Write pairs, ask for the value of one key, and name the key again before the answer."""
+    words, (value,), (position,), _ = _write_copy(random)
+    recall = len(words)
+    response = [f"{words[-1][0]}*", SO, value]
+    return words, response, [position, recall], [(recall, position), (recall + 1, recall)]
 
 
 _WRITERS: dict[PlantedKind, Callable[[Random], _Written]] = {
     "copy": _write_copy,
     "induction": _write_induction,
     "two_hop": _write_two_hop,
+    "generated_hop": _write_generated_hop,
 }
 
 
@@ -262,13 +288,14 @@ def planted_truth(item: EvaluationItem) -> PlantedTruth:
     Raises:
         InvalidInputError: another item.
     """
-    missing = [name for name in ("kind", "candidates", "gold", "edges") if name not in item.data]
+    missing = [name for name in ("kind", "prompt_length", "candidates", "gold", "edges") if name not in item.data]
     if missing:
         raise InvalidInputError(
             f"item: must be made by planted_items, got {item.id!r} without {', '.join(missing)}; pass one of its items"
         )
     return PlantedTruth(
         kind=item.data["kind"],
+        prompt_length=item.data["prompt_length"],
         candidates=tuple(item.data["candidates"]),
         gold=tuple(item.data["gold"]),
         edges=tuple((reader, read) for reader, read in item.data["edges"]),

@@ -32,8 +32,9 @@ from flowgraph.errors import InvalidInputError
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-PlantedKind = Literal["copy", "induction", "two_hop"]
-"""A lookup in one layer; an induction over two layers; a lookup whose content was itself looked up a layer before."""
+PlantedKind = Literal["copy", "induction", "two_hop", "generated_hop"]
+"""A lookup in one layer; an induction over two layers; a lookup whose content was itself looked up a layer before, by a
+token of the prompt or by a generated token."""
 
 FIRST = "<s>"
 """The first token of every text: heads that find nothing read it. It is also what a model answers then."""
@@ -43,6 +44,7 @@ LINKS = "abcdefgh"
 LEAVES = "mnopqrst"
 VALUES = "0123456789"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SO = "so"
 
 _SCORE = 240.0
 """S: e^{-S/2} is below the smallest float32, so that the attention of a match is exactly 1."""
@@ -88,6 +90,7 @@ class _Design:
         heads: the heads that do something.
         output: the subspace whose features are answers.
         answers: the token that each feature of the output stands for.
+        successors: tokens that follow a feature of a token, as (subspace, feature, token); they come before answers.
         position: the subspace of positions; None: the model does not know positions.
     """
 
@@ -96,22 +99,24 @@ class _Design:
     heads: Sequence[_Head]
     output: str
     answers: Sequence[str]
+    successors: Sequence[tuple[str, int, str]] = ()
     position: str | None = None
 
 
 def planted_model(kind: PlantedKind) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     """Build a model of known mechanism with its tokenizer.
 
-    ========== ======================================== =============================================================
-    kind       text and answer                          what decides
-    ========== ======================================== =============================================================
-    copy       ``<s> c=3 a=7 b=1 a?`` -> ``7``          layer 1: ``a?`` reads ``a=7``
-    induction  ``<s> f a k c a`` -> ``k``               layer 0: ``k`` reads ``a`` before it; layer 1: ``a`` reads ``k``
-    two_hop    ``<s> m=5 n=2 b>n a>m a?`` -> ``5``      layer 0: ``a>m`` reads ``m=5``; layer 1: ``a?`` reads ``a>m``
-    ========== ======================================== =============================================================
+    ============= ====================================== ============================================================
+    kind          text and answer                        what decides
+    ============= ====================================== ============================================================
+    copy          ``<s> c=3 a=7 b=1 a?`` -> ``7``        layer 1: ``a?`` reads ``a=7``
+    induction     ``<s> f a k c a`` -> ``k``             layer 0: ``k`` reads ``a``; layer 1: last ``a`` reads ``k``
+    two_hop       ``<s> m=5 n=2 b>n a>m a?`` -> ``5``    layer 0: ``a>m`` reads ``m=5``; layer 1: ``a?`` reads ``a>m``
+    generated_hop ``<s> c=3 a=7 a?`` -> ``a* so 7``      layer 0: ``a*`` reads ``a=7``; layer 1: ``so`` reads ``a*``
+    ============= ====================================== ============================================================
 
     Args:
-        kind: ``"copy"``, ``"induction"`` or ``"two_hop"``.
+        kind: one of the table.
 
     Returns:
         The model in evaluation mode, float32, and a tokenizer of whole words.
@@ -218,7 +223,46 @@ def _two_hop() -> _Design:
     return _Design(sizes, tokens, heads, "found", [*VALUES, FIRST])
 
 
-_DESIGNS = {"copy": _copy, "induction": _induction, "two_hop": _two_hop}
+def _generated_hop() -> _Design:
+    """Design a lookup through a generated token: it fetches the value, and the token after it reads it there."""
+    nothing = len(VALUES)
+    no_key = len(KEYS)
+    fillers = {"filler": 0, "second_filler": 0}
+    tokens: dict[str, dict[str, int]] = {FIRST: {"sink": 0, "value": nothing, **fillers}}
+    successors = []
+    for number, key in enumerate(KEYS):
+        tokens[f"{key}?"] = {"query": number, "third_filler": 0, **fillers}
+        tokens[f"{key}*"] = {"recall": number, "recalled": 0, **fillers}
+        successors.append(("query", number, f"{key}*"))
+        for digit, value in enumerate(VALUES):
+            tokens[f"{key}={value}"] = {"key": number, "value": digit, **fillers}
+    # In layer 0 it reads itself, so that what it answers never depends on the first token.
+    tokens[SO] = {"asks": 0, "recall": no_key, "key": no_key, "value": nothing}
+    successors.append(("recalled", 0, SO))
+    tokens |= {value: {"spoken": digit, "third_filler": 0, **fillers} for digit, value in enumerate(VALUES)}
+    sizes = {
+        "sink": 1,
+        "filler": 1,
+        "second_filler": 1,
+        "third_filler": 1,
+        "query": len(KEYS),
+        "recall": no_key + 1,
+        "recalled": 1,
+        "asks": 1,
+        "key": no_key + 1,
+        "value": nothing + 1,
+        "spoken": len(VALUES),
+        "carried": nothing + 1,
+        "found": nothing + 1,
+    }
+    heads = [
+        _Head(layer=0, head=2, query="recall", key="key", value="value", write="carried"),
+        _Head(layer=1, head=1, query="asks", key="recalled", value="carried", write="found"),
+    ]
+    return _Design(sizes, tokens, heads, "found", [*VALUES, FIRST], successors)
+
+
+_DESIGNS = {"copy": _copy, "induction": _induction, "two_hop": _two_hop, "generated_hop": _generated_hop}
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
@@ -275,6 +319,10 @@ def _model(design: _Design) -> GPT2LMHeadModel:
         deviation = _deviation(num_features_read, config.n_embd)
         answers = torch.tensor([names.index(answer) for answer in design.answers])
         model.lm_head.weight[answers] = _MARGIN * deviation * vectors.read(design.output)
+        for subspace, feature, successor in design.successors:
+            # Twice the margin: where a successor is due, no answer is.
+            gain = 2 * _MARGIN * deviation
+            model.lm_head.weight[names.index(successor)] = gain * vectors.read(subspace)[feature]
     return model
 
 

@@ -1,0 +1,1 @@
+"""Which explanations find a known or measured truth."""
