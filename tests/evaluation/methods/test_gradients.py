@@ -53,10 +53,11 @@ def test_frozen_parameters_and_training_mode_change_nothing(shared: fg.Subject):
     assert all(module.training for module in model.modules())
 
 
-def test_the_gradient_is_found_inside_inference_mode():
-    wanted = explained("gradient_x_input", subject()).tokens
+@pytest.mark.parametrize("name", NEED_GRADIENTS)
+def test_the_gradient_is_found_inside_inference_mode(name: str):
+    wanted = explained(name, subject()).tokens
     with torch.inference_mode():
-        found = explained("gradient_x_input", subject()).tokens
+        found = explained(name, subject()).tokens
     torch.testing.assert_close(found, wanted)
 
 

@@ -58,12 +58,13 @@ def integrated_gradients_of(subject: Subject, steps: int) -> TokenScores:
     # One pass of our own names the module that breaks the gradient; captum would fail inside of torch.
     input_gradient(subject, "logprob")
     model = base_model(subject.model)
-    ids = _ids_before_answer_ends(subject)
-    reference = torch.full_like(ids, reference_token(subject))
+    # Tensors made under inference_mode take no part in a backward pass, so all of them are made inside.
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
-        attribution = LayerIntegratedGradients(answer_score(subject), model.get_input_embeddings()).attribute(
-            ids.clone(),
-            baselines=reference.clone(),
+        ids = _ids_before_answer_ends(subject).clone()
+        explainer = LayerIntegratedGradients(answer_score(subject), model.get_input_embeddings())
+        attribution = explainer.attribute(
+            ids,
+            baselines=torch.full_like(ids, reference_token(subject)),
             n_steps=steps,
             method="gausslegendre",
             internal_batch_size=_copies_at_once(ids),
