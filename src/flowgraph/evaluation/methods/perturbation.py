@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -59,7 +60,7 @@ def integrated_gradients_of(subject: Subject, steps: int) -> TokenScores:
     input_gradient(subject, "logprob")
     model = base_model(subject.model)
     # Tensors made under inference_mode take no part in a backward pass, so all of them are made inside.
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _default_float32():
         ids = _ids_before_answer_ends(subject).clone()
         explainer = LayerIntegratedGradients(answer_score(subject), model.get_input_embeddings())
         attribution = explainer.attribute(
@@ -89,7 +90,7 @@ def occlusion(subject: Subject) -> TokenScores:
 
     model = base_model(subject.model)
     ids = _ids_before_answer_ends(subject)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), _default_float32():
         attribution = FeatureAblation(answer_score(subject)).attribute(
             ids, baselines=reference_token(subject), perturbations_per_eval=_copies_at_once(ids)
         )
@@ -148,6 +149,17 @@ def _padded(scores: Float64[Tensor, " scored"], subject: Subject) -> TokenScores
     complete = torch.zeros(subject.num_tokens, dtype=torch.float64)
     complete[: scores.numel()] = scores
     return complete
+
+
+@contextmanager
+def _default_float32() -> Iterator[None]:
+    """Make captum's weights in float32; it makes them in the default dtype, which may be a coarser one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _require_captum(name: str) -> None:
