@@ -17,7 +17,7 @@ from tests.reference import rl_credit as reference
 
 @pytest.fixture(scope="module")
 def shared() -> fg.Subject:
-    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.")
+    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", answer="7 apples")
 
 
 @pytest.fixture(scope="module")

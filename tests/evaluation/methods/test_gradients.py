@@ -28,12 +28,13 @@ NEED_GRADIENTS = (
 
 @pytest.fixture(scope="module")
 def shared() -> fg.Subject:
-    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.")
+    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", answer="7 apples")
 
 
 @pytest.mark.parametrize("target", ["logprob", "margin"])
 def test_product_and_norm_are_those_of_autograd(shared: fg.Subject, target: str):
     embedded, gradient = gradients(tiny()[0], shared.token_ids, shared.positions(shared.answer), target)
+    assert len(shared.positions(shared.answer)) > 1
     suffix = "" if target == "logprob" else ":margin"
     product = explained(f"gradient_x_input{suffix}", shared).tokens
     norm = explained(f"gradient_norm{suffix}", shared).tokens
@@ -46,7 +47,7 @@ def test_product_and_norm_are_those_of_autograd(shared: fg.Subject, target: str)
 def test_frozen_parameters_and_training_mode_change_nothing(shared: fg.Subject):
     model = copy.deepcopy(tiny()[0]).train()
     model.requires_grad_(False)
-    other = subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", model=model)
+    other = subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", model=model, answer="7 apples")
     for name in ("gradient_x_input", "integrated_gradients", "occlusion"):
         wanted = explained(name, shared).tokens
         torch.testing.assert_close(explained(name, other).tokens, wanted)

@@ -18,7 +18,7 @@ pytest.importorskip("captum")
 
 @pytest.fixture(scope="module")
 def shared() -> fg.Subject:
-    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.")
+    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", answer="7 apples")
 
 
 def test_integrated_gradients_are_complete(shared: fg.Subject):
