@@ -16,6 +16,9 @@ from tests.fixtures.subjects import explained, subject
 from tests.fixtures.tiny import tiny
 from tests.reference.input_gradients import gradients
 
+# On a random model, 32 points are often too few.
+pytestmark = pytest.mark.filterwarnings("ignore:integrated_gradients")
+
 NEED_GRADIENTS = (
     "gradient",
     "gradient_norm",

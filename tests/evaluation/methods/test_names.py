@@ -18,6 +18,9 @@ from tests.fixtures.other_device import other_device
 from tests.fixtures.subjects import explained, subject
 from tests.fixtures.tiny import tiny
 
+# On a random model, 32 points are often too few.
+pytestmark = pytest.mark.filterwarnings("ignore:integrated_gradients")
+
 
 @pytest.fixture(scope="module")
 def shared() -> fg.Subject:
