@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from tests.reference import rl_credit as reference
 
 @pytest.fixture(scope="module")
 def shared() -> fg.Subject:
-    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.")
+    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", answer="7 apples")
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +79,10 @@ def test_fai_and_waad_are_the_formulas_of_the_credit_rules(shared: fg.Subject):
         # Of the response alone, the numbers are those of the credit rule.
         start = shared.prompt_length
         assert found[start:] == pytest.approx(getattr(reference, name)(rows.tolist(), start), abs=1e-6)
+
+
+@pytest.mark.unchecked
+def test_an_answer_that_nothing_precedes_is_refused():
+    case = SimpleNamespace(answer=torch.tensor([True, False, False]))
+    with pytest.raises(fg.InvalidInputError, match="answer: must have something before it, got an answer at token 0"):
+        module.answer_rows(case)

@@ -16,6 +16,9 @@ from tests.fixtures.subjects import explained, subject
 from tests.fixtures.tiny import tiny
 from tests.reference.input_gradients import gradients
 
+# On a random model, 32 points are often too few.
+pytestmark = pytest.mark.filterwarnings("ignore:integrated_gradients")
+
 NEED_GRADIENTS = (
     "gradient",
     "gradient_norm",
@@ -28,12 +31,13 @@ NEED_GRADIENTS = (
 
 @pytest.fixture(scope="module")
 def shared() -> fg.Subject:
-    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.")
+    return subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", answer="7 apples")
 
 
 @pytest.mark.parametrize("target", ["logprob", "margin"])
 def test_product_and_norm_are_those_of_autograd(shared: fg.Subject, target: str):
     embedded, gradient = gradients(tiny()[0], shared.token_ids, shared.positions(shared.answer), target)
+    assert len(shared.positions(shared.answer)) > 1
     suffix = "" if target == "logprob" else ":margin"
     product = explained(f"gradient_x_input{suffix}", shared).tokens
     norm = explained(f"gradient_norm{suffix}", shared).tokens
@@ -46,17 +50,18 @@ def test_product_and_norm_are_those_of_autograd(shared: fg.Subject, target: str)
 def test_frozen_parameters_and_training_mode_change_nothing(shared: fg.Subject):
     model = copy.deepcopy(tiny()[0]).train()
     model.requires_grad_(False)
-    other = subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", model=model)
+    other = subject(response="Step 1: 3 + 4 = 7. So the answer is 7 apples.", model=model, answer="7 apples")
     for name in ("gradient_x_input", "integrated_gradients", "occlusion"):
         wanted = explained(name, shared).tokens
         torch.testing.assert_close(explained(name, other).tokens, wanted)
     assert all(module.training for module in model.modules())
 
 
-def test_the_gradient_is_found_inside_inference_mode():
-    wanted = explained("gradient_x_input", subject()).tokens
+@pytest.mark.parametrize("name", NEED_GRADIENTS)
+def test_the_gradient_is_found_inside_inference_mode(name: str):
+    wanted = explained(name, subject()).tokens
     with torch.inference_mode():
-        found = explained("gradient_x_input", subject()).tokens
+        found = explained(name, subject()).tokens
     torch.testing.assert_close(found, wanted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -13,7 +14,12 @@ from flowgraph.evaluation import registry as methods
 from flowgraph.evaluation.catalogue import expand_methods, find_method
 from flowgraph.evaluation.methods.names import method_presets
 from flowgraph.flow import composition_registry as compositions
+from tests.fixtures.other_device import other_device
 from tests.fixtures.subjects import explained, subject
+from tests.fixtures.tiny import tiny
+
+# On a random model, 32 points are often too few.
+pytestmark = pytest.mark.filterwarnings("ignore:integrated_gradients")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,31 @@ def test_every_method_of_every_preset_explains_an_item(shared: fg.Subject):
         assert explanation.tokens.dtype == torch.float64, name
         assert method.summary, name
     assert len(names) == len(set(names)) > 40
+
+
+def test_the_default_dtype_changes_no_score(shared: fg.Subject):
+    names = [name for name in expand_methods(["preset:all"]) if name != "attention_flow"]
+    right = {name: explained(name, shared) for name in names}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = {name: explained(name, subject()) for name in names}
+    finally:
+        torch.set_default_dtype(before)
+    for name, wanted in right.items():
+        torch.testing.assert_close(found[name].tokens, wanted.tokens, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name].edges, wanted.edges, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_methods_run_where_the_model_is(shared: fg.Subject):
+    names = ["sharp:cage", "relevance:chain", "gradient", "attention_late", "rollout", "fai", "gradient_x_input"]
+    names += ["text_only", "matched:vtrace_share", "random"]
+    right = {name: explained(name, shared) for name in names}
+    with other_device() as there:
+        case = subject(model=copy.deepcopy(tiny()[0]).to(there))
+        for name in names:
+            found = explained(name, case)
+            torch.testing.assert_close(found.tokens, right[name].tokens, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_presets_hold_what_they_say():
@@ -91,14 +122,14 @@ def test_an_unknown_name_is_refused_with_those_that_exist(name: str):
 
 @pytest.mark.usefixtures("own_names")
 def test_capacities_and_compositions_of_users_are_methods(shared: fg.Subject):
-    @fg.capacity("nearness of a test")
+    @fg.capacity("nearness: of a test")
     def nearness(batch):
         """Weigh near tokens more."""
         position = torch.arange(batch.input_ids.shape[1])
         weights = 0.5 ** (position[:, None] - position).float()
         return weights.tril(-1).expand(len(batch.input_ids), -1, -1)
 
-    @fg.composition("half of h of a test")
+    @fg.composition("half: of h of a test")
     def half(graph):
         """Score tokens by half of the potential."""
         return fg.solve(graph).potentials[0] / 2
@@ -109,10 +140,10 @@ def test_capacities_and_compositions_of_users_are_methods(shared: fg.Subject):
         ids = batch.input_ids.float()
         return (ids[:, None] - ids[:, :, None]).tril(-1)
 
-    h = explained("nearness of a test:h", shared)
-    composed = explained("nearness of a test:half of h of a test", shared)
+    h = explained("nearness: of a test:h", shared)
+    composed = explained("nearness: of a test:half: of h of a test", shared)
     torch.testing.assert_close(composed.tokens, h.tokens / 2)
-    assert "nearness of a test" in method_presets()["forward"]
+    assert "nearness: of a test" in method_presets()["forward"]
     signed = explained("difference of a test", shared)
     ids = shared.token_ids.double()
     wanted = (ids[None] - ids[:, None]).tril(-1).sum(0)

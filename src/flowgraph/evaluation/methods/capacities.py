@@ -77,10 +77,11 @@ def capacity_method(name: str) -> EvaluationMethod | None:
     Raises:
         InvalidInputError: a part of the name that does not go with the capacity.
     """
-    head, *rest = name.split(":")
-    if head not in capacity_names():
+    head = _longest_prefix(name, capacity_names())
+    if head is None:
         return None
     chosen = find_capacity(head)
+    rest = parts_of(name.removeprefix(head))
     targets = [part for part in rest if part in TARGETS]
     others = tuple(part for part in rest if part not in TARGETS)
     if targets and "target" not in chosen.defaults:
@@ -90,7 +91,7 @@ def capacity_method(name: str) -> EvaluationMethod | None:
     if len(targets) > 1:
         raise InvalidInputError(f"methods: must name one target, got {name!r}; keep 'margin' or 'logprob'")
     request = _Request(name, chosen, others, targets[0] if targets else None)
-    if head == "relevance":
+    if chosen.name == "relevance":
         return _relevance_method(request)
     if chosen.signed:
         return _signed_method(request)
@@ -119,13 +120,39 @@ def composed_explanation(graph: FlowGraph, flow: Flow, generated: Bool[Tensor, "
     return Explanation(composed.scores.detach(), edges)
 
 
+def parts_of(text: str) -> list[str]:
+    """Take apart what follows the first part of a name: ``":cage:margin"`` to two parts, ``""`` to none.
+
+    A composition whose name holds a colon is one part.
+    """
+    if not text:
+        return []
+    after = text.removeprefix(":")
+    composition = _longest_prefix(after, composition_names())
+    if composition is None:
+        return after.split(":")
+    return [composition, *parts_of(after.removeprefix(composition))]
+
+
+def _longest_prefix(name: str, known: Sequence[str]) -> str | None:
+    """Return the longest known name that a name is, or that it begins with before a colon."""
+    fitting = [candidate for candidate in known if name == candidate or name.startswith(candidate + ":")]
+    return max(fitting, key=len, default=None)
+
+
 def parts_given(score: str) -> Parts:
     """Return the parts of an explanation that a score gives: ``"f"``, ``"h"`` or a composition."""
     return _BOTH if score in (*_FLOW_SCORES, *_EDGE_COMPOSITIONS) else ("tokens",)
 
 
-def checked_score(name: str, parts: Sequence[str], allowed: Sequence[str]) -> str | None:
+def checked_score(name: str, head: str, parts: Sequence[str], allowed: Sequence[str]) -> str | None:
     """Return the one score that a name asks for; None where it names none.
+
+    Args:
+        name: the complete name.
+        head: its first part.
+        parts: its other parts.
+        allowed: the scores that go with the first part.
 
     Raises:
         InvalidInputError: a part that is not allowed, or more than one.
@@ -133,8 +160,7 @@ def checked_score(name: str, parts: Sequence[str], allowed: Sequence[str]) -> st
     for part in parts:
         if part not in allowed:
             raise InvalidInputError(
-                f"methods: {name.split(':')[0]!r} must be followed by one of {', '.join(allowed)}, got {name!r}; leave "
-                f"{part!r} out"
+                f"methods: {head!r} must be followed by one of {', '.join(allowed)}, got {name!r}; leave {part!r} out"
             )
     if len(parts) > 1:
         raise InvalidInputError(f"methods: must name one score, got {name!r}; keep one of {', '.join(parts)}")
@@ -150,7 +176,7 @@ def scores_of_flow() -> list[str]:
 
 
 def _flow_method(request: _Request) -> EvaluationMethod:
-    score = checked_score(request.name, request.parts, scores_of_flow())
+    score = checked_score(request.name, request.capacity.name, request.parts, scores_of_flow())
     summary = request.capacity.summary
     if score is not None:
         summary = f"{_summary_of_score(score)} Edges: {summary}"
@@ -247,7 +273,7 @@ def _relevance_reaching_tokens(rows: RelevanceRows) -> Float64[Tensor, " tokens"
 
 def _signed_method(request: _Request) -> EvaluationMethod:
     signed_compositions = [name for name in composition_names() if find_composition(name).signed]
-    score = checked_score(request.name, request.parts, signed_compositions)
+    score = checked_score(request.name, request.capacity.name, request.parts, signed_compositions)
     # Interventions are measured in log-probability, and so is what the gradient predicts of them.
     target = request.target
     if target is None and "target" in request.capacity.defaults:

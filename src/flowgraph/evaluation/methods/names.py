@@ -1,7 +1,7 @@
 """Names of methods: those that are registered, those that are made from parts, and presets.
 
-Parts: ``CAPACITY[:SCORE]`` (:mod:`flowgraph.evaluation.methods.capacities`), ``text_only:SCORE``, and
-``matched:METHOD`` or ``matched_length:METHOD`` of any of them.
+Parts: ``CAPACITY[:SCORE]`` (:mod:`flowgraph.evaluation.methods.capacities`), ``text_only:SCORE``,
+``integrated_gradients:STEPS``, and ``matched:METHOD`` or ``matched_length:METHOD`` of any of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from flowgraph.capacities.registry import Capacity
 from flowgraph.errors import InvalidInputError
 from flowgraph.evaluation.methods.capacities import capacity_method, registered_capacity_methods
 from flowgraph.evaluation.methods.matched import PREFIXES, matched_method
+from flowgraph.evaluation.methods.perturbation import integrated_gradients_method
 from flowgraph.evaluation.methods.text_only import text_only_method
 from flowgraph.evaluation.registry import EvaluationMethod, registered_methods
 
@@ -100,7 +101,7 @@ def find_evaluation_method(name: str) -> EvaluationMethod | None:
                 f"methods: {head!r} must be followed by the name of a method, got {name!r}; as in {head}:vtrace_share"
             )
         return matched_method(name, reference)
-    return text_only_method(name) or capacity_method(name)
+    return text_only_method(name) or integrated_gradients_method(name) or capacity_method(name)
 
 
 def method_presets() -> dict[str, tuple[str, ...]]:

@@ -23,6 +23,7 @@ from flowgraph.evaluation.methods.capacities import (
     checked_score,
     composed_explanation,
     parts_given,
+    parts_of,
     scores_of_flow,
 )
 from flowgraph.evaluation.records import Explanation
@@ -51,11 +52,11 @@ def text_only_method(name: str) -> EvaluationMethod | None:
     Raises:
         InvalidInputError: a part that is neither f, h nor a composition of edges.
     """
-    head, *parts = name.split(":")
-    if head != "text_only" or not parts:
+    head = "text_only"
+    if not name.startswith(f"{head}:"):
         return None
     # Without layers, rollout repeats the one matrix; it is offered like any other.
-    score = checked_score(name, parts, scores_of_flow())
+    score = checked_score(name, head, parts_of(name.removeprefix(head)), scores_of_flow())
     assert score is not None
     kinds = {"f": "Throughput", "h": "Potential"}
     kind = kinds[score] if score in kinds else find_composition(score).summary.removesuffix(".")
