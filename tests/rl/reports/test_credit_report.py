@@ -83,7 +83,7 @@ def example(
             question=torch.cat([~pad, torch.zeros_like(response_mask)], 1),
             answer=torch.cat([pad, answer], 1),
             oracle=oracle,
-            detours=None if oracle is None else scored & ~oracle & (column % 5 == 0),
+            detours=None if oracle is None else scored & ~oracle & (column % 5 == 2),
         ),
         scores=TokenScores(
             logprobs=logprobs,
@@ -409,6 +409,19 @@ def test_the_select_recolours_tokens_and_legend(visit):
 
 
 @pytest.mark.browser
+def test_decisive_tokens_and_detours_have_signs_and_a_legend(visit):
+    rollout = example()
+    page = visit(rollout)
+    responses = rollout[0].responses
+    for sign, word, mask in (("◆", "decisive", responses.oracle), ("◇", "detour", responses.detours)):
+        assert f"{sign} {word}" in page.locator("#legend").inner_text()
+        marked = page.locator("main .t .sign", has_text=sign)
+        assert marked.count() == int((mask & responses.response_mask).sum()) > 0
+        label = marked.first.locator("xpath=..").get_attribute("aria-label")
+        assert f", {word}," in label
+
+
+@pytest.mark.browser
 def test_pointing_at_a_token_shows_every_number_and_a_click_pins_it(visit):
     experience, tokens, ratio = example()
     page = visit((experience, tokens, ratio))
@@ -493,7 +506,7 @@ def test_hostile_tokens_are_shown_and_never_run(visit):
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 0
     expected = [*HOSTILE[:3], "⟨U+2028⟩window.hacked=1⟨U+2029⟩", "␀␇␛[31m␡", "⟨U+D83D⟩", "⟨U+202E⟩evil⟨U+2066⟩"]
-    assert [text.removeprefix("◆") for text in shown[:7]] == expected
+    assert [text.strip("◆◇") for text in shown[:7]] == expected
 
 
 @pytest.mark.browser
