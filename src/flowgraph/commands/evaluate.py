@@ -223,6 +223,7 @@ def _print_list(terminal: Console) -> None:
         method_presets,
     )
 
+    # Everything that is registered, also by --import.
     tasks = [(name, f"{find_task(name).summary} Reads {find_task(name).reads}.") for name in evaluation_tasks()]
     methods = []
     for name in evaluation_methods():
@@ -290,6 +291,7 @@ def _one_line(summary: TaskSummary, rows: Sequence[Mapping[str, Any]]) -> Any:
     """Name the best method of a task, and the best control."""
     from flowgraph.pages.evaluation_page import figure
 
+    # Rows come with the best method first.
     best = next((row for row in rows if not row["trivial"] and row["value"] is not None), None)
     parts = ["no method has a value"]
     if best is not None:
@@ -306,6 +308,7 @@ def _main_table(summary: TaskSummary, rows: Sequence[Mapping[str, Any]], right: 
 
     from flowgraph.pages.evaluation_page import figure, interval, p_value
 
+    # Columns without any entry are left out.
     has_control = summary.best_control is not None
     # Where text_only is the best control, both differences are the same.
     has_text = any(row["text_difference"] is not None and row["control"] != "text_only" for row in rows)
