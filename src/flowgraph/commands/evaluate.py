@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ _WIDTH = 100
 _MAX_NAME = 26
 """Characters of a method's name in a table."""
 _MODULE = "flowgraph_imported"
+_ROLE = re.compile(r":\w+:`([^`]*)`")
 
 
 def evaluate(
@@ -224,12 +226,12 @@ def _print_list(terminal: Console) -> None:
     )
 
     # Everything that is registered, also by --import.
-    tasks = [(name, f"{find_task(name).summary} Reads {find_task(name).reads}.") for name in evaluation_tasks()]
+    tasks = [(name, f"{_plain(find_task(name).summary)} Reads {find_task(name).reads}.") for name in evaluation_tasks()]
     methods = []
     for name in evaluation_methods():
         method = find_method(name)
         kind = "control" if method.trivial else f"gives {' and '.join(method.gives)}"
-        methods.append((name, f"{method.summary} ({kind})"))
+        methods.append((name, f"{_plain(method.summary)} ({kind})"))
     presets = [(f"preset:{name}", ", ".join(members)) for name, members in method_presets().items()]
     for title, entries in (("tasks", tasks), ("methods", methods), ("presets", presets)):
         terminal.print(title, style="bold")
@@ -241,6 +243,11 @@ def _print_list(terminal: Console) -> None:
         if not entries:
             table.add_row(_text("  none"), _text("register your own, or install a package that has some"))
         terminal.print(table)
+
+
+def _plain(text: str) -> str:
+    """Return the first line of a docstring without the marks of its roles: ``:math:`x``` is x."""
+    return _ROLE.sub(r"\1", text)
 
 
 def _plain_table() -> Table:
