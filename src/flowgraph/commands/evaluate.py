@@ -317,6 +317,7 @@ def _main_table(summary: TaskSummary, rows: Sequence[Mapping[str, Any]], right: 
 
     # Columns without any entry are left out.
     has_control = summary.best_control is not None
+    has_p = any(row["control_p_holm"] is not None for row in rows)
     # Where text_only is the best control, both differences are the same.
     has_text = any(row["text_difference"] is not None and row["control"] != "text_only" for row in rows)
     alone = {row["method"]: row for row in right}
@@ -326,6 +327,7 @@ def _main_table(summary: TaskSummary, rows: Sequence[Mapping[str, Any]], right: 
     table.add_column(_text(summary.metric), justify="right", max_width=24)
     if has_control:
         table.add_column(_text(f"- {summary.best_control}*"), justify="right", max_width=24)
+    if has_p:
         table.add_column("p", justify="right", no_wrap=True)
     if has_text:
         table.add_column("- text_only*", justify="right")
@@ -342,6 +344,7 @@ def _main_table(summary: TaskSummary, rows: Sequence[Mapping[str, Any]], right: 
             is_control = row["method"] == row["control"]
             difference = "" if is_control else figure(row["control_difference"], signed=True)
             cells.append(f"{difference} {interval(row['control_low'], row['control_high'], signed=True)}".strip())
+        if has_p:
             cells.append(p_value(row["control_p_holm"]))
         if has_text:
             is_text = row["method"] == "text_only"
