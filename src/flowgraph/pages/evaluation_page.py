@@ -117,7 +117,8 @@ def _section(number: int, task: Mapping[str, Any]) -> dict[str, Any]:
         "notes": [visible(note) for note in task["notes"]],
         "control": None if task["best_control"] is None else visible(task["best_control"]),
         "rows": [_cells(row, right) for row in task["rows"]],
-        "has_text": any(row["text_difference"] is not None for row in task["rows"]),
+        # Where text_only is the best control, both differences are the same.
+        "has_text": any(row["text_difference"] is not None and row["control"] != "text_only" for row in task["rows"]),
         "has_right": bool(right),
         "others": _other_columns(task["rows"], others),
         "other_names": [visible(name) for name in others],
