@@ -16,6 +16,7 @@ PAGES = {
     "trace": [asset(f"scripts/{name}.js") for name in SCRIPTS],
     "comparison": [asset("comparison.js")],
     "corpus": [asset("corpus.js")],
+    "evaluation": [asset("evaluation.js")],
     "credit": [(Path(str(rl.__file__)).parent / "reports" / "credit_report.js").read_text(encoding="utf-8")],
 }
 

@@ -45,6 +45,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     """What a reader has: an empty folder with a checkpoint in it, the demo model, and no names."""
     from flowgraph import demo
     from flowgraph.capacities import registry
+    from flowgraph.evaluation import registry as evaluation
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "load_demo_model", lambda *_: tiny())
@@ -52,6 +53,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     for name, value in vars(registry).items():
         if name.isupper() and isinstance(value, dict):
             monkeypatch.setattr(registry, name, dict(value))
+    for name in ("_TASKS", "_METHODS"):
+        monkeypatch.setattr(evaluation, name, dict(getattr(evaluation, name)))
     save_tiny(tmp_path / "path" / "or" / "name")
     yield {"__name__": "__main__"}
     if "matplotlib.pyplot" in __import__("sys").modules:

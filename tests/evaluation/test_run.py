@@ -407,6 +407,20 @@ def test_arguments_outside_their_range_are_refused_before_anything_runs(options,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_of_another_format_keeps_its_message(tmp_path: Path):
+    """A task that reads a file refuses it in its own words, and nothing is written."""
+
+    def unreadable(split: str, number: int, seed: int) -> list[EvaluationItem]:
+        raise InvalidInputError("tasks: data.json must hold a list of problems, got an object; pass another file")
+
+    toys.register("toy_file:data.json", items=unreadable)
+    with pytest.raises(
+        InvalidInputError, match=r"^tasks: data\.json must hold a list of problems, got an object; pass"
+    ):
+        run(tmp_path / "out", tasks="toy_file:data.json")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [

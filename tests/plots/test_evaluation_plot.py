@@ -1,5 +1,6 @@
 """The forest plot of a task: values, intervals and controls as the table has them."""
 
+import numpy as np
 import pytest
 
 from flowgraph import InvalidInputError, plot_evaluation, save_figure
@@ -18,9 +19,7 @@ def test_methods_are_drawn_best_on_top_with_their_intervals(tmp_path):
     drawn = {line.get_label(): line.get_xdata() for line in ax.lines}
     assert list(drawn["method"]) == [row["value"] for row in rows if not row["trivial"]]
     assert list(drawn["control, reads nothing of the model"]) == [row["value"] for row in rows if row["trivial"]]
-    intervals = [
-        tuple(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] > -0.5
-    ]
+    intervals = [tuple(np.asarray(line.get_xdata()).tolist()) for line in ax.lines]
     for row in rows:
         assert (row["low"], row["high"]) in intervals
     assert "made 0 (test), 8 items" in ax.get_title(loc="left")

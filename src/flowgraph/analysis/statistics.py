@@ -269,9 +269,10 @@ def _sign_flips(num_values: int, seed: int, resamples: int) -> NDArray[np.float6
     if num_values <= _MOST_EXACT_FLIPS:
         codes = np.arange(2**num_values)[:, None]
         bits = (codes >> np.arange(num_values)) & 1
-        return 1.0 - 2.0 * bits
+        return np.where(bits == 1, -1.0, 1.0)
     generator = np.random.default_rng([seed, num_values, 1])
-    return 1.0 - 2.0 * generator.integers(0, 2, size=(resamples, num_values))
+    bits = generator.integers(0, 2, size=(resamples, num_values))
+    return np.where(bits == 1, -1.0, 1.0)
 
 
 def _ten_digits(value: float) -> float:

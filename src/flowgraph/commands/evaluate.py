@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ _WIDTH = 100
 _MAX_NAME = 26
 """Characters of a method's name in a table."""
 _MODULE = "flowgraph_imported"
+_ROLE = re.compile(r":\w+:`([^`]*)`")
 
 
 def evaluate(
@@ -223,12 +225,13 @@ def _print_list(terminal: Console) -> None:
     )
     from flowgraph.evaluation.methods.names import method_presets
 
-    tasks = [(name, f"{find_task(name).summary} Reads {find_task(name).reads}.") for name in evaluation_tasks()]
+    # Everything that is registered, also by --import.
+    tasks = [(name, f"{_plain(find_task(name).summary)} Reads {find_task(name).reads}.") for name in evaluation_tasks()]
     methods = []
     for name in evaluation_methods():
         method = find_method(name)
         kind = "control" if method.trivial else f"gives {' and '.join(method.gives)}"
-        methods.append((name, f"{method.summary} ({kind})"))
+        methods.append((name, f"{_plain(method.summary)} ({kind})"))
     presets = [(f"preset:{name}", ", ".join(members)) for name, members in method_presets().items()]
     for title, entries in (("tasks", tasks), ("methods", methods), ("presets", presets)):
         terminal.print(title, style="bold")
@@ -240,6 +243,11 @@ def _print_list(terminal: Console) -> None:
         if not entries:
             table.add_row(_text("  none"), _text("register your own, or install a package that has some"))
         terminal.print(table)
+
+
+def _plain(text: str) -> str:
+    """Return the first line of a docstring without the marks of its roles: ``:math:`x``` is x."""
+    return _ROLE.sub(r"\1", text)
 
 
 def _plain_table() -> Table:
@@ -290,6 +298,7 @@ def _one_line(summary: TaskSummary, rows: Sequence[Mapping[str, Any]]) -> Any:
     """Name the best method of a task, and the best control."""
     from flowgraph.pages.evaluation_page import figure
 
+    # Rows come with the best method first.
     best = next((row for row in rows if not row["trivial"] and row["value"] is not None), None)
     parts = ["no method has a value"]
     if best is not None:
@@ -306,7 +315,9 @@ def _main_table(summary: TaskSummary, rows: Sequence[Mapping[str, Any]], right: 
 
     from flowgraph.pages.evaluation_page import figure, interval, p_value
 
+    # Columns without any entry are left out.
     has_control = summary.best_control is not None
+    has_p = any(row["control_p_holm"] is not None for row in rows)
     # Where text_only is the best control, both differences are the same.
     has_text = any(row["text_difference"] is not None and row["control"] != "text_only" for row in rows)
     alone = {row["method"]: row for row in right}
@@ -316,6 +327,7 @@ def _main_table(summary: TaskSummary, rows: Sequence[Mapping[str, Any]], right: 
     table.add_column(_text(summary.metric), justify="right", max_width=24)
     if has_control:
         table.add_column(_text(f"- {summary.best_control}*"), justify="right", max_width=24)
+    if has_p:
         table.add_column("p", justify="right", no_wrap=True)
     if has_text:
         table.add_column("- text_only*", justify="right")
@@ -332,6 +344,7 @@ def _main_table(summary: TaskSummary, rows: Sequence[Mapping[str, Any]], right: 
             is_control = row["method"] == row["control"]
             difference = "" if is_control else figure(row["control_difference"], signed=True)
             cells.append(f"{difference} {interval(row['control_low'], row['control_high'], signed=True)}".strip())
+        if has_p:
             cells.append(p_value(row["control_p_holm"]))
         if has_text:
             is_text = row["method"] == "text_only"

@@ -258,6 +258,7 @@ def _checked_metrics(values: Mapping[str, float], task: EvaluationTask) -> dict[
 
 def _token_scores(explanation: Explanation) -> list[float]:
     """Return a score a token for the page; of edges alone, what all later tokens read of it."""
+    # An explanation without scores of tokens has edges.
     scores = explanation.tokens
     if scores is None:
         assert explanation.edges is not None
@@ -280,6 +281,7 @@ def answers_rightly(subject: Subject) -> bool | None:
         return False
     if subject.item.response is None:
         return True
+    # A given answer is the model's own where each of its tokens is the most probable one.
     answer = subject.answer.nonzero().flatten()
     logprobs = answer_logprobs(base_model(subject.model), subject.base, answer, 1)
     predicted = logprobs[0].argmax(-1)
@@ -293,6 +295,7 @@ def contains_answer(text: str, expected: str) -> bool:
         >>> contains_answer("It is 7.", "7"), contains_answer("17 or 7.5", "7")
         (True, False)
     """
+    # A digit with a point or comma before or behind it belongs to a longer number.
     wanted = re.escape(" ".join(expected.split()))
     pattern = rf"(?<![\w])(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
     return re.search(pattern, " ".join(text.split()), re.IGNORECASE) is not None
@@ -304,6 +307,7 @@ def seeded(seed: int, *names: str) -> Iterator[None]:
 
     A method that draws from a global generator then gives the same scores in any order of items and methods.
     """
+    # Names that are joined by a character that none contains stay apart.
     digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
     number = int.from_bytes(digest[:4], "big")
     state = random.getstate()

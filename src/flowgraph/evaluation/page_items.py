@@ -43,6 +43,7 @@ def page_payload(evaluation: Evaluation, max_bytes: int = MAX_BYTES) -> dict[str
         evaluation: the outcome of a run.
         max_bytes: limit of the items' part; tasks share it equally, and leave out their last items.
     """
+    # A text that several tasks read is stored once.
     texts: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
     room = max_bytes / max(len(evaluation.summaries), 1)
@@ -84,6 +85,7 @@ def levels_of(scores: Sequence[float | None]) -> str:
     largest = max(map(abs, known), default=0.0)
     if largest == 0:
         return LEVELS[_STEPS] * len(known)
+    # The root makes small scores visible beside a large one.
     steps = [round(math.copysign(math.sqrt(abs(score) / largest), score) * _STEPS) for score in known]
     return "".join(LEVELS[_STEPS + step] for step in steps)
 
@@ -124,6 +126,7 @@ def _item(record: Mapping[str, Any], methods: Sequence[str], metric: str) -> dic
     note = record["unusable"] or ""
     if record["error"] is not None:
         note = record["error"]["message"]
+    # The menu shows the value of each method beside its name.
     values = {}
     for name in methods:
         value = record["scores"].get(name, {}).get(metric)
@@ -146,6 +149,7 @@ def _truth(truth: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
     A truth names its ``units`` as token positions, and has ``effects`` (numbers) or ``gold`` (labels): one for each
     unit, or one for each of its ``pairs`` of units, the reader first.
     """
+    # Anything but units with a number each is shown as it is.
     units = truth.get("units")
     values = truth.get("effects", truth.get("gold"))
     if not isinstance(units, list) or not isinstance(values, list) or not tokens:

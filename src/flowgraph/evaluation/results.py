@@ -57,6 +57,7 @@ class Evaluation:
             raise InvalidInputError(
                 f"task: must be one that was run, of {', '.join(tasks)}, got {task!r}; see Evaluation.summaries"
             )
+        # From the widest choice to the narrowest.
         rows = [row for row in self.rows if row["items"] == items]
         if task is not None:
             rows = [row for row in rows if row["task"] == task]

@@ -121,9 +121,11 @@ def evaluate(
     Cost: for each item and task: one trace, the task's interventions, and every method once.
     """
     chosen_tasks, chosen_methods = check_request(tasks, methods, items, split, seed)
+    # All items are made before the first is run, so that a fault of a source is found at once.
     splits = SPLITS if split == "both" else (split,)
     places = [place for task in chosen_tasks for name in splits for place in _places(task, name, items, seed)]
 
+    # What decides a result, apart from the items and methods, which records name themselves.
     settings = {**fingerprint(model, tokenizer), "seed": seed}
     with _opened(out, settings) as folder:
         run = _Run(model, tokenizer, chosen_methods, seed, folder, progress)
@@ -155,6 +157,7 @@ def check_request(
         InvalidInputError: an unknown or repeated name, an argument outside its range, methods that give nothing that
             a task reads.
     """
+    # Presets become names before the methods are looked up.
     chosen_tasks = [find_task(name) for name in _names("tasks", tasks)]
     chosen_methods = [find_method(name) for name in expand_methods(_names("methods", methods))]
     for name, value, lowest, highest in (("items", items, 1, _MAX_ITEMS), ("seed", seed, 0, _MAX_SEED)):
@@ -211,6 +214,7 @@ class _Run:
         Raises:
             InvalidInputError: an item that differs from the one of its record.
         """
+        # What is known already decides how much is left, before anything is computed.
         earlier = [self._earlier(place) for place in places]
         missing = [
             missing_methods(record, self._applicable(place)) for place, record in zip(places, earlier, strict=True)
@@ -220,6 +224,7 @@ class _Run:
         self.done = self.total - self.left
         self.began = time.perf_counter()
 
+        # One record is written as soon as its item is finished: a kill loses one item at most.
         records = []
         for place, record, methods in zip(places, earlier, missing, strict=True):
             if record is None or methods:
@@ -324,6 +329,7 @@ def _places(task: EvaluationTask, split: str, number: int, seed: int) -> list[It
             f"tasks: must have items in every split that is run, got none of {task.name!r} in {split!r}; choose "
             "another split or task"
         )
+    # An id names a file.
     seen = set()
     for item in items:
         if not isinstance(item, EvaluationItem):

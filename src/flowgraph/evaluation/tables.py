@@ -157,6 +157,7 @@ def task_table(
 
     Cost: for each row, up to three bootstraps of 10,000 draws and two sign-flip tests of as many flips.
     """
+    # Items that decide nothing are counted, and are in no mean.
     applicable = [method for method in methods if task.reads in method.gives]
     usable = [record for record in records if record["error"] is None and record["unusable"] is None]
     right = [record for record in usable if record["model_right"] is True]
@@ -170,6 +171,7 @@ def task_table(
         if num_wrong:
             rows += _metric_rows(task, split, "right", metric, right, applicable, seed, is_primary)
 
+    # The summary is about the primary metric over all items.
     primary = [row for row in rows if row["primary"] and row["items"] == "all"]
     best_control = next((row["control"] for row in primary if row["control"]), None)
     summary = TaskSummary(
@@ -208,6 +210,7 @@ def _metric_rows(
     is_primary: bool,
 ) -> list[Row]:
     """Compute the rows of one metric over some items, best method first."""
+    # Best first, undefined last, and names decide between equal values, so that the order is fixed.
     columns = [_column(method, metric, records) for method in methods]
     sign = 1 if metric.higher_is_better else -1
 
@@ -216,6 +219,7 @@ def _metric_rows(
         return math.isnan(mean), -sign * mean if not math.isnan(mean) else 0.0, column.method.name
 
     columns.sort(key=from_best)
+    # The references: the best control of this metric, and the text without the model.
     control = next((column for column in columns if column.method.trivial and column.defined.size), None)
     text = next((column for column in columns if column.method.name == TEXT_CONTROL and column.defined.size), None)
 
@@ -261,6 +265,7 @@ def _metric_rows(
 
 def _column(method: EvaluationMethod, metric: Metric, records: Sequence[Record]) -> _Column:
     """Read the values of a method and a metric."""
+    # A method without any score on an item was skipped; one with an undefined value was not.
     values = []
     num_skipped = 0
     for record in records:
@@ -390,6 +395,7 @@ def _outcome_notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence
         return ["no trivial control was run: no score here can be told from one that reads nothing of the model"]
     if not methods:
         return []
+    # A control that is as good as the best method leaves nothing to explain.
     control = next(row for row in primary if row["method"] == summary.best_control)
     sign = 1 if task.metrics[0].higher_is_better else -1
     name = f"the control {summary.best_control} ({control['value']:.3g})"

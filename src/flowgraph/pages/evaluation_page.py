@@ -65,6 +65,7 @@ def figure(value: float | None, *, signed: bool = False) -> str:
     """
     if value is None:
         return NONE
+    # Two decimals resolve what intervals over some dozens of items can tell apart.
     size = abs(value)
     text = f"{size:.2f}" if size < 10 else f"{size:.3g}"
     text = text.removeprefix("0") if text.startswith("0.") else text
@@ -93,9 +94,11 @@ def p_value(p: float | None) -> str:
 
 def _section(number: int, task: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template shows of one task."""
+    # The items that are answered rightly are one more column of the main table.
     right = {
         row["method"]: row for row in task["other_rows"] if row["metric"] == task["metric"] and row["items"] == "right"
     }
+    # The other metrics have a table of their own, a column each.
     others: dict[str, list[Mapping[str, Any]]] = {}
     for row in task["other_rows"]:
         if row["metric"] != task["metric"] and row["items"] == "all":
@@ -114,7 +117,8 @@ def _section(number: int, task: Mapping[str, Any]) -> dict[str, Any]:
         "notes": [visible(note) for note in task["notes"]],
         "control": None if task["best_control"] is None else visible(task["best_control"]),
         "rows": [_cells(row, right) for row in task["rows"]],
-        "has_text": any(row["text_difference"] is not None for row in task["rows"]),
+        # Where text_only is the best control, both differences are the same.
+        "has_text": any(row["text_difference"] is not None and row["control"] != "text_only" for row in task["rows"]),
         "has_right": bool(right),
         "others": _other_columns(task["rows"], others),
         "other_names": [visible(name) for name in others],

@@ -64,6 +64,7 @@ def plot_evaluation(
 
     # The first row of the axis is the lowest, so the best method comes last.
     heights = {row["method"]: len(shown) - 1 - place for place, row in enumerate(shown)}
+    # Bands mark the controls, also where colours are lost.
     for row in shown:
         if row["trivial"]:
             height = heights[row["method"]]
@@ -90,6 +91,7 @@ def plot_evaluation(
     if control is not None:
         ax.axvline(control["value"], color=INK, linewidth=0.8, linestyle="--", label="best control")
 
+    # Names are data: no mathematics, and no missing glyphs.
     names = [drawable(row["method"], _MAX_NAME) for row in reversed(shown)]
     ax.set_yticks(range(len(shown)), names, fontsize=text_size(ax), parse_math=False)
     ax.set_ylim(-0.6, max(len(shown), 1) - 0.4)
