@@ -240,12 +240,15 @@ def _parc_item(entry: Mapping[str, Any], name: str) -> EvaluationItem | None:
                 raise step.wrong("premises", f"numbers from 0 to {len(steps)}", source)
             if source < reader and [reader, source] not in premises:
                 premises.append([reader, source])
+    data: dict[str, Any] = {"question": question, "steps": steps, "premises": premises}
+    if isinstance(checked.get("ground_truth_answer"), str):
+        data["expected"] = checked["ground_truth_answer"]
     return EvaluationItem(
         id=name,
         prompt=chat(question),
         response=_SEPARATOR.join(steps),
         answer=_stated(checked.get("model_answer"), steps[-1]),
-        data={"question": question, "steps": steps, "premises": premises},
+        data=data,
     )
 
 

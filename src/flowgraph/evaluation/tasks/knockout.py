@@ -38,8 +38,8 @@ _BATCH_OF_DISTRIBUTIONS = 2
 """Runs in one pass of ``step_suppression``, which holds the distributions of all later tokens."""
 _KNOCK_OUT_SHOWS = "the scores find what the model's answer depends on through attention, in this text"
 _KNOCK_OUT_CANNOT = (
-    "whether the model is right, how a unit acts, or effects that need two units to be masked together; a masked token "
-    "still passes on what its own position computes"
+    "whether the model is right, how a unit acts, or effects that need two units to be masked together; the token just "
+    "before the answer keeps the influence of its own position"
 )
 
 
@@ -177,7 +177,8 @@ def _edges_between(subject: Subject, source: Sequence[int], reader: Sequence[int
     causal=True,
     restore=PairEffects.restored,
     shows="the edge scores between steps find which later steps the model writes differently without a step",
-    cannot_show="whether a dependence is direct: a step acts on a later one through those between them, too",
+    cannot_show="whether a dependence is direct: a step acts on a later one through those between them; and near steps "
+    "depend on each other most, so a score of distance ranks the pairs well, and partial_spearman is what counts",
     licence=LICENCE,
 )
 def step_suppression(subject: Subject) -> PairEffects:
