@@ -57,6 +57,7 @@ def drops(subject: Subject, units: Sequence[Sequence[int]]) -> Float64[np.ndarra
 
     Cost: 1 + units / 8 forward passes of 8 copies.
     """
+    # A drop is the negative change, so that a unit that supports the answer has a positive effect.
     results = subject.knockouts([Intervention(tokens=list(unit)) for unit in units])
     return np.array([-result.change for result in results], dtype=np.float64)
 
@@ -141,6 +142,7 @@ def question_knockout_own(subject: Subject) -> UnitEffects:
 )
 def edge_knockout(subject: Subject) -> PairEffects:
     """Mask what one part of the text reads from an earlier part: question, 5 chunks of the reasoning, answer."""
+    # The answer's own line is the last reader; its words are never a source.
     reasoning = [position for step in steps_before_answer(subject) for position in step]
     question = subject.positions(subject.question)
     units: Units = [question, *chunks_of(reasoning, NUM_EDGE_CHUNKS), answer_line(subject)]
@@ -163,6 +165,7 @@ def _edges_between(subject: Subject, source: Sequence[int], reader: Sequence[int
     edges = []
     for target in reader:
         for origin in source:
+            # Rows belong to emitting positions, so the edge between neighbours may be a cell of the diagonal.
             row, column = attention_cell(subject.base, origin, target)
             if row != column:
                 edges.append((origin, target))
@@ -190,6 +193,7 @@ def step_suppression(subject: Subject) -> PairEffects:
     which does not change ranks.
     """
     steps = steps_before_answer(subject)
+    # Every step is a source, and every later step and the answer's line a reader.
     units: Units = [*steps, answer_line(subject)]
     pairs = pairs_of(len(units))
     if len(steps) < _MIN_STEPS:

@@ -141,6 +141,7 @@ class PerturbedAnswers:
         """Measure the answer with the attention to each set of tokens masked, several sets in a pass."""
         trace = self._subject.base
         inner = base_model(self._subject.model)
+        # All runs read the same tokens, so the answer stands at the same positions in each.
         answer = trace.answer.cpu().nonzero().flatten()
         ids = trace.token_ids.cpu()[answer]
         values = []
@@ -158,6 +159,7 @@ class PerturbedAnswers:
         inner = base_model(self._subject.model)
         values = []
         for tokens in token_sets:
+            # The answer's positions and ids are those in the shorter text.
             stays = torch.ones(trace.num_tokens, dtype=torch.bool)
             stays[list(tokens)] = False
             places = stays.nonzero().flatten()
@@ -214,6 +216,7 @@ class PerturbationTruth:
 
     def score(self, explanation: Explanation) -> Mapping[str, float]:
         """Run the model in the order of the explanation, at most nine times (five for shares)."""
+        # Only the order among the candidates counts: the template is never perturbed.
         scores = explanation.of_units([[position] for position in self.answers.candidates]).double().cpu().numpy()
         if self.kind in ("deletion", "insertion"):
             return self._along_curve(scores)
@@ -235,6 +238,7 @@ class PerturbationTruth:
 
     def _at_shares(self, scores: Float64[np.ndarray, " tokens"]) -> dict[str, float]:
         """Measure the five shares; values are relative to the full text, so that improbable answers count alike."""
+        # Masks of the best tokens: kept for sufficiency, their complement for comprehensiveness.
         best = metrics.masks_at(scores)
         if self.kind == "comprehensiveness":
             values = self.answers.values(~best) / self.full

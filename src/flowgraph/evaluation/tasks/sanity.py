@@ -95,6 +95,7 @@ class ChangedExplanation:
 
 def _total_variation(before: Float64[np.ndarray, " tokens"], after: Float64[np.ndarray, " tokens"]) -> float:
     """Compute the distance of two score vectors as distributions; NaN where one has no positive score."""
+    # Negative scores argue against the answer and hold no share.
     first = np.maximum(before, 0)
     second = np.maximum(after, 0)
     if first.sum() <= 0 or second.sum() <= 0:
@@ -151,6 +152,7 @@ def target_randomization(subject: Subject) -> ChangedExplanation:
     if other_answer is None:
         nothing = torch.zeros(subject.num_tokens, dtype=torch.bool)
         return ChangedExplanation(None, nothing, "another answer", "no word in the second half of the reasoning")
+    # No token after the other answer can act on it.
     first = int(other_answer.nonzero()[0])
     compared = (subject.question | subject.reasoning) & (position < first)
     other = changed_subject(subject, answer=other_answer)
@@ -161,6 +163,7 @@ def _other_answer(subject: Subject) -> Bool[Tensor, " tokens"] | None:
     """Choose the first word in the second half of the reasoning, with as many tokens as the answer if possible."""
     reasoning = subject.positions(subject.reasoning)
     size = int(subject.answer.sum())
+    # In the second half, so that question and part of the reasoning lie before it.
     words = [place for place in reasoning[len(reasoning) // 2 :] if has_alphanumeric(subject.base.tokens[place])]
     if not words:
         return None
