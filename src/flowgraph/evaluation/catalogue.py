@@ -42,8 +42,8 @@ def find_task(name: str) -> EvaluationTask:
     known = registered_tasks()
     if name not in known:
         raise InvalidInputError(
-            f"tasks: must be of {', '.join(sorted(known)) or 'none'}, got {name!r}; register your own with "
-            "flowgraph.evaluation_task"
+            f"tasks: must be of {', '.join(sorted(known)) or 'none'}, or one made on demand such as 'deletion:remove' "
+            f"or 'parc:PATH', got {name!r}; register your own with flowgraph.evaluation_task"
         )
     return known[name]
 

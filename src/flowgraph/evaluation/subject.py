@@ -34,6 +34,9 @@ class Subject:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, item: EvaluationItem) -> None:
         """Tokenize the item, generate its response where it has none, and find its regions.
 
+        A tokenizer without a chat template reads the contents of chat messages as plain text, each followed by a line
+        break.
+
         Raises:
             RegionError, NoAnswerError: the regions cannot be found.
             CaptureError, MemoryLimitError: the model cannot be traced, or the trace would not fit.
@@ -44,7 +47,7 @@ class Subject:
         self.base: FlowTrace = trace(
             model,
             tokenizer,
-            item.prompt,  # type: ignore[arg-type]
+            _readable_prompt(tokenizer, item.prompt),  # type: ignore[arg-type]
             item.response,
             question=item.question,
             answer=item.answer,
@@ -127,3 +130,14 @@ class Subject:
     def positions(self, mask: Bool[Tensor, " tokens"]) -> list[int]:
         """List the positions where a mask is True."""
         return torch.nonzero(mask).flatten().tolist()
+
+
+def _readable_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> Any:
+    """Return a prompt as it is, or as plain text where it is a chat and the tokenizer has no template for chats."""
+    if isinstance(prompt, str) or getattr(tokenizer, "chat_template", None):
+        return prompt
+    contents = [message.get("content") for message in prompt]
+    if not all(isinstance(content, str) for content in contents):
+        # Contents in parts need a template: the trace says so.
+        return prompt
+    return "".join(f"{content}\n" for content in contents)

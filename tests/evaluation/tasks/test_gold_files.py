@@ -100,7 +100,7 @@ def test_parc_gives_the_premises_of_each_step(tmp_path: Path):
     assert task.reads == "edges"
     (item,) = task.items("test", 60, 0)
     subject = subject_of(item)
-    assert subject.base.text_of(subject.answer) == "7"
+    assert subject.base.text_of(subject.answer) == item.data["expected"] == "7"
     truth = task.function(subject)
     assert truth.unusable is None
     assert [text_of(subject, unit) for unit in truth.units] == [PARC["question"], *PARC["steps"]]

@@ -26,10 +26,11 @@ class Additive(PerturbedAnswers):
         self.candidates = list(range(len(weights)))
         self.perturbation = "mask"
         self.weights = weights
-        self.calls = 0
+
+    def ends(self) -> tuple[float, float]:
+        return float(self.weights.sum()), 0.0
 
     def values(self, kept: np.ndarray) -> np.ndarray:
-        self.calls += len(kept)
         return kept @ self.weights
 
 
@@ -122,6 +123,17 @@ def test_each_set_of_tokens_is_measured_once_and_shared_between_tasks():
     assert other.answers is truth.answers
     other.score(scores)
     assert truth.answers.num_measured == 2 + 9 + 9
+
+
+def test_values_do_not_depend_on_what_was_measured_before():
+    rng = np.random.default_rng(2)
+    first = PerturbedAnswers(subject())
+    orders = [rng.permutation(len(first.candidates)) for _ in range(3)]
+    masks = [np.array([order < size for size in (90, 40, 7)]) for order in orders]
+    forwards = [first.values(mask) for mask in masks]
+    second = PerturbedAnswers(subject())
+    backwards = [second.values(mask) for mask in masks[::-1]][::-1]
+    assert all(np.array_equal(one, other) for one, other in zip(forwards, backwards, strict=True))
 
 
 def test_candidates_are_question_and_reasoning():

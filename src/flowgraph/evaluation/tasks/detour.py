@@ -145,6 +145,7 @@ def _counting(rng: random.Random, split: str, names: Sequence[str], roles: Seque
 def _placing(rng: random.Random, split: str, names: Sequence[str], roles: Sequence[Named]) -> tuple[str, list[_Chain]]:
     """Make two places, which facts, reasoning and answer describe in different words."""
     thing = rng.choice(["bag", "coat", "hat"] if split == "dev" else ["phone", "scarf", "umbrella"])
+    # Both people own the same kind of thing, so only the role in the question tells them apart.
     places = rng.sample(_PLACES[split], 2)
     chains = [
         _Chain(
@@ -182,6 +183,7 @@ def detour_items(split: str, number: int, seed: int) -> list[EvaluationItem]:
     items: list[EvaluationItem] = []
     seen: set[str] = set()
     for index in range(number):
+        # The families alternate, so that the first items hold both.
         family = "counting" if index % 2 == 0 else "placing"
         for _ in range(_TRIES):
             item = _detour_item(rng, split, family, f"detour-{split}-{seed}-{index}")
@@ -213,6 +215,7 @@ def _detour_item(rng: random.Random, split: str, family: str, name: str) -> Eval
         part = list(zip(sentences, (True, False), strict=True))
         rng.shuffle(part)
         parts.append(part)
+    # The question stands last in the prompt, and asks for the first chain.
     prompt_parts = [*parts[0], *parts[1]]
     prompt = " ".join([*(sentence for sentence, _ in prompt_parts), question])
     answer = chains[0].answer

@@ -73,6 +73,7 @@ def file_task(name: str, path: str) -> EvaluationTask:
     for number, (label, entry) in enumerate(entries):
         where = f"{name}: entry {label} of {path}"
         items.append(file_format.item_of(_Entry(entry, where), f"{name}-{number}"))
+    # The digest tells files of one name apart, and a file from its later version.
     digest = hashlib.sha256(content).hexdigest()[:6]
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(path).stem)[:40]
     return EvaluationTask(
@@ -92,6 +93,7 @@ def file_task(name: str, path: str) -> EvaluationTask:
 def _chosen(items: Sequence[EvaluationItem | None], split: str, number: int, seed: int) -> list[EvaluationItem]:
     """Draw items of a split; all of them where there are fewer than asked for."""
     check_items(split, number)
+    # The same entries belong to a split for every seed and number.
     of_split = items[::2] if split == "test" else items[1::2]
     found = [item for item in of_split if item is not None]
     random.Random(seed).shuffle(found)
@@ -121,6 +123,7 @@ def _entries(name: str, path: str, content: bytes) -> list[tuple[str, Any]]:
         raise InvalidInputError(
             f"tasks: {name} must be UTF-8 text, got byte {error.start} of {path!r} that is not; convert the file"
         ) from None
+    # A file of several lines is no single JSON value: then each line is one.
     try:
         parsed = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -240,12 +243,15 @@ def _parc_item(entry: Mapping[str, Any], name: str) -> EvaluationItem | None:
                 raise step.wrong("premises", f"numbers from 0 to {len(steps)}", source)
             if source < reader and [reader, source] not in premises:
                 premises.append([reader, source])
+    data: dict[str, Any] = {"question": question, "steps": steps, "premises": premises}
+    if isinstance(checked.get("ground_truth_answer"), str):
+        data["expected"] = checked["ground_truth_answer"]
     return EvaluationItem(
         id=name,
         prompt=chat(question),
         response=_SEPARATOR.join(steps),
         answer=_stated(checked.get("model_answer"), steps[-1]),
-        data={"question": question, "steps": steps, "premises": premises},
+        data=data,
     )
 
 
@@ -353,6 +359,7 @@ def _processbench_item(entry: Mapping[str, Any], name: str) -> EvaluationItem | 
         raise checked.wrong("final_answer_correct", "true or false", is_correct)
     if not -1 <= label < len(steps):
         raise checked.wrong("label", f"-1 or the place of a step, below {len(steps)}", label)
+    # Without a wrong step, or with a right answer despite it, there is nothing to find.
     if label < 0 or is_correct:
         return None
     return EvaluationItem(
@@ -366,8 +373,8 @@ def _processbench_item(entry: Mapping[str, Any], name: str) -> EvaluationItem | 
 def processbench_truth(subject: Subject) -> GoldUnits:
     """Find the first wrong step of a solution with a wrong answer."""
     data = subject.item.data
-    answer = set(subject.positions(subject.answer))
-    first_answer = min(answer)
+    # What is written after the answer cannot have led to it.
+    first_answer = min(subject.positions(subject.answer))
     units = []
     gold = []
     for number, step in enumerate(tokens_of_passages(subject, data["steps"], "response")):

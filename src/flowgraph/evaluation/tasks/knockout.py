@@ -38,8 +38,8 @@ _BATCH_OF_DISTRIBUTIONS = 2
 """Runs in one pass of ``step_suppression``, which holds the distributions of all later tokens."""
 _KNOCK_OUT_SHOWS = "the scores find what the model's answer depends on through attention, in this text"
 _KNOCK_OUT_CANNOT = (
-    "whether the model is right, how a unit acts, or effects that need two units to be masked together; a masked token "
-    "still passes on what its own position computes"
+    "whether the model is right, how a unit acts, or effects that need two units to be masked together; the token just "
+    "before the answer keeps the influence of its own position"
 )
 
 
@@ -57,6 +57,7 @@ def drops(subject: Subject, units: Sequence[Sequence[int]]) -> Float64[np.ndarra
 
     Cost: 1 + units / 8 forward passes of 8 copies.
     """
+    # A drop is the negative change, so that a unit that supports the answer has a positive effect.
     results = subject.knockouts([Intervention(tokens=list(unit)) for unit in units])
     return np.array([-result.change for result in results], dtype=np.float64)
 
@@ -141,6 +142,7 @@ def question_knockout_own(subject: Subject) -> UnitEffects:
 )
 def edge_knockout(subject: Subject) -> PairEffects:
     """Mask what one part of the text reads from an earlier part: question, 5 chunks of the reasoning, answer."""
+    # The answer's own line is the last reader; its words are never a source.
     reasoning = [position for step in steps_before_answer(subject) for position in step]
     question = subject.positions(subject.question)
     units: Units = [question, *chunks_of(reasoning, NUM_EDGE_CHUNKS), answer_line(subject)]
@@ -163,6 +165,7 @@ def _edges_between(subject: Subject, source: Sequence[int], reader: Sequence[int
     edges = []
     for target in reader:
         for origin in source:
+            # Rows belong to emitting positions, so the edge between neighbours may be a cell of the diagonal.
             row, column = attention_cell(subject.base, origin, target)
             if row != column:
                 edges.append((origin, target))
@@ -177,7 +180,8 @@ def _edges_between(subject: Subject, source: Sequence[int], reader: Sequence[int
     causal=True,
     restore=PairEffects.restored,
     shows="the edge scores between steps find which later steps the model writes differently without a step",
-    cannot_show="whether a dependence is direct: a step acts on a later one through those between them, too",
+    cannot_show="whether a dependence is direct: a step acts on a later one through those between them; and near steps "
+    "depend on each other most, so a score of distance ranks the pairs well, and partial_spearman is what counts",
     licence=LICENCE,
 )
 def step_suppression(subject: Subject) -> PairEffects:
@@ -189,6 +193,7 @@ def step_suppression(subject: Subject) -> PairEffects:
     which does not change ranks.
     """
     steps = steps_before_answer(subject)
+    # Every step is a source, and every later step and the answer's line a reader.
     units: Units = [*steps, answer_line(subject)]
     pairs = pairs_of(len(units))
     if len(steps) < _MIN_STEPS:

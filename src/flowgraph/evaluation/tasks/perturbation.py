@@ -78,6 +78,7 @@ class PerturbedAnswers:
     Attributes:
         candidates: positions of the tokens that may be perturbed: question and reasoning.
         perturbation: ``"mask"``: no later position may read the token; ``"remove"``: the token is not in the text.
+        num_measured: runs of the model so far.
     """
 
     def __init__(self, subject: Subject, perturbation: Perturbation = "mask") -> None:
@@ -92,8 +93,15 @@ class PerturbedAnswers:
             )
         self.perturbation: Perturbation = perturbation
         self.candidates = subject.positions(subject.question | subject.reasoning)
+        self.num_measured = 0
         self._subject = subject
-        self._known: dict[frozenset[int], float] = {}
+        self._known: dict[bytes, Float64[np.ndarray, " masks"]] = {}
+
+    def ends(self) -> tuple[float, float]:
+        """Measure the answer with all candidates and with none; once."""
+        both = np.array([[True], [False]]).repeat(len(self.candidates), axis=1)
+        full, empty = self._measured(both)
+        return float(full), float(empty)
 
     def values(self, kept: Bool[np.ndarray, "masks candidates"]) -> Float64[np.ndarray, " masks"]:
         r"""Measure the answer for each mask of kept candidates.
@@ -105,43 +113,55 @@ class PerturbedAnswers:
         Args:
             kept: True for candidates that are left in place.
 
-        Cost: one run for each mask that was not measured before, five runs a pass.
+        Cost: one run for each mask between the two ends, five runs a pass; none for masks that were measured before.
         """
-        positions = np.asarray(self.candidates)
-        perturbed = [frozenset(positions[~mask].tolist()) for mask in kept]
-        missing = [tokens for tokens in dict.fromkeys(perturbed) if tokens not in self._known]
-        measure = self._masked if self.perturbation == "mask" else self._removed
-        self._known.update(zip(missing, measure(missing), strict=True))
-        return np.array([self._known[tokens] for tokens in perturbed])
+        full, empty = self.ends()
+        values = np.where(kept.all(axis=1), full, empty)
+        is_between = ~kept.all(axis=1) & kept.any(axis=1)
+        if is_between.any():
+            values[is_between] = self._measured(kept[is_between])
+        return values
 
-    @property
-    def num_measured(self) -> int:
-        """Number of different sets of tokens that were measured."""
-        return len(self._known)
+    def _measured(self, kept: Bool[np.ndarray, "masks candidates"]) -> Float64[np.ndarray, " masks"]:
+        """Measure masks, or return what was measured of exactly these masks before.
 
-    def _masked(self, token_sets: Sequence[frozenset[int]]) -> list[float]:
+        The same masks are always measured in the same batches. So their values, rounding included, do not depend on
+        the explanations before, and a run that is continued gives the same table as one that was not interrupted.
+        """
+        key = kept.tobytes()
+        if key not in self._known:
+            positions = np.asarray(self.candidates)
+            perturbed = [positions[~mask].tolist() for mask in kept]
+            measure = self._masked if self.perturbation == "mask" else self._removed
+            self._known[key] = np.array(measure(perturbed))
+            self.num_measured += len(kept)
+        return self._known[key]
+
+    def _masked(self, token_sets: Sequence[Sequence[int]]) -> list[float]:
         """Measure the answer with the attention to each set of tokens masked, several sets in a pass."""
         trace = self._subject.base
         inner = base_model(self._subject.model)
+        # All runs read the same tokens, so the answer stands at the same positions in each.
         answer = trace.answer.cpu().nonzero().flatten()
         ids = trace.token_ids.cpu()[answer]
         values = []
         for first in range(0, len(token_sets), _BATCH):
             batch = token_sets[first : first + _BATCH]
-            with attention_cut(inner, trace, [Intervention(tokens=sorted(tokens)) for tokens in batch]):
+            with attention_cut(inner, trace, [Intervention(tokens=tokens) for tokens in batch]):
                 logprobs = answer_logprobs(inner, trace, answer, len(batch))
             of_answer = logprobs.gather(2, ids[None, :, None].expand(len(batch), -1, 1))[..., 0]
             values += of_answer.mean(1).exp().tolist()
         return values
 
-    def _removed(self, token_sets: Sequence[frozenset[int]]) -> list[float]:
+    def _removed(self, token_sets: Sequence[Sequence[int]]) -> list[float]:
         """Measure the answer in the text without each set of tokens; later tokens move up."""
         trace = self._subject.base
         inner = base_model(self._subject.model)
         values = []
         for tokens in token_sets:
+            # The answer's positions and ids are those in the shorter text.
             stays = torch.ones(trace.num_tokens, dtype=torch.bool)
-            stays[sorted(tokens)] = False
+            stays[list(tokens)] = False
             places = stays.nonzero().flatten()
             shortened = replace(
                 trace,
@@ -182,8 +202,7 @@ class PerturbationTruth:
         self.full = math.nan
         self.empty = math.nan
         if len(answers.candidates) >= _MIN_TOKENS:
-            ends = np.array([[True], [False]]).repeat(len(answers.candidates), axis=1)
-            self.full, self.empty = answers.values(ends).tolist()
+            self.full, self.empty = answers.ends()
 
     @property
     def unusable(self) -> str | None:
@@ -197,6 +216,7 @@ class PerturbationTruth:
 
     def score(self, explanation: Explanation) -> Mapping[str, float]:
         """Run the model in the order of the explanation, at most nine times (five for shares)."""
+        # Only the order among the candidates counts: the template is never perturbed.
         scores = explanation.of_units([[position] for position in self.answers.candidates]).double().cpu().numpy()
         if self.kind in ("deletion", "insertion"):
             return self._along_curve(scores)
@@ -218,6 +238,7 @@ class PerturbationTruth:
 
     def _at_shares(self, scores: Float64[np.ndarray, " tokens"]) -> dict[str, float]:
         """Measure the five shares; values are relative to the full text, so that improbable answers count alike."""
+        # Masks of the best tokens: kept for sufficiency, their complement for comprehensiveness.
         best = metrics.masks_at(scores)
         if self.kind == "comprehensiveness":
             values = self.answers.values(~best) / self.full

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from flowgraph.errors import InvalidInputError
 from flowgraph.evaluation import metrics
 from flowgraph.evaluation.changed_subject import changed_subject
+from flowgraph.evaluation.randomized_model import randomized_copy
 from flowgraph.evaluation.records import Explanation
 from flowgraph.evaluation.registry import Metric, evaluation_task
 from flowgraph.evaluation.subject import Subject
 from flowgraph.evaluation.tasks.texts import LICENCE, reasoned_items
-from flowgraph.memory import require_memory
 from flowgraph.text.sentences import has_alphanumeric
 
 _MIN_TOKENS = 10
@@ -96,6 +95,7 @@ class ChangedExplanation:
 
 def _total_variation(before: Float64[np.ndarray, " tokens"], after: Float64[np.ndarray, " tokens"]) -> float:
     """Compute the distance of two score vectors as distributions; NaN where one has no positive score."""
+    # Negative scores argue against the answer and hold no share.
     first = np.maximum(before, 0)
     second = np.maximum(after, 0)
     if first.sum() <= 0 or second.sum() <= 0:
@@ -108,61 +108,11 @@ def _total_variation(before: Float64[np.ndarray, " tokens"], after: Float64[np.n
 _RANDOMIZED: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
-def randomized_model(model: nn.Module, seed: int = _SEED) -> nn.Module:
-    """Copy a model and draw the matrices of its layers anew, each with the spread that it had.
-
-    Embeddings and output head keep their values and are not copied; neither are gains and biases drawn anew. So the
-    copy reads the same tokens at the same scale, and has learned nothing.
-
-    Args:
-        model: a Hugging Face causal LM; it stays as it is.
-        seed: of the draws.
-
-    Returns:
-        The copy, in evaluation mode.
-
-    Raises:
-        MemoryLimitError: the copy does not fit into memory.
-        InvalidInputError: the model has no matrices beside its embeddings.
-
-    Cost: memory of all weights but the embeddings.
-
-    Source: Adebayo et al. 2018, Sanity Checks for Saliency Maps, arXiv 1810.03292, section 3.
-    """
-    kept = _embedding_parameters(model)
-    copied = [parameter for parameter in model.parameters() if id(parameter) not in kept]
-    if not any(_is_drawn(parameter) for parameter in copied):
-        raise InvalidInputError(
-            f"model: must have matrices of floating point beside its embeddings to draw anew, got none in "
-            f"{type(model).__name__}; load it without quantization"
-        )
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in copied)
-    require_memory(num_bytes, "parameter_randomization", "leave the task out, or load the model in a smaller dtype")
-
-    # The embeddings stand for themselves in the copy.
-    randomized = copy.deepcopy(model, dict(kept))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in randomized.parameters():
-            if id(parameter) not in kept and _is_drawn(parameter):
-                drawn = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(drawn * float(parameter.float().std()))
-    return randomized.eval()
-
-
-def _is_drawn(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is a matrix of floating point; gains and biases keep their values."""
-    return parameter.ndim >= 2 and parameter.is_floating_point()
-
-
-def _embedding_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
-    """Return the parameters of input and output embeddings by their identity."""
-    kept: dict[int, nn.Parameter] = {}
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, name, lambda: None)()
-        if module is not None:
-            kept |= {id(parameter): parameter for parameter in module.parameters()}
-    return kept
+def _randomized(model: nn.Module) -> nn.Module:
+    """Return the copy of a model with the weights of all layers in random order; one copy for all items and methods."""
+    if model not in _RANDOMIZED:
+        _RANDOMIZED[model] = randomized_copy(model, seed=_SEED)
+    return _RANDOMIZED[model]
 
 
 @evaluation_task(
@@ -175,13 +125,11 @@ def _embedding_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
     paired=True,
 )
 def parameter_randomization(subject: Subject) -> ChangedExplanation:
-    """Draw the matrices of all layers anew, and compare the scores of question and reasoning before and after."""
+    """Put the weights of all layers in random order; compare the scores of question and reasoning before and after."""
     compared = subject.question | subject.reasoning
     if int(compared.sum()) < _MIN_TOKENS:
         return ChangedExplanation(None, compared, "random weights")
-    if subject.model not in _RANDOMIZED:
-        _RANDOMIZED[subject.model] = randomized_model(subject.model)
-    other = changed_subject(subject, model=_RANDOMIZED[subject.model])
+    other = changed_subject(subject, model=_randomized(subject.model))
     return ChangedExplanation(other, compared, "random weights")
 
 
@@ -204,6 +152,7 @@ def target_randomization(subject: Subject) -> ChangedExplanation:
     if other_answer is None:
         nothing = torch.zeros(subject.num_tokens, dtype=torch.bool)
         return ChangedExplanation(None, nothing, "another answer", "no word in the second half of the reasoning")
+    # No token after the other answer can act on it.
     first = int(other_answer.nonzero()[0])
     compared = (subject.question | subject.reasoning) & (position < first)
     other = changed_subject(subject, answer=other_answer)
@@ -214,6 +163,7 @@ def _other_answer(subject: Subject) -> Bool[Tensor, " tokens"] | None:
     """Choose the first word in the second half of the reasoning, with as many tokens as the answer if possible."""
     reasoning = subject.positions(subject.reasoning)
     size = int(subject.answer.sum())
+    # In the second half, so that question and part of the reasoning lie before it.
     words = [place for place in reasoning[len(reasoning) // 2 :] if has_alphanumeric(subject.base.tokens[place])]
     if not words:
         return None

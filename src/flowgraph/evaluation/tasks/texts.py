@@ -96,6 +96,7 @@ def _arithmetic(rng: random.Random, words: Words, split: str) -> Problem:
     start = rng.randint(11, 30)
     more = rng.randint(3, 19)
     less = rng.randint(2, 9)
+    # The smaller amount is below the first one, so that no intermediate result is negative.
     if split == "dev":
         total = start + more
         result = total - less
@@ -132,9 +133,10 @@ def _arithmetic(rng: random.Random, words: Words, split: str) -> Problem:
 def _ordering(rng: random.Random, words: Words, split: str) -> Problem:
     """Make an order of four people from three comparisons in random sequence."""
     people = rng.sample(words.names, 4)
-    relation, superlative, opposite = ("taller", "tallest", "shortest")
-    if split == "test":
-        relation, superlative, opposite = ("older", "oldest", "youngest")
+    relation = "taller" if split == "dev" else "older"
+    superlative = "tallest" if split == "dev" else "oldest"
+    opposite = "shortest" if split == "dev" else "youngest"
+    # The facts are shuffled, so that the first or last name is not the answer.
     facts = [f"{high} is {relation} than {low}." for high, low in pairwise(people)]
     rng.shuffle(facts)
     asks_first = rng.random() < 0.5
@@ -156,6 +158,7 @@ def _ordering(rng: random.Random, words: Words, split: str) -> Problem:
 def _lookup(rng: random.Random, words: Words, split: str) -> Problem:
     """Make a table of four entries of which one is asked for."""
     people = rng.sample(words.names, 4)
+    # Distinct numbers of two digits: the answer stands once in the table.
     numbers = rng.sample(range(11, 99), 4)
     asked = rng.randrange(4)
     answer = str(numbers[asked])
@@ -193,6 +196,7 @@ def _kinship(rng: random.Random, words: Words, split: str) -> Problem:
     links = rng.choice(sorted(_KINSHIP))
     answer = _KINSHIP[links]
     article = "an" if answer[0] in "au" else "a"
+    # Names fit the relations: a mother has the name of a woman.
     women = rng.sample(words.women, 3)
     men = rng.sample(words.men, 3)
     first = women.pop() if links[0] in ("mother", "sister") else men.pop()
@@ -234,7 +238,10 @@ def _conversion(rng: random.Random, words: Words, split: str) -> Problem:
     name = rng.choice(words.names)
     large = rng.randint(2, 6)
     if split == "dev":
-        thing, unit, small, factor = (rng.choice(["rope", "board", "ribbon"]), "meters", "centimeters", 100)
+        thing = rng.choice(["rope", "board", "ribbon"])
+        unit = "meters"
+        small = "centimeters"
+        factor = 100
         part = 10 * rng.randint(2, 9)
         question = (
             f"A {thing} is {large} {unit} long. {name} cuts off {part} {small}. How many {small} of the {thing} are "
@@ -242,7 +249,10 @@ def _conversion(rng: random.Random, words: Words, split: str) -> Problem:
         )
         action = f"{name} cuts off {part} {small}."
     else:
-        thing, unit, small, factor = (rng.choice(["concert", "train ride", "match"]), "hours", "minutes", 60)
+        thing = rng.choice(["concert", "train ride", "match"])
+        unit = "hours"
+        small = "minutes"
+        factor = 60
         part = 5 * rng.randint(2, 9)
         question = (
             f"A {thing} takes {large} {unit}. {name} leaves {part} {small} before the end. For how many {small} does "
@@ -343,6 +353,7 @@ def _distinct(split: str, seed: int, families: Sequence[str]) -> Iterator[Proble
             return
         if not is_open[family]:
             continue
+        # A draw may repeat an earlier problem; a family that only repeats itself is exhausted.
         for _ in range(_TRIES):
             problem = FAMILIES[family](random_of[family], WORDS[split], split)
             if problem.question not in seen:

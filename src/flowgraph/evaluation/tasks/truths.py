@@ -54,6 +54,7 @@ class UnitEffects:
     def score(self, explanation: Explanation) -> Mapping[str, float]:
         """Compare the summed scores of the units with their effects."""
         scores = explanation.of_units(self.units).double().cpu().numpy()
+        # Controls of the partial correlation: late and long units matter more, whatever they say.
         position = [float(np.mean(unit)) for unit in self.units]
         length = [float(len(unit)) for unit in self.units]
         return {
@@ -107,6 +108,7 @@ class PairEffects:
         """Compare the summed edge scores between units with the effects."""
         between = explanation.between_units(self.units).double().cpu().numpy()
         scores = np.array([between[reader, source] for reader, source in self.pairs])
+        # Controls of the partial correlation: near and large pairs have larger effects.
         distance = [float(reader - source) for reader, source in self.pairs]
         size = [float(len(self.units[reader]) * len(self.units[source])) for reader, source in self.pairs]
         return {
@@ -123,6 +125,7 @@ class PairEffects:
         for reader in np.unique(readers):
             of_reader = readers == reader
             correlations.append(metrics.rank_correlation(scores[of_reader], self.effects[of_reader]))
+        # Readers with fewer than three sources have no correlation.
         defined = [value for value in correlations if not np.isnan(value)]
         return float(np.mean(defined)) if defined else float("nan")
 
@@ -234,6 +237,7 @@ def gold_figures(scores: Float64[np.ndarray, " units"], gold: Bool[np.ndarray, "
 
 def reason_against(effects: Float64[np.ndarray, " units"], minimum: int, what: str = "units") -> str | None:
     """Return why measured effects decide nothing; None if they do."""
+    # Too few units come first: the other reasons need at least one effect.
     if len(effects) < minimum:
         return f"{len(effects)} {what}, fewer than the {minimum} that a ranking needs"
     if np.abs(effects).max() < SMALLEST_EFFECT:

@@ -33,6 +33,7 @@ def lines_of(subject: Subject, mask: Bool[Tensor, " tokens"]) -> Units:
     high = positions[-1] + 1
     text = TokenText.of(subject.base.tokens, subject.base.spans, subject.base.text)
     starts, _ = starts_by_rule("lines", text, [(low, high)], "reasoning")
+    # Each line reaches to the start of the next one.
     edges = [low, *sorted(set(starts) - {low}), high]
     chosen = set(positions)
     units = []
@@ -75,6 +76,7 @@ def answer_line(subject: Subject) -> list[int]:
 
 def steps_before_answer(subject: Subject) -> Units:
     """Split the reasoning into its lines, without the words that lead up to the answer in the answer's own line."""
+    # "Answer:" belongs to the form of the response, not to the reasoning.
     cue = set(answer_line(subject))
     steps = [[position for position in line if position not in cue] for line in lines_of(subject, subject.reasoning)]
     return [step for step in steps if step]
@@ -127,6 +129,7 @@ def tokens_of_passages(subject: Subject, passages: Sequence[str], part: Literal[
         InvalidInputError: a passage is not there.
     """
     text = subject.base.text
+    # The response begins at its first token; a passage may stand in both parts.
     border = int(subject.base.spans[subject.prompt_length, 0])
     place = 0 if part == "prompt" else border
     limit = border if part == "prompt" else len(text)
