@@ -152,11 +152,11 @@ def _marked_shares(task: Task, responses: list[tuple[Sample, str]], num_tokens: 
 def _by_group(samples: list[Sample], rewards: list[float], key: str | None) -> dict[str, Any]:
     """Return the share of right answers with its interval, in all and for each value of a key, in rising order."""
     groups: dict[str, list[float]] = {"all": list(rewards)}
-    values = sorted({sample.metadata[key] for sample in samples}) if key is not None else []
-    for value in values:
-        groups[str(value)] = [
-            reward for sample, reward in zip(samples, rewards, strict=True) if sample.metadata[key] == value
-        ]
+    if key is not None:
+        for value in sorted({sample.metadata[key] for sample in samples}):
+            groups[str(value)] = [
+                reward for sample, reward in zip(samples, rewards, strict=True) if sample.metadata[key] == value
+            ]
     results = {}
     for name, group in groups.items():
         num_right = sum(group)
