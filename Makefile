@@ -165,7 +165,7 @@ gpu-bench: $(VENV)/.bench  ## measure correctness, credit, long texts and kernel
 
 ARMS := uniform,random,oracle,oracle:soft,entropy,entropy:soft,max_attention,max_attention:soft,flow,flow:rows=literal,flow:soft,flow:bottom_q,reach:soft,reach_entropy:soft,flow_entropy,flow_entropy:soft,shuffled_flow:soft,atpo:soft,correlation,correlation:soft,fai,waad,coupled:raw,gradient,gradient:soft
 ALIGN := --task chain --batches 200 --arms $(ARMS) --baselines uniform,random,max_attention
-study: $(VENV)/.bench  ## compare credit rules: runs of every arm and level, alignment, and the speed beside TRL (a day)
+study: $(VENV)/.bench  ## compare credit rules: runs of every arm and level, alignment, and the speed beside TRL (many hours)
 	$(BIN)/python -m benchmarks.study.credit_study --workers $(WORKERS)
 	$(BIN)/python -m benchmarks.study.rl_study --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/flowgraph-rl align $(ALIGN) --out benchmarks/results/alignment_start

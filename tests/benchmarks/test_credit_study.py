@@ -9,7 +9,7 @@ from benchmarks.study import credit_study, paired_runs
 from benchmarks.study.credit_study import Job, Level, best_rates, chosen, credit_of, one_run, report, run_key
 from benchmarks.study.paired_runs import add_holm, finished, paired_test, run_all, sign_flip_p
 
-from rl import ConfigError, PPOConfig
+from rl import ConfigError, CreditConfig, PPOConfig
 
 LEVEL = "0:5"
 
@@ -138,6 +138,11 @@ def test_a_wrong_name_or_another_length_is_refused(tmp_path):
     log.write_text(json.dumps(finished_run("uniform", 1e-3, 0, [0.1, 0.2])) + "\n")
     with pytest.raises(ConfigError, match=r"--steps: must be that of the runs in .*, got 5 and a run of 2; give --out"):
         credit_study.check_log(log, 5)
+
+
+def test_every_arm_is_valid_at_every_level_and_recommended_is_the_recommended_one():
+    credit_study.check_arms(list(credit_study.ARMS), list(credit_study.LEVELS))
+    assert CreditConfig(**credit_study.ARMS["recommended"]) == CreditConfig.recommended()
 
 
 def test_settings_are_those_of_the_study():
