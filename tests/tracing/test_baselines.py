@@ -11,7 +11,7 @@ from rich.console import Console
 
 from flowgraph import Baselines, FlowTrace, InvalidInputError, RelevanceTrace, compose, trace
 from flowgraph.analysis.statistics import spearman
-from flowgraph.capacities.gradient_input import gradient_times_input
+from flowgraph.capacities.gradient import capture_input_gradient
 from flowgraph.commands.terminal import baselines_line, baselines_table
 from tests.fixtures.models import build, sequences
 from tests.fixtures.tiny import PROMPT, RESPONSE, tiny, tiny_model
@@ -29,7 +29,7 @@ def test_gradient_times_input_is_the_derivative_along_each_embedding():
     model = build("llama", dtype=torch.float64)
     ids = sequences()[0]
     answer = torch.arange(len(ids)) == len(ids) - 1
-    found = gradient_times_input(model, ids, answer)
+    found = capture_input_gradient(model, ids, answer).product
 
     # L(x0 + e x0[t]) - L(x0 - e x0[t]), by the model's own embeddings.
     embedded = model.get_input_embeddings()(ids[None]).detach()
@@ -47,7 +47,7 @@ def test_gradient_times_input_is_the_derivative_along_each_embedding():
         derivative = (logprob(1 + change) - logprob(1 - change)) / (2 * step)
         assert float(found[token]) == pytest.approx(derivative, rel=0.02, abs=1e-4)
     with torch.inference_mode():
-        assert torch.equal(gradient_times_input(model, ids, answer), found)
+        assert torch.equal(capture_input_gradient(model, ids, answer).product, found)
 
 
 @pytest.mark.parametrize("region", ["reasoning", "question", "all"])

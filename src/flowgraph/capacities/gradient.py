@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
 from flowgraph.attention.attention_rows import AttentionRows, Layer
+from flowgraph.attention.capture import check_fits, checked_ids, evaluating, forward_arguments, input_device
 from flowgraph.attention.interception import AttentionDispatch
 from flowgraph.attention.layer_record import in_steps
-from flowgraph.attention.modules import first_block, text_decoder
+from flowgraph.attention.modules import base_model, first_block, text_decoder
 from flowgraph.capacities.predictions import Target, forward_logits, objective_of, predicting_rows
 from flowgraph.capacities.tape import Tape, TapeLayer
 from flowgraph.errors import CaptureError
@@ -187,61 +188,81 @@ def capture_gradient(
 
 @dataclass(frozen=True, eq=False)
 class InputGradient:
-    """The gradient of the answer's score at the input of the first block.
+    """The gradient of the answer's score at the input of the first block, of one text.
 
     Attributes:
-        x0: ``[batch, tokens, width]``, the input of the first block: embeddings, scaled and with learned positions
-            where the model has them.
-        gradient: ``[batch, tokens, width]``, dL/dx0; 0 at tokens that the target does not depend on.
-        value: L, the target summed over the answer's tokens of the batch.
+        x0: ``[tokens, width]``, the input of the first block: embeddings, scaled and with learned positions where the
+            model has them.
+        gradient: ``[tokens, width]``, dL/dx0; 0 at tokens that the target does not depend on.
+        value: L, the target summed over the answer's tokens.
     """
 
-    x0: Float[Tensor, "batch tokens width"]
-    gradient: Float[Tensor, "batch tokens width"]
+    x0: Float[Tensor, "tokens width"]
+    gradient: Float[Tensor, "tokens width"]
     value: float
+
+    @property
+    def product(self) -> Float64[Tensor, " tokens"]:
+        r"""Gradient x input of each token, signed: :math:`\langle x_0[t], dL/dx_0[t] \rangle`, in units of L."""
+        return (self.x0.double() * self.gradient.double()).sum(-1).cpu()
+
+    @property
+    def norm(self) -> Float64[Tensor, " tokens"]:
+        r"""Euclidean norm of each token's gradient: :math:`\lVert dL/dx_0[t] \rVert`."""
+        return self.gradient.double().norm(dim=-1).cpu()
 
 
 def capture_input_gradient(
-    model: PreTrainedModel,
-    inputs: dict[str, Any],
-    *,
-    answer: Bool[Tensor, "batch tokens"],
-    target: Target | Int64[Tensor, "batch tokens"],
+    model: nn.Module,
+    token_ids: Int[Tensor, " tokens"],
+    answer: Bool[Tensor, " tokens"],
+    target: Target = "logprob",
 ) -> InputGradient:
     """Run one forward and one backward pass; return the input of the first block and the gradient there.
 
+    It is the plain derivative, without the linear rules of conserved relevance.
+
     Args:
-        model: the transformers model, in evaluation mode.
-        inputs: arguments of its forward pass, with ``input_ids`` and ``attention_mask``.
-        answer: tokens whose prediction is explained.
-        target: as for relevance.
+        model: a Hugging Face causal LM; it runs in evaluation mode.
+        token_ids: prompt and response.
+        answer: mask of the tokens that are explained.
+        target: ``"logprob"``, the log-probability of the answer's tokens, or ``"margin"`` over the best other token.
 
     Raises:
         CaptureError: a module that breaks the gradient, by its name; NaN or infinity in the gradient.
-        InvalidInputError: an answer on padding or on the first token.
+        InvalidInputError: ids that do not fit the model, or an answer that no earlier token predicts.
 
-    Cost: one forward and one backward pass.
+    Cost: one forward and one backward pass, and their activations.
     """
     if torch.is_inference_mode_enabled():
+        # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
         with torch.inference_mode(False):
-            copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            copied_target = target.clone() if isinstance(target, Tensor) else target
-            return capture_input_gradient(model, copies, answer=answer.clone(), target=copied_target)
-    _refuse_inference_tensors(model)
-    rows = predicting_rows(answer, inputs["attention_mask"].bool())
-    watch = GradientWatch(model, Tape({}))
-    with torch.enable_grad(), watch:
-        logits, rows = forward_logits(model, inputs, rows)
+            return capture_input_gradient(model, token_ids.clone(), answer.clone(), target)
+    inner = base_model(model)
+    _refuse_inference_tensors(inner)
+    ids = checked_ids(token_ids)
+    ids = ids.to(input_device(inner, ids.device))
+    mask = torch.ones_like(ids)
+    check_fits(inner, ids, mask)
+    explained = answer[None].to(ids.device)
+    # The logits of the answer's rows are read, so their number is chosen by the pass itself.
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **forward_arguments(inner, mask)}
+    inputs.pop("logits_to_keep", None)
+
+    # The watch starts the gradient at the first block and names a module that loses it.
+    watch = GradientWatch(inner, Tape({}))
+    with evaluating(inner), torch.enable_grad(), watch:
+        logits, rows = forward_logits(inner, inputs, predicting_rows(explained, mask.bool()))
         watch.require_unbroken(logits)
-        objective = objective_of(logits, rows, inputs["input_ids"], answer, target)
+        objective = objective_of(logits, rows, ids, explained, target)
         gradient = watch.backward(objective)
     if not bool(torch.isfinite(gradient).all()):
         raise CaptureError(
             f"model: its gradient must be finite, got NaN or infinity at the input of the first block of "
-            f"{type(model).__name__}; load the model in float32 or bfloat16, or use capacity='vtrace'"
+            f"{type(inner).__name__}; load the model in float32 or bfloat16, or use capacity='vtrace'"
         )
     assert watch.x0 is not None
-    return InputGradient(watch.x0.detach(), gradient.detach(), float(objective.detach()))
+    return InputGradient(watch.x0.detach()[0], gradient.detach()[0], float(objective.detach()))
 
 
 def _per_sequence(target: Any, count: int) -> list[Any]:

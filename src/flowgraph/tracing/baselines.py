@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from flowgraph.analysis.statistics import spearman
-from flowgraph.capacities.gradient_input import gradient_times_input
+from flowgraph.capacities.gradient import capture_input_gradient
 from flowgraph.errors import CaptureError, InvalidInputError
 from flowgraph.files import PathLike, write_json
 from flowgraph.flow.compositions import compose
@@ -183,7 +183,7 @@ def baselines_of(
         missing = Baseline("gradient x input", gradient, None, None, None, "needs the model: one backward pass")
     else:
         try:
-            scores = gradient_times_input(model, trace.token_ids, trace.answer)
+            scores = capture_input_gradient(model, trace.token_ids, trace.answer).product
             missing = compared("gradient x input", gradient, scores)
         except CaptureError as error:
             missing = Baseline("gradient x input", gradient, None, None, None, str(error))
