@@ -84,7 +84,7 @@ def main() -> None:
     number = parser.parse_args().number
     methods = [
         fg.EvaluationMethod("random", random_scores, "random", trivial=True),
-        fg.EvaluationMethod("recency", recent, "position", trivial=True),
+        fg.EvaluationMethod("recency", recent, "later tokens first", trivial=True),
         *(of_trace(name) for name in SETTINGS),
     ]
     scores = fg.planted_check(methods, number=number)

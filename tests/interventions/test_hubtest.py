@@ -157,7 +157,7 @@ def test_other_scores_rank_other_tokens():
     received = torch.zeros(40, dtype=torch.float64)
     for (source, _), weight in zip(trace.graph.edge_index.T.tolist(), trace.graph.capacity.tolist(), strict=True):
         received[source] += weight
-    scored = {"position": torch.arange(40.0), "attention": received, "potential": trace.potential}
+    scored = {"recency": torch.arange(40.0), "attention": received, "potential": trace.potential}
     for name, vector in scored.items():
         (run,) = hub_test(tiny_model(), trace, fractions=[0.2], arms=["top"], scores=name).runs
         best = sorted(inside, key=lambda token, vector=vector: -float(vector[token]))[: len(run.tokens)]
@@ -241,7 +241,7 @@ def test_reasoning_that_the_answer_cannot_read_is_refused():
         hub_test(tiny_model(), traced(answer=[12], reasoning=[11, 14, 15]), fractions=[0.4])
     readable = hub_test(
         tiny_model(), traced(answer=[12], reasoning=[10, 14, 15]), fractions=[0.4], arms=["bottom", "top"],
-        scores="position",
+        scores="recency",
     ).runs  # fmt: skip
     assert readable[0].tokens == (10,)
     assert readable[0].change != 0

@@ -1,4 +1,4 @@
-"""Rankings without a flow beside that of a trace: gradient x input, one hop, position, digits, random."""
+"""Rankings without a flow beside that of a trace: gradient x input, one hop, recency, digits, random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fixtures.tiny import PROMPT, RESPONSE, tiny, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:answer. should be what the model prefers")
 
-NAMES = ["gradient x input", "one hop", "position", "digits", "random"]
+NAMES = ["gradient x input", "one hop", "recency", "digits", "random"]
 
 
 def traced(**options) -> FlowTrace:
@@ -72,7 +72,7 @@ def test_baselines_of_a_trace(region: str):
     )
     best = set(found.scores[counted].topk(compared.num_top).indices.tolist())
     late = set(torch.arange(int(counted.sum()))[-compared.num_top :].tolist())
-    assert by_name["position"].overlap == pytest.approx(len(best & late) / compared.num_top)
+    assert by_name["recency"].overlap == pytest.approx(len(best & late) / compared.num_top)
     assert by_name["digits"].scores.tolist() == [float(any(c.isdigit() for c in token)) for token in found.tokens]
     assert by_name["random"].spearman == 0
     assert by_name["random"].overlap == compared.num_top / compared.num_tokens

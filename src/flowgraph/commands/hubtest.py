@@ -40,7 +40,7 @@ def hub_test(
     seeds: Annotated[int, typer.Option(help="Number of random draws.", min=1)] = 10,
     region: Annotated[str, typer.Option(help="'reasoning' or 'question'.")] = "reasoning",
     score: Annotated[
-        str, typer.Option(help="What ranks the tokens: 'throughput', 'potential', 'attention' or 'position'.")
+        str, typer.Option(help="What ranks the tokens: 'throughput', 'potential', 'attention' or 'recency'.")
     ] = "throughput",
     layers: Layers = "all",
     batch_size: Annotated[int, typer.Option(help="Interventions in one forward pass.", min=1)] = 8,

@@ -24,7 +24,7 @@ from flowgraph.interventions.knockout import Intervention, KnockoutResult, knock
 from flowgraph.tracing.flow_trace import FlowTrace
 
 Arm = Literal["top", "random", "matched", "bottom"]
-Score = Literal["throughput", "potential", "attention", "position"]
+Score = Literal["throughput", "potential", "attention", "recency"]
 _DRAWN_ARMS = ("random", "matched")
 _NUM_BINS = 10
 """Parts of the region that the matched arm keeps apart."""
@@ -150,7 +150,7 @@ def hub_test(
         seeds: one draw for each, in each trace.
         region: ``"reasoning"`` or ``"question"``.
         scores: ``"throughput"``, ``"potential"`` (h), ``"attention"`` (received: sum of the capacities of outgoing
-            edges), ``"position"`` (the latest tokens), a vector over the trace's tokens, or one for each trace.
+            edges), ``"recency"`` (later tokens first), a vector over the trace's tokens, or one for each trace.
         layers: where the tokens are masked; default all attention layers.
         batch_size: interventions in one forward pass.
         progress: called with a line of text before each pass.
@@ -280,7 +280,7 @@ def _named_scores(name: str, trace: FlowTrace) -> Float64[Tensor, " tokens"]:
     if name not in known:
         allowed = ", ".join(map(repr, known))
         raise InvalidInputError(f"scores: must be {allowed} or vectors, got {name!r}; 'throughput' is the default")
-    if name == "position":
+    if name == "recency":
         return torch.arange(trace.num_tokens, dtype=torch.float64)
     if name == "attention":
         # The attention that a token receives is the capacity of its outgoing edges.

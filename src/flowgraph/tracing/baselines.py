@@ -67,7 +67,7 @@ class Baseline:
     """A ranking that needs no flow, compared with that of a trace.
 
     Attributes:
-        name: ``"gradient x input"``, ``"one hop"``, ``"position"``, ``"digits"`` or ``"random"``.
+        name: ``"gradient x input"``, ``"one hop"``, ``"recency"``, ``"digits"`` or ``"random"``.
         description: what it scores.
         scores: ``[T]`` float64; None where it was not computed.
         spearman: rank correlation with the scores of the trace, in [-1, 1]; None where it is not defined.
@@ -172,8 +172,8 @@ def baselines_of(
     found = []
     # The answer's reads, the only part that no composition enters.
     found.append(compared("one hop", "what the answer reads directly, on the same edges", _one_hop(trace)))
-    position = torch.arange(trace.num_tokens, dtype=torch.float64)
-    found.append(compared("position", "later tokens first", position))
+    recency = torch.arange(trace.num_tokens, dtype=torch.float64)
+    found.append(compared("recency", "later tokens first", recency))
     has_digit = [any(character.isdigit() for character in token) for token in trace.tokens]
     found.append(compared("digits", "tokens with a digit first", torch.tensor(has_digit, dtype=torch.float64)))
     found.append(_random(trace.num_tokens, num_tokens, num_top))

@@ -320,7 +320,7 @@ class FlowTrace:
         )
 
     def baselines(self, model: nn.Module | None = None, *, region: str | None = None, top: int = NUM_TOP) -> Baselines:
-        """Compare the ranking by :attr:`scores` with gradient x input, one hop, position, digits and a random order.
+        """Compare the ranking by :attr:`scores` with gradient x input, one hop, recency, digits and a random order.
 
         Args:
             model: the model of the trace, for gradient x input; None: without it.

@@ -181,11 +181,11 @@ def credit_rule(
         CreditError: the name is taken by another function.
 
     Example:
-        >>> @credit_rule("position")
-        ... def position(batch):
+        >>> @credit_rule("recency")
+        ... def recency(batch):
         ...     '''Later tokens score higher.'''
         ...     return batch.responses.response_mask.float().cumsum(1)
-        >>> find_rule("position").summary
+        >>> find_rule("recency").summary
         'Later tokens score higher.'
     """
 
