@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,18 +81,22 @@ def test_where_lower_is_better_the_smallest_is_first_and_the_best_control():
     assert [row["method"] for row in rows] == ["good", "near", "far", "bad"]
     assert summary.best_control == "near"
     assert rows[0]["control_difference"] < 0
-    assert not any("beats every method" in note for note in summary.notes)
+    assert not any("the best method" in note for note in summary.notes)
     assert not any("no method is clearly better" in note for note in summary.notes)
 
 
 def test_a_control_that_beats_every_method_is_said_first():
     summary, _ = table({"fair": FAIR, "poor": POOR, "best": GOOD}, {"best"})
-    assert summary.notes[0] == ("the control best (0.806) beats every method: no score here shows more than it does")
+    assert summary.notes[0] == (
+        "the control best (0.806), which reads nothing of the model, beats the best method, fair (0.644): nothing here "
+        "shows that a method reads more of the model than this control"
+    )
     # A tie is no gain either.
     summary, _ = table({"same": GOOD, "best": GOOD}, {"best"})
-    assert "beats every method" in summary.notes[0]
-    summary, _ = table({"low": GOOD, "high": POOR}, {"high"}, metric=LOSS)
-    assert "the control high" in summary.notes[0]
+    assert "equals the best method, same (0.806)" in summary.notes[0]
+    summary, _ = table({"low": GOOD, "lower": FAIR, "high": POOR}, {"high"}, metric=LOSS)
+    assert "the control high (0.331), which" in summary.notes[0]
+    assert "beats the best method, lower (0.644)" in summary.notes[0]
 
 
 def test_a_difference_within_chance_is_said_first():
@@ -100,6 +105,23 @@ def test_a_difference_within_chance_is_said_first():
     assert rows[0]["method"] == "close"
     assert rows[0]["control_p_holm"] > 0.05
     assert summary.notes[0].startswith("no method is clearly better than the control best (0.806): corrected p")
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_task_that_compares_with_nothing_has_values_and_no_differences(split: str):
+    methods = [method(name, name in {"random", "text_only"}) for name in ("good", "fair", "random", "text_only")]
+    values = {"good": GOOD, "fair": FAIR, "random": POOR, "text_only": TEXT}
+    own = replace(task(LOSS), compares=False)
+    summary, rows = task_table(own, split, records(values, "loss"), methods, seed=0)
+    assert [row["method"] for row in rows] == ["text_only", "random", "fair", "good"]
+    assert summary.best_control is None
+    assert summary.notes[0].startswith("compared with no control: scores that have nothing to do with the model")
+    assert not any("no trivial control" in note or "luck" in note for note in summary.notes)
+    for row in rows:
+        assert row["value"] == pytest.approx(np.mean(values[row["method"]]))
+        assert row["low"] is not None
+        references = [name for name in row if name.startswith(("control", "text_"))]
+        assert all(row[name] is None for name in references)
 
 
 def test_without_a_control_the_table_says_what_it_lacks():

@@ -57,6 +57,8 @@ class EvaluationTask:
         licence: of the items.
         paired: True where the method runs on a second subject too, and the truth compares both explanations; see
             :class:`flowgraph.evaluation.records.PairedTruth`.
+        compares: False where scores that are not right can have the best value (a sanity check, a description), so
+            that a comparison with controls would mislead; the table then has none.
     """
 
     name: str
@@ -71,6 +73,7 @@ class EvaluationTask:
     cannot_show: str
     licence: str
     paired: bool = False
+    compares: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def evaluation_task(
     cannot_show: str = "",
     licence: str = "",
     paired: bool = False,
+    compares: bool = True,
 ) -> Callable[[TaskFunction], TaskFunction]:
     """Register a task: a source of items, and a function that computes the truth of one of them.
 
@@ -143,6 +147,7 @@ def evaluation_task(
         cannot_show: what it does not show.
         licence: of the items.
         paired: the truth compares the explanations of two subjects.
+        compares: False: the table compares no method with a control, because one that is not right can be the best.
 
     Raises:
         InvalidInputError: the name is taken, no metric, or a function without a docstring.
@@ -166,6 +171,7 @@ def evaluation_task(
             cannot_show=cannot_show,
             licence=licence,
             paired=paired,
+            compares=compares,
         )
         return function
 

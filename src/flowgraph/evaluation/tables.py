@@ -84,7 +84,8 @@ class TaskSummary:
         num_right: usable items that the model answers rightly.
         num_wrong: usable items that the model answers wrongly; the others state no expected answer.
         num_compared: scores compared on this split in this folder, controls not counted.
-        best_control: the trivial method with the best primary metric; None without one.
+        best_control: the trivial method with the best primary metric; None without one, and where the task compares
+            with none.
         not_applicable: methods that do not give what the task reads.
         skipped: for each method, number of items by the reason why it has no score.
         unexpected: errors that are not the library's, as "method: error", with their number.
@@ -219,9 +220,11 @@ def _metric_rows(
         return math.isnan(mean), -sign * mean if not math.isnan(mean) else 0.0, column.method.name
 
     columns.sort(key=from_best)
-    # The references: the best control of this metric, and the text without the model.
-    control = next((column for column in columns if column.method.trivial and column.defined.size), None)
-    text = next((column for column in columns if column.method.name == TEXT_CONTROL and column.defined.size), None)
+    # The references: the best control of this metric, and the text without the model. A task whose best value is no
+    # merit has none.
+    candidates = [column for column in columns if column.defined.size and task.compares]
+    control = next((column for column in candidates if column.method.trivial), None)
+    text = next((column for column in candidates if column.method.name == TEXT_CONTROL), None)
 
     rows = []
     samples: list[tuple[Row, str, NDArray[np.float64]]] = []
@@ -365,7 +368,7 @@ def _notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence[Row]) -
     # How far the best score can be trusted.
     if summary.split == "dev":
         notes.append("dev: for choosing; read test once for what was chosen")
-    elif summary.num_compared > 1:
+    elif summary.num_compared > 1 and task.compares:
         notes.append(
             f"{summary.num_compared} scores compared on test: the best of them is partly luck; p-values are corrected "
             "for their number, intervals are not"
@@ -391,6 +394,11 @@ def _notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence[Row]) -
 def _outcome_notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence[Row]) -> list[str]:
     """Say whether any method is better than the best trivial control."""
     methods = [row for row in primary if not row["trivial"] and row["value"] is not None]
+    if not task.compares:
+        return [
+            "compared with no control: scores that have nothing to do with the model can pass here, so a good value is "
+            "no merit and only a poor one counts"
+        ]
     if summary.best_control is None:
         return ["no trivial control was run: no score here can be told from one that reads nothing of the model"]
     if not methods:
@@ -399,8 +407,13 @@ def _outcome_notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence
     control = next(row for row in primary if row["method"] == summary.best_control)
     sign = 1 if task.metrics[0].higher_is_better else -1
     name = f"the control {summary.best_control} ({control['value']:.3g})"
-    if sign * control["value"] >= max(sign * row["value"] for row in methods):
-        return [f"{name} beats every method: no score here shows more than it does"]
+    best = max(methods, key=lambda row: sign * row["value"])
+    if sign * control["value"] >= sign * best["value"]:
+        relation = "equals" if control["value"] == best["value"] else "beats"
+        return [
+            f"{name}, which reads nothing of the model, {relation} the best method, {best['method']} "
+            f"({best['value']:.3g}): nothing here shows that a method reads more of the model than this control"
+        ]
 
     # Compared over the same items, with their number corrected for.
     tested = [row for row in methods if row["control_p_holm"] is not None]

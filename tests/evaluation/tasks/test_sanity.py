@@ -55,6 +55,7 @@ def test_a_method_that_ignores_the_condition_does_not_change(name: str):
     assert isinstance(truth, PairedTruth)
     assert truth.unusable is None
     assert find_task(name).paired
+    assert not find_task(name).compares
     _, figures = score_of(truth, method(position), subject())
     assert set(figures) == {metric.name for metric in find_task(name).metrics}
     assert figures["abs_spearman"] == pytest.approx(1)

@@ -1,4 +1,8 @@
-"""Sanity checks: an explanation must change with the weights of the model, with the answer, and with the question."""
+"""Sanity checks: an explanation must change with the weights of the model, with the answer, and with the question.
+
+Scores that are drawn anew for each text change with everything, so a random control passes. A check decides only
+against a method, and its table compares with no control.
+"""
 
 from __future__ import annotations
 
@@ -123,6 +127,7 @@ def _randomized(model: nn.Module) -> nn.Module:
     cannot_show="whether the scores are right: random scores pass; only a high correlation decides, against the method",
     licence=LICENCE,
     paired=True,
+    compares=False,
 )
 def parameter_randomization(subject: Subject) -> ChangedExplanation:
     """Put the weights of all layers in random order; compare the scores of question and reasoning before and after."""
@@ -144,6 +149,7 @@ def parameter_randomization(subject: Subject) -> ChangedExplanation:
     cannot_show="whether the scores are right: random scores pass, and two answers may rest on the same words",
     licence=LICENCE,
     paired=True,
+    compares=False,
 )
 def target_randomization(subject: Subject) -> ChangedExplanation:
     """Explain a word in the middle of the reasoning instead of the answer; compare the tokens before that word."""
@@ -185,6 +191,7 @@ def _other_answer(subject: Subject) -> Bool[Tensor, " tokens"] | None:
     "on one place alone; it is a description",
     licence=LICENCE,
     paired=True,
+    compares=False,
 )
 def question_specificity(subject: Subject) -> ChangedExplanation:
     """Take the text before the question, or else its first half, as the question; compare the reasoning's scores."""
