@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from flowgraph import InvalidInputError
 from flowgraph.analysis.statistics import bootstrap_interval, holm, paired_bootstrap, sign_flip_p
+from tests.reference import evaluation_statistics as reference
 
 
 def test_an_interval_of_few_values_is_that_of_all_resamples():
@@ -73,3 +75,96 @@ def test_holm_is_in_the_order_of_its_input():
     assert holm([]) == []
     assert holm([0.5, 0.01, 0.02]) == [0.5, 0.03, 0.04]
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+PAIRS = {
+    # 6^6 = 46,656 resamples with 462 different means: a fine grid, but for one far value.
+    "fine": ([0.91, 0.35, 0.62, 0.18, 0.77, 0.54], [0.40, 0.39, 0.11, 0.02, 0.80, 0.33]),
+    "skewed": ([0.11, 0.42, 0.04, 0.23, 1.30, 0.66], [0.0, 0.05, 0.07, 0.31, 0.2, 0.0]),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_paired_interval_is_that_of_all_resamples_where_their_grid_is_fine(pair: str):
+    values_a, values_b = PAIRS[pair]
+    draws = 400_000
+    difference, interval = paired_bootstrap(values_a, values_b, resamples=draws)
+    exact_difference, exact_low, exact_high = reference.bootstrap_interval(values_a, values_b)
+    assert difference == pytest.approx(exact_difference)
+    assert interval is not None
+    # The share of all resampled means below each end is its level, up to the draws and to one value of the grid.
+    differences = [a - b for a, b in zip(values_a, values_b, strict=True)]
+    standard_error = math.sqrt(0.025 * 0.975 / draws)
+    largest_step = 0.004
+    for end, level in zip(interval, (0.025, 0.975), strict=True):
+        assert reference.share_below(differences, end) == pytest.approx(level, abs=4 * standard_error + largest_step)
+    spread = max(differences) - min(differences)
+    assert interval == pytest.approx((exact_low, exact_high), abs=0.01 * spread)
+
+
+@pytest.mark.parametrize(
+    ("values_a", "values_b", "ends"),
+    [
+        # Means lie on 0, .2, ... 1; those that hold the quantiles have far more than .025.
+        ([1, 0, 0, 1, 1], [0, 0, 0, 0, 0], (0.2, 1.0)),
+        ([1, 1, 0, 0, 0], [0, 0, 1, 1, 1], (-1.0, 0.6)),
+        ([3, 3, 3], [1, 1, 1], (2.0, 2.0)),
+    ],
+)
+def test_a_paired_interval_of_few_possible_means_is_exact(values_a: list, values_b: list, ends: tuple[float, float]):
+    _, low, high = reference.bootstrap_interval(values_a, values_b)
+    assert (low, high) == pytest.approx(ends)
+    assert paired_bootstrap(values_a, values_b)[1] == pytest.approx(ends)
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.5],
+        [0.25, -0.25],
+        # Ties: patterns of equal sum count, whatever the order of addition.
+        [0.1, 0.2, 0.3, -0.1, -0.2],
+        [0.1, 0.1, 0.1, 0.1, 0.1, -0.1, 0.0],
+        [0.0, 0.0, 0.0],
+        [1e-9, 2e-9, -3e-9, 5e-9],
+        [1e6, 0.5, -0.25, 3.0],
+    ],
+)
+def test_sign_flips_are_exact(differences: list[float]):
+    rounded = [round(value * 2**40) / 2**40 for value in differences]
+    assert sign_flip_p(rounded) == pytest.approx(reference.sign_flip_p(rounded), abs=0)
+
+
+@pytest.mark.parametrize("num_values", [2, 6, 10, 13])
+def test_sign_flips_of_random_differences_are_exact(num_values: int):
+    drawn = np.random.default_rng(num_values).normal(0.3, 1, num_values)
+    assert sign_flip_p(drawn) == reference.sign_flip_p(drawn.tolist())
+
+
+def test_random_sign_flips_estimate_the_exact_value():
+    drawn = np.random.default_rng(7).normal(0.4, 1, 14).tolist()
+    exact = reference.sign_flip_p(drawn)
+    standard_error = math.sqrt(exact * (1 - exact) / 10_000)
+    assert sign_flip_p(drawn) == pytest.approx(exact, abs=4 * standard_error + 1e-4)
+
+
+@pytest.mark.parametrize("num_tests", [1, 2, 7, 30])
+def test_holm_is_that_of_its_definition(num_tests: int):
+    drawn = np.random.default_rng(num_tests).uniform(0, 0.2, num_tests)
+    # Rounded, so that some are equal.
+    p_values = [round(float(p), 2) for p in drawn]
+    assert holm(p_values) == reference.holm(p_values)
+
+
+@pytest.mark.unchecked
+def test_numbers_that_are_none_and_sides_that_do_not_pair_are_refused():
+    with pytest.raises(InvalidInputError, match="differences: must be finite, got nan; leave out what has no value"):
+        sign_flip_p([0.5, math.nan])
+    with pytest.raises(InvalidInputError, match="values: must be finite, got inf; leave out what has no value"):
+        bootstrap_interval([0.5, math.inf, 1.0])
+    with pytest.raises(InvalidInputError, match="other: must be finite, got nan"):
+        paired_bootstrap([0.5, 1.0], [math.nan, 1.0])
+    with pytest.raises(InvalidInputError, match="other: must be paired with one by position, got 1 values beside 3"):
+        paired_bootstrap([0.5, 1.0, 2.0], [1.0])
+    with pytest.raises(InvalidInputError, match=r"p_values: must lie in \[0, 1\], got nan; leave out tests"):
+        holm([0.1, math.nan])

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowgraph.errors import InvalidInputError
+
 Interval = tuple[float, float] | None
 """(low, high); None where there is no interval."""
 
@@ -117,6 +119,10 @@ def bootstrap_interval(values: Sequence[float] | NDArray, *, seed: int = 0, resa
     The draws depend on the number of values and the seed alone, so the intervals of two methods over the same items
     use the same draws. Differences of paired values give a paired interval.
 
+    A quantile between two of the sorted means is interpolated linearly (type 7 of Hyndman and Fan, numpy's default).
+    With many draws this is the inverse of the distribution over all :math:`n^n` resamples, up to the error of the
+    draws; where few values are possible and one holds the quantile, the end is that value.
+
     Args:
         values: n numbers.
         seed: of the draws.
@@ -124,6 +130,9 @@ def bootstrap_interval(values: Sequence[float] | NDArray, *, seed: int = 0, resa
 
     Returns:
         (low, high), 10 significant digits; None for fewer than two values.
+
+    Raises:
+        InvalidInputError: NaN or infinite values.
 
     Cost: a product of resamples x n and n numbers; the draws are kept for the next call.
 
@@ -152,7 +161,7 @@ def bootstrap_intervals(
 
     Cost: one matrix product for all samples of one size.
     """
-    arrays = [np.asarray(values, dtype=np.float64) for values in samples]
+    arrays = [_finite("values", values) for values in samples]
     intervals: list[Interval] = [None] * len(arrays)
     for size in sorted({array.size for array in arrays}):
         if size < 2:
@@ -184,12 +193,22 @@ def paired_bootstrap(
     Returns:
         The difference, NaN without pairs, and the interval of :func:`bootstrap_interval`.
 
+    Raises:
+        InvalidInputError: NaN or infinite values, or another number of values on each side.
+
     Example:
         >>> difference, (low, high) = paired_bootstrap([3.0, 4.0], [1.0, 2.0])
         >>> difference, low, high
         (2.0, 2.0, 2.0)
     """
-    differences = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    first = _finite("one", one)
+    second = _finite("other", other)
+    if first.shape != second.shape:
+        raise InvalidInputError(
+            f"other: must be paired with one by position, got {second.size} values beside {first.size}; leave out what "
+            "has no partner"
+        )
+    differences = first - second
     if differences.size == 0:
         return math.nan, None
     return float(differences.mean()), bootstrap_interval(differences, seed=seed, resamples=resamples)
@@ -211,6 +230,9 @@ def sign_flip_p(differences: Sequence[float] | NDArray, *, seed: int = 0, resamp
     Returns:
         A number in (0, 1]; NaN without differences.
 
+    Raises:
+        InvalidInputError: NaN or infinite differences.
+
     Source: Fisher, The Design of Experiments, 1935; Phipson and Smyth, Statistical Applications in Genetics and
     Molecular Biology 9, 2010 (the observed flip counts).
 
@@ -218,7 +240,7 @@ def sign_flip_p(differences: Sequence[float] | NDArray, *, seed: int = 0, resamp
         >>> sign_flip_p([1.0, 2.0, 3.0])
         0.25
     """
-    sample = np.asarray(differences, dtype=np.float64)
+    sample = _finite("differences", differences)
     if sample.size == 0:
         return math.nan
     sums = np.abs(_sign_flips(sample.size, seed, resamples) @ sample)
@@ -236,6 +258,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The k-th smallest of m p-values is multiplied by :math:`m - k + 1`; the results are non-decreasing and at most 1.
 
+    Raises:
+        InvalidInputError: a number outside [0, 1], or NaN.
+
     Source: Holm, Scandinavian Journal of Statistics 6, 1979.
 
     Example:
@@ -243,6 +268,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         [0.03, 0.06, 0.06]
     """
     num_tests = len(p_values)
+    for p in p_values:
+        if not 0 <= p <= 1:
+            raise InvalidInputError(f"p_values: must lie in [0, 1], got {p}; leave out tests without a p-value")
     # From the smallest to the largest: scaled by the number of tests that are left, and never below the one before.
     ascending = sorted(range(num_tests), key=lambda index: p_values[index])
     adjusted = [0.0] * num_tests
@@ -273,6 +301,21 @@ def _sign_flips(num_values: int, seed: int, resamples: int) -> NDArray[np.float6
     generator = np.random.default_rng([seed, num_values, 1])
     bits = generator.integers(0, 2, size=(resamples, num_values))
     return np.where(bits == 1, -1.0, 1.0)
+
+
+def _finite(name: str, values: Sequence[float] | NDArray) -> NDArray[np.float64]:
+    """Return numbers as an array; refuse NaN, which compares as if it were small.
+
+    Raises:
+        InvalidInputError: NaN or infinity.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    is_finite = np.isfinite(array)
+    if not is_finite.all():
+        raise InvalidInputError(
+            f"{name}: must be finite, got {array[~is_finite][0]}; leave out what has no value, in both of a pair"
+        )
+    return array
 
 
 def _ten_digits(value: float) -> float:
