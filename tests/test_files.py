@@ -5,7 +5,7 @@ import re
 import pytest
 
 from flowgraph import OutputError, atomic_write
-from flowgraph.files import check_writable, write_text
+from flowgraph.files import check_writable, read_json, write_json, write_text
 
 
 def test_paths_that_cannot_be_written(tmp_path):
@@ -36,3 +36,13 @@ def test_written_files_are_ordinary_files(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert write_text(tmp_path / "made", "x").stat().st_mode == plain.stat().st_mode
+
+
+def test_only_an_object_is_read(tmp_path):
+    path = tmp_path / "values.json"
+    assert read_json(path) is None
+    write_json(path, {"a": [1, None, "\ud800"]})
+    assert read_json(path) == {"a": [1, None, "\ud800"]}
+    for other in ("[1]", "7", "{", "", b"\xff{}"):
+        path.write_bytes(other if isinstance(other, bytes) else other.encode())
+        assert read_json(path) is None

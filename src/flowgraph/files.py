@@ -165,3 +165,12 @@ def write_json(path: PathLike, payload: dict[str, Any]) -> None:
         OutputError: the path cannot be written.
     """
     write_text(path, json.dumps(payload, ensure_ascii=True, allow_nan=False, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where the file is missing or holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -23,7 +23,7 @@ from torch import nn
 from flowgraph.attention.modules import base_model
 from flowgraph.corpus.requests import Line
 from flowgraph.errors import InvalidInputError, OutputError
-from flowgraph.files import write_text
+from flowgraph.files import read_json, write_text
 from flowgraph.tracing.provenance import model_name, package_versions
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class CorpusFolder:
 
     def record(self, line: Line) -> dict[str, Any] | None:
         """Return the figures of a finished line; None where it is not finished."""
-        record = _read_json(self._record_path(line))
+        record = read_json(self._record_path(line))
         # A record of other bytes, or one without its trace, is out of date.
         if record is None or record.get("digest") != line.digest or not self.trace_path(line).is_file():
             return None
@@ -96,7 +96,7 @@ class CorpusFolder:
 
     def response(self, line: Line) -> list[int] | None:
         """Return a response that was generated earlier."""
-        saved = _read_json(self._response_path(line))
+        saved = read_json(self._response_path(line))
         if saved is None or saved.get("digest") != line.digest:
             return None
         return saved["ids"]
@@ -108,7 +108,7 @@ class CorpusFolder:
 
     def _begin_or_continue(self) -> None:
         """Write the manifest of a new run, or check that the run found here is the same one."""
-        found = _read_json(self._manifest)
+        found = read_json(self._manifest)
         if found is None:
             self._refuse_other_files()
             manifest = {"schema": SCHEMA, "settings": self._settings, "lines": self._lines}
@@ -242,15 +242,6 @@ def _make(folder: Path) -> None:
         raise OutputError(
             f"out: must be a folder that can be made, got {str(folder)!r} ({reason}); choose another place"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None where the file is missing or holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
 
 
 def _first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgraph.errors import InvalidInputError, OutputError
-from flowgraph.files import write_text
+from flowgraph.files import read_json, write_text
 
 SCHEMA = "flowgraph-evaluation/1"
 _MANIFEST = "evaluation.json"
@@ -69,7 +69,7 @@ class EvaluationFolder:
 
     def record(self, task: str, split: str, item: str) -> dict[str, Any] | None:
         """Return the record of a finished item; None where there is none that can be read."""
-        return _read_json(self.item_path(task, split, item))
+        return read_json(self.item_path(task, split, item))
 
     def finish(self, task: str, split: str, item: str, record: Mapping[str, Any]) -> None:
         """Write the record of an item, atomically.
@@ -88,7 +88,7 @@ class EvaluationFolder:
 
     def _begin_or_continue(self) -> None:
         """Write the manifest of a new run, or check that the run found here is the same one."""
-        found = _read_json(self.out / _MANIFEST)
+        found = read_json(self.out / _MANIFEST)
         if found is None:
             self._refuse_other_files()
             manifest = {"schema": SCHEMA, "settings": self._settings}
@@ -126,12 +126,3 @@ class EvaluationFolder:
                 path.unlink(missing_ok=True)
         for path in self.out.glob("items/*/*/.*.json.*"):
             path.unlink(missing_ok=True)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None where the file is missing or holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
