@@ -8,7 +8,6 @@ Every figure is exact up to the texts that are drawn: the models are set by hand
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 import torch
@@ -90,8 +89,8 @@ def main() -> None:
     scores = fg.planted_check(methods, number=number)
     rows = []
     for score in scores:
-        figures = {name: None if math.isnan(value) else value for name, value in score.figures.items()}
-        rows.append({"kind": score.kind, "method": score.method, "error": score.error, **figures})
+        values = score.to_dict()
+        rows.append({"kind": score.kind, "method": score.method, "error": score.error, **values["figures"]})
     save("planted", rows, f"{number} texts of each kind; recovered: share of deciding tokens above all others")
 
 

@@ -138,6 +138,58 @@ def test_bad_options_are_refused_before_the_model_is_loaded(call, monkeypatch: p
         call(*good, "--figures", "--out", tmp_path / "out")
 
 
+def test_planted_models_need_no_model_and_have_known_values(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    options = ("--planted", "--methods", "relevance,attention:one_hop,recency", "--items", 2)
+    code, printed, err = call(*options, "--out", tmp_path / "out", "--full")
+    assert code == 0
+    assert max(map(len, printed.splitlines()[:-1])) <= 100
+    lines = printed.splitlines()
+    head = next(line for line in lines if line.startswith("method"))
+    assert head.split()[1:] == ["copy", "induction", "two_hop", "generated_hop"]
+    # Relevance keeps attention constant, so that it finds one of the two tokens of an induction.
+    assert next(line for line in lines if line.startswith("relevance")).split()[1:] == ["1.00", ".50", "1.00", "1.00"]
+    assert any(line.startswith("recency*") for line in lines)
+    assert "| copy | relevance | 1.00 |" in printed
+    assert "planted two_hop: 3 methods on 2 texts" in squeezed(err)
+
+    payload = json.loads((tmp_path / "out" / "planted.json").read_text())
+    assert payload["schema"] == "flowgraph-planted/1"
+    assert payload["settings"] == {"number": 2, "seed": 0}
+    assert len(payload["rows"]) == 4 * 3
+    (row,) = [row for row in payload["rows"] if (row["kind"], row["method"]) == ("copy", "relevance")]
+    assert (row["num_items"], row["error"]) == (2, None)
+    assert row["figures"]["recovered"] == 1
+    assert payload["rows"][-1]["figures"]["edge_auroc"] is None
+
+    code, printed, err = call("--planted", "--methods", "recency", "--items", 1, "--quiet")
+    assert code == 0
+    assert printed.startswith("recency: copy ")
+    assert len(printed.splitlines()) == 1
+    assert err == ""
+
+
+def test_what_planted_models_refuse(call, tmp_path: Path):
+    code, printed, _ = call("--planted", "--methods", "toy_refuses, toy_right", "--items", 2)
+    assert code == 0
+    kinds = "copy, induction, two_hop, generated_hop"
+    assert f"toy_refuses has no value for {kinds}: method: must have an even item" in squeezed(printed)
+    code, printed, _ = call("--planted", "--methods", "toy_refuses", "--items", 2)
+    assert code == 1
+    for options in (("--tasks", "toy"), ("--split", "dev"), ("--figures",)):
+        code, _, err = call("--planted", "--methods", "recency", *options)
+        assert code == 2
+        message = f"--planted has texts of its own and no figure, got {options[0]}; leave one out"
+        assert message in squeezed(err.replace("│", " "))
+    with pytest.raises(InvalidInputError, match="number: must be at least 1, got 0; 8 is the default"):
+        call("--planted", "--methods", "recency", "--items", 0)
+    with pytest.raises(InvalidInputError, match=r"methods: must be of .*, got 'nothing'; register"):
+        call("--planted", "--methods", "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="out: must be a folder that can be"):
+        call("--planted", "--methods", "recency", "--out", tmp_path / "file")
+
+
 def test_a_killed_command_continues_to_the_same_table(call, tmp_path: Path):
     """SIGKILL in the middle of a run of the program, then the same command: the table of a run never killed."""
     (tmp_path / "plugin.py").write_text(PLUGIN)

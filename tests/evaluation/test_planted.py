@@ -252,6 +252,14 @@ def test_a_method_that_refuses_the_model_says_so_in_the_table():
     scores = planted_check([EvaluationMethod("refusing", refuse, "refuses"), position(1)], kinds=["copy"], number=2)
     assert scores[0].error == "model: must have experts, got none; choose another model"
     assert scores[0].num_items == 0
+    assert scores[0].to_dict() == {
+        "kind": "copy",
+        "method": "refusing",
+        "num_items": 0,
+        "figures": dict.fromkeys([metric.name for metric in PLANTED_METRICS]),
+        "error": "model: must have experts, got none; choose another model",
+    }
+    assert scores[1].to_dict()["figures"]["auroc"] == scores[1].figures["auroc"]
     table = planted_table(scores)
     assert "| copy | refusing | model: must have experts, got none |" in table
     assert table.splitlines()[-1].startswith("| copy | recency | 0.")

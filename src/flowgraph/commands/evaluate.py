@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from flowgraph.commands.common import (
     warnings_on_stderr,
 )
 from flowgraph.commands.progress import clock, reporting
+from flowgraph.display.signs import without_roles
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,6 @@ _WIDTH = 100
 _MAX_NAME = 26
 """Characters of a method's name in a table."""
 _MODULE = "flowgraph_imported"
-_ROLE = re.compile(r":\w+:`([^`]*)`")
 
 
 def evaluate(
@@ -51,7 +50,12 @@ def evaluate(
         typer.Option("--methods", "-M", help="Names and presets like preset:trivial, separated by commas."),
     ] = None,
     model: Model = "demo",
-    items: Annotated[int, typer.Option("--items", "-n", help="Items of each task and split.")] = 60,
+    items: Annotated[
+        int | None,
+        typer.Option(
+            "--items", "-n", help="Items of each task and split, 60 by default; with --planted texts of each kind, 8."
+        ),
+    ] = None,
     split: Annotated[
         str, typer.Option(help="'dev' for choosing, 'test' to be read once for what was chosen, or 'both'.")
     ] = "test",
@@ -59,6 +63,14 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for records, tables and page; run again to continue.")
     ] = None,
+    planted: Annotated[
+        bool,
+        typer.Option(
+            "--planted",
+            help="Instead of tasks, check the methods (preset:standard by default) on small models whose truth is "
+            "known by construction; writes planted.json. Needs no model.",
+        ),
+    ] = False,
     figures: Annotated[
         bool, typer.Option("--figures", help="Also draw a figure of each task into the folder.")
     ] = False,
@@ -75,10 +87,12 @@ def evaluate(
     """Compare explanation methods with controls, on tasks whose truth is known or measured.
 
     Example: flowgraph evaluate --tasks line_knockout --methods preset:standard --split dev --out results
+    Without a model: flowgraph evaluate --planted --methods relevance,vtrace_share
     """
     import flowgraph
+    from flowgraph.commands.evaluate_planted import DEFAULT_METHODS, DEFAULT_TEXTS, evaluate_planted
     from flowgraph.corpus.run_folder import claimed
-    from flowgraph.evaluation.run import check_request
+    from flowgraph.evaluation.run import DEFAULT_ITEMS, check_request
 
     one_view(full=full, quiet=quiet)
     for name in imports or ():
@@ -87,7 +101,23 @@ def evaluate(
         _print_list(console())
         return
 
+    if planted:
+        # Each of these would be ignored.
+        given = {"--tasks": bool(tasks), "--split": split != "test", "--figures": figures}
+        for option in (option for option, is_given in given.items() if is_given):
+            raise typer.BadParameter(f"--planted has texts of its own and no figure, got {option}; leave one out")
+        evaluate_planted(
+            _separated("methods", methods) if methods else DEFAULT_METHODS,
+            number=DEFAULT_TEXTS if items is None else items,
+            seed=seed,
+            out=out,
+            full=full,
+            quiet=quiet,
+        )
+        return
+
     # A wrong name or folder is reported before the model is loaded.
+    items = DEFAULT_ITEMS if items is None else items
     task_names = _separated("tasks", tasks)
     method_names = _separated("methods", methods)
     check_request(task_names, method_names, items, split, seed)
@@ -226,12 +256,15 @@ def _print_list(terminal: Console) -> None:
     from flowgraph.evaluation.methods.names import method_presets
 
     # Everything that is registered, also by --import.
-    tasks = [(name, f"{_plain(find_task(name).summary)} Reads {find_task(name).reads}.") for name in evaluation_tasks()]
+    tasks = []
+    for name in evaluation_tasks():
+        task = find_task(name)
+        tasks.append((name, f"{without_roles(task.summary)} Reads {task.reads}."))
     methods = []
     for name in evaluation_methods():
         method = find_method(name)
         kind = "control" if method.trivial else f"gives {' and '.join(method.gives)}"
-        methods.append((name, f"{_plain(method.summary)} ({kind})"))
+        methods.append((name, f"{without_roles(method.summary)} ({kind})"))
     presets = [(f"preset:{name}", ", ".join(members)) for name, members in method_presets().items()]
     for title, entries in (("tasks", tasks), ("methods", methods), ("presets", presets)):
         terminal.print(title, style="bold")
@@ -243,11 +276,6 @@ def _print_list(terminal: Console) -> None:
         if not entries:
             table.add_row(_text("  none"), _text("register your own, or install a package that has some"))
         terminal.print(table)
-
-
-def _plain(text: str) -> str:
-    """Return the first line of a docstring without the marks of its roles: ``:math:`x``` is x."""
-    return _ROLE.sub(r"\1", text)
 
 
 def _plain_table() -> Table:

@@ -7,6 +7,7 @@ applies the same rules.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
@@ -15,6 +16,7 @@ _JOINERS = frozenset("\u200c\u200d")
 """Joiners change the shape of their neighbours in words and emoji; only a joiner on its own is shown as a sign."""
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\x7f": "␡"}
 _FIRST_CONTROL_PICTURE = 0x2400
+_ROLE = re.compile(r":\w+:`([^`]*)`")
 
 
 def visible(text: str) -> str:
@@ -50,3 +52,13 @@ def _sign(character: str) -> str:
     if code < 0x20:
         return chr(_FIRST_CONTROL_PICTURE + code)
     return f"⟨U+{code:04X}⟩"
+
+
+def without_roles(text: str) -> str:
+    """Return a line of a docstring without the marks of its roles.
+
+    Example:
+        >>> without_roles("Norm of :math:`x`.")
+        'Norm of x.'
+    """
+    return _ROLE.sub(r"\1", text)

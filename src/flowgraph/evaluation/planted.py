@@ -147,6 +147,16 @@ class PlantedScore:
     figures: Mapping[str, float]
     error: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; an undefined figure is None."""
+        return {
+            "kind": self.kind,
+            "method": self.method,
+            "num_items": self.num_items,
+            "figures": {name: None if math.isnan(value) else value for name, value in self.figures.items()},
+            "error": self.error,
+        }
+
 
 # Texts ---------------------------------------------------------------------------------------------------------------
 

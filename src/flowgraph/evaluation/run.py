@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("dev", "test")
+DEFAULT_ITEMS = 60
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _MAX_ITEMS = 100_000
 _MAX_SEED = 2**63 - 1
@@ -76,7 +77,7 @@ def evaluate(
     *,
     tasks: str | Sequence[str],
     methods: str | Sequence[str],
-    items: int = 60,
+    items: int = DEFAULT_ITEMS,
     split: Literal["dev", "test", "both"] = "test",
     seed: int = 0,
     out: PathLike | None = None,
