@@ -71,6 +71,7 @@ def test_the_page_is_complete_without_scripts():
         "good",
         "right only",
         "versions.torch",
+        "gain: higher is better; higher is better",
     ):
         assert text in page.text, text
     assert "the model answers 1 of 8 items wrongly" in page.text
@@ -108,6 +109,28 @@ def test_many_items_stay_below_the_size_and_what_is_left_out_is_said():
     items = json.dumps([task["items"] for task in small["tasks"]])
     assert len(items) + len(json.dumps(small["texts"])) < 1_100_000
     assert f"The last {left_out[0]} of 60 items are left out" in " ".join(Page(render_evaluation(small)).text.split())
+
+
+def test_the_page_says_what_known_methods_are():
+    names = ["vtrace_share", "gradient_norm", "gone"]
+    payload = page_payload(evaluation([record(n, names, 6) for n in range(5)], names))
+    assert set(payload["summaries"]) == {"vtrace_share", "gradient_norm"}
+    assert ":math:" not in payload["summaries"]["gradient_norm"]
+    page = Page(render_evaluation(payload))
+    assert "What the methods are" in page.text
+    assert payload["summaries"]["vtrace_share"] in page.text
+    # Nothing is said where no method is known.
+    assert "What the methods are" not in Page(render_evaluation(page_payload(evaluation([], ["gone"])))).text
+
+
+def test_tokens_that_the_task_does_not_compare_have_no_colour():
+    sink = record(0, ["good"], 4, {"units": [[1], [2]], "effects": [0.5, 0.25]})
+    sink["token_scores"] = {"good": [100.0, 1.0, -0.25, 7.0]}
+    everywhere = record(1, ["good"], 4, {"curve": [0.5]})
+    everywhere["token_scores"] = sink["token_scores"]
+    items = page_payload(evaluation([sink, everywhere], ["good"]))["tasks"][0]["items"]
+    assert items[0]["methods"]["good"] == levels_of([0, 1, -0.25, 0])
+    assert items[1]["methods"]["good"] == levels_of([100, 1, -0.25, 7])
 
 
 def test_truths_of_all_kinds_are_shown():

@@ -1,11 +1,13 @@
 """What the page of an evaluation shows of its items, as compact JSON values.
 
 Scores of a text travel as a string with one character for each token: the root of its share of the largest score, in
-63 steps from -31 to 31. Texts that several items share are stored once. Items beyond a size are left out and counted.
+63 steps from -31 to 31. Where the truth is about units of tokens, the scores of tokens in no unit are left out (0).
+Texts that several items share are stored once. Items beyond a size are left out and counted.
 
 Schema::
 
     model, methods, facts
+    summaries  {method: what it is, in a line}
     tasks   [{task, split, ..., rows, other_rows, items, left_out}]: the fields of a TaskSummary, the rows of the
             primary metric over all items, the other rows, and the items
     item    {id, text, right, note, truth, units, pairs, plain, methods: {name: levels}, values: {name: value}}: the
@@ -22,6 +24,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowgraph.display.signs import without_roles
+from flowgraph.errors import InvalidInputError
+from flowgraph.evaluation.catalogue import find_method
 from flowgraph.evaluation.results import Evaluation
 
 MAX_BYTES = 4_500_000
@@ -67,11 +72,23 @@ def page_payload(evaluation: Evaluation, max_bytes: int = MAX_BYTES) -> dict[str
     return {
         "model": str(evaluation.settings.get("model", "a model")),
         "methods": list(evaluation.methods),
+        "summaries": _summaries(evaluation.methods),
         "facts": dict(evaluation.settings),
         "levels": LEVELS,
         "tasks": tasks,
         "texts": texts,
     }
+
+
+def _summaries(methods: Sequence[str]) -> dict[str, str]:
+    """Return a line on each method; one that is registered no more has none."""
+    found = {}
+    for name in methods:
+        try:
+            found[name] = without_roles(find_method(name).summary)
+        except InvalidInputError:
+            continue
+    return found
 
 
 def levels_of(scores: Sequence[float | None]) -> str:
@@ -137,10 +154,22 @@ def _item(record: Mapping[str, Any], methods: Sequence[str], metric: str) -> dic
         "id": record["id"],
         "right": record["model_right"],
         "note": note,
-        "methods": {name: levels_of(record["token_scores"][name]) for name in scored},
+        "methods": {name: levels_of(_compared(record["token_scores"][name], record["truth"])) for name in scored},
         "values": values,
         **_truth(record["truth"], record["tokens"]),
     }
+
+
+def _compared(scores: Sequence[float | None], truth: Mapping[str, Any]) -> list[float | None]:
+    """Set the scores of tokens in no unit of the truth to 0: the task does not read them.
+
+    A token of the chat template that collects most of a score would otherwise leave all others without colour.
+    """
+    units = truth.get("units")
+    if not isinstance(units, list) or not units:
+        return list(scores)
+    compared = {token for unit in units for token in unit}
+    return [score if token in compared else 0.0 for token, score in enumerate(scores)]
 
 
 def _truth(truth: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class TaskSummary:
         shows: what a high score shows.
         cannot_show: what it does not show.
         metric: name of the primary metric.
+        metric_summary: one line on it: what is computed.
         higher_is_better: direction of the primary metric.
         num_items: items asked for.
         num_usable: items that decide something.
@@ -98,6 +99,7 @@ class TaskSummary:
     shows: str
     cannot_show: str
     metric: str
+    metric_summary: str
     higher_is_better: bool
     num_items: int
     num_usable: int
@@ -182,6 +184,7 @@ def task_table(
         shows=task.shows,
         cannot_show=task.cannot_show,
         metric=task.metrics[0].name,
+        metric_summary=task.metrics[0].summary,
         higher_is_better=task.metrics[0].higher_is_better,
         num_items=len(records),
         num_usable=len(usable),

@@ -42,6 +42,7 @@ def render_evaluation(payload: Mapping[str, Any]) -> str:
         page_data=page_data,
         model=visible(payload["model"]),
         num_methods=len(payload["methods"]),
+        methods=[(visible(name), visible(summary)) for name, summary in payload["summaries"].items()],
         tasks=[_section(number, task) for number, task in enumerate(payload["tasks"])],
         facts=list(flattened(payload["facts"])),
     )
@@ -111,6 +112,7 @@ def _section(number: int, task: Mapping[str, Any]) -> dict[str, Any]:
         "shows": visible(task["shows"]),
         "cannot_show": visible(task["cannot_show"]),
         "metric": visible(task["metric"]),
+        "metric_summary": visible(task["metric_summary"]),
         "direction": "higher is better" if task["higher_is_better"] else "lower is better",
         "num_usable": task["num_usable"],
         "num_items": task["num_items"],

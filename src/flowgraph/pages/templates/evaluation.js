@@ -111,7 +111,9 @@ function startViewer(details) {
     viewer.append(make("p", "hint", "No item."));
     return;
   }
-  const hint = "Colour: root of the share of the largest score; lines below tokens: question, reasoning, answer.";
+  const hint =
+    "Colour: root of the share of the largest score, among the tokens that the task compares; others have none. " +
+    "Lines below tokens: question, reasoning, answer.";
   viewer.append(make("div", "choice", items.element, holder), make("p", "hint", hint), body);
   draw();
 }
