@@ -106,9 +106,9 @@ def test_a_paired_interval_is_that_of_all_resamples_where_their_grid_is_fine(pai
     ("values_a", "values_b", "ends"),
     [
         # Means lie on 0, .2, ... 1; those that hold the quantiles have far more than .025.
-        ([1, 0, 0, 1, 1], [0, 0, 0, 0, 0], (0.2, 1.0)),
-        ([1, 1, 0, 0, 0], [0, 0, 1, 1, 1], (-1.0, 0.6)),
-        ([3, 3, 3], [1, 1, 1], (2.0, 2.0)),
+        ([1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0], (0.2, 1.0)),
+        ([1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, 1.0], (-1.0, 0.6)),
+        ([3.0, 3.0, 3.0], [1.0, 1.0, 1.0], (2.0, 2.0)),
     ],
 )
 def test_a_paired_interval_of_few_possible_means_is_exact(values_a: list, values_b: list, ends: tuple[float, float]):
