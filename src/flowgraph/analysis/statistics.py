@@ -208,6 +208,7 @@ def paired_bootstrap(
             f"other: must be paired with one by position, got {second.size} values beside {first.size}; leave out what "
             "has no partner"
         )
+    # The interval of the differences, and not of each side, keeps the pairs together.
     differences = first - second
     if differences.size == 0:
         return math.nan, None
@@ -268,6 +269,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
         [0.03, 0.06, 0.06]
     """
     num_tests = len(p_values)
+    # NaN fails this comparison too; sorted among numbers, it would change the ranks of the others.
     for p in p_values:
         if not 0 <= p <= 1:
             raise InvalidInputError(f"p_values: must lie in [0, 1], got {p}; leave out tests without a p-value")

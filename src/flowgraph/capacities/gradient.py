@@ -238,6 +238,7 @@ def capture_input_gradient(
         # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
         with torch.inference_mode(False):
             return capture_input_gradient(model, token_ids.clone(), answer.clone(), target)
+    # What cannot work is refused before the pass.
     inner = base_model(model)
     _refuse_inference_tensors(inner)
     ids = checked_ids(token_ids)
@@ -256,6 +257,7 @@ def capture_input_gradient(
         watch.require_unbroken(logits)
         objective = objective_of(logits, rows, ids, explained, target)
         gradient = watch.backward(objective)
+    # A score of NaN would sort anywhere in a ranking.
     if not bool(torch.isfinite(gradient).all()):
         raise CaptureError(
             f"model: its gradient must be finite, got NaN or infinity at the input of the first block of "

@@ -53,12 +53,14 @@ def evaluate_planted(
         with claimed(out):
             pass
 
+    # One kind at a time, so that the progress names it.
     scores: list[PlantedScore] = []
     with stages(quiet=quiet) as progress, warnings_on_stderr():
         for kind in PLANTED_KINDS:
             progress(f"planted {kind}: {len(chosen)} methods on {number} texts")
             scores += planted_check(chosen, kinds=[kind], number=number, seed=seed)
 
+    # A screen holds one figure of every method and kind; --full adds the others.
     terminal = console()
     if quiet:
         for name, cells in _cells(scores).items():
@@ -76,6 +78,7 @@ def evaluate_planted(
             terminal.print(visible(line), style="yellow", soft_wrap=True, markup=False, highlight=False)
     if full:
         terminal.print()
+        # Line by line: a line break inside a text would be shown as a sign.
         for line in planted_table(scores).splitlines():
             terminal.print(visible(line), soft_wrap=True, markup=False, highlight=False)
     if out is not None:
@@ -87,6 +90,7 @@ def evaluate_planted(
         write_json(out / PLANTED_FILE, payload)
         if not quiet:
             terminal.print(f"table: {out / PLANTED_FILE}", style="dim", soft_wrap=True, highlight=False)
+    # A script has to notice that nothing was measured.
     if all(score.error is not None for score in scores):
         raise typer.Exit(1)
 
@@ -124,6 +128,7 @@ def _table(scores: Sequence[PlantedScore]) -> Table:
 
 def _refusals(scores: Sequence[PlantedScore]) -> list[str]:
     """Say which methods ran on no text of a kind, and why: a line for each method and reason."""
+    # A method mostly refuses all kinds for the same reason.
     kinds_of: dict[tuple[str, str], list[str]] = {}
     for score in scores:
         if score.error is not None:

@@ -87,6 +87,7 @@ def _summaries(methods: Sequence[str]) -> dict[str, str]:
         try:
             found[name] = without_roles(find_method(name).summary)
         except InvalidInputError:
+            # A method of a script that is not loaded now.
             continue
     return found
 

@@ -356,6 +356,7 @@ def _score_of(kind: PlantedKind, method: EvaluationMethod, subjects: Sequence[Su
     undefined = {metric.name: math.nan for metric in PLANTED_METRICS}
     of_items = []
     for subject in subjects:
+        # A method that refuses one text has no mean over the texts of the kind.
         try:
             explanation = method.explain(subject)
         except FlowgraphError as error:
@@ -373,6 +374,7 @@ def planted_table(scores: Sequence[PlantedScore]) -> str:
         "|" + "---|" * (2 + len(columns)),
     ]
     for score in scores:
+        # A reason stands in place of the first figure, without its remedy, so that the row stays short.
         values = ["" if math.isnan(score.figures[name]) else f"{score.figures[name]:.2f}" for name in columns]
         if score.error is not None:
             values[0] = score.error.split(";")[0]
