@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgraph import MissingExtraError
+from flowgraph import MissingExtraError, context_length
 from rl.algorithm.losses import token_logprobs
 from rl.algorithm.tensor_checks import described
 from rl.config import CreditConfig
@@ -136,13 +136,13 @@ class EngineCredit:
             and in responses that are not trained.
 
         Raises:
-            ConfigError: ids outside the vocabulary, another number of flags than tokens, a response that is trained in
-                part (tools, environments), or a prompt whose text gives other ids.
+            ConfigError: ids outside the vocabulary, a sequence beyond the context, another number of flags than tokens,
+                a response that is trained in part (tools, environments), or a prompt whose text gives other ids.
             PolicyError: the model cannot be loaded.
             RewardError: ``find_answer`` raised.
         """
         model, tokenizer = self._loaded()
-        kept = _check_sequences(sequences, _vocabulary_size(model, tokenizer))
+        kept = _check_sequences(sequences, _vocabulary_size(model, tokenizer), context_length(model))
         self._num_batches += 1
 
         # Sequences that are not trained are left out of the pass and of the batch's means.
@@ -229,6 +229,7 @@ class EngineCredit:
             find_answer=self.find_answer,
             groups=_groups(sequences),
             rewards=torch.tensor([float(sequence.reward) for sequence in sequences], dtype=torch.float32),
+            end_ids=_end_ids(model, tokenizer),
         )
         # A generator belongs to the batch and the place in it, whatever the size of the micro-batches.
         random = []
@@ -418,8 +419,8 @@ def _is_trained(sequence: EngineSequence) -> bool:
     return any(sequence.trained)
 
 
-def _check_sequences(sequences: Sequence[EngineSequence], vocabulary_size: int) -> list[int]:
-    """Check ids and flags; return the numbers of the sequences that are trained."""
+def _check_sequences(sequences: Sequence[EngineSequence], vocabulary_size: int, context: int | None) -> list[int]:
+    """Check ids, lengths and flags; return the numbers of the sequences that are trained."""
     kept = []
     for row, sequence in enumerate(sequences):
         size = len(sequence.response_ids)
@@ -440,6 +441,12 @@ def _check_sequences(sequences: Sequence[EngineSequence], vocabulary_size: int) 
         if len(sequence.prompt_ids) == 0:
             raise ConfigError(
                 f"prompt_ids: must hold a token, got none in sequence {row}; pass the ids that the model read"
+            )
+        num_tokens = len(sequence.prompt_ids) + size
+        if context is not None and num_tokens > context:
+            raise ConfigError(
+                f"sequences: must fit the model's context of {context} tokens, got {num_tokens} in sequence {row}; use "
+                "the base of the policy"
             )
         for index in (*sequence.prompt_ids, *sequence.response_ids):
             if not 0 <= _integer(index) < vocabulary_size:
@@ -486,6 +493,24 @@ def _pad_id(tokenizer: Any) -> int:
         if index is not None:
             return int(index)
     return 0
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end a response: that of the tokenizer, and those with which the model generates."""
+    generation = getattr(model, "generation_config", None)
+    own = getattr(generation, "eos_token_id", None)
+    if own is None or isinstance(own, int):
+        own = [own]
+    found: list[int] = []
+    for index in (tokenizer.eos_token_id, *own):
+        if index is not None and index not in found:
+            found.append(index)
+    if not found:
+        raise ConfigError(
+            f"tokenizer: must have an end token, got none in {type(tokenizer).__name__} and in the model's generation "
+            "settings; set tokenizer.eos_token"
+        )
+    return found
 
 
 def _prompt_of(sequence: EngineSequence, tokenizer: Any) -> str | Messages:

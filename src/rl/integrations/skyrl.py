@@ -59,7 +59,10 @@ class SkyRLCredit(_RayPPOTrainer):
         num_columns = advantages.shape[1]
         parts = [advantages[row, num_columns - length :] for row, length in enumerate(lengths)]
         _check_alignment(response_mask, lengths)
-        progress = min(1.0, self.global_step / max(1, self.total_training_steps or 0))
+        # Without a data loader SkyRL does not know the number of its steps.
+        progress = None
+        if self.total_training_steps:
+            progress = min(1.0, self.global_step / self.total_training_steps)
         for row, scaled in enumerate(self.engine_credit.scale(sequences, parts, progress=progress)):
             advantages[row, num_columns - lengths[row] :] = scaled
         data["advantages"] = advantages

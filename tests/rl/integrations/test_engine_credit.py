@@ -23,8 +23,17 @@ from rl.integrations.engine_credit import (
 )
 from rl.integrations.tensors import read_responses
 from rl.policy.actor_critic import ActorCritic
-from tests.fixtures.engines import COMPLETIONS, DIGITS, PROMPTS, TOKENIZER, engine_credit, sequences, uniform_credit
-from tests.fixtures.policies import tiny_policy
+from tests.fixtures.engines import (
+    COMPLETIONS,
+    DIGITS,
+    END,
+    PROMPTS,
+    TOKENIZER,
+    engine_credit,
+    sequences,
+    uniform_credit,
+)
+from tests.fixtures.policies import alphabet, tiny_policy
 
 SOFT = CreditConfig(rule="reach_sharp", shape="soft", floor=0.5, ceiling=2.0, fallback=0.5)
 
@@ -157,6 +166,39 @@ def replaced(row: int, **changes: Any) -> list[EngineSequence]:
 def test_wrong_sequences_are_refused(given, text):
     with pytest.raises(ConfigError, match=text):
         engine_credit(SOFT).weigh(given)
+
+
+def test_a_sequence_beyond_the_context_is_refused():
+    credit = EngineCredit(SOFT, tiny_policy(context=16), TOKENIZER, find_answer=DIGITS.find_answer)
+    with pytest.raises(
+        ConfigError, match=r"sequences: must fit the model's context of 16 tokens, got 18 in sequence 0"
+    ):
+        credit.weigh(sequences())
+
+
+def test_an_end_token_of_the_generation_ends_a_response():
+    """Chat models end a turn with another token than the tokenizer's; it is no part of the answer."""
+    tokenizer = alphabet()
+    semicolon = tokenizer(";")["input_ids"][0]
+    completions = []
+
+    def find(completion: str) -> None:
+        completions.append(completion)
+
+    model = tiny_policy()
+    model.generation_config.eos_token_id = [END, semicolon]
+    prompt = sequences()[0].prompt_ids
+    EngineCredit(SOFT, model, tokenizer, find_answer=find).weigh(
+        [EngineSequence(prompt, [5, semicolon]), EngineSequence(prompt, [5, END])]
+    )
+    assert completions == [tokenizer.decode([5])] * 2
+
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = None
+    with pytest.raises(
+        ConfigError, match=r"tokenizer: must have an end token, got none in .*; set tokenizer.eos_token"
+    ):
+        EngineCredit(SOFT, model, tokenizer, find_answer=find).weigh(sequences())
 
 
 def test_wrong_advantages_are_refused():

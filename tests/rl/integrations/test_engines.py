@@ -235,6 +235,16 @@ def test_skyrl_with_weights_of_one_is_skyrl(skyrl: type):
     assert torch.equal(data["advantages"], plain["advantages"])
 
 
+def test_skyrl_tells_its_progress_where_it_knows_it(skyrl: type):
+    credit = engine_credit(CreditConfig(rule="reach_sharp", shape="soft", anneal=0.5))
+    with pytest.raises(ConfigError, match=r"credit.anneal: must be 0 where the engine does not tell its progress"):
+        flow_skyrl_trainer(credit)().compute_advantages_and_returns(skyrl_batch())
+    trainer = flow_skyrl_trainer(credit)()
+    trainer.total_training_steps = 2
+    data = trainer.compute_advantages_and_returns(skyrl_batch())
+    assert torch.equal(data["advantages"], data["returns"])
+
+
 def test_skyrl_leaves_rows_that_fill_the_batch_alone(skyrl: type):
     """SkyRL repeats its first row with a loss mask of 0 until the batch can be divided among the ranks."""
     credit = engine_credit(SOFT)
