@@ -26,6 +26,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "train.md": "the task countdown needs reasoning-gym; tests/rl/test_docs.py runs both blocks with fewer steps",
     "credit.md": "the rules stay in the registry; tests/rl/test_docs.py runs all blocks and removes them afterwards",
+    "engines.md": "the engines are not installed; tests/rl/integrations/test_engines.py checks the imports",
 }
 """Pages whose blocks another test runs, and why."""
 

@@ -1,19 +1,12 @@
 """Compute token credit for other trainers with functions of tensors, independent of any engine.
 
-The functions were written for verl 0.9, whose batches hold prompts padded on the left beside responses padded on the
-right. They are tested on constructed tensors of that form. They were **not run inside verl**, which pins other versions
-of its dependencies. A registered estimator of verl does not receive the batch, so credit enters in a subclass of its
-trainer::
+The functions read batches that hold prompts padded on the left beside responses padded on the right. They are tested on
+constructed tensors of that form. :mod:`rl.integrations.engine_credit` and the adapters of single engines build on them;
+an engine without an adapter calls them itself::
 
-    def _compute_advantage(self, batch, *args, **kwargs):
-        batch = super()._compute_advantage(batch, *args, **kwargs)
-        tensors = batch.batch
-        responses = read_responses(tensors, prompts, tokenizer, find_answer=find_answer, groups=groups)
-        scores = TokenScores(logprobs=tensors["old_log_probs"], entropy=tensors["entropys"])
-        credit = token_credit(responses, scores, config, rows=rows)
-        mask = tensors["response_mask"]
-        tensors["advantages"] = scale_advantages(tensors["advantages"], mask, credit, config)
-        return batch
+    responses = read_responses(tensors, prompts, tokenizer, find_answer=find_answer, groups=groups)
+    credit = token_credit(responses, scores, config, rows=rows)
+    advantages = scale_advantages(advantages, response_mask, credit, config)
 
 Rules that read attention need ``rows``: a worker that has the model records them with
 :func:`attention_recorders` around its log-probability pass, and sends ``credit.weights``, which have the shape
