@@ -44,7 +44,7 @@ def cost(
         ),
     ] = None,
     prompt: Annotated[int, typer.Option(help="First tokens that all responses share; their rows count once.")] = 0,
-    hops: Annotated[int, typer.Option(help="Emission hops of relevance, one backward pass each.")] = 0,
+    hops: Annotated[int, typer.Option(help="Emission hops of relevance, one backward pass each, all counted.")] = 0,
     max_edges: Annotated[
         str | None,
         typer.Option(help="'auto', 'all' or a number: also a graph of each response. Default: scores from the rows."),

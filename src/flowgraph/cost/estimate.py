@@ -164,7 +164,7 @@ def estimate_cost(
         capacity: what an edge weighs.
         layers: as in :func:`flowgraph.capture`; None: the default of the capacity.
         prompt: first tokens that all responses share, whose rows are computed once.
-        hops: emission hops of ``relevance``, one backward pass each.
+        hops: emission hops of ``relevance``, one backward pass each; a capture makes fewer where little remains.
         max_edges: None: scores straight from the rows; ``"auto"``, ``"all"`` or a number: a graph of each response.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, of the model; rows are float32, sweeps float64.
         logits: tokens of each response whose logits are computed; None: all.
@@ -299,7 +299,9 @@ def _capture_parts(
         # Gradients need a pass of their own: the scoring pass keeps no activations.
         parts.append(("pass with gradients", "credit", work.forward(shape, batch)))
         once = work.backward(shape, batch, skips_queries=cost.backward == "values")
-        parts.append(("backward", "credit", once * (1 + hops)))
+        # A hop starts at the input of the output projection; its seed is the gradient of all logits, taken once.
+        of_hops = hops * once[:-1] + once[-1:] if hops else []
+        parts.append(("backward", "credit", once + of_hops))
     parts.append(("recording", "credit", [work.recording(shape, batch, len(layers))]))
     if cost.projects:
         parts.append(("projection", "credit", [work.projection(shape, batch, len(layers))]))
