@@ -205,15 +205,18 @@ def estimate_cost(
     num_edges = None if max_edges is None else edges_kept(max_edges, tokens)
 
     parts: list[tuple[str, str, list[Work]]] = []
+    # The training step: scores under the old policy, then one update of the adapters.
     scoring = work.forward(shape, batch)
     learning = [*work.forward(shape, batch), work.adapters(shape, batch, lora_rank), *work.backward(shape, batch)]
     if checkpointing:
         learning += work.forward(shape, batch)[:2]
     parts.append(("scoring pass", "step", scoring))
     parts.append(("forward and backward", "step", learning))
+    # The credit: what capture adds to a pass, and the rows with their solve.
     parts += _capture_parts(shape, batch, cost, chosen, hops)
     parts += _row_parts(shape, batch, cost, chosen, num_edges, scratch_bytes, compiled=device.compiled_sweeps)
 
+    # All other choices, so that the estimate can be repeated.
     settings = {
         "tokens": tokens,
         "responses": responses,
@@ -231,6 +234,7 @@ def estimate_cost(
 
 def _with_efficiencies(machine: Machine, compute: float | None, bandwidth: float | None) -> Machine:
     """Return the machine with other efficiencies where they are given."""
+    # Replacing a field checks it again.
     changes = {}
     if compute is not None:
         changes["compute_efficiency"] = positive_number("compute_efficiency", compute, "give a share, such as 0.5")
@@ -269,6 +273,7 @@ def _checked_batch(
 
 def _chosen_layers(capacity: str, layers: LayerRule | None, num_layers: int) -> Sequence[int]:
     """Resolve the layers that are read; relevance sums over all of them."""
+    # A capacity without the option has no choice of layers.
     defaults = find_capacity(capacity).defaults
     if "layers" not in defaults:
         if layers is not None:
@@ -341,6 +346,7 @@ def _row_parts(
         reads += 1
     parts = [("rows", "credit", [_times(one_read, reads * graphs)])]
 
+    # A graph of all edges is solved on its edges alone.
     if cost.sweeps and not is_complete:
         both = work.dense_sweeps(cells, blocks, compiled=compiled and not is_streamed)
         parts.append(("sweeps", "credit", [_times(both, graphs)]))
@@ -361,6 +367,7 @@ def _times(part: Work, factor: float) -> Work:
 def _timed(parts: list[tuple[str, str, list[Work]]], machine: Machine) -> tuple[CostStage, ...]:
     """Turn counts into times, and times into shares of the training step."""
     efficiencies = (machine.compute_efficiency, machine.bandwidth_efficiency)
+    # Parts of a stage run one after the other.
     seconds = [sum(each.seconds(machine, *efficiencies) for each in works) for _, _, works in parts]
     step = sum(time for time, (_, part, _) in zip(seconds, parts, strict=True) if part == "step")
     stages = []

@@ -119,6 +119,7 @@ def find_machine(machine: str | Path | Machine) -> Machine:
             f"machine: must be a name, a path or a Machine, got {type(machine).__name__}; names are "
             f"{', '.join(MACHINES)}"
         )
+    # Names come first, as for models.
     if str(machine).lower() in MACHINES:
         return MACHINES[str(machine).lower()]
     path = Path(machine)

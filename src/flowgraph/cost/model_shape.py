@@ -136,6 +136,7 @@ def find_shape(model: str | Path | ModelShape) -> ModelShape:
             f"config: must be a name, a path or a ModelShape, got {type(model).__name__}; names are "
             f"{', '.join(MODEL_SHAPES)}"
         )
+    # Names come first: a folder of such a name can be given as ./8b.
     if str(model).lower() in MODEL_SHAPES:
         return MODEL_SHAPES[str(model).lower()]
 
@@ -164,6 +165,7 @@ def shape_of_config(entries: dict[str, Any], name: str) -> ModelShape:
     if isinstance(nested, dict):
         entries = nested
     _refuse_other_architectures(entries)
+    # Sizes that stand for others where a field is missing.
     width = _required(entries, "hidden_size")
     heads = _required(entries, "num_attention_heads")
     return ModelShape(

@@ -72,6 +72,7 @@ class Work:
 
     def seconds(self, machine: Machine, compute_efficiency: float, bandwidth_efficiency: float) -> float:
         """Return the time: the slowest of computing, moving and starting."""
+        # Work of the three kinds overlaps, so the slowest decides.
         computing = self.flops / (machine.peak[self.dtype] * compute_efficiency)
         moving = self.bytes / (machine.bandwidth * bandwidth_efficiency)
         starting = self.calls * machine.call_seconds
@@ -171,6 +172,7 @@ def _attention(shape: ModelShape, batch: Batch, *, factor: float) -> Work:
     queries = shape.heads * shape.head_width
     keys = shape.key_heads * shape.head_width
     flops = 2.0 * queries * batch.tokens**2 * batch.sequences * shape.layers
+    # Fused attention writes no cells: queries, keys, values and outputs pass once.
     traffic = 2 * (queries + keys) * batch.tokens * batch.sequences * shape.layers
     return Work(factor * flops, factor * batch.weight_bytes * traffic, shape.layers, batch.dtype)
 
@@ -232,6 +234,7 @@ class RowSteps:
         steps = 0
         for start in range(0, tokens, BLOCK):
             stop = min(start + BLOCK, tokens)
+            # A block that ends inside the shared prompt is the same in every sequence.
             distinct = 1 if stop <= prompt else sequences
             step = max(1, min(MAX_BLOCK, scratch_bytes // (4 * distinct * heads * stop)))
             for first in range(start, stop, step):
@@ -249,12 +252,14 @@ def rows(shape: ModelShape, batch: Batch, num_layers: int, cost: CapacityCost, s
     """
     queries = shape.heads * shape.head_width
     keys = shape.key_heads * shape.head_width
+    # Half-precision keys are cast to float32, and repeated where query heads share them.
     cast = keys * (batch.weight_bytes + 4) if batch.weight_bytes < 4 else 0
     repeated = 4 * (keys + queries) if shape.heads > shape.key_heads else 0
     per_key = cast + repeated + 4 * queries
     # The second product reads values by group, without repeating them.
     per_key += (cost.products - 1) * (cast + 4 * keys)
 
+    # Traffic with cells grows with their number, traffic with keys with the number of steps.
     per_cell = 4 * (shape.heads * cost.accesses + _JOINED_ACCESSES)
     traffic = num_layers * (per_cell * steps.cells + per_key * steps.keys) + 4 * _CAPACITY_ACCESSES * steps.cells
     flops = num_layers * shape.heads * steps.cells * (2 * shape.head_width * cost.products + _CELL_FLOPS)
