@@ -33,6 +33,7 @@ FOLDER_TITLES = {
     "steps": "Lines, sentences and steps",
     "comparison": "Compare traces",
     "interventions": "Interventions",
+    "cost": "Cost estimates",
     "evaluation": "Evaluation of explanations",
     "corpus": "Corpora",
     "exchange": "Other libraries and file formats",

@@ -38,6 +38,11 @@ from .corpus.run import CorpusProgress as CorpusProgress
 from .corpus.trace_corpus import CorpusSummary as CorpusSummary
 from .corpus.trace_corpus import trace_corpus as trace_corpus
 from .corpus.trace_corpus import trace_file as trace_file
+from .cost.estimate import CostEstimate as CostEstimate
+from .cost.estimate import CostStage as CostStage
+from .cost.estimate import estimate_cost as estimate_cost
+from .cost.machine import Machine as Machine
+from .cost.model_shape import ModelShape as ModelShape
 from .errors import CaptureError as CaptureError
 from .errors import FlowgraphError as FlowgraphError
 from .errors import GraphError as GraphError

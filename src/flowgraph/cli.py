@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from flowgraph.commands.compare import compare
+from flowgraph.commands.cost import cost
 from flowgraph.commands.evaluate import evaluate
 from flowgraph.commands.export import export
 from flowgraph.commands.hubtest import hub_test
@@ -50,7 +51,7 @@ def _options(
     """Read the options of the program itself."""
 
 
-for command in (trace, demo, trace_corpus, show, steps, compare, certify, knockout, hub_test, evaluate, export):
+for command in (trace, demo, trace_corpus, show, steps, compare, certify, knockout, hub_test, evaluate, export, cost):
     app.command()(command)
 # The old name of trace-corpus still works, with a warning, and help does not list it.
 app.command("trace-file", hidden=True, deprecated=True)(trace_corpus)
