@@ -45,7 +45,8 @@ def oracle(batch: CreditInput) -> Float[Tensor, "batch response"]:
     """
     if batch.responses.oracle is None:
         raise CreditError(
-            "oracle: must be known to the task, got responses without; use the task 'chain', or another rule"
+            "oracle: must be known to the task, got responses without; use a task with an oracle, such as chain, "
+            "wandering, pathsearch or program, or another rule"
         )
     return batch.responses.oracle.float()
 

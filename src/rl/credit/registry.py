@@ -295,7 +295,7 @@ def score_with_tie(
     if rule.needs_oracle and batch.responses.oracle is None:
         raise CreditError(
             f"credit: rule {rule.name!r} needs a task that knows its decisive tokens, got one that does not; "
-            "use the task 'chain', or another rule"
+            "use a task with an oracle, such as chain, wandering, pathsearch or program, or another rule"
         )
 
     try:
