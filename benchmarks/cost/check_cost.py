@@ -220,7 +220,8 @@ def estimate_row(model: str, tokens: int, machine: str) -> str:
         sizes: dict[str, Any] = {"tokens": tokens, "responses": TABLE_RESPONSES, "machine": machine}
         today = fg.estimate_cost(model, capacity=capacity, **sizes)
         large = fg.estimate_cost(model, capacity=capacity, scratch_bytes=LARGE_SCRATCH, **sizes)
-        one = fg.estimate_cost(model, capacity=capacity, **(sizes | {"responses": 1}))
+        single: dict[str, Any] = {**sizes, "responses": 1}
+        one = fg.estimate_cost(model, capacity=capacity, **single)
         step = today.step_seconds
         apart = TABLE_RESPONSES * one.credit_seconds / step
         cells.append(f"{share(today.credit_share)} / {share(large.credit_share)} / {share(apart)}")

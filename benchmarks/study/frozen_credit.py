@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 
+from flowgraph.analysis.statistics import spearman
 from rl import ActorCritic, CreditConfig, PPOConfig, PPOTrainer, load_base_model, make_task
 from rl.credit.scoring import score_rollout
 from rl.records import Responses
@@ -103,7 +103,7 @@ def correlation(policy: ActorCritic, base: ActorCritic, responses: Responses, ru
         # Fewer than three tokens, or equal scores, have no order.
         if int(scored.sum()) < 3 or any(bool((one == one[0]).all()) for one in pair):
             continue
-        values.append(float(spearmanr(pair[0].numpy(), pair[1].numpy()).statistic))
+        values.append(spearman(pair[0].numpy(), pair[1].numpy()))
     spread = torch.tensor(values, dtype=torch.float64)
     error = float(spread.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return {"mean": float(spread.mean()), "error": error, "responses": len(values)}

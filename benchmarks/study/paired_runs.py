@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rl.evaluation.significance import holm
+from flowgraph import holm
 
 Job = TypeVar("Job")
 Run = dict[str, Any]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ PROCESSBENCH = [
 ]
 
 
-def written(folder: Path, content: object, name: str = "sample.json", *, lines: bool = False) -> Path:
+def written(folder: Path, content: Any, name: str = "sample.json", *, lines: bool = False) -> Path:
     path = folder / name
     text = "\n".join(json.dumps(one) for one in content) if lines else json.dumps(content)
     path.write_text(text, encoding="utf-8")

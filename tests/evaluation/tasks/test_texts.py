@@ -132,7 +132,7 @@ def test_evidence_and_detour_have_one_form_and_come_first_equally_often(split: s
     items = detour_items(split, 200, 0)
     first = [0, 0, 0]
     for item in items:
-        text = item.prompt[0]["content"] + item.response
+        text = f"{item.prompt[0]['content']}{item.response}"
         assert len(item.data["evidence"]) == len(item.data["detour"]) == 3
         for number in range(3):
             evidence = sentence_of(item, "evidence", number)
@@ -148,7 +148,7 @@ def test_matching_words_and_nearness_do_not_find_the_evidence(split: str):
     right = 0.0
     items = detour_items(split, 200, 0)
     for item in items:
-        text = item.prompt[0]["content"] + item.response
+        text = f"{item.prompt[0]['content']}{item.response}"
         question = item.prompt[0]["content"].split(". ")[-1]
         wanted = set(re.findall(r"\w+", question.lower())) | {item.data["expected"]}
         for number in range(3):

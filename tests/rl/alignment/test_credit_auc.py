@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_detours_against_the_flow_that_training_would_use():
     """The scores are those of the rule itself: one response, recomputed by hand."""
     task = DetourDigits()
     found = measured(["reach"], task=task, resamples=50)
-    assert 0 < found.rules[0].auc < 1
+    auc: Any = found.rules[0].auc
+    assert 0 < auc < 1
     again = measured(["reach"], task=task, resamples=50)
     assert again == found
 
@@ -146,9 +148,9 @@ def test_wrong_arguments_are_refused():
 def test_sweep_chooses_on_one_half_and_reports_the_other():
     found = measured(["reach"], sweep=True, resamples=50)
     assert len(found.rules) == len(graphs_of(parse_arm("reach"), tiny_policy())) == found.best.num_graphs
-    best = found.best
+    best: Any = found.best
     assert best.rule in {row.rule for row in found.rules}
-    row = next(row for row in found.rules if row.rule == best.rule)
+    row: Any = next(row for row in found.rules if row.rule == best.rule)
     # The mean over all responses lies between those of the two halves.
     assert min(best.auc, best.chosen_auc) <= row.auc <= max(best.auc, best.chosen_auc)
     assert best.n < row.n

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_a_continuation_ends_at_an_end_token_a_stop_string_or_the_limit():
     assert _complete([5, 6], [7, 8, 1], ending, 4) == ([5, 6, 7, 8], True)
     tokenizer = alphabet()
     stops = Ending.of(tiny_policy(), tokenizer, ["ab"])
-    a, b, c = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    ids: Any = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    a, b, c = ids
     # The stop string begins in the prefix and is completed by the continuation.
     assert _complete([c, a], [b, c], stops, 10) == ([c, a, b], False)
     assert _complete([a, b], [c], stops, 10)[0] == [a, b, c]

@@ -148,7 +148,7 @@ def test_delta_is_its_formula():
 
     def centroid(sign: int) -> Tensor:
         side = [(row, key) for key in vectors for row in [key[0]] if float(advantages[row]) * sign > 0]
-        total = sum(abs(float(advantages[row])) * vectors[key] for row, key in side)
+        total = torch.stack([abs(float(advantages[row])) * vectors[key] for row, key in side]).sum(0)
         return total / sum(abs(float(advantages[row])) for row, _ in side)
 
     positive, negative = centroid(1), centroid(-1)

@@ -113,7 +113,9 @@ def test_scores_are_checked():
 
 
 def test_an_oracle_must_be_there():
-    with pytest.raises(CreditError, match=r"credit: rule 'oracle' needs a task that knows .*; use a task with an oracle"):
+    with pytest.raises(
+        CreditError, match=r"credit: rule 'oracle' needs a task that knows .*; use a task with an oracle"
+    ):
         score_tokens(find_rule("oracle"), two_responses())
     with pytest.raises(CreditError, match=r"oracle: must be known to the task, got responses without; use the task"):
         find_rule("oracle").function(two_responses())
