@@ -77,6 +77,7 @@ def cost(
     from flowgraph.files import write_json
 
     check_outputs(json_file)
+    # Words pass through; the library checks them.
     edges = int(max_edges) if max_edges is not None and is_short_number(max_edges) else max_edges
     estimate = flowgraph.estimate_cost(
         config,
@@ -95,6 +96,7 @@ def cost(
         compute_efficiency=compute_efficiency,
         bandwidth_efficiency=bandwidth_efficiency,
     )
+    # The table first, the result in one line last.
     terminal = console()
     if not quiet:
         for line in _head(estimate):

@@ -189,7 +189,7 @@ def estimate_cost(
         >>> [stage.name for stage in estimate.stages]
         ['scoring pass', 'forward and backward', 'recording', 'rows', 'sweeps']
     """
-    # Everything is checked before anything is counted.
+    # Names and files first: later rules depend on the sizes of the model.
     shape = find_shape(config)
     device = _with_efficiencies(find_machine(machine), compute_efficiency, bandwidth_efficiency)
     cost = find_capacity_cost(capacity)
@@ -344,6 +344,7 @@ def _row_parts(
     if is_limited and not cost.sweeps:
         # Signed rows are read for the sums of the law, and once more for the edges.
         reads += 1
+    # A fraction of a read stands for the rows that are not kept between the sweeps.
     parts = [("rows", "credit", [_times(one_read, reads * graphs)])]
 
     # A graph of all edges is solved on its edges alone.
