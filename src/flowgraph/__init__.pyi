@@ -95,9 +95,9 @@ from .exchange.from_objects import from_pyg as from_pyg
 from .files import atomic_write as atomic_write
 from .flow.composition_registry import ComposedScores as ComposedScores
 from .flow.composition_registry import Composition as Composition
+from .flow.composition_registry import composition as composition
 from .flow.compositions import compose as compose
 from .flow.compositions import composed_scores as composed_scores
-from .flow.compositions import composition as composition
 from .flow.compositions import composition_names as composition_names
 from .flow.flow import Flow as Flow
 from .flow.signed_flow import SignedFlow as SignedFlow

@@ -75,14 +75,14 @@ def test_control_c_tells_how_to_continue(call, tmp_path: Path, monkeypatch: pyte
     path = write(tmp_path / "in.jsonl", LINES)
     from flowgraph.corpus.run import Run
 
-    real = Run._write
+    real = Run._finish
 
     def interrupted(self: Run, *arguments) -> None:
         if self.now == 2:
             raise KeyboardInterrupt
         real(self, *arguments)
 
-    monkeypatch.setattr(Run, "_write", interrupted)
+    monkeypatch.setattr(Run, "_finish", interrupted)
     code, _, err = call(path)
     assert code == 130
     assert "stopped; everything finished is in" in err

@@ -94,9 +94,10 @@ def test_the_text_of_a_certificate_is_short_and_names_what_fails():
     assert repr(certificate).split("\n") == [
         f"Certificate: all {len(certificate.checks)} checks hold",
         f"  {certificate.figures}",
+        f"  tokens are ranked by: {certificate.score}",
         "  print(certificate) lists the checks",
     ]
-    assert len(str(certificate).split("\n")) == 2 + len(certificate.checks)
+    assert len(str(certificate).split("\n")) == 3 + len(certificate.checks)
     broken = replace(certificate.checks[5], ok=False)
     failed: Certificate = replace(certificate, checks=(*certificate.checks[:5], broken))
     assert f"✗ {broken.name}" in repr(failed)

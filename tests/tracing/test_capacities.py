@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowgraph import InvalidInputError, StepRelevance, capture, load_relevance, load_trace, trace, trace_corpus
+from flowgraph import InvalidInputError, StepRelevance, capture, load_relevance, load_trace, trace
 from flowgraph.cli import app
 from tests.fixtures.tiny import PROMPT, RESPONSE, tiny
 
@@ -85,12 +85,6 @@ def test_the_command_line_prints_the_relevance(tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "where the answer came from: its relevance, by steps" in result.output
     assert "ends in: " in result.output
-
-
-def test_a_corpus_takes_no_signed_capacity(tmp_path: Path):
-    model, tokenizer = tiny()
-    with pytest.raises(InvalidInputError, match="capacity: must have edges that are not negative in a corpus, got"):
-        trace_corpus(model, tokenizer, tmp_path / "in.jsonl", tmp_path / "out", capacity="relevance")
 
 
 def test_the_command_line_traces_relevance_alone_or_beside(tmp_path: Path):

@@ -53,11 +53,17 @@ def check_credit(credit: CreditConfig) -> None:
     """Check settings that relate a rule to the registry, before anything runs.
 
     Raises:
-        CreditError: no such rule, an option that it does not have, or a fallback for a rule that measures no ties.
+        CreditError: no such rule, an option that it does not have, a fallback for a rule that measures no ties, or
+            normalised weights that are permuted.
     """
     inner = applied(credit)
     rule = find_rule(inner.rule)
     rule.needs_for(inner.options)
+    if credit.rule == POSITION_MATCHED and credit.normalization != "none":
+        raise CreditError(
+            f"credit.normalize: must be 'none' with the control {POSITION_MATCHED!r}, got {credit.normalization!r}; "
+            "permuted weights can all be 0 in a response, so leave normalize and mean_one out"
+        )
     if credit.fallback > 0 and not rule.ties:
         raise CreditError(
             f"credit.fallback: must be 0 with rule {rule.name!r}, which measures no reach, got {credit.fallback:g}; "

@@ -124,13 +124,11 @@ class TokenCredit(_GRPOTrainer):
         effective = [effective_token_ratio(of_response) for of_response in of_responses]
         metrics["credit/effective_token_ratio"].append(sum(effective) / count if effective else 1.0)
         if credit.unanchored is not None:
-            metrics["credit/unanchored_share"].append(float(credit.unanchored.float().mean()))
+            of_kept = credit.unanchored[mask.any(1)]
+            metrics["credit/unanchored_share"].append(float(of_kept.float().mean()))
 
     def _token_credit(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> Credit:
-        """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``).
-
-        ``unanchored`` describes the sequences that TRL did not mask.
-        """
+        """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``)."""
         mask = output["completion_mask"].bool()
         kept = mask.any(1).nonzero().flatten().tolist()
         size = self.args.per_device_train_batch_size
@@ -149,7 +147,10 @@ class TokenCredit(_GRPOTrainer):
             credit.scores[kept] = found.scores
             credit.scored[kept] = found.scored
             credit.weights[kept] = found.weights
-            credit = replace(credit, unanchored=found.unanchored)
+            if found.unanchored is not None:
+                unanchored = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+                unanchored[kept] = found.unanchored
+                credit = replace(credit, unanchored=unanchored)
         return credit
 
     def _weighed(self, parts: list[Ratings], device: torch.device) -> Credit | None:

@@ -10,10 +10,12 @@ import torch
 
 from rl import ActorCritic, Credit, CreditConfig, LoraConfig, Responses, Sample, rule_names, shape_weights
 from rl.config import Scope, Shape, Sign
+from rl.credit.ratings import check_credit
 from rl.credit.registry import find_rule
 from rl.credit.scope import after_answer, before_answer, tokens_in_scope
 from rl.credit.scoring import score_rollout
 from rl.credit.weights import loss_weights
+from rl.errors import CreditError
 from rl.rollouts.rollout import PromptEncoder, judge, sample_responses
 from tests.fixtures.policies import Digits, UnmarkedDigits, alphabet, tiny_policy
 
@@ -90,7 +92,9 @@ def test_no_rule_judges_tokens_after_the_answer(rule: str, scope: Scope):
     after = after_answer(responses)
     assert after.any()
     for shape in get_args(Shape):
-        settings = CreditConfig(rule=rule, shape=shape, scope=scope, strength=3.0, mean_one=True)
+        # The control that permutes weights takes none that are normalised.
+        mean_one = rule != "position_matched"
+        settings = CreditConfig(rule=rule, shape=shape, scope=scope, strength=3.0, mean_one=mean_one)
         credit = score_rollout(
             policy, responses, settings, temperature=1.0, micro_batch_size=4, seed=0, step=0, reference=False
         ).credit
@@ -122,3 +126,8 @@ def test_mean_one_is_taken_over_the_tokens_that_compete():
     weights = loss_weights(credit, torch.ones(2, 5), mask, CreditConfig(mean_one=True))
     assert weights.tolist() == [[1.5, 0.5, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0]]
     assert weights.sum(1).tolist() == mask.sum(1).tolist()
+
+
+def test_permuted_weights_are_not_normalised():
+    with pytest.raises(CreditError, match=r"credit.normalize: must be 'none' with the control 'position_matched', got"):
+        check_credit(CreditConfig(rule="position_matched", normalize="mean"))

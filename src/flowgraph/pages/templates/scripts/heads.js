@@ -100,7 +100,8 @@ function layerChart(layers) {
     Math.abs(other[1]) > Math.abs(one[1]) ? other : one,
   );
   chart.setAttribute("role", "img");
-  chart.setAttribute("aria-label", `Share of each layer; most from layer ${strongestLayer}, ${signedShare(strongestShare)}`);
+  const strongest = `layer ${strongestLayer}, ${signedShare(strongestShare)}`;
+  chart.setAttribute("aria-label", `Share of each layer; most from ${strongest}`);
   const ends = make("p", "chartends hint", `layer ${layers[0][0]}`, make("span", "", `layer ${layers.at(-1)[0]}`));
   return make("div", "", chart, ends);
 }
