@@ -54,7 +54,7 @@ def squeezed(text: str) -> str:
 def test_the_command_prints_a_table_that_fits_and_writes_files(call, tmp_path: Path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    options = ("--tasks", "toy", "--methods", "toy_right, toy_constant,preset:trivial", "--items", 6, "--out", out)
+    options = ("--tasks", "toy", "--methods", "toy_right, toy_constant,toy_position", "--items", 6, "--out", out)
     code, printed, err = call(*options, "--full", "--figures")
     assert code == 0
     assert max(map(len, printed.splitlines()[:-1])) <= 100
