@@ -47,7 +47,7 @@ demo: $(VENV)/.demo  ## trace an answer of SmolLM2-135M-Instruct, write out/
 	@$(BIN)/flowgraph demo --out out
 
 # Starts afresh each time. One thread: the model's matrices are so small that a second one only gets in the way.
-DEMO_LEVEL := --task wandering --task-option level=0:5
+DEMO_LEVEL := --task program
 DEMO_CREDIT := --set credit.rule=reach_sharp --set credit.shape=soft --set credit.floor=0.5 --set credit.ceiling=2 --set credit.fallback=0.5
 DEMO_RULES := oracle:soft,reach_sharp:soft:floor=0.5,ceiling=2,flow_sharp:soft,max_attention:soft,flow
 train-demo: ONE := OMP_NUM_THREADS=1
