@@ -59,7 +59,8 @@ def _draw_curve(axis: Any, tests: list[dict[str, Any]], detours_of: dict[str, in
     axis.axhline(0, color=BLACK, linewidth=1)
     axis.set_xlabel("detours in a demonstration")
     axis.set_ylabel("mean reward over the run minus uniform's, 95 %")
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
 
 
 def _draw_gaps(axis: Any, tests: list[dict[str, Any]]) -> None:

@@ -77,7 +77,8 @@ SHARP_GRAPH = ("flow_sharp", "reach_sharp", "max_attention_sharp", "shuffled_flo
 
 BASELINES = ("uniform", "max_attention")
 PRIMARY = ("recommended", "flow_sharp wide")
-PRIMARY_LEVELS = ("0:5",)
+PRIMARY_LEVELS = ("program", "pathsearch")
+"""Levels on which the AUC test lets the recommended rule pass: above .7 against detours."""
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 GRID_SEEDS = (100, 101)
 HELD_OUT = 512
@@ -346,7 +347,9 @@ def report(folder: Path, levels: list[str], arms: list[str], num_seeds: int, ste
             f"{test['difference']:+.4f} +- {test['half_width']:.4f} wins {test['wins']}/{test['n']} "
             f"p {test['p']:.4f} Holm {test['p_holm']:.4f}"
         )
-    print(f"{len(ARMS)} arms x {len(LEARNING_RATES)} learning rates = {len(ARMS) * len(LEARNING_RATES)} variants")
+    num_arms = len({run["arm"] for run in runs.values()})
+    num_variants = num_arms * len(LEARNING_RATES)
+    print(f"{num_arms} arms in the log x {len(LEARNING_RATES)} learning rates = {num_variants} variants")
     if failed:
         print(f"ended by divergence: {', '.join(failed)}")
 
@@ -355,7 +358,7 @@ def report(folder: Path, levels: list[str], arms: list[str], num_seeds: int, ste
         "notes": __doc__,
         "machine": machine(),
         "settings": {**SETTINGS, "steps": steps},
-        "variants": len(ARMS) * len(LEARNING_RATES),
+        "variants": num_variants,
         "finished_runs": len(runs),
         "failed_runs": failed,
         "rows": rows,

@@ -11,7 +11,7 @@ from benchmarks.study.paired_runs import add_holm, finished, paired_test, run_al
 
 from rl import ConfigError, CreditConfig, PPOConfig
 
-LEVEL = "0:5"
+LEVEL = "program"
 
 
 def finished_run(arm, rate, seed, rewards, **more):
@@ -110,7 +110,7 @@ def test_report_names_the_family_and_every_difference(tmp_path):
     exploratory = {(t["arm"], t["against"], t["metric"]) for t in content["tests"] if t["family"] == "exploratory"}
     assert ("recommended", "uniform", "accuracy") in exploratory
     assert ("recommended", "uniform", "area") not in exploratory
-    assert content["variants"] == len(credit_study.ARMS) * len(credit_study.LEARNING_RATES)
+    assert content["variants"] == len(gains) * len(credit_study.LEARNING_RATES)
 
 
 def test_a_run_reports_both_metrics_under_the_key_of_its_job(monkeypatch):
