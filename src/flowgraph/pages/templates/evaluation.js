@@ -19,7 +19,8 @@ function colouredText(text, scores) {
   const isSigned = scores.some((score) => score < 0);
   text.tokens.forEach((token, index) => {
     const region = REGION_NAMES[text.regions[index]] ?? CONTEXT;
-    const sign = isSigned ? (scores[index] < 0 ? " minus" : " plus") : "";
+    const direction = scores[index] < 0 ? " minus" : " plus";
+    const sign = isSigned ? direction : "";
     const element = make("span", `t ${region}${sign}`);
     setStrength(element, Math.abs(scores[index]));
     element.title = `${index}, ${region}, ${(scores[index] ** 2 * Math.sign(scores[index])).toFixed(2)} of the largest`;

@@ -12,10 +12,9 @@ const edgeParts = page.edge_parts.map(([isRelevance, source, target, weight, arc
   layers, // [layer, share]
   heads, // [layer, head, share], largest absolute share first; empty where heads are joined before they are summed
 }));
-const splitEdges = new Map(edgeParts.map(({ isRelevance, source, target }, index) => [
-  edgeKey(isRelevance, source, target),
-  index,
-]));
+const splitEdges = new Map(
+  edgeParts.map(({ isRelevance, source, target }, index) => [edgeKey(isRelevance, source, target), index]),
+);
 
 function edgeKey(isRelevance, source, target) {
   return `${isRelevance ? "relevance" : "flow"} ${source} ${target}`;
@@ -73,7 +72,12 @@ function relevanceEdgesOf(token) {
 /** The strongest edges of the relevance, between words. */
 function strongestRelevanceEdges() {
   const nameEnds = ({ source, target }) => [tokenButton(source), make("span", "arrow", "→"), tokenButton(target)];
-  return relevanceEdgeList("Strongest edges of the relevance", "", relevanceIndices(() => true), nameEnds);
+  return relevanceEdgeList(
+    "Strongest edges of the relevance",
+    "",
+    relevanceIndices(() => true),
+    nameEnds,
+  );
 }
 
 // --- the panel of an edge --------------------------------------------------------------------------------------
