@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import matplotlib  # pyright: ignore[reportMissingImports]
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 import torch
 from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import matplotlib  # pyright: ignore[reportMissingImports]
 import torch
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
 import flowgraph as fg

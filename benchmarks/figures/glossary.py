@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import matplotlib  # pyright: ignore[reportMissingImports]
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
 from matplotlib.patches import Arc, FancyArrowPatch, FancyBboxPatch  # pyright: ignore[reportMissingImports]

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib  # pyright: ignore[reportMissingImports]
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
 from matplotlib.ticker import StrMethodFormatter  # pyright: ignore[reportMissingImports]

@@ -54,15 +54,17 @@ def check_credit(credit: CreditConfig) -> None:
 
     Raises:
         CreditError: no such rule, an option that it does not have, a fallback for a rule that measures no ties, or
-            normalised weights that are permuted.
+            weights that are to be normalised and, permuted, may all be 0 in a response.
     """
     inner = applied(credit)
     rule = find_rule(inner.rule)
     rule.needs_for(inner.options)
-    if credit.rule == POSITION_MATCHED and credit.normalization != "none":
+    can_be_zero = credit.shape in ("only_top", "raw") or (credit.shape == "soft" and credit.floor == 0)
+    if credit.rule == POSITION_MATCHED and credit.normalization != "none" and can_be_zero:
         raise CreditError(
-            f"credit.normalize: must be 'none' with the control {POSITION_MATCHED!r}, got {credit.normalization!r}; "
-            "permuted weights can all be 0 in a response, so leave normalize and mean_one out"
+            f"credit.normalize: must be 'none' with the control {POSITION_MATCHED!r} in the shape {credit.shape!r}, "
+            f"got {credit.normalization!r}; permuted weights can all be 0 in a response, so leave normalize and mean_one "
+            "out, or use soft weights with a floor"
         )
     if credit.fallback > 0 and not rule.ties:
         raise CreditError(

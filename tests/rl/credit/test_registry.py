@@ -117,7 +117,7 @@ def test_an_oracle_must_be_there():
         CreditError, match=r"credit: rule 'oracle' needs a task that knows .*; use a task with an oracle"
     ):
         score_tokens(find_rule("oracle"), two_responses())
-    with pytest.raises(CreditError, match=r"oracle: must be known to the task, got responses without; use the task"):
+    with pytest.raises(CreditError, match=r"oracle: must be known to the task, got responses without; use a task"):
         find_rule("oracle").function(two_responses())
 
 

@@ -92,8 +92,8 @@ def test_no_rule_judges_tokens_after_the_answer(rule: str, scope: Scope):
     after = after_answer(responses)
     assert after.any()
     for shape in get_args(Shape):
-        # The control that permutes weights takes none that are normalised.
-        mean_one = rule != "position_matched"
+        # Permuted weights of these shapes may all be 0 in a response, and are then not normalised.
+        mean_one = rule != "position_matched" or shape not in ("only_top", "raw")
         settings = CreditConfig(rule=rule, shape=shape, scope=scope, strength=3.0, mean_one=mean_one)
         credit = score_rollout(
             policy, responses, settings, temperature=1.0, micro_batch_size=4, seed=0, step=0, reference=False
@@ -128,6 +128,9 @@ def test_mean_one_is_taken_over_the_tokens_that_compete():
     assert weights.sum(1).tolist() == mask.sum(1).tolist()
 
 
-def test_permuted_weights_are_not_normalised():
-    with pytest.raises(CreditError, match=r"credit.normalize: must be 'none' with the control 'position_matched', got"):
-        check_credit(CreditConfig(rule="position_matched", normalize="mean"))
+def test_permuted_weights_that_may_vanish_are_not_normalised():
+    with pytest.raises(
+        CreditError, match=r"credit.normalize: must be 'none' with the control 'position_matched' in the"
+    ):
+        check_credit(CreditConfig(rule="position_matched", shape="only_top", normalize="mean"))
+    check_credit(CreditConfig(rule="position_matched", shape="soft", normalize="mean"))
