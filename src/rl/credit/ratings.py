@@ -63,8 +63,8 @@ def check_credit(credit: CreditConfig) -> None:
     if credit.rule == POSITION_MATCHED and credit.normalization != "none" and can_be_zero:
         raise CreditError(
             f"credit.normalize: must be 'none' with the control {POSITION_MATCHED!r} in the shape {credit.shape!r}, "
-            f"got {credit.normalization!r}; permuted weights can all be 0 in a response, so leave normalize and mean_one "
-            "out, or use soft weights with a floor"
+            f"got {credit.normalization!r}; permuted weights can all be 0 in a response, so leave normalize and "
+            "mean_one out, or use soft weights with a floor"
         )
     if credit.fallback > 0 and not rule.ties:
         raise CreditError(
