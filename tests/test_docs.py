@@ -46,6 +46,9 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     """What a reader has: an empty folder with a checkpoint in it, the demo model, and no names."""
     from flowgraph import demo
     from flowgraph.capacities import registry
+
+    # The built-in tasks and methods register themselves here, not while the registries are replaced.
+    from flowgraph.evaluation import catalogue as _catalogue  # noqa: F401
     from flowgraph.evaluation import registry as evaluation
 
     monkeypatch.chdir(tmp_path)

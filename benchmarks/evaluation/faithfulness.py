@@ -3,8 +3,9 @@
     python -m benchmarks.evaluation.faithfulness --folder build/faithfulness             half an hour to an hour
     python -m benchmarks.evaluation.faithfulness --folder build/look --items 5           a look, which keeps nothing
 
-The run continues where it was stopped. Only a complete one replaces the table and the figures of the documentation. The settings of the capacities are those named in docs/capacities.md, fixed
-before; a first look at 8 items a task of the dev split changed none of them. Test was read once.
+The run continues where it was stopped. Only a complete one replaces the table and the figures of the documentation.
+The settings of the capacities are those named in docs/capacities.md, fixed before; a first look at 8 items a task of
+the dev split changed none of them. Test was read once.
 """
 
 from __future__ import annotations

@@ -306,12 +306,14 @@ def _edge_parts(
 ) -> list[EdgeParts]:
     """Split the strongest edges of each trace by layers and heads; where that is not defined, print why."""
     from flowgraph.errors import CaptureError, InvalidInputError
+    from flowgraph.tracing.flow_trace import FlowTrace
 
     parts: list[EdgeParts] = []
     for result in results:
         if result is None or not count:
             continue
-        progress(f"splitting the {count} strongest edges by layers and heads")
+        kind = "flow" if isinstance(result, FlowTrace) else "relevance"
+        progress(f"splitting the {count} strongest edges of the {kind} by layers and heads")
         try:
             parts += result.edge_parts(model, count)
         except (CaptureError, InvalidInputError) as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flowgraph import MemoryLimitError
 from rl.alignment.arms import arm_name, named_arms, parse_arm, score_arms, selected_tokens
 from rl.alignment.gradients import decompose_weights, inner_products, policy_gradients, token_factors
-from rl.alignment.measured_policy import policy_on
+from rl.alignment.measured_policy import default_sampling, policy_on
 from rl.alignment.multipliers import (
     UNIFORM,
     Alignment,
@@ -112,7 +112,7 @@ def align(
     """
     # Check every setting before the long run.
     if config is None:
-        config = PPOConfig(advantage="group")
+        config = default_sampling(model)
     config = _rollout_settings(config, num_batches, seed)
     named = _arms_with_uniform(arms, config)
     baseline_names = _check_baselines(baselines, named)

@@ -23,7 +23,7 @@ from flowgraph import atomic_write
 from rl.algorithm.advantages import last_tokens
 from rl.alignment.arms import named_arms, score_arms
 from rl.alignment.graph_sweep import graphs_of
-from rl.alignment.measured_policy import policy_on
+from rl.alignment.measured_policy import default_sampling, policy_on
 from rl.alignment.rank_auc import mean_over_problems, within_auc
 from rl.config import CreditConfig, PPOConfig
 from rl.credit.scope import before_answer
@@ -219,7 +219,7 @@ def credit_auc(
     if isinstance(rules, str):
         raise ConfigError(f"rules: must be a list of rules, got the text {rules!r}; pass [{rules!r}]")
     if config is None:
-        config = PPOConfig(advantage="group")
+        config = default_sampling(model)
     config = replace(config, credit=CreditConfig(rule="uniform"), seed=seed)
     settings = list(named_arms(rules).values())
     if not settings:

@@ -26,7 +26,7 @@ from flowgraph import atomic_write
 from rl.algorithm.advantages import spread
 from rl.alignment.arms import named_arms, score_arms
 from rl.alignment.gradients import policy_gradients
-from rl.alignment.measured_policy import policy_on
+from rl.alignment.measured_policy import default_sampling, policy_on
 from rl.alignment.monte_carlo import PrefixValues, Sampler, ValuesFile, judged_again, measured_problems
 from rl.alignment.rank_auc import interval, mean_over_problems, resampled_sums
 from rl.config import CreditConfig, PPOConfig
@@ -229,7 +229,7 @@ def credit_bench(
         raise ConfigError(f"rules: must be a list of rules, got the text {rules!r}; pass [{rules!r}]")
     _check_numbers(num_problems, num_rollouts, share)
     if config is None:
-        config = PPOConfig(advantage="group", group_size=2)
+        config = default_sampling(model, group_size=2)
     config = replace(config, credit=CreditConfig(rule=UNIFORM), sampling_correction=None, seed=seed)
     arms = {UNIFORM: CreditConfig(rule=UNIFORM), **named_arms(rules)}
     problems = make_task(task)

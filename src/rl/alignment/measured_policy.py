@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from flowgraph import context_length
 from rl.config import PPOConfig
 from rl.policy.actor_critic import ActorCritic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def default_sampling(model: nn.Module, *, group_size: int = PPOConfig.group_size) -> PPOConfig:
+    """Return how rollouts are sampled where the caller says nothing.
+
+    Args:
+        model: a causal LM. In a short context, the response takes at most half of it, so that a prompt fits.
+        group_size: responses to each problem.
+    """
+    most = PPOConfig.max_response_tokens
+    # A PEFT model passes the reading of its settings on to the model that it wraps.
+    context = context_length(cast("PreTrainedModel", model))
+    if context is not None:
+        most = min(most, max(1, context // 2))
+    return PPOConfig(advantage="group", group_size=group_size, max_response_tokens=most)
 
 
 @contextmanager

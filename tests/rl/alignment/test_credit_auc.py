@@ -10,11 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowgraph import context_length
 from rl import ConfigError, PPOConfig, TaskError, credit_auc, credit_rule
 from rl.alignment.arms import parse_arm
 from rl.alignment.auc_plot import plot_auc
 from rl.alignment.credit_auc import _answer_openers
 from rl.alignment.graph_sweep import graphs_of
+from rl.alignment.measured_policy import default_sampling
 from rl.alignment.rank_auc import interval, mean_over_problems, resampled_sums, within_auc
 from rl.credit import registry
 from tests.fixtures.policies import Digits, alphabet, tiny_policy
@@ -179,3 +181,13 @@ def test_json_is_a_list_of_rows_and_the_picture_is_drawn(tmp_path):
 def test_answer_opener_stands_in_front_of_the_answer():
     answer = torch.tensor([[False, False, True, True], [True, False, False, False]])
     assert _answer_openers(answer).tolist() == [[False, True, False, False], [False] * 4]
+
+
+def test_the_default_sampling_fits_a_short_context():
+    model = tiny_policy()
+    context = context_length(model)
+    assert context is not None
+    assert default_sampling(model).max_response_tokens == min(256, context // 2)
+    model.config.max_position_embeddings = 100
+    assert default_sampling(model, group_size=2).max_response_tokens == 50
+    assert default_sampling(model, group_size=2).group_size == 2
