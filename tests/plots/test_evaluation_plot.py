@@ -1,5 +1,7 @@
 """The forest plot of a task: values, intervals and controls as the table has them."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,14 @@ def test_a_method_without_a_value_is_named_in_the_title():
     lacking = evaluation([record(place, ["good"], 4) for place in range(3)], ["good", "absent"])
     assert "without a value: absent" in plot_evaluation(lacking).get_title(loc="left").replace("\n", " ")
     assert "without" not in plot_evaluation(result, metric="loss").get_title(loc="left")
+
+
+def test_an_evaluation_without_any_value_is_drawn_empty_and_without_a_warning():
+    lacking = evaluation([record(place, ["good"], 4) for place in range(3)], ["absent"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = plot_evaluation(lacking)
+    assert "0 items; without a value: absent" in ax.get_title(loc="left").replace("\n", " ")
 
 
 @pytest.mark.unchecked

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowgraph import InvalidInputError, StepRelevance, capture, load_relevance, load_trace, trace
+from flowgraph import InvalidInputError, RelevanceTrace, StepRelevance, capture, load_relevance, load_trace, trace
 from flowgraph.cli import app
 from tests.fixtures.tiny import PROMPT, RESPONSE, tiny
 
@@ -107,3 +108,42 @@ def test_the_command_line_traces_relevance_alone_or_beside(tmp_path: Path):
     payload = json.loads((out / "trace.json").read_text())
     assert [score["capacity"] for score in payload["scores"]] == ["sharp", "vtrace"]
     assert payload["relevance"]["schema"] == "flowgraph-relevance/1"
+
+
+# Presets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "capacity"), [("evidence", "relevance"), ("steps", "vtrace_share")])
+def test_a_preset_is_its_capacity(preset: str, capacity: str):
+    model, tokenizer = tiny()
+    found = trace(model, tokenizer, PROMPT, RESPONSE, preset=preset)
+    wanted = trace(model, tokenizer, PROMPT, RESPONSE, capacity=capacity)
+    assert torch.equal(found.scores, wanted.scores)
+    assert found.provenance["capacity"] == capacity
+    assert isinstance(found, RelevanceTrace) == (capacity == "relevance")
+
+
+def test_a_named_capacity_overrides_the_preset():
+    model, tokenizer = tiny()
+    found = trace(model, tokenizer, PROMPT, RESPONSE, preset="steps", capacity="attention")
+    assert torch.equal(found.scores, trace(model, tokenizer, PROMPT, RESPONSE).scores)
+    # The choices of the paper are edge rules, which every capacity but relevance has.
+    sharp = trace(model, tokenizer, PROMPT, RESPONSE, preset="paper", capacity="sharp")
+    assert sharp.provenance["rows"] == "literal"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "evidense"}, r"preset: must be one of 'default', 'paper', 'evidence', 'steps', .*got 'evidense'"),
+        (
+            {"preset": "paper", "capacity": "relevance"},
+            r"preset: does not apply to capacity='relevance', got 'paper'; ",
+        ),
+        ({"preset": "evidence", "layers": "middle"}, r"layers: does not apply to capacity='relevance'"),
+    ],
+)
+def test_presets_that_are_refused(options: dict[str, Any], message: str):
+    model, tokenizer = tiny()
+    with pytest.raises(InvalidInputError, match=message):
+        trace(model, tokenizer, PROMPT, RESPONSE, **options)

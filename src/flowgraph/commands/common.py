@@ -47,10 +47,11 @@ Heads = Annotated[
     str, typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or a list of indices like 0,3,5.")
 ]
 Capacity = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="What an edge weighs: 'attention', 'vtrace_share', 'vtrace', 'sharp', 'sharp_max', 'centred', "
-        "'value_norm', 'gradient_positive' (one backward pass), or 'relevance', which is signed."
+        "'value_norm', 'gradient_positive' (one backward pass), or 'relevance', which is signed. Default: that of the "
+        "preset."
     ),
 ]
 CompositionText = Annotated[
@@ -71,7 +72,13 @@ TraceHeads = Annotated[
     str | None,
     typer.Option(help="'mean', 'max', 'global', 'local', 'receiver' or a list of indices like 0,3,5. Default: mean."),
 ]
-Preset = Annotated[str, typer.Option(help="'default' or 'paper' (arXiv 2606.10646).")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="'default', 'paper' (arXiv 2606.10646), or what is asked: 'evidence' (which tokens the answer used: "
+        "--capacity relevance) or 'steps' (which step matters: --capacity vtrace_share)."
+    ),
+]
 Rows = Annotated[str | None, typer.Option(help="'emission', 'emission_all' or 'literal'; overrides the preset.")]
 Source = Annotated[str, typer.Option(help="'uniform' or 'potential'.")]
 Damping = Annotated[float, typer.Option(help="Factor per hop, in (0, 1].")]

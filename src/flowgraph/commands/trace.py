@@ -98,7 +98,7 @@ def trace(
     last_line: Annotated[
         bool, typer.Option("--last-line", help="The last line of the response is the answer.")
     ] = False,
-    capacity: Capacity = "attention",
+    capacity: Capacity = None,
     composition: CompositionText = None,
     layers: TraceLayers = None,
     heads: TraceHeads = None,

@@ -64,7 +64,7 @@ def trace_corpus(
     chat_template_kwargs_field: Annotated[
         str, typer.Option(help="Key of a line's arguments of the chat template; '' for none.")
     ] = "chat_template_kwargs",
-    capacity: Capacity = "attention",
+    capacity: Capacity = None,
     composition: CompositionText = None,
     layers: TraceLayers = None,
     heads: TraceHeads = None,

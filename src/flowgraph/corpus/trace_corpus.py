@@ -26,6 +26,7 @@ from flowgraph.files import PathLike
 from flowgraph.flow.solve import Absorption, SourceRule
 from flowgraph.propagation.interface import Backend
 from flowgraph.text.selectors import Selector
+from flowgraph.tracing.presets import chosen_capacity
 from flowgraph.tracing.trace_options import TraceOptions
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def trace_corpus(
     plain: bool = False,
     system: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    capacity: str = "attention",
+    capacity: str | None = None,
     capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
     heads: str | Sequence[int] | HeadSelector | None = None,
@@ -116,14 +117,15 @@ def trace_corpus(
         plain: text prompts go to the model as they are, not as a user's message in the chat template.
         system: a system message in front of text prompts.
         chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``; a line may override them.
-        capacity: what an edge weighs, as for :func:`flowgraph.trace`. Lines of ``"relevance"`` run one by one, and
-            their tables hold signed scores and the shares in which the demand ends.
+        capacity: what an edge weighs, as for :func:`flowgraph.trace`. Default: that of the preset. Lines of
+            ``"relevance"`` run one by one, and their tables hold signed scores and the shares in which the demand ends.
         capacity_options: options of the capacity by name.
         layers: this argument and those down to ``max_new_tokens`` are those of :func:`flowgraph.trace`, and are
             explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
         edge_weight: ``"attention"`` or ``"value_norm"``.
-        preset: ``"default"`` or ``"paper"``.
+        preset: ``"default"``, ``"paper"``, ``"evidence"`` or ``"steps"``: names capacity and edge rules for a question;
+            see :class:`flowgraph.tracing.trace_options.TraceOptions`.
         rows: ``"emission"``, ``"emission_all"`` or ``"literal"``; overrides the preset.
         self_attention: ``"drop"`` or ``"renormalize"``; overrides the preset.
         first_token: ``"exclude"`` or ``"keep"``; overrides the preset.
@@ -162,7 +164,7 @@ def trace_corpus(
     tables = table_format(format)
     options = CorpusOptions(
         trace=TraceOptions(
-            capacity=capacity,
+            capacity=chosen_capacity(capacity, preset),
             capacity_options=capacity_options,
             layers=layers,
             heads=heads,

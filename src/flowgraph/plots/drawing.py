@@ -322,10 +322,13 @@ def finish_axes(ax: Axes, title: str) -> None:
 
 def _fitting_legend(ax: Axes, points: float, width: float) -> Legend:
     """Add a legend with as many columns as fit a width in pixels; a label that fits no column is shortened."""
-    labels = ax.get_legend_handles_labels()[1]
+    # Handles are passed on: matplotlib warns where it searches for them and finds none.
+    handles, labels = ax.get_legend_handles_labels()
     columns = _LEGEND_COLUMNS
     while True:
         legend = ax.legend(
+            handles,
+            labels,
             loc="lower left",
             bbox_to_anchor=(0, 1),
             ncols=columns,

@@ -34,6 +34,7 @@ from flowgraph.tracing.inputs import (
     regions_of_ids,
     regions_of_text,
 )
+from flowgraph.tracing.presets import chosen_capacity
 from flowgraph.tracing.provenance import composition_record, provenance_of, response_record, warn_if_truncated
 from flowgraph.tracing.relevance_trace import RelevanceTrace, relevance_trace
 from flowgraph.tracing.trace_options import TraceOptions
@@ -75,6 +76,9 @@ def trace(
     prompt: str | list[dict[str, Any]] | None = None,
     response: str | Tensor | np.ndarray | Sequence[int] | None = None,
     *,
+    preset: Literal["evidence"],
+    capacity: None = None,
+    capacity_options: Mapping[str, Any] | None = None,
     question: Any = None,
     answer: Any = None,
     reasoning: Any = None,
@@ -84,7 +88,28 @@ def trace(
     prompt_length: int | None = None,
     attention_mask: Any = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    capacity: str = "attention",
+    max_edges: int | str = "auto",
+    max_new_tokens: int = 256,
+    outputs: Sequence[PathLike] = (),
+    progress: Progress | None = None,
+) -> RelevanceTrace: ...
+@overload
+def trace(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt: str | list[dict[str, Any]] | None = None,
+    response: str | Tensor | np.ndarray | Sequence[int] | None = None,
+    *,
+    question: Any = None,
+    answer: Any = None,
+    reasoning: Any = None,
+    input_ids: (
+        Int[Tensor, "*one tokens"] | Int[np.ndarray, "*one tokens"] | Sequence[int] | Sequence[Sequence[int]] | None
+    ) = None,
+    prompt_length: int | None = None,
+    attention_mask: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    capacity: str | None = None,
     capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
     heads: str | Sequence[int] | HeadSelector | None = None,
@@ -120,7 +145,7 @@ def trace(
     prompt_length: int | None = None,
     attention_mask: Any = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    capacity: str = "attention",
+    capacity: str | None = None,
     capacity_options: Mapping[str, Any] | None = None,
     layers: LayerRule | None = None,
     heads: str | Sequence[int] | HeadSelector | None = None,
@@ -164,14 +189,15 @@ def trace(
             ``reasoning_effort``.
         capacity: what an edge weighs: ``"attention"``, ``"vtrace_share"``, ``"vtrace"``, ``"sharp"``, ``"sharp_max"``,
             ``"centred"``, ``"value_norm"``, ``"gradient_positive"``, a registered one, or ``"relevance"``, which is
-            signed and conserved.
+            signed and conserved. Default: that of the preset.
         capacity_options: options of the capacity, such as ``{"power": 4}`` of ``"sharpened"``, or
             ``{"contrast": "12"}`` of ``"relevance"``: why this answer and not 12.
         layers: ``"middle"``, ``"upper"``, ``"all"``, ``"10-19"``, ``"10-"`` or indices. This argument and those down
             to ``max_new_tokens`` are explained in :class:`flowgraph.tracing.trace_options.TraceOptions`.
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a selector.
         edge_weight: ``"attention"`` or ``"value_norm"``.
-        preset: ``"default"`` or ``"paper"``.
+        preset: ``"default"``, ``"paper"``, ``"evidence"`` or ``"steps"``: names capacity and edge rules for a question;
+            see :class:`flowgraph.tracing.trace_options.TraceOptions`.
         rows: ``"emission"``, ``"emission_all"`` or ``"literal"``; overrides the preset.
         self_attention: ``"drop"`` or ``"renormalize"``; overrides the preset.
         first_token: ``"exclude"`` or ``"keep"``; overrides the preset.
@@ -208,7 +234,7 @@ def trace(
     report = progress or _ignore
     # One record for the choices, which every stage below reads.
     options = TraceOptions(
-        capacity=capacity,
+        capacity=chosen_capacity(capacity, preset),
         capacity_options=capacity_options,
         layers=layers,
         heads=heads,

@@ -21,6 +21,7 @@ from flowgraph.flow.solve import Absorption, SourceRule, Vector, check_options
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.graph.edge_rules import EdgeRules
 from flowgraph.propagation.interface import Backend
+from flowgraph.tracing.presets import find_preset
 
 _CHOICES_OF_THE_FLOW = (
     "layers",
@@ -52,8 +53,10 @@ class TraceOptions:
         heads: ``"mean"``, ``"max"``, ``"global"``, ``"local"``, ``"receiver"``, indices or a
             :class:`flowgraph.HeadSelector`, for attention. None: ``"mean"``.
         edge_weight: ``"attention"``, or ``"value_norm"``: attention times the norm of the value vector that it reads.
-        preset: ``"default"``, or ``"paper"`` for the choices of arXiv 2606.10646. It fixes the next three, which
-            override it one by one where they are given; see :class:`flowgraph.EdgeRules`.
+        preset: ``"default"``; ``"paper"`` for the choices of arXiv 2606.10646; ``"evidence"`` (which evidence did the
+            answer use: ``capacity="relevance"``) or ``"steps"`` (which step matters: ``capacity="vtrace_share"``).
+            It fixes the next three, which override it one by one where they are given; see
+            :class:`flowgraph.EdgeRules`. Its capacity is resolved by :func:`chosen_capacity` before.
         rows: which attention row holds the incoming edges of a token: ``"emission"`` (of a generated token, the row
             of the position that generated it), ``"emission_all"`` (the same for every token) or ``"literal"`` (its
             own row).
@@ -103,7 +106,7 @@ class TraceOptions:
             InvalidInputError: an unknown preset or rule.
         """
         return EdgeRules.preset(
-            self.preset,
+            find_preset(self.preset).edge_rules,
             rows=self.rows,
             self_attention=self.self_attention,
             first_token=self.first_token,
@@ -195,6 +198,11 @@ class TraceOptions:
             raise InvalidInputError(
                 f"capacity: must be 'relevance' or have edges that are not negative, got {self.capacity!r}, which is "
                 "signed and not conserved; use capture(..., capacity=...) and compose"
+            )
+        if find_preset(self.preset).edge_rules != "default":
+            raise InvalidInputError(
+                f"preset: does not apply to capacity={self.capacity!r}, got {self.preset!r}; relevance has no edge "
+                "rules, so leave it out"
             )
         defaults = TraceOptions()
         for name in _CHOICES_OF_THE_FLOW:
