@@ -61,6 +61,7 @@ EDGE_METHODS = (
     "vtrace",
     "vtrace_share",
     "relevance",
+    "gradient",
     "gradient_positive",
     "preset:trivial",
 )
