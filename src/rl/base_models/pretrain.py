@@ -1,4 +1,4 @@
-"""Pretrain the base model of a task: a small Qwen3 from scratch that can still improve much."""
+"""Pretrain the base model of a task: a small Qwen3 or Llama from scratch that can still improve much."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from rl.base_models.chain_recipe import ChainRecipe
 from rl.base_models.path_search_recipe import PathSearchRecipe
@@ -114,28 +114,28 @@ def measurements(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 # Training -----------------------------------------------------------------------------------------------
 
 
-def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
-    """Build an untrained model.
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """Build an untrained model: a Qwen3, or a Llama where queries and keys are not normalised.
 
     Embeddings have standard deviation 0.5, other matrices one over the square root of their inputs; with the usual
     0.02, lookups were learned far too slowly.
     """
     vocabulary = recipe.vocabulary
-    config = Qwen3Config(
-        vocab_size=len(vocabulary.ids),
-        hidden_size=recipe.width,
-        intermediate_size=round(recipe.mlp_ratio * recipe.width),
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        head_dim=recipe.width // recipe.heads,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        pad_token_id=vocabulary.pad_id,
-        eos_token_id=vocabulary.end_id,
-        bos_token_id=None,
-    )
-    model = Qwen3ForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(vocabulary.ids),
+        "hidden_size": recipe.width,
+        "intermediate_size": round(recipe.mlp_ratio * recipe.width),
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.heads,
+        "head_dim": recipe.width // recipe.heads,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "pad_token_id": vocabulary.pad_id,
+        "eos_token_id": vocabulary.end_id,
+        "bos_token_id": None,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if recipe.qk_norm else LlamaForCausalLM(LlamaConfig(**sizes))
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
             continue
@@ -144,7 +144,7 @@ def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
     return model
 
 
-def train_model(model: Qwen3ForCausalLM, recipe: Recipe, progress: Progress | None = None) -> list[float]:
+def train_model(model: PreTrainedModel, recipe: Recipe, progress: Progress | None = None) -> list[float]:
     """Train a model on demonstrations in place, and return the loss of every update in nats per token."""
     losses: list[float] = []
     model.train()
@@ -155,7 +155,7 @@ def train_model(model: Qwen3ForCausalLM, recipe: Recipe, progress: Progress | No
 
 
 def _train_cycle(
-    model: Qwen3ForCausalLM, recipe: Recipe, cycle: Cycle, losses: list[float], progress: Progress | None
+    model: PreTrainedModel, recipe: Recipe, cycle: Cycle, losses: list[float], progress: Progress | None
 ) -> None:
     """Train a model for one cycle, and append the loss of every update; their number is that of the next update."""
     optimizer = torch.optim.AdamW(

@@ -59,6 +59,9 @@ class Recipe:
     heads: Annotated[int, at_least(1, SEE_RECIPE)] = 4
     """Attention heads of each layer; each has an even number of dimensions."""
 
+    qk_norm: bool = True
+    """Whether queries and keys are normalised: a Qwen3, else a Llama."""
+
     # The optimizer.
 
     batch_size: Annotated[int, at_least(1, SEE_RECIPE)] = 48

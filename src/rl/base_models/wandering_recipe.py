@@ -3,6 +3,9 @@
 Demonstrations contain mistakes, detours included, so the model knows how a response is written and is uncertain about
 sums of at least 10. Batches of one level need no padding to speak of. Short levels come first: lookups and sums are
 learned there, and longer responses are learned from them in few updates.
+
+The model has no norms of queries and keys (a Llama). With them (a Qwen3 of the same size, 4,200 updates) the answer of
+level 0:5 was looked up rightly in 64 % of the responses, and no attention graph told used steps from unused ones.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 from rl.base_models.measure import measure
 from rl.base_models.recipe import SEE_RECIPE, Cycle, Recipe
 from rl.base_models.vocabulary import Vocabulary
-from rl.config import at_least, in_unit_interval, positive
+from rl.config import at_least, positive
 from rl.tasks.definitions import ADDENDS, USUAL_MISTAKES
 from rl.tasks.registry import make_task
 from rl.tasks.wandering import FILLERS, LEVELS, NAMES, SEPARATORS, Wandering, demonstration
@@ -26,8 +29,10 @@ _LEVEL_TOKENS = ["f0", "f2", "f4", "d0", "d1", "d2", "d5"]
 _MEAN_LENGTHS = {"0:0": 22, "0:1": 32, "0:2": 42, "0:5": 72, "2:0": 34, "4:0": 46}
 """Mean tokens of a demonstration of each level, its end token included (3,000 demonstrations each)."""
 
-_LONGEST = "0:5"
-"""The level with most detours; it is learned last."""
+_ALIKE: dict[str, float] = {}
+_SECOND_PREFERENCE = {"0:5": 2.0}
+_THIRD_PREFERENCE = {"0:5": 4.0, "4:0": 2.0}
+"""How many times as often a level is drawn in a cycle; the longest are learned last."""
 
 _DEMONSTRATION_STREAM = 1_000_003
 """Added to the seed of the problems, so that demonstrations and training runs draw from different streams."""
@@ -46,64 +51,64 @@ class WanderingRecipe(Recipe):
         pattern=r"=[A-F]\+[3-7]|=[0-9]|[fd][0-9]| [a-z]+|.",
     )
 
-    steps: Annotated[int, at_least(1, SEE_RECIPE)] = 2600
+    seed: int = 2
     width: Annotated[int, at_least(1, SEE_RECIPE)] = 64
     mlp_ratio: Annotated[float, positive(SEE_RECIPE)] = 2.5
     layers: Annotated[int, at_least(1, SEE_RECIPE)] = 3
-    learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 4e-3
+    qk_norm: bool = False
     evaluate: Annotated[int, at_least(1, SEE_RECIPE)] = 600
 
-    early_share: Annotated[float, in_unit_interval(SEE_RECIPE)] = 0.25
-    """Fraction of the steps with the exponent 1.6, which prefers short levels most; then follows 0.8."""
+    # The first cycle: short levels first.
 
-    late_share: Annotated[float, in_unit_interval(SEE_RECIPE)] = 0.45
-    """Fraction of the steps, at the end, with the exponent 0.4."""
+    steps: Annotated[int, at_least(1, SEE_RECIPE)] = 1800
+    learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 4e-3
 
-    last_share: Annotated[float, in_unit_interval(SEE_RECIPE)] = 0.2
-    """Fraction of the steps, at the end, in which level 0:5 is drawn ``last_weight`` times as often."""
+    answer_weight: Annotated[float, at_least(1, SEE_RECIPE)] = 3.0
+    """Weight of the loss from the ``#`` on. The few tokens of an answer are a small part of the loss, and without more
+    weight a third of the answers of level 0:5 did not repeat the value that had been computed."""
 
-    last_weight: Annotated[float, at_least(1, SEE_RECIPE)] = 4.0
-    """See ``last_share``."""
+    first_exponent: Annotated[float, at_least(0, SEE_RECIPE)] = 1.6
+    """Exponent at the start of the first cycle; it falls linearly to ``last_exponent``."""
 
-    second_steps: Annotated[int, at_least(0, SEE_RECIPE)] = 1000
-    """Updates of a second cycle: there level 0:5 is drawn ``last_weight`` times as often as each of the others."""
+    last_exponent: Annotated[float, at_least(0, SEE_RECIPE)] = 0.8
+    """Exponent at the end of the first cycle."""
 
-    second_learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 2e-3
-    """Highest learning rate of the second cycle."""
+    # The second cycle: levels more alike.
 
-    third_steps: Annotated[int, at_least(0, SEE_RECIPE)] = 600
-    """Updates of a third cycle, with the levels of the second. After two cycles, a third of the answers of level 0:5
-    did not repeat the value that had been computed, because their few tokens are a small part of the loss."""
+    second_steps: Annotated[int, at_least(0, SEE_RECIPE)] = 1200
+    second_learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 2.5e-3
+    second_answer_weight: Annotated[float, at_least(1, SEE_RECIPE)] = 4.0
+    second_exponent: Annotated[float, at_least(0, SEE_RECIPE)] = 0.4
 
-    third_learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 1.5e-3
-    """Highest learning rate of the third cycle."""
+    # The third cycle: long levels most.
 
-    answer_weight: Annotated[float, at_least(1, SEE_RECIPE)] = 8.0
-    """Weight of the loss from the ``#`` on in the third cycle."""
+    third_steps: Annotated[int, at_least(0, SEE_RECIPE)] = 1500
+    third_learning_rate: Annotated[float, at_least(0, SEE_RECIPE)] = 2.5e-3
+    third_answer_weight: Annotated[float, at_least(1, SEE_RECIPE)] = 8.0
+    third_exponent: Annotated[float, at_least(0, SEE_RECIPE)] = 0.0
 
     @property
     def cycles(self) -> list[Cycle]:
         """Return the three cycles."""
         return [
-            Cycle(self.steps, self.learning_rate),
-            Cycle(self.second_steps, self.second_learning_rate),
-            Cycle(self.third_steps, self.third_learning_rate, self.answer_weight),
+            Cycle(self.steps, self.learning_rate, self.answer_weight),
+            Cycle(self.second_steps, self.second_learning_rate, self.second_answer_weight),
+            Cycle(self.third_steps, self.third_learning_rate, self.third_answer_weight),
         ]
 
     def level_weights(self, step: int) -> list[float]:
         """Return the relative probability of every level, in the order of :data:`rl.tasks.wandering.LEVELS`."""
         done = step / self.steps
-        exponent = 0.8
-        if done < self.early_share:
-            exponent = 1.6
-        elif done >= 1:
-            exponent = 0.0
-        elif done >= 1 - self.late_share:
-            exponent = 0.4
-        weights = {level: _MEAN_LENGTHS[level] ** -exponent for level in LEVELS}
-        if done >= 1 - self.last_share:
-            weights[_LONGEST] *= self.last_weight
-        return list(weights.values())
+        if done < 1:
+            exponent = self.first_exponent + (self.last_exponent - self.first_exponent) * done
+            preferred = _ALIKE
+        elif step < self.steps + self.second_steps:
+            exponent = self.second_exponent
+            preferred = _SECOND_PREFERENCE
+        else:
+            exponent = self.third_exponent
+            preferred = _THIRD_PREFERENCE
+        return [_MEAN_LENGTHS[level] ** -exponent * preferred.get(level, 1.0) for level in LEVELS]
 
     def demonstrations(self, step: int) -> list[tuple[str, str]]:
         """Draw prompts and responses of one update, all of one level."""

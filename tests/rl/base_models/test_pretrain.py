@@ -121,7 +121,7 @@ def test_every_recipe_gives_the_same_weights_again(tmp_path: Path, kind: type):
     if kind is WanderingRecipe:
         recipe = replace(recipe, second_steps=2, third_steps=1)
     assert recipe.demonstrations(1) == recipe.demonstrations(1) != recipe.demonstrations(2)
-    assert replace(recipe, seed=1).demonstrations(1) != recipe.demonstrations(1)
+    assert replace(recipe, seed=recipe.seed + 1).demonstrations(1) != recipe.demonstrations(1)
     report = pretrain(tmp_path / "one", recipe)
     pretrain(tmp_path / "two", recipe)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
@@ -138,19 +138,22 @@ def test_a_batch_has_one_level_and_short_levels_come_first():
     recipe = WanderingRecipe(batch_size=6)
     for step in range(0, recipe.steps, 500):
         assert len({prompt[-5:] for prompt, _ in recipe.demonstrations(step)}) == 1
-    early, middle, late, last, second = (
-        recipe.level_weights(step) for step in (0, 900, 1600, recipe.steps - 1, recipe.steps)
-    )
     short = LEVELS.index("0:0")
+    filler = LEVELS.index("4:0")
     long = LEVELS.index("0:5")
-    for weights, exponent, factor in (
-        (early, 1.6, 1),
-        (middle, 0.8, 1),
-        (late, 0.4, 1),
-        (last, 0.4, 4),
-        (second, 0, 4),
+    second = recipe.steps
+    third = recipe.steps + recipe.second_steps
+    # The exponent falls linearly in the first cycle; afterwards the longest levels are drawn more often than others.
+    for step, exponent, factor, filler_factor in (
+        (0, 1.6, 1, 1),
+        (900, 1.2, 1, 1),
+        (second, 0.4, 2, 1),
+        (third - 1, 0.4, 2, 1),
+        (third, 0, 4, 2),
     ):
+        weights = recipe.level_weights(step)
         assert weights[long] / weights[short] == pytest.approx(factor * (22 / 72) ** exponent)
+        assert weights[filler] / weights[short] == pytest.approx(filler_factor * (22 / 46) ** exponent)
 
 
 def test_updates_are_numbered_through_all_cycles():
@@ -159,7 +162,7 @@ def test_updates_are_numbered_through_all_cycles():
     losses = train_model(build_model(recipe), recipe, lambda step, loss: seen.append(step))
     assert seen == [1, 2, 3, 4, 5, 6]
     assert len(losses) == 6
-    assert [cycle.answer_weight for cycle in recipe.cycles] == [1, 1, 8]
+    assert [cycle.answer_weight for cycle in recipe.cycles] == [3, 4, 8]
 
 
 def test_the_answer_may_weigh_more_in_the_loss():
@@ -187,6 +190,15 @@ def test_training_lowers_the_loss():
     train_model(build_model(recipe), recipe, lambda step, loss: losses.append(loss))
     assert losses[0] > 3
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+
+
+def test_a_recipe_chooses_norms_of_queries_and_keys():
+    with_norms = build_model(ChainRecipe(layers=1))
+    without = build_model(WanderingRecipe(layers=1))
+    assert type(with_norms).__name__ == "Qwen3ForCausalLM"
+    assert type(without).__name__ == "LlamaForCausalLM"
+    assert any("q_norm" in name for name, _ in with_norms.named_parameters())
+    assert not any("q_norm" in name for name, _ in without.named_parameters())
 
 
 def test_the_start_has_the_stated_spread():
