@@ -86,7 +86,8 @@ def print_auc(found: CreditAuc) -> None:
     ranked = sorted(found.rules, key=lambda row: -1.0 if row.auc is None else row.auc, reverse=True)
     shown = ranked if found.best is None else ranked[:12]
 
-    rows = table("rule", "AUC, detours", "95 %", "n", "AUC, all others", "95 %", figures=True)
+    screen.print("AUC of decisive tokens against detours, and against all other tokens", highlight=False)
+    rows = table("rule", "detours", "95 %", "n", "others", "95 %", figures=True)
     for row in shown:
         rows.add_row(
             row.rule,
@@ -98,9 +99,14 @@ def print_auc(found: CreditAuc) -> None:
         )
     screen.print(rows)
 
-    figures = ("end token", "answer opener", "Gini", "effective", "unanchored failures")
+    figures = ("end token", "opener", "Gini", "effective", "unanchored")
+    screen.print(
+        "weights: mean of the end token and of the token in front of the answer, Gini coefficient, effective share, and "
+        "share of the failures whose answer is tied to nothing",
+        highlight=False,
+    )
     # The weights of the arm's shape: a rule may rank well and still starve the end token.
-    weights = table("weights of", *figures, figures=True)
+    weights = table("rule", *figures, figures=True)
     for row in shown:
         weights.add_row(
             row.rule,

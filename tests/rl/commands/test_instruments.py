@@ -26,7 +26,7 @@ def test_auc_prints_tables_and_writes_rows(small: None, tmp_path: Path):
     folder = tmp_path / "new" / "auc"
     done = invoke("auc", "--rules", "oracle,flow:soft:layers=all,random", "-n", 4, *SHORT, "--out", folder)
     assert "flow:soft:layers=all" in done.output
-    assert "answer opener" in done.output
+    assert "opener" in done.output
     assert "8 responses to 4 problems" in done.output
     rows = json.loads((folder / "auc.json").read_text())
     assert [row["rule"] for row in rows] == ["oracle", "flow:soft:layers=all", "random"]
