@@ -4,7 +4,7 @@
     python -m benchmarks.gallery steps max_flow     some of them
 
 A script runs in an empty folder and saves a figure of its own name, which becomes docs/images/gallery/NAME.svg. What it
-prints and the processor time that it took go to results.json, for its page. The model is loaded once, before the first script.
+prints and the processor time that it took go to results.json, for its page. The model is loaded once, before all.
 """
 
 from __future__ import annotations

@@ -31,5 +31,5 @@ figure.legend(loc="outside upper right", ncols=2, frameon=False)
 fg.save_figure(ax, "certificate.svg")
 
 # %% [markdown]
-# Checks that count violations have the bound 0 and are left out of the picture. A certificate checks the arithmetic, not
-# the interpretation.
+# Checks that count violations have the bound 0 and are left out of the picture. A certificate checks the arithmetic,
+# not the interpretation.

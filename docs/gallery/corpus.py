@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Summary of a file of answers
 #
-# Trace every line of a JSONL file, then draw its table: how many hops a route makes, and how few edges carry its flow.
+# Trace every line of a JSONL file, then draw its table: how many hops a route makes, and how few edges carry its
+# flow.
 
 # %%
 import csv

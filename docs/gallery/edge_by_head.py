@@ -31,5 +31,5 @@ figure.colorbar(image, label="share of the edge's capacity")
 fg.save_figure(ax, "edge_by_head.svg")
 
 # %% [markdown]
-# Of 180 parts, the largest holds 14 % of the edge and the eight largest 59 %. The parts sum to its capacity exactly, for
-# every capacity that adds up layers and heads.
+# Of 180 parts, the largest holds 14 % of the edge and the eight largest 59 %. The parts sum to its capacity exactly,
+# for every capacity that adds up layers and heads.

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Which explanation is right?
 #
-# Methods and controls on texts whose lines are masked one by one: a point that no control reaches has shown something.
+# Methods and controls on texts whose lines are masked one by one: a point that no control reaches has shown
+# something.
 
 # %%
 import os

@@ -34,6 +34,6 @@ figure.colorbar(points, label="tokens before the answer")
 fg.save_figure(ax, "hub_knockout.svg")
 
 # %% [markdown]
-# The answer needs the 7 and the = of the sum, and their throughput is middling. The token with most flow, " is", hardly
-# matters, and most of the tokens that do are close to the answer (dark). Throughput says what the answer can reach, not
-# what it needs; [the hub test](../interventions.md#the-hub-test) repeats this with controls for position.
+# The answer needs the 7 and the = of the sum, and their throughput is middling. The token with most flow, " is",
+# hardly matters, and most of the tokens that do are close to the answer (dark). Throughput says what the answer can
+# reach, not what it needs; [the hub test](../interventions.md#the-hub-test) repeats this with controls for position.

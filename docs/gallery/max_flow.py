@@ -35,5 +35,5 @@ figure.legend(loc="outside upper center", ncols=3, frameon=False)
 fg.save_figure(ax, "max_flow.svg")
 
 # %% [markdown]
-# Scaled by `alpha`, the largest factor with which it fits, the conserved flow stays below the capacity of every edge, so
-# `alpha` is a lower bound of the max flow. The cut proves that no flow is larger.
+# Scaled by `alpha`, the largest factor with which it fits, the conserved flow stays below the capacity of every edge,
+# so `alpha` is a lower bound of the max flow. The cut proves that no flow is larger.

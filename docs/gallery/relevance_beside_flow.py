@@ -30,6 +30,10 @@ flow_steps = trace.steps("lines", split_question=True)
 relevance_steps = relevance.steps("lines")
 reasoning = [step.index for step in flow_steps.steps if step.region == "reasoning"]
 shares = {"flow": flow_steps.throughput[reasoning], "relevance": relevance_steps.throughput[reasoning]}
+for number, *values in zip(reasoning, *(column.tolist() for column in shares.values()), strict=True):
+    print(f"{values[0]:6.2f} {values[1]:10.2f}  {flow_steps.steps[number].text}")
+
+# %%
 labels = [flow_steps.steps[number].text[:32] for number in reasoning]
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
@@ -42,7 +46,7 @@ axes[0].invert_yaxis()
 fg.save_figure(axes[0], "relevance_beside_flow.svg")
 
 # %% [markdown]
-# A share of relevance is what passes through the line on the way from the answer, of the answer's logit; it is signed,
-# though nothing is negative here. Relevance sets the line with the sum far above the three facts; the flow does so less.
-# Neither ranks the useless line on the bus below the book. Which of the two is right is a question for
+# A share of relevance is what passes through the line on the way from the answer, of the answer's logit; it is
+# signed, though nothing is negative here. Relevance sets the line with the sum far above the three facts; the flow
+# does so less. Neither ranks the useless line on the bus below the book. Which of the two is right is a question for
 # [interventions](hub_knockout.md), not for the picture.

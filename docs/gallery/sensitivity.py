@@ -1,7 +1,8 @@
 # %% [markdown]
 # # What a ranking depends on
 #
-# Change one choice at a time (layers, heads, rows, power, capacity) and rank the tokens again: a band for each choice.
+# Change one choice at a time (layers, heads, rows, power, capacity) and rank the tokens again: a band for each
+# choice.
 
 # %%
 import matplotlib.pyplot as plt

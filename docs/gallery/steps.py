@@ -27,5 +27,5 @@ ax = fg.plot_steps(trace)
 fg.save_figure(ax, "steps.svg")
 
 # %% [markdown]
-# Merging is exact: it is the same flow, summed over the edges between two steps. Step 2 is of no use to the answer, and
-# the default flow visits it all the same.
+# Merging is exact: it is the same flow, summed over the edges between two steps. Step 2 is of no use to the answer,
+# and the default flow visits it all the same.

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Throughput of a sum
 #
-# Which tokens does the flow from question to answer pass through? A bar for each token, the strongest with their text.
+# Which tokens does the flow from question to answer pass through? A bar for each token, the strongest with their
+# text.
 
 # %%
 import flowgraph as fg
@@ -19,5 +20,5 @@ ax = fg.plot_throughput(trace)
 fg.save_figure(ax, "throughput.svg")
 
 # %% [markdown]
-# The words just before the answer carry most, whatever the text: everything that reaches the answer passes them. Compare
-# with a [masking of every token](hub_knockout.md) before you read more into a high bar.
+# The words just before the answer carry most, whatever the text: everything that reaches the answer passes them.
+# Compare with a [masking of every token](hub_knockout.md) before you read more into a high bar.

@@ -49,5 +49,5 @@ figure.legend(loc="outside upper center", ncols=3, frameon=False)
 fg.save_figure(ax, "token_credit.svg")
 
 # %% [markdown]
-# The rule never sees which steps are needed: the colours come from the task. Whether such weights pay is
-# [another measurement](../credit.md#training-on-program).
+# The rule never sees which steps are needed: the colours come from the task. Whether such weights pay is [another
+# measurement](../credit.md#training-on-program).

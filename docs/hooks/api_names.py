@@ -63,6 +63,22 @@ def definition_of(place: str) -> ast.FunctionDef | ast.ClassDef | None:
 
 
 @cache
+def overloads_of(place: str) -> list[ast.FunctionDef]:
+    """List the overloads of a function in their order; empty where it has none."""
+    module, _, name = place.rpartition(".")
+    source = _source(module)
+    if source is None:
+        return []
+    found = []
+    for node in _tree(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            decorators = [decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)]
+            if "overload" in decorators:
+                found.append(node)
+    return found
+
+
+@cache
 def _tree(source: Path) -> ast.Module:
     """Parse a source file."""
     return ast.parse(source.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from api_names import definition_of, public_names
+from api_names import definition_of, overloads_of, public_names
 
 PACKAGES = ("flowgraph", "rl")
 Name = tuple[str, str]
@@ -143,20 +143,38 @@ class _Reader(ast.NodeVisitor):
             return set().union(*(self._types_of(argument) for argument in node.args))
         results: set[Name] = set()
         for name in self._types_of(node.func):
-            results |= _result_types(name)
+            results |= _result_types(name, node)
         return results
 
 
-@cache
-def _result_types(name: Name) -> frozenset[Name]:
+def _result_types(name: Name, call: ast.Call) -> frozenset[Name]:
     """Return the types of a call: of a class the class itself, of a function those of its annotation."""
     package, public = name
-    definition = definition_of(public_names(package)[public])
+    place = public_names(package)[public]
+    definition = definition_of(place)
     if isinstance(definition, ast.ClassDef):
         return frozenset({name})
-    if definition is None or definition.returns is None:
+    fitting = [overload for overload in overloads_of(place) if _fits(overload, call)]
+    chosen = fitting[0] if fitting else definition
+    if chosen is None or chosen.returns is None:
         return frozenset()
-    return _mentioned(package, ast.unparse(definition.returns))
+    return _mentioned(package, ast.unparse(chosen.returns))
+
+
+def _fits(overload: ast.FunctionDef, call: ast.Call) -> bool:
+    """Return whether a call passes every keyword that an overload requires, with a value that its Literal lists."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    arguments = overload.args
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        if default is not None:
+            continue
+        if argument.arg not in given:
+            return False
+        value = given[argument.arg]
+        annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+        if annotation.startswith("Literal[") and ast.unparse(value) not in annotation:
+            return False
+    return True
 
 
 @cache
