@@ -9,6 +9,7 @@ results and the tests differ.
 from __future__ import annotations
 
 import json
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,25 @@ with {version}, over padded batches:
 - **error**: the largest absolute error of a row entry. float32 is compared with eager `output_attentions` on each text
   alone; bfloat16 with float64 weights of the same queries and keys (a bfloat16 eager pass rounds every score, so it is
   itself accurate only to about 1e-2).
-- **capacities**: which [capacities](capacities.md) besides relevance the family allows.
+- **capacities**: which [capacities](capacities.md) the family allows; relevance has a column of its own.
 - **relevance**: the residual of [conserved relevance](capacities.md#conserved-relevance), the largest difference of
   both sides of its law at a token, or why it is refused. On {conserving} of the {all} families it is conserved, with a
   residual of at most {largest}.
 
 """
+CAPACITIES = (
+    "attention",
+    "value_norm",
+    "sharpened",
+    "sharp",
+    "sharp_max",
+    "centred",
+    "vtrace",
+    "vtrace_share",
+    "gradient",
+    "gradient_positive",
+)
+"""Capacities of the package besides relevance, in the order of the page on capacities."""
 HEAD = [
     "| family | class | path | error, float32 | error, bfloat16 | capacities | relevance | has |",
     "|---|---|---|---|---|---|---|---|",
@@ -75,7 +89,7 @@ def page() -> str:
         version=f"transformers {captured['machine']['transformers']}",
         conserving=len(residuals),
         all=len(measured),
-        largest=f"{max(residuals):.0e}",
+        largest=rounded_up(max(residuals)),
     )
     lines = [_line(row, measured[row["family"]]) for row in captured["rows"]]
     return introduction + "\n".join([*HEAD, *lines]) + "\n"
@@ -91,7 +105,7 @@ def _line(captured: dict[str, Any], measured: dict[str, Any]) -> str:
     refused = measured["refused"]
     allowed = "all"
     if refused:
-        allowed = "all but " + ", ".join(f"`{name}`" for name in refused)
+        allowed = ", ".join(f"`{name}`" for name in CAPACITIES if name not in refused)
     relevance = reason_of(measured["relevance_refused"])
     if measured["residual"] is not None:
         relevance = f"{measured['residual']:.0e}"
@@ -106,6 +120,18 @@ def _line(captured: dict[str, Any], measured: dict[str, Any]) -> str:
         captured["with"],
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def rounded_up(value: float) -> str:
+    """Write a number with two digits, rounded up, so that "at most" holds.
+
+    Example:
+        >>> rounded_up(1.21e-06)
+        '1.3e-06'
+    """
+    digits = Decimal(value)
+    step = Decimal(1).scaleb(digits.adjusted() - 1)
+    return f"{float(digits.quantize(step, rounding=ROUND_CEILING)):.1e}"
 
 
 def reason_of(message: str) -> str:

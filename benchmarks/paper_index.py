@@ -15,6 +15,8 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "papers.md"
+CREDIT_PAGE = PAGE.parent / "credit.md"
+AUC_HEAD = "| rule | `program` | `pathsearch` | `wandering`, 0:5 |"
 HEAD = "| method | paper, equation | line | measured |"
 NOT_MEASURED = "not measured"
 HUB_TEST = "[equal to masking at matched positions](interventions.md#on-the-demo-model)"
@@ -33,11 +35,12 @@ SOURCES = {
     "CAGE": {"evaluation": "attention:cage"},
     "attention rollout": {"evaluation": "rollout"},
     # Figures of training and of gradients, by the name of an arm.
-    "token credit by flow": {"chain": "flow", "multiplier": "flow"},
-    "recommended credit": {"program": "recommended"},
-    "flow on sharpened attention": {"program": "flow_sharp wide"},
-    "largest sharpened attention of a later token": {"program": "max_attention_sharp"},
+    "token credit by flow": {"auc": "flow", "chain": "flow", "multiplier": "flow"},
+    "recommended credit": {"auc": "reach_sharp", "program": "recommended"},
+    "flow on sharpened attention": {"auc": "flow_sharp", "program": "flow_sharp wide"},
+    "largest sharpened attention of a later token": {"auc": "max_attention_sharp", "program": "max_attention_sharp"},
     "largest attention of a later token": {
+        "auc": "max_attention",
         "program": "max_attention",
         "chain": "max attention, soft",
         "multiplier": "max_attention:soft",
@@ -47,6 +50,8 @@ SOURCES = {
     "anchor tokens": {"evaluation": "fai", "multiplier": "fai"},
     "preplan and anchor tokens, coupled": {"multiplier": "coupled:raw"},
     "attention of the answer, z-scored": {"multiplier": "atpo:soft"},
+    "VTRACE credit": {"auc": "vtrace"},
+    "top-entropy tokens": {"auc": "entropy"},
     # A table of the documentation whose runs are not committed as data.
     "hub test": {"text": HUB_TEST},
 }
@@ -106,6 +111,20 @@ def multiplier(arm: str) -> str:
     raise KeyError(f"arm: must be in alignment_start, got {arm!r}; see SOURCES")
 
 
+def auc(rule: str) -> str:
+    """Return the AUC of a rule on `program`, from the table of the page on credit rules.
+
+    Raises:
+        KeyError: no such rule in the table.
+    """
+    table = CREDIT_PAGE.read_text(encoding="utf-8").partition(AUC_HEAD)[2]
+    for line in table.split("\n\n")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].startswith(f"`{rule}`"):
+            return cells[1].replace("*", "")
+    raise KeyError(f"rule: must be in the table of docs/credit.md, got {rule!r}; see SOURCES")
+
+
 def measured(method: str) -> str:
     """Return the last cell of a row.
 
@@ -116,6 +135,8 @@ def measured(method: str) -> str:
     for source, name in SOURCES.get(method, {}).items():
         if source == "evaluation":
             figures += [f"lines {evaluated('line_knockout', name)}", f"detour {evaluated('detour', name)}"]
+        elif source == "auc":
+            figures.append(f"AUC {auc(name)}")
         elif source == "program":
             figures.append(f"program {trained('credit_study', name, 'program')}")
         elif source == "chain":

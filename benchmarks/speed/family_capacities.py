@@ -23,25 +23,13 @@ from flowgraph import CaptureError, capture
 
 OF_ANSWERS = ("gradient", "gradient_positive")
 """Capacities that weigh edges for one answer."""
-CAPACITIES = (
-    "attention",
-    "value_norm",
-    "sharpened",
-    "sharp",
-    "sharp_max",
-    "centred",
-    "vtrace",
-    "vtrace_share",
-    *OF_ANSWERS,
-)
-"""Capacities of the package without relevance, in the order of the page on capacities."""
 
 
 def refusals(name: str) -> dict[str, str]:
     """Map each capacity that a family does not allow to the message that says why."""
     ids, mask = padded("right")
     refused = {}
-    for capacity in CAPACITIES:
+    for capacity in models_page.CAPACITIES:
         options: dict[str, Any] = {"answer": last_token(mask)} if capacity in OF_ANSWERS else {}
         try:
             capture(family(name), ids, mask, capacity=capacity, **options)

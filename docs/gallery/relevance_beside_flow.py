@@ -30,8 +30,8 @@ flow_steps = trace.steps("lines", split_question=True)
 relevance_steps = relevance.steps("lines")
 reasoning = [step.index for step in flow_steps.steps if step.region == "reasoning"]
 shares = {"flow": flow_steps.throughput[reasoning], "relevance": relevance_steps.throughput[reasoning]}
-for number, *values in zip(reasoning, *(column.tolist() for column in shares.values()), strict=True):
-    print(f"{values[0]:6.2f} {values[1]:10.2f}  {flow_steps.steps[number].text}")
+for step, by_flow, by_relevance in zip(reasoning, shares["flow"], shares["relevance"], strict=True):
+    print(f"{by_flow:6.2f} {by_relevance:10.2f}  {flow_steps.steps[step].text}")
 
 # %%
 labels = [flow_steps.steps[number].text[:32] for number in reasoning]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import models_page
+from flowgraph import capacity_names
+from flowgraph.capacities.registry import find_capacity
 from tests.attention.test_capture_families import FUSED, HANDS_OUT_WEIGHTS
 from tests.capacities.test_relevance import CONSERVING, MIX_WITHOUT_ATTENTION, NO_INTERFACE, NO_RULE
 from tests.fixtures.models import FAMILIES, SINKS, WINDOWED
@@ -48,6 +50,13 @@ def test_the_page_on_capacities_counts_the_same_families():
     found = re.search(r"On (\d+) of the (\d+) families", text)
     assert found is not None
     assert [int(count) for count in found.groups()] == [len(CONSERVING), len(FAMILIES)]
+    largest = max(MEASURED[name]["residual"] for name in CONSERVING)
+    assert f"the residual is at most {models_page.rounded_up(largest)};" in text
+
+
+def test_the_capacities_of_the_page_are_those_of_the_package():
+    built_in = {name for name in capacity_names() if find_capacity(name).function.__module__.startswith("flowgraph.")}
+    assert {*models_page.CAPACITIES, "relevance"} == built_in
 
 
 def test_a_refusal_without_a_short_form_is_an_error():

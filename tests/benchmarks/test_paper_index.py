@@ -45,11 +45,17 @@ def test_a_figure_that_is_not_there_is_an_error():
         paper_index.evaluated("detour", "other")
     with pytest.raises(KeyError, match=r"arm: must be compared with uniform in rl_study.json, got 'other'"):
         paper_index.trained("rl_study", "other")
+    with pytest.raises(KeyError, match=r"rule: must be in the table of docs/credit.md, got 'other'"):
+        paper_index.auc("other")
     with pytest.raises(KeyError, match="arm: must be in alignment_start, got 'other'"):
         paper_index.multiplier("other")
 
 
 def test_numbers_are_those_of_the_file():
     rows = json.loads((paper_index.RESULTS / "faithfulness.json").read_text(encoding="utf-8"))["rows"]
-    values = {row["method"]: row["value"] for row in rows if row["task"] == "detour" and row["primary"]}
+    values = {
+        row["method"]: row["value"]
+        for row in rows
+        if row["task"] == "detour" and row["primary"] and row["items"] == "all"
+    }
     assert f"detour {values['relevance']:.2f}".replace(" 0.", " .") in paper_index.measured("conserved relevance")
