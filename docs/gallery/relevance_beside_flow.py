@@ -31,10 +31,10 @@ relevance_steps = relevance.steps("lines")
 reasoning = [step.index for step in flow_steps.steps if step.region == "reasoning"]
 shares = {"flow": flow_steps.throughput[reasoning], "relevance": relevance_steps.throughput[reasoning]}
 for step, by_flow, by_relevance in zip(reasoning, shares["flow"], shares["relevance"], strict=True):
-    print(f"{by_flow:6.2f} {by_relevance:10.2f}  {flow_steps.steps[step].text}")
+    print(f"{by_flow:6.2f} {by_relevance:10.2f}  {flow_steps.steps[step].text.strip()}")
 
 # %%
-labels = [flow_steps.steps[number].text[:32] for number in reasoning]
+labels = [flow_steps.steps[number].text.strip()[:32] for number in reasoning]
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
 for ax, (name, values) in zip(axes, shares.items(), strict=True):
