@@ -17,7 +17,7 @@ TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo train-demo test lint types unit coverage docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study tutorials figures clean
+.PHONY: help check demo train-demo test lint types unit coverage docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study tutorials gallery figures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -178,11 +178,14 @@ study: $(VENV)/.bench  ## compare credit rules: runs of every arm and level, ali
 tutorials: $(VENV)/.dev  ## run the tutorials with the demo model and write their notebooks
 	$(BIN)/python -m benchmarks.tutorials
 
-figures: $(VENV)/.bench  ## draw every picture of the documentation from the committed results and the demo model
+gallery: $(VENV)/.dev  ## run the scripts of the gallery with the demo model, write their pictures and what they print
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gallery
+
+figures: $(VENV)/.bench gallery  ## draw every picture of the documentation from the committed results and the demo model
 	$(BIN)/python -m benchmarks.figures.plots
 	$(BIN)/python -m benchmarks.figures.flow_picture
 	$(BIN)/python -m benchmarks.figures.glossary
-	$(BIN)/python -m benchmarks.figures.gallery
+	$(BIN)/python -m benchmarks.figures.four_answers
 	$(BIN)/python -m benchmarks.figures.screenshots
 
 clean:  ## remove what was built (not the environment)

@@ -64,7 +64,7 @@ def test_layers_are_a_name_a_range_or_a_list(run, checkpoint: Path, tmp_path: Pa
     assert (provenance["layers"], provenance["heads"]) == (read, "[0, 2, 3]")
 
 
-# The last command passes a level that certify refuses.
+# Two commands pass what is refused: a size of a figure, and a level of a certificate.
 @pytest.mark.unchecked
 def test_trace_writes_three_files_and_show_and_certify_read_them(run, checkpoint: Path, tmp_path: Path):
     out = tmp_path / "results"
@@ -79,6 +79,15 @@ def test_trace_writes_three_files_and_show_and_certify_read_them(run, checkpoint
     assert code == 0
     assert "all tokens" in printed
     assert (tmp_path / "again.html").is_file()
+    for kind, size in (("throughput", "single"), ("steps", "double"), ("potentials", "single")):
+        picture = tmp_path / f"{kind}.svg"
+        assert run("show", out / "trace.safetensors", "--figure", picture, "--of", kind, "--size", size)[0] == 0
+        assert picture.read_text().startswith("<?xml")
+    code, printed, complaint = run(
+        "show", out / "trace.safetensors", "--figure", tmp_path / "a.svg", "--size", "poster"
+    )
+    assert (code, printed) == (2, "")
+    assert "size: must be 'single', 'double' or width and height" in " ".join(complaint.split())
     code, printed, _ = run("certify", out / "trace.safetensors", "--json", tmp_path / "c.json")
     assert code == 0
     assert json.loads((tmp_path / "c.json").read_text())["ok"]
@@ -238,6 +247,8 @@ def test_a_certificate_that_fails_is_exit_code_1(run, checkpoint: Path, tmp_path
         (("trace", "x", "--answer", "a", "--last-line"), "give one of"),
         (("trace", "x", "--keep", "1.5"), "1.5"),
         (("trace", "x", "--model", "/no/such/folder"), "--model: must be a folder with a config.json"),
+        (("trace", "x", "--model", "no/such/folder"), "--model: must be a folder with a config.json"),
+        (("show", "x", "--figure", "x.pdf", "--of", "bars"), "--of must be of throughput, steps, potentials"),
         (("trace", "x", "--device", "warp"), "--device: must be usable here, got 'warp'"),
         (("trace", "x", "--dtype", "int3"), "--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got 'int3'"),
         (("trace", "x", "--layers", "3,x"), "--layers must be numbers and ranges like 5,7-9, got '3,x'"),

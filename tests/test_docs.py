@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import paper_index
 from tests.fixtures.tiny import save_tiny, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,18 @@ def test_the_python_of_a_page_runs_in_order(page: Path, reader: dict[str, Any]):
         warnings.simplefilter("ignore", UserWarning)
         for number, block in enumerate(python_blocks(page), start=1):
             run_block(block, reader, f"{page.name}, Python block {number}")
+
+
+def test_every_line_of_the_paper_index_runs(reader: dict[str, Any]):
+    page = ROOT / "docs" / "papers.md"
+    lines = [row[2].strip("`") for row in paper_index.rows_of(page.read_text(encoding="utf-8"))]
+    assert len(lines) > 60
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for block in python_blocks(page):
+            run_block(block, reader, page.name)
+        for line in lines:
+            run_block(line, reader, f"{page.name}, {line}")
 
 
 def test_every_page_that_is_not_run_here_is_run_elsewhere():

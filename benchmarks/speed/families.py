@@ -1,15 +1,15 @@
-"""Compare captured attention with eager attention, family by family; write docs/models.md and results/families.json.
+"""Compare captured attention with eager attention, family by family; write results/families.json and docs/models.md.
 
     python -m benchmarks.speed.families
 
 Tiny random models (two to four layers, sharp attention), a batch of two texts padded left and right, all layers.
 float32: largest difference from the mean of eager ``output_attentions`` on each text alone. bfloat16: largest
 difference from float64 weights of the same queries and keys. The tests assert the same, family by family.
+``family_capacities`` measures what else is on the page.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,37 +24,9 @@ from tests.attention.test_capture_families import (
 )
 from tests.fixtures.models import FAMILIES, SINKS, WINDOWED, family, padded, sequences
 
+from benchmarks import models_page
 from benchmarks.common import save
 from flowgraph.attention.capture import capture
-
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-INTRODUCTION = """# Models
-
-flowgraph reads the attention of any Hugging Face causal LM with softmax attention over tokens. During a forward
-pass under the model's own attention kernel, it records the queries and keys of the chosen layers. It recomputes
-rows in blocks with the **eager function of the architecture**, which applies soft-caps, sliding windows,
-learned sinks and position biases. Every capture multiplies some rows by the values and compares the result with
-the output of the layer; a mismatch raises `CaptureError`.
-
-The architecture determines one of three paths:
-
-- **interface**: the model dispatches through the attention interface of transformers (nearly all current
-  models). Logits are bit-identical with and without recording.
-- **fused**: the model calls torch's fused attention itself (Falcon); flowgraph records the arguments of that
-  call.
-- **hands out weights**: the model computes attention in plain torch and returns the weights (BLOOM, MPT,
-  GPT-Neo); flowgraph keeps the weights of one layer at a time.
-
-A model without softmax attention over tokens (Mamba, RWKV), or whose attention is not a single causal DAG,
-raises `CaptureError` with its name. Hybrid models are traced through their softmax layers.
-
-## The families tested
-
-The table gives the largest absolute error of a row entry, over left- and right-padded batches, with {version}.
-float32 is compared with eager `output_attentions` on each text alone; bfloat16 with float64 weights of the same
-queries and keys (a bfloat16 eager pass rounds every score, so it is itself accurate only to about 1e-2).
-
-"""
 
 
 def worst(name: str) -> dict[str, Any]:
@@ -103,16 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [worst(name) for name in FAMILIES]
     save("families", rows, "largest absolute error of captured rows, tiny random models")
-    from importlib.metadata import version
-
-    lines = ["| family | class | path | float32 | bfloat16 | |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['family']} | {row['class']} | {row['path']} "
-        f"| {row['float32']:.0e} | {row['bfloat16']:.0e} | {row['with']} |"
-        for row in rows
-    ]
-    introduction = INTRODUCTION.replace("{version}", f"transformers {version('transformers')}")
-    PAGE.write_text(introduction + "\n".join(lines) + "\n")
+    models_page.write()
 
 
 if __name__ == "__main__":

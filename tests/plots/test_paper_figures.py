@@ -79,6 +79,20 @@ def test_heights_of_ticks_do_not_overlap():
     assert ax.get_yticks()[0] == 0
 
 
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize("layout", [None, "constrained"])
+def test_two_panels_keep_their_size_and_do_not_cover_each_other(plot: Callable, layout: str | None):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.8), layout=layout)
+    for ax in (left, right):
+        plot(plain_trace(), ax=ax)
+    figure.draw_without_rendering()
+    for ax in (left, right):
+        assert ax.get_window_extent().width > 0.25 * figure.bbox.width
+        assert ax.get_window_extent().height > 0.2 * figure.bbox.height
+    for text in (left._left_title, *left.get_legend().get_texts()):
+        assert text.get_window_extent().x1 <= right.get_window_extent().x0
+
+
 def test_other_axes_of_a_figure_keep_their_layout():
     figure, (first, _) = plt.subplots(1, 2, figsize=(10, 4))
     plot_throughput(plain_trace(), ax=first)

@@ -326,8 +326,10 @@ def load_model(model: str, dtype: str, device: str, progress: Callable[[str], No
     if model == "demo":
         return _load_demo(dtype, device, progress)
 
-    # A path must exist here, because transformers would search for it on the hub.
-    looks_local = model.startswith((".", "/", "~")) or Path(model).exists()
+    # A path must exist here, because transformers would search for it on the hub. Names on the hub have at most one
+    # slash.
+    is_no_hub_name = model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/")
+    looks_local = is_no_hub_name or Path(model).exists()
     is_weight_file = model.endswith(".gguf")
     if looks_local and not is_weight_file and not (Path(model) / "config.json").is_file():
         raise InvalidInputError(

@@ -39,7 +39,10 @@ _LEFT_ALIGNED = ("text", "greedy before")
 def knockout(
     file: TraceFile,
     model: Model = "demo",
-    tokens: Annotated[str | None, typer.Option(help="Tokens that nothing later may read, like 5,7-9.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens that nothing later may read, like 5,7-9; `flowgraph show --all` lists them."),
+    ] = None,
     edges: Annotated[str | None, typer.Option(help="Edges SOURCE-TARGET that may not be read, like 3-9,4-9.")] = None,
     route: Annotated[str | None, typer.Option(help="Ranks of the widest routes to cut, like 1 or 1-3.")] = None,
     layers: Layers = "all",

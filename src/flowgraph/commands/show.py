@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowgraph.commands.common import AllTokens, Full, Keep, Quiet, TraceFile, check_outputs, console, stages
 from flowgraph.commands.views import View
+
+if TYPE_CHECKING:
+    from flowgraph.tracing.flow_trace import FlowTrace
+
+FIGURES = ("throughput", "steps", "potentials")
+"""What ``--figure`` can draw."""
 
 
 def show(
@@ -16,6 +23,11 @@ def show(
     keep: Keep = 0.9,
     all_tokens: AllTokens = False,
     html: Annotated[Path | None, typer.Option(help="Also write the web page here.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw a figure here, as .pdf, .svg or .png; needs matplotlib.")
+    ] = None,
+    of: Annotated[str, typer.Option(help="What the figure shows: 'throughput', 'steps' or 'potentials'.")] = FIGURES[0],
+    size: Annotated[str, typer.Option(help="Of the figure: 'single' or 'double' column of a paper.")] = "double",
     full: Full = False,
     quiet: Quiet = False,
 ) -> None:
@@ -25,8 +37,13 @@ def show(
     view = View(full=full, quiet=quiet, all_tokens=all_tokens, keep=keep)
 
     # A path that cannot be written is reported before any work is done.
-    check_outputs(html)
+    check_outputs(html, figure)
+    if of not in FIGURES:
+        raise typer.BadParameter(f"--of must be of {', '.join(FIGURES)}, got {of!r}; 'throughput' is the default")
     trace = load_trace(file)
+    # Drawn before anything is printed: a missing package or a wrong ending leaves no half of an answer.
+    if figure is not None:
+        _draw(trace, figure, of, size)
     terminal = console()
     terminal.print(view.of_trace(trace))
     for part in view.of_baselines(trace):
@@ -34,6 +51,38 @@ def show(
     if html is not None:
         trace.to_html(html, keep=keep)
     view.print_end(terminal, [])
+
+
+def _draw(trace: FlowTrace, path: Path, of: str, size: str) -> None:
+    """Draw a figure of a trace without opening a window.
+
+    Raises:
+        InvalidInputError: a size or an ending of the file that is none.
+        MissingExtraError: matplotlib is not installed.
+    """
+    from flowgraph.errors import MissingExtraError
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError(
+            '--figure: needs matplotlib, got an environment without it; pip install "flowgraph-llm[plot]"'
+        )
+    import matplotlib as mpl
+
+    from flowgraph.plots import trace_plots
+    from flowgraph.plots.drawing import save_figure
+
+    # No window, whatever the user's settings are.
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    if of == "steps":
+        ax = trace_plots.plot_steps(trace, size=size)  # type: ignore[arg-type]
+    elif of == "potentials":
+        ax = trace_plots.plot_potentials(trace, size=size)  # type: ignore[arg-type]
+    else:
+        ax = trace_plots.plot_throughput(trace, size=size)  # type: ignore[arg-type]
+    save_figure(ax, path)
+    pyplot.close(ax.figure)  # type: ignore[arg-type]
 
 
 def certify(

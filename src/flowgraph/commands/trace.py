@@ -85,7 +85,8 @@ def trace(
     question: Annotated[
         str | None,
         typer.Option(
-            help="Where flow enters: 'user', 'prompt' (all of it), text, or a regular expression. Default: the message."
+            help="Where flow enters: 'user', 'prompt' (all of it), text, or a regular expression. "
+            "Default: the last user message."
         ),
     ] = None,
     answer: Annotated[

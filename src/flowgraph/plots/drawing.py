@@ -289,14 +289,14 @@ def finish_axes(ax: Axes, title: str) -> None:
         ax.tick_params(labelsize=points)
         ax.xaxis.label.set_fontsize(points)
         ax.yaxis.label.set_fontsize(points)
-    # The layout may move the left spine once it is known how much its labels take.
-    figure_width = float(ax.figure.bbox.width)
-    width = figure_width - ax.get_window_extent().x0 - _GAP
+    # The layout may move the spines once it is known how much the labels take.
+    right = _right_limit(ax)
+    width = right - ax.get_window_extent().x0 - _GAP
     legend = _fitting_legend(ax, points, width)
     ax.figure.draw_without_rendering()  # type: ignore[union-attr]
     _wrap_height_label(ax)
     ax.figure.draw_without_rendering()  # type: ignore[union-attr]
-    excess = legend.get_window_extent().x1 - figure_width
+    excess = legend.get_window_extent().x1 - _right_limit(ax)
     if excess > 0:
         width -= excess + _GAP
         legend = _fitting_legend(ax, points, width)
@@ -318,6 +318,19 @@ def finish_axes(ax: Axes, title: str) -> None:
         longest = max(len(line) for line in title.split("\n"))
         room = max(int(longest * width / extent), 1)
         text.set_text("\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, room)))
+
+
+def _right_limit(ax: Axes) -> float:
+    """Return how far to the right title and legend may reach, in pixels: the edge of the figure, or of the panel.
+
+    Where other axes stand to the right, a wider legend would cover them, and the constrained layout would shrink both
+    panels to make room for it.
+    """
+    own = ax.get_window_extent()
+    others = [other.get_window_extent() for other in ax.figure.axes if other is not ax]
+    if any(other.x0 >= own.x1 for other in others):
+        return float(own.x1)
+    return float(ax.figure.bbox.width)
 
 
 def _fitting_legend(ax: Axes, points: float, width: float) -> Legend:

@@ -1,7 +1,7 @@
-"""Trace four answers of the demo model and draw them into docs/images/; prints the numbers that docs/gallery.md states.
+"""Trace four answers of the demo model and draw them into docs/images/; print the numbers of docs/four-answers.md.
 
 pip install --group demo --group bench
-python -m benchmarks.figures.gallery
+python -m benchmarks.figures.four_answers
 """
 
 from __future__ import annotations
