@@ -57,7 +57,8 @@ def check_accelerator(accelerator: Any, num_prompts: int) -> None:
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ConfigError(
             f"accelerator: must give each process the entire base, got {kind}, which shards it; generation and scoring "
-            "need all of it, so launch with DDP (--multi_gpu), and a smaller or quantised base"
+            "need all of it, so train with TRL under FSDP2 or ZeRO-3 (rl.integrations.trl.flow_grpo_trainer), or "
+            "launch with DDP (--multi_gpu), and a smaller or quantised base"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(

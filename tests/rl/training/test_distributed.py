@@ -100,8 +100,10 @@ def test_the_two_processes_had_different_sequences(two: Path):
         ({"gradient_accumulation_steps": 2}, "accelerator: must have gradient_accumulation_steps=1, got 2"),
         (
             {"distributed_type": SimpleNamespace(name="FSDP")},
-            "must give each process the entire base, got FSDP",
+            r"must give each process the entire base, got FSDP, which shards it; generation and scoring need all of "
+            r"it, so train with TRL under FSDP2 or ZeRO-3 \(rl.integrations.trl.flow_grpo_trainer\), or launch with",
         ),
+        ({"distributed_type": SimpleNamespace(name="DEEPSPEED")}, "got DEEPSPEED, .*TRL under FSDP2 or ZeRO-3"),
         ({"mixed_precision": "fp16"}, "accelerator: must have mixed_precision 'no' or 'bf16', got 'fp16'"),
     ],
 )
