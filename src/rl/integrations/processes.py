@@ -83,11 +83,15 @@ def check_parallelism(accelerator: Any, model: Any) -> None:
             "fsdp_version: 2 in the configuration of accelerate, or fsdp_config={'version': 2} in GRPOConfig"
         )
     parallelism = getattr(accelerator, "parallelism_config", None)
-    for name in ("tp_size", "cp_size", "sp_size"):
-        size = getattr(parallelism, name, None) or 1
-        if name == "tp_size":
-            size = max(size, getattr(model, "tp_size", None) or 1)
-        if size > 1:
+    sizes = {name: getattr(parallelism, name, None) for name in ("tp_size", "cp_size", "sp_size")}
+    # transformers and DeepSpeed split heads without accelerate's settings.
+    if sizes["tp_size"] in (None, 1):
+        sizes["tp_size"] = getattr(model, "tp_size", None)
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None:
+        sizes["autotp_size"] = deepspeed.deepspeed_config.get("tensor_parallel", {}).get("autotp_size")
+    for name, size in sizes.items():
+        if size is not None and size > 1:
             raise ConfigError(
                 f"{name}: must be 1, so that each process has every head and token of its sequences, got {size}; shard "
                 "the weights with FSDP2 or DeepSpeed ZeRO instead"

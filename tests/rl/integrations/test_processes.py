@@ -83,6 +83,12 @@ def test_parallelism_that_splits_sequences_or_heads_is_refused(fsdp_version, siz
 def test_layers_that_transformers_has_split_are_refused():
     accelerator = SimpleNamespace(state=SimpleNamespace(), parallelism_config=None)
     check_parallelism(accelerator, SimpleNamespace(tp_size=None))
+    config = {"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}}
+    accelerator.state.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
+    with pytest.raises(ConfigError, match=r"autotp_size: must be 1.*got 2"):
+        check_parallelism(accelerator, SimpleNamespace(tp_size=None))
+    config.pop("tensor_parallel")
+    check_parallelism(accelerator, SimpleNamespace(tp_size=None))
     with pytest.raises(ConfigError, match=r"tp_size: must be 1.*got 4"):
         check_parallelism(accelerator, SimpleNamespace(tp_size=4))
 

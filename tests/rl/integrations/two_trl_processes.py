@@ -139,7 +139,9 @@ def main(folder: Path, kind: str) -> None:
         """Gather every weight."""
         weights = dict(model.named_parameters())
         if kind == "fsdp2":
-            return {name: weight.detach().full_tensor().clone() for name, weight in weights.items()}
+            # Between two passes, FSDP2 keeps the weights of its outermost unit gathered.
+            whole = {name: getattr(weight, "full_tensor", weight.detach)() for name, weight in weights.items()}
+            return {name: weight.detach().clone() for name, weight in whole.items()}
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(weights.values())):
