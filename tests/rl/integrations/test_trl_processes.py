@@ -43,7 +43,7 @@ def launch(folder: Path, kind: str) -> Path:
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(PROCESSES), "--master_addr", "127.0.0.1"]
     command = [sys.executable, *launcher, "--master_port", str(port), str(SCRIPT), str(folder), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return folder
 
