@@ -132,15 +132,31 @@ def test_the_yaml_of_the_training_page_is_a_config_of_accelerate(tmp_path: Path)
 
 
 @pytest.mark.parametrize("line", commands())
-def test_the_commands_of_the_pages_parse(line: str):
+def test_the_commands_of_the_pages_parse(line: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(DOCS.parent)
     words = shlex.split(line)
     if words[0] == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 
         launch = launch_command_parser().parse_args(words[2:])
+        if launch.training_script == "benchmarks/configs/trl/train.py":
+            check_trl(launch)
+            return
         assert (launch.module, launch.training_script) == (True, "rl.cli")
         words = ["flowgraph-rl", *launch.training_script_args]
     assert words[0] == "flowgraph-rl"
     name, command, rest = GROUP.resolve_command(typer.Context(GROUP), words[1:])  # type: ignore[attr-defined]
     if "--help" not in rest:
         command.make_context(name, list(rest))
+
+
+def check_trl(launch: Any) -> None:
+    """The launch file and the arguments of TRL are read; nothing is launched."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is an optional package: pip install trl")
+    from benchmarks.configs.trl import train
+
+    assert load_config_from_file(launch.config_file).distributed_type in ("FSDP", "DEEPSPEED")
+    run, *_ = train.parsed([*launch.training_script_args, "--use_cpu", "true"])
+    assert run.problems == "problems.jsonl"

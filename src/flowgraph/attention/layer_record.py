@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -291,8 +290,8 @@ def readable_cells(mask: Tensor) -> Bool[Tensor, " ..."]:
 def frozen(module: nn.Module) -> nn.Module:
     """Copy an attention module in evaluation mode: shared matrices, vectors of its own.
 
-    Rows are often read after an optimizer step, or after an offloaded layer has left memory, so the copy keeps what
-    eager functions read. Reading rows must not change the training flags of a live model either.
+    Rows are often read after an optimizer step, or after an offloaded or sharded layer has left memory, so the copy
+    keeps what eager functions read. Reading rows must not change the training flags of a live model either.
     """
     parameters: dict[str, Tensor | None] = {}
     for name, parameter in module._parameters.items():
@@ -309,6 +308,8 @@ def frozen(module: nn.Module) -> nn.Module:
     for name, child in module._modules.items():
         children[name] = frozen(child) if isinstance(child, nn.Dropout) else child
 
-    twin = copy.copy(module)
+    # Not copy.copy: the class that FSDP2 gives a sharded module builds a new module of the original class instead.
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
     twin.__dict__.update(training=False, _parameters=parameters, _modules=children)
     return twin

@@ -68,6 +68,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether processes share the weights of a model: FSDP2, tensor parallelism or DeepSpeed ZeRO-3.
+
+    Such weights are complete only while their module runs, and only in a pass that all processes make together.
+    """
+    # A DTensor has the method; DeepSpeed numbers the weights that it partitions.
+    return any(hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
 def _is_causal(model: PreTrainedModel) -> bool:
     """Return whether a model with a language model head is causal; BERT-like models with such a head are not."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -129,7 +129,8 @@ class AttentionRecorder:
             for module in self._modules:
                 if not uses_attention_interface(type(module)):
                     hooks.append(module.register_forward_pre_hook(self._begin_watching))
-                    hooks.append(module.register_forward_hook(self._end_watching, always_call=True))
+                    # First of all hooks: FSDP2 and ZeRO-3 release the weights of a module in a hook of theirs.
+                    hooks.append(module.register_forward_hook(self._end_watching, always_call=True, prepend=True))
             for hook in hooks:
                 stack.callback(hook.remove)
             # Nothing failed, so the hooks stay until the block ends.

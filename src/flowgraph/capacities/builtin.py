@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowgraph.attention.attention_rows import AttentionRows, Layer
 from flowgraph.attention.interception import AttentionDispatch
 from flowgraph.attention.layers_and_heads import resolve_layers
-from flowgraph.attention.modules import attention_modules, num_layers
+from flowgraph.attention.modules import attention_modules, is_sharded, num_layers
 from flowgraph.attention.recorder import AttentionRecorder
 from flowgraph.attention.sharpened_layer import SharpenedLayer, checked_place, checked_power
 from flowgraph.capacities.forward import CentredLayer, ProjectionTape, VtraceLayer
@@ -241,7 +241,9 @@ def _listen(batch: CapacityInput, tape: Tape) -> None:
 
 
 def _forward(batch: CapacityInput) -> None:
-    batch.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.arguments, use_cache=False)
+    # Weights that processes share are gathered by the outermost module; complete ones are read without wrappers.
+    model = batch.wrapped if is_sharded(batch.model) else batch.model
+    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.arguments, use_cache=False)
 
 
 def _with(batch: CapacityInput, **options: Any) -> CapacityInput:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from flowgraph.attention.attention_rows import AttentionRows
 from flowgraph.attention.capture import check_fits, checked_ids, checked_mask, evaluating, forward_arguments
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
-from flowgraph.attention.modules import base_model
+from flowgraph.attention.modules import base_model, is_sharded
 from flowgraph.capacities.registry import CapacityInput, find_capacity
-from flowgraph.errors import InvalidInputError
+from flowgraph.errors import CaptureError, InvalidInputError
 
 
 def capture(
@@ -37,6 +37,8 @@ def capture(
     eager function, and checked against the layer's real output. Afterwards the model is in the state that it had
     before, also after an exception.
 
+    Where processes share the weights, all of them call this function, each with its own texts.
+
     Args:
         model: a Hugging Face causal LM.
         input_ids: ``[batch, tokens]`` (or ``[tokens]``), prompt and response together.
@@ -54,7 +56,8 @@ def capture(
         have ``dense()`` and ``block(start, stop)``.
 
     Raises:
-        CaptureError: an architecture whose rows cannot be computed correctly.
+        CaptureError: an architecture whose rows cannot be computed correctly, or a capacity with a backward pass and
+            weights that processes share (FSDP2, ZeRO-3).
         InvalidInputError: ids, masks or options that do not fit the model or the capacity.
 
     Cost: attention and sharpened: one forward pass, and memory of queries and keys of the chosen layers; VTRACE adds
@@ -71,6 +74,11 @@ def capture(
             )
 
     inner = base_model(model)
+    if chosen.gradient and is_sharded(inner):
+        raise CaptureError(
+            "capacity: must need no backward pass where processes share the weights (FSDP2, ZeRO-3), got "
+            f"{capacity!r}; capture with the complete model, or use 'attention', 'sharp' or 'vtrace'"
+        )
     ids = checked_ids(input_ids)
     mask = checked_mask(ids, attention_mask)
     check_fits(inner, ids, mask)

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from flowgraph.attention.interception import AttentionCall
 from flowgraph.attention.layer_record import LayerRecord, in_steps
+from flowgraph.attention.modules import is_sharded
 from flowgraph.capacities.tape import MAX_BLOCK, Tape, TapeLayer
-from flowgraph.errors import InvalidInputError
+from flowgraph.errors import CaptureError, InvalidInputError
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,18 @@ class VtraceLayer:
         return parts / total.clamp_min(torch.finfo(parts.dtype).tiny)
 
 
+def _refuse_released_parts(projection: nn.Module) -> None:
+    """Refuse a projection of several modules, such as an adapter's, whose sharded weights are released one by one.
+
+    The weights of a single module are complete while it runs; those of its parts are gone before the backward pass.
+    """
+    if list(projection.children()) and is_sharded(projection):
+        raise CaptureError(
+            "capacity: must read output projections of one module where processes share the weights (FSDP2, ZeRO-3), "
+            f"got {type(projection).__name__}; merge the adapter, or use 'attention' or 'sharp'"
+        )
+
+
 class ProjectionTape(Tape):
     """A tape that also finds reader_t = W_O^T D_t / norm(D_t), D_t the attention block's output.
 
@@ -159,7 +172,8 @@ class ProjectionTape(Tape):
             for module in self.modules:
                 for child in module.children():
                     hook = self._project_back(module)
-                    stack.callback(child.register_forward_hook(hook).remove)
+                    # First of all hooks: FSDP2 and ZeRO-3 release the weights of a module in a hook of theirs.
+                    stack.callback(child.register_forward_hook(hook, prepend=True).remove)
             self._stack = stack.pop_all()
         return self
 
@@ -185,6 +199,7 @@ class ProjectionTape(Tape):
             dim = layer.value.shape[-1]
             if args[0].shape[-1] != heads * dim:
                 return
+            _refuse_released_parts(child)
             with torch.enable_grad():
                 z = args[0].detach().requires_grad_()
                 projected = child.forward(z)

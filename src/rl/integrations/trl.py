@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowgraph import MissingExtraError
+from flowgraph import AttentionRows, FlowgraphError, MissingExtraError
 from rl.config import CreditConfig
 from rl.credit.ratings import Ratings, rate_tokens, weigh_tokens
 from rl.credit.weights import effective_token_ratio, gini
 from rl.errors import ConfigError
+from rl.integrations.processes import check_parallelism, fail_together, require_same, settings_of
 from rl.integrations.tensors import (
     FindAnswer,
     attention_recorders,
@@ -56,7 +57,8 @@ class TokenCredit(_GRPOTrainer):
         find_answer: finds the answer in a completion.
 
     Raises:
-        ConfigError: an entry point other than the advantages; tools, environments, images or sharded weights.
+        ConfigError: an entry point other than the advantages; tools, environments or images; FSDP1; split sequences or
+            heads; processes that disagree.
         CreditError: an unknown rule, or one that needs a backward pass or a task that knows its decisive tokens.
     """
 
@@ -68,11 +70,14 @@ class TokenCredit(_GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         self.credit = CreditConfig(rule=credit) if isinstance(credit, str) else credit
+        # Compared before anything is refused, so that no process ends alone.
+        require_same(settings_of(self.credit))
         self.credit_rule = usable_rule(self.credit)
         self.find_answer = find_answer
         self._rewards: Tensor = torch.empty(0, dtype=torch.float32)
         super().__init__(*args, **kwargs)
         _check_supported(self)
+        require_same(_settings_of(self))
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Compute TRL's rewards, and keep the weighted sums of this process for rules that read rewards."""
@@ -90,8 +95,12 @@ class TokenCredit(_GRPOTrainer):
 
         A batch of an evaluation keeps its advantages, so that its loss is comparable to TRL's.
         """
+        is_training = self._policy.training
+        if is_training:
+            # TRL gathers the rewards of all processes, which would wait for ever, or join rows of different groups.
+            require_same({"inputs (number of sequences)": len(inputs)})
         output = super()._generate_and_score_completions(inputs)
-        if not self._policy.training:
+        if not is_training:
             return output
 
         started = time.perf_counter()
@@ -130,18 +139,18 @@ class TokenCredit(_GRPOTrainer):
     def _token_credit(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> Credit:
         """Compute the credit of every sequence; weights are 1 where TRL masked it (``mask_truncated_completions``)."""
         mask = output["completion_mask"].bool()
-        kept = mask.any(1).nonzero().flatten().tolist()
-        size = self.args.per_device_train_batch_size
-        parts = []
-        for start in range(0, len(kept), size):
-            parts.append(self._ratings_of_rows(inputs, output, kept[start : start + size]))
-
+        is_kept = mask.any(1)
+        kept = is_kept.nonzero().flatten().tolist()
         credit = Credit(
             scores=torch.zeros(mask.shape, dtype=torch.float32),
             scored=torch.zeros(mask.shape, dtype=torch.bool),
             weights=torch.ones(mask.shape, dtype=torch.float32),
         )
         credit = to_device(credit, mask.device)
+
+        # A process that failed still takes part in the passes of the others, and all of them raise afterwards.
+        parts, error = self._rated(inputs, output, is_kept.tolist())
+        fail_together(error)
         found = self._weighed(parts, mask.device)
         if found is not None:
             credit.scores[kept] = found.scores
@@ -152,6 +161,38 @@ class TokenCredit(_GRPOTrainer):
                 unanchored[kept] = found.unanchored
                 credit = replace(credit, unanchored=unanchored)
         return credit
+
+    def _rated(
+        self, inputs: list[dict[str, Any]], output: dict[str, Any], is_kept: list[bool]
+    ) -> tuple[list[Ratings], FlowgraphError | None]:
+        """Rate the kept sequences in passes of a device's batch; the error is the first one of this process.
+
+        Every process makes the same number of passes, because the weights of a sharded model are gathered in each.
+        """
+        parts: list[Ratings] = []
+        error: FlowgraphError | None = None
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(is_kept), size):
+            rows = list(range(start, min(start + size, len(is_kept))))
+            kept = [row for row in rows if is_kept[row]]
+            responses = None
+            if kept and error is None:
+                try:
+                    responses = self._responses_of_rows(inputs, output, kept)
+                except FlowgraphError as found:
+                    error = found
+            if responses is None:
+                self._pass_in_step(output, rows[:1])
+                continue
+
+            scores, attention = self._recorded_pass(responses)
+            numbers = [self._number(inputs, row) for row in kept]
+            random = [generator(self.args.seed, "credit", self.state.global_step, number) for number in numbers]
+            try:
+                parts.append(rate_tokens(responses, scores, self.credit, rows=attention, random=random))
+            except FlowgraphError as found:
+                error = found
+        return parts, error
 
     def _weighed(self, parts: list[Ratings], device: torch.device) -> Credit | None:
         """Weigh the ratings of this process, compared with those of all processes; None where it has none."""
@@ -173,11 +214,13 @@ class TokenCredit(_GRPOTrainer):
             mean_over_batch(torch.zeros(0, device=device, dtype=torch.float32))
         return None
 
-    def _ratings_of_rows(self, inputs: list[dict[str, Any]], output: dict[str, Any], rows: list[int]) -> Ratings:
-        """Rate the tokens of some sequences by one forward pass without gradient, which the rule records."""
-        # Numbers over all processes: they tell groups apart and seed the rules that draw.
-        first = self.accelerator.process_index * len(inputs)
-        numbers = [first + row for row in rows]
+    def _number(self, inputs: list[dict[str, Any]], row: int) -> int:
+        """Return the number of a sequence over all processes: it tells groups apart and seeds the rules that draw."""
+        return self.accelerator.process_index * len(inputs) + row
+
+    def _responses_of_rows(self, inputs: list[dict[str, Any]], output: dict[str, Any], rows: list[int]) -> Responses:
+        """Read some sequences of TRL's rollout; no exchange with other processes."""
+        numbers = [self._number(inputs, row) for row in rows]
         responses = read_responses(
             _select_tensors(output, rows),
             [inputs[row]["prompt"] for row in rows],
@@ -187,9 +230,14 @@ class TokenCredit(_GRPOTrainer):
             rewards=self._rewards[rows],
             end_ids=self.eos_token_ids,
         )
-        responses = to_device(responses, output["completion_ids"].device)
-        random = [generator(self.args.seed, "credit", self.state.global_step, number) for number in numbers]
+        return to_device(responses, output["completion_ids"].device)
 
+    def _recorded_pass(self, responses: Responses) -> tuple[TokenScores, dict[str, AttentionRows]]:
+        """Make one forward pass without gradient, and record in it the attention that the rule reads.
+
+        Attention comes from the queries and keys of this process's own sequences, in the pass that gathers a sharded
+        layer anyway; no weight is read outside it.
+        """
         ids = responses.input_ids
         mask = responses.attention_mask
         with torch.no_grad(), evaluating(self._policy), ExitStack() as stack:
@@ -198,7 +246,18 @@ class TokenCredit(_GRPOTrainer):
                 stack.enter_context(recorder)
             scores = self._token_scores(responses)
             attention = {name: recorder.rows(mask, ids) for name, recorder in recorders.items()}
-        return rate_tokens(responses, scores, self.credit, rows=attention, random=random)
+        return scores, attention
+
+    def _pass_in_step(self, output: dict[str, Any], rows: list[int]) -> None:
+        """Make a pass that this process does not need, with the others, whose sharded weights it helps to gather."""
+        if self.accelerator.num_processes == 1:
+            return
+        tensors = _select_tensors(output, rows)
+        ids = torch.cat([tensors["prompts"], tensors["responses"]], 1)
+        with torch.no_grad(), evaluating(self._policy):
+            self._get_per_token_logps_and_entropies(
+                self._policy, ids, tensors["attention_mask"], tensors["responses"].shape[1], compute_entropy=True
+            )
 
     @property
     def _policy(self) -> Any:
@@ -222,8 +281,12 @@ def flow_grpo_trainer(base: type | None = None) -> type[TokenCredit]:
     """Return TRL's ``GRPOTrainer`` with token credit; :class:`TokenCredit` describes the two added arguments.
 
     Weights act on TRL's advantages. Its rewards, losses (all loss types), vLLM rollouts and metrics stay as they are;
-    with weights of 1 a run is bit-identical to TRL's. Tools and environments, images, DeepSpeed and FSDP are not
+    with weights of 1 a run is bit-identical to TRL's, also where processes share the weights of the model by FSDP2 or
+    DeepSpeed ZeRO. Tools and environments, images, FSDP1, and parallelism that splits sequences or heads are not
     supported and refused. vLLM and Liger kernels were not tried.
+
+    The attention is read by the process that holds the sequences, in one pass that gathers sharded layers as every pass
+    does. Processes with different credit settings, lengths or numbers of sequences are refused, in all of them.
 
     Args:
         base: a subclass of ``trl.GRPOTrainer``; None: TRL's own class.
@@ -269,14 +332,38 @@ def _grpo_trainer() -> type:
     return trl.GRPOTrainer
 
 
+_AGREED = (
+    "per_device_train_batch_size",
+    "steps_per_generation",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "num_generations",
+    "max_completion_length",
+    "max_steps",
+    "num_train_epochs",
+    "seed",
+)
+"""Settings of TRL on which the number of passes, the groups of responses or the random draws depend."""
+
+
+def _settings_of(trainer: Any) -> dict[str, Any]:
+    """Return what must be the same in all processes, by name."""
+    settings = settings_of(trainer.credit)
+    settings["find_answer"] = trainer.find_answer
+    for name in _AGREED:
+        settings[f"args.{name}"] = getattr(trainer.args, name)
+    is_sized = hasattr(trainer.train_dataset, "__len__")
+    settings["train_dataset (number of prompts)"] = len(trainer.train_dataset) if is_sized else None
+    return settings
+
+
 def _check_supported(trainer: Any) -> None:
     """Refuse settings under which credit would fall on wrong tokens, or which were not tried."""
     if trainer.tools:
         raise _unsupported("tools", "no tools or environments, whose tokens the policy did not choose")
     if trainer._is_vlm:
         raise _unsupported("processing_class", "a tokenizer: the positions of images are unknown to credit")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise _unsupported("args", "a launch without DeepSpeed and FSDP: attention is read off the model's own layers")
+    check_parallelism(trainer.accelerator, trainer.model)
 
 
 def _unsupported(name: str, rule: str) -> ConfigError:

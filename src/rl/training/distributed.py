@@ -55,10 +55,7 @@ def check_accelerator(accelerator: Any, num_prompts: int) -> None:
         )
     kind = accelerator.distributed_type.name
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ConfigError(
-            f"accelerator: must give each process the entire base, got {kind}, which shards it; generation and scoring "
-            "need all of it, so launch with DDP (--multi_gpu), and a smaller or quantised base"
-        )
+        raise _sharded_base("accelerator", kind)
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(
             f"accelerator: must have gradient_accumulation_steps=1, got {accelerator.gradient_accumulation_steps}, by "
@@ -69,6 +66,31 @@ def check_accelerator(accelerator: Any, num_prompts: int) -> None:
             f"accelerator: must have mixed_precision 'no' or 'bf16', got {accelerator.mixed_precision!r}, whose scaled "
             "gradients overflow before they settle; use bf16"
         )
+
+
+def check_base(model: Any) -> None:
+    """Refuse a model whose weights several processes share already.
+
+    Args:
+        model: as the trainer got it.
+
+    Raises:
+        ConfigError: weights of FSDP2 or tensor parallelism, or of DeepSpeed ZeRO-3.
+    """
+    for weight in model.parameters():
+        if hasattr(weight, "ds_id"):
+            raise _sharded_base("model", "weights of DeepSpeed ZeRO-3")
+        if hasattr(weight, "full_tensor"):
+            raise _sharded_base("model", "weights of the type DTensor (FSDP2 or tensor parallelism)")
+
+
+def _sharded_base(name: str, found: str) -> ConfigError:
+    """Return the error of a base that is sharded, which names the trainer that can use it."""
+    return ConfigError(
+        f"{name}: must give each process the entire base, got {found}, which shards it; generation and scoring need "
+        "all of it, so train with TRL under FSDP2 or ZeRO-3 (rl.integrations.trl.flow_grpo_trainer), or launch with "
+        "DDP (--multi_gpu), and a smaller or quantised base"
+    )
 
 
 def gathered(averages: Averages, accelerator: Any) -> Averages:

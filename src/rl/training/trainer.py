@@ -41,6 +41,7 @@ from rl.training.checkpoint import (
 )
 from rl.training.distributed import (
     check_accelerator,
+    check_base,
     gathered,
     make_accelerator,
     mean_together,
@@ -142,6 +143,7 @@ class PPOTrainer:
         if accelerator is None:
             accelerator = make_accelerator(self.output, trackers)
         check_accelerator(accelerator, config.num_prompts)
+        check_base(model)
         self.accelerator = accelerator
 
         # Policy, critic and optimiser.

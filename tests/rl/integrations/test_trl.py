@@ -61,7 +61,9 @@ def even(completions: list[str], **columns: Any) -> list[float]:
     return [DIGITS.reward(DIGITS.sample("train", 0), text) for text in completions]
 
 
-def make(tmp_path, credit: CreditConfig | str | None = None, *, dropout: float = 0.0, **settings: Any) -> Any:
+def make(
+    tmp_path, credit: CreditConfig | str | None = None, *, dropout: float = 0.0, peft: bool = True, **settings: Any
+) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     settings = {
@@ -76,8 +78,10 @@ def make(tmp_path, credit: CreditConfig | str | None = None, *, dropout: float =
         "args": GRPOConfig(output_dir=str(tmp_path), **settings),
         "train_dataset": prompts,
         "processing_class": alphabet(),
-        "peft_config": PeftLora(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout),
     }
+    if peft:
+        lora = PeftLora(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
+        arguments["peft_config"] = lora
     if credit is None:
         return GRPOTrainer(**arguments)
     return flow_grpo_trainer()(**arguments, credit=credit, find_answer=DIGITS.find_answer)
@@ -267,7 +271,6 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     [
         ("tools", [print], "tools: must be no tools"),
         ("_is_vlm", True, "processing_class: must be a tokenizer"),
-        ("is_fsdp_enabled", True, "args: must be a launch without DeepSpeed and FSDP"),
     ],
 )
 def test_trainers_of_another_kind_are_refused(tmp_path, name, value, text):

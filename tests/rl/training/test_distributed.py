@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from rl import ConfigError
-from rl.training.distributed import check_accelerator
+from rl.training.distributed import check_accelerator, check_base
+from tests.fixtures.policies import tiny_policy
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -100,8 +101,10 @@ def test_the_two_processes_had_different_sequences(two: Path):
         ({"gradient_accumulation_steps": 2}, "accelerator: must have gradient_accumulation_steps=1, got 2"),
         (
             {"distributed_type": SimpleNamespace(name="FSDP")},
-            "must give each process the entire base, got FSDP",
+            r"must give each process the entire base, got FSDP, which shards it; generation and scoring need all of "
+            r"it, so train with TRL under FSDP2 or ZeRO-3 \(rl.integrations.trl.flow_grpo_trainer\), or launch with",
         ),
+        ({"distributed_type": SimpleNamespace(name="DEEPSPEED")}, "got DEEPSPEED, .*TRL under FSDP2 or ZeRO-3"),
         ({"mixed_precision": "fp16"}, "accelerator: must have mixed_precision 'no' or 'bf16', got 'fp16'"),
     ],
 )
@@ -111,3 +114,15 @@ def test_a_launch_that_would_change_the_gradient_is_refused(set_up: dict, messag
     check_accelerator(SimpleNamespace(**plain), 4)
     with pytest.raises(ConfigError, match=message):
         check_accelerator(SimpleNamespace(**plain | set_up), 4)
+
+
+@pytest.mark.parametrize(
+    ("mark", "found"),
+    [("ds_id", "weights of DeepSpeed ZeRO-3"), ("full_tensor", r"weights of the type DTensor \(FSDP2")],
+)
+def test_a_base_that_is_sharded_already_is_refused_with_a_trainer_that_takes_it(mark: str, found: str):
+    model = tiny_policy()
+    check_base(model)
+    setattr(model.model.norm.weight, mark, 0)
+    with pytest.raises(ConfigError, match=rf"model: must give each process the entire base, got {found}.*flow_grpo"):
+        check_base(model)
