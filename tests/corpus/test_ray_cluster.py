@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,10 @@ def cluster() -> Iterator[None]:
     with connected(CorpusRay(workers=2, threads=1, object_store_memory=LEAST_STORE), 1, uses_gpu=False):
         yield
     torch.set_num_threads(threads)
+    # Ray leaves the processes that it ended to the garbage collector, which warns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def test_a_stopped_run_keeps_what_is_done_and_its_workers_end(cluster: None, alo
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, LINES, ray="local", progress=stop, **OPTIONS)
+        run(tmp_path, LINES, ray=CorpusRay(workers=1), progress=stop, **OPTIONS)
     import ray
 
     deadline = time.monotonic() + 60

@@ -268,7 +268,8 @@ def _limited(object_store_memory: int | None) -> Iterator[None]:
     had_limits = context.execution_options.resource_limits
     context.enable_progress_bars = False
     if object_store_memory is not None:
-        context.execution_options.resource_limits = had_limits.copy(object_store_memory=object_store_memory)
+        limits = type(had_limits).for_limits(had_limits.cpu, had_limits.gpu, object_store_memory=object_store_memory)
+        context.execution_options.resource_limits = limits
     try:
         yield
     finally:
