@@ -232,7 +232,11 @@ def translated(error: Exception) -> FlowgraphError:
     """Translate an error of Ray."""
     from ray import exceptions
 
+    # The error of a task holds that of its worker, behind a traceback.
+    cause = getattr(error, "cause", None)
     reason = _first_line(error)
+    if isinstance(cause, Exception):
+        reason = f"{type(cause).__name__}: {_first_line(cause)}"
     if isinstance(error, exceptions.OutOfDiskError):
         return OutputError(
             f"ray: the disk of every machine must have space, got a full one ({reason}); free some, and run the same "
@@ -250,12 +254,11 @@ def translated(error: Exception) -> FlowgraphError:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the line of a message that tells most: the last one of a traceback, else the first."""
+    """Return the first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    place = -1 if "Traceback" in str(error) else 0
-    return f"{lines[place]:.200}"
+    return f"{lines[0]:.200}"
 
 
 @contextmanager
@@ -287,8 +290,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, ResourceWarning):
             warnings.filterwarnings("ignore", category=category, module=r"ray(\.|$)")
-        logger.setLevel(logging.ERROR)
-        data_logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
+        data_logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

@@ -80,27 +80,34 @@ def trace_on_ray(
         retries=choice.retries,
         load=load,
     )
-    run.progress("starting Ray")
-    with connected(choice, threads, uses_gpu=device == "cuda") as pool:
-        if choice.load is None:
-            run.progress("writing the model for the workers")
-            save_model(notes / "model.pt", run.model, run.tokenizer)
+    try:
+        run.progress("starting Ray")
+        with connected(choice, threads, uses_gpu=device == "cuda") as pool:
+            _trace_on(pool, run, work, job)
+    finally:
+        # A worker that is still alive, as on a cluster after Ctrl-C, ends here: it cannot note its next work.
+        run.folder.remove_temporary_files()
 
-        # Batches depend on the lengths of all responses, so those that are missing come first.
-        missing = _lines_without_response(run, work, path, names)
-        failed = set()
-        if missing:
-            run.progress("generating responses")
-            tasks = [CorpusTask((line,), (line.number,), generates=True) for line in missing]
-            _count_tasks(run, job, tasks, pool)
-            failed = run.failed.keys() & {line.number for line in missing}
 
-        batches = _planned(run, work, failed, path, names)
-        if batches:
-            run.progress("starting the workers")
-            _count_tasks(run, job, batches, pool)
-    # Only now is every worker gone.
-    run.folder.remove_temporary_files()
+def _trace_on(pool: Pool, run: Run, work: Sequence[_Window], job: RayJob) -> None:
+    """Generate the responses that are missing, and trace the batches."""
+    if isinstance(job.load, SavedModel):
+        run.progress("writing the model for the workers")
+        save_model(Path(job.load.path), run.model, run.tokenizer)
+
+    # Batches depend on the lengths of all responses, so those that are missing come first.
+    missing = _lines_without_response(run, work, job)
+    failed: set[int] = set()
+    if missing:
+        run.progress("generating responses")
+        tasks = [CorpusTask((line,), (line.number,), generates=True) for line in missing]
+        _count_tasks(run, job, tasks, pool)
+        failed = run.failed.keys() & {line.number for line in missing}
+
+    batches = _planned(run, work, failed, job)
+    if batches:
+        run.progress("starting the workers")
+        _count_tasks(run, job, batches, pool)
 
 
 def _unfinished_windows(run: Run, windows: Sequence[Sequence[Line]]) -> list[_Window]:
@@ -119,22 +126,22 @@ def _unfinished_windows(run: Run, windows: Sequence[Sequence[Line]]) -> list[_Wi
     return found
 
 
-def _lines_without_response(run: Run, work: Sequence[_Window], path: Path, names: CorpusFields) -> list[Line]:
+def _lines_without_response(run: Run, work: Sequence[_Window], job: RayJob) -> list[Line]:
     """List the lines whose response has to be generated."""
     missing = []
     for window in work:
-        for line, request in read_requests(path, window.lines, names):
+        for line, request in read_requests(job.path, window.lines, job.fields):
             if run.lacks_response(line, request):
                 missing.append(line)
     return missing
 
 
-def _planned(run: Run, work: Sequence[_Window], failed: set[int], path: Path, names: CorpusFields) -> list[CorpusTask]:
+def _planned(run: Run, work: Sequence[_Window], failed: set[int], job: RayJob) -> list[CorpusTask]:
     """Batch the lines of every window, as a run in one process does."""
     tasks = []
     for window in work:
         lines = [line for line in window.lines if line.number not in failed]
-        batches = run.plan_window(_reader(path, lines, names), window.unfinished)
+        batches = run.plan_window(_reader(job, lines), window.unfinished)
         for batch in batches:
             batch_lines = tuple(item.line for item in batch)
             unfinished = tuple(line.number for line in batch_lines if line.number in window.unfinished)
@@ -142,11 +149,11 @@ def _planned(run: Run, work: Sequence[_Window], failed: set[int], path: Path, na
     return tasks
 
 
-def _reader(path: Path, lines: list[Line], names: CorpusFields) -> Requests:
+def _reader(job: RayJob, lines: list[Line]) -> Requests:
     """Return a function that reads the texts of some lines."""
 
     def requests() -> Iterator[Any]:
-        return read_requests(path, lines, names)
+        return read_requests(job.path, lines, job.fields)
 
     return requests
 

@@ -210,7 +210,7 @@ class RayWorker:
         job = self._job
         # The number of threads decides the order of sums, and so the rounding.
         torch.set_num_threads(job.threads)
-        model, tokenizer = job.load()
+        model, tokenizer = _call(job.load)
         own = fingerprint(model, tokenizer)
         for name in _CHECKED:
             if own[name] != job.settings[name]:
@@ -270,6 +270,21 @@ class RayWorker:
             if number not in done and number in run.failed:
                 failed[number] = run.failed[number]
         return TaskOutcome(tuple(finished), tuple(failed.items()), warnings=_texts(caught))
+
+
+def _call(load: Load) -> tuple[Any, Any]:
+    """Call the function that loads the model, and report what it raises as one message."""
+    try:
+        model, tokenizer = load()
+    except FlowgraphError:
+        raise
+    except Exception as error:
+        # Code of the caller's, which may raise anything; its traceback would be lost among those of Ray.
+        raise InvalidInputError(
+            f"load: must return model and tokenizer in a worker, got {type(error).__name__}: "
+            f"{str(error).split(chr(10))[0]:.200}; check that the model has the same path on every machine"
+        ) from error
+    return model, tokenizer
 
 
 def _given_up(notes: WorkNotes, task: CorpusTask) -> dict[int, str]:
