@@ -33,6 +33,7 @@ from .certificate.certify import certify_each as certify_each
 from .certificate.checks import Check as Check
 from .comparison.compare import Comparison as Comparison
 from .comparison.compare import compare as compare
+from .corpus.corpus_ray import CorpusRay as CorpusRay
 from .corpus.requests import CorpusFields as CorpusFields
 from .corpus.run import CorpusProgress as CorpusProgress
 from .corpus.trace_corpus import CorpusSummary as CorpusSummary
@@ -44,6 +45,7 @@ from .cost.estimate import estimate_cost as estimate_cost
 from .cost.machine import Machine as Machine
 from .cost.model_shape import ModelShape as ModelShape
 from .errors import CaptureError as CaptureError
+from .errors import ClusterError as ClusterError
 from .errors import FlowgraphError as FlowgraphError
 from .errors import GraphError as GraphError
 from .errors import InfeasibleFlowError as InfeasibleFlowError

@@ -19,7 +19,7 @@ from flowgraph.commands.knockout import knockout
 from flowgraph.commands.show import certify, show
 from flowgraph.commands.steps import steps
 from flowgraph.commands.trace import demo, trace
-from flowgraph.commands.trace_corpus import trace_corpus
+from flowgraph.commands.trace_corpus import CorpusCommand, trace_corpus
 from flowgraph.errors import FlowgraphError
 
 app = typer.Typer(
@@ -51,10 +51,13 @@ def _options(
     """Read the options of the program itself."""
 
 
-for command in (trace, demo, trace_corpus, show, steps, compare, certify, knockout, hub_test, evaluate, export, cost):
+for command in (trace, demo):
+    app.command()(command)
+app.command(cls=CorpusCommand)(trace_corpus)
+for command in (show, steps, compare, certify, knockout, hub_test, evaluate, export, cost):
     app.command()(command)
 # The old name of trace-corpus still works, with a warning, and help does not list it.
-app.command("trace-file", hidden=True, deprecated=True)(trace_corpus)
+app.command("trace-file", cls=CorpusCommand, hidden=True, deprecated=True)(trace_corpus)
 
 
 def _print_warning(message: Warning | str, *_: object) -> None:

@@ -55,3 +55,7 @@ class TraceFileError(FlowgraphError, ValueError):
 
 class OutputError(FlowgraphError, OSError):
     """An output path cannot be written."""
+
+
+class ClusterError(FlowgraphError, RuntimeError):
+    """The workers of a cluster could not be started, or did not finish their work."""

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flowgraph import InvalidInputError
+import flowgraph
+from flowgraph import CorpusRay, InvalidInputError
+from flowgraph.commands.trace_corpus import CorpusCommand
 from flowgraph.commands.trace_corpus import trace_corpus as command
 from tests.fixtures.tiny import PROMPT, RESPONSE, save_tiny
 
@@ -29,7 +31,7 @@ def call(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     from typer.testing import CliRunner
 
     app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(command)
+    app.command(cls=CorpusCommand)(command)
     checkpoint = save_tiny(tmp_path / "checkpoint")
 
     def run_it(*arguments: object) -> tuple[int, str, str]:
@@ -90,3 +92,60 @@ def test_control_c_tells_how_to_continue(call, tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     code, out, _ = call(path)
     assert (code, "2 by earlier runs" in out) == (0, True)
+
+
+class ReachedError(Exception):
+    """The library is called; the argument is its choice of Ray."""
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, ray: CorpusRay | None, **__: object) -> None:
+        raise ReachedError(ray)
+
+    monkeypatch.setattr("flowgraph.corpus.corpus_ray.check_ray_installed", lambda: None)
+    monkeypatch.setattr(flowgraph, "trace_corpus", stop)
+
+
+def test_an_address_after_ray_is_optional_wherever_it_stands(call, reached: None, tmp_path: Path):
+    path = write(tmp_path / "in.jsonl", LINES)
+    for given, address in (
+        (("--ray", path), "local"),
+        ((path, "--ray"), "local"),
+        (("--ray", "auto", path), "auto"),
+        ((path, "--ray", "10.0.0.1:6379", "--plain"), "10.0.0.1:6379"),
+        ((path, "--ray=[::1]:6379"), "[::1]:6379"),
+    ):
+        with pytest.raises(ReachedError) as found:
+            call(*given)
+        (choice,) = found.value.args
+        assert choice.address == address
+        assert (choice.workers, choice.threads, choice.retries, choice.device) == (None, None, 3, "cpu")
+    with pytest.raises(ReachedError) as found:
+        call(path)
+    assert found.value.args == (None,)
+    options = ("--ray-workers", 4, "--ray-threads", 2, "--ray-retries", 0, "--object-store-memory", 10**9)
+    with pytest.raises(ReachedError) as found:
+        call(path, "--ray", *options, "--device", "cpu")
+    (choice,) = found.value.args
+    assert (choice.workers, choice.threads, choice.retries, choice.object_store_memory) == (4, 2, 0, 10**9)
+    # A worker loads the model of the command by itself.
+    model, tokenizer = choice.load()
+    assert model.config.vocab_size == 360
+    assert tokenizer("apples")["input_ids"]
+
+
+def test_options_that_do_not_fit_ray_are_refused_before_the_model_is_loaded(call, reached: None, tmp_path: Path):
+    path = write(tmp_path / "in.jsonl", LINES)
+    code, _, err = call(path, "--ray-workers", 2)
+    assert code == 2
+    assert "--ray-workers must stand with --ray, got 2 without; add --ray" in err.replace("│ ", "").replace(" │", "")
+    code, _, err = call(path, "--object-store-memory", 10**9)
+    assert code == 2
+    assert "--object-store-memory must stand with --ray" in err.replace("│ ", "").replace(" │", "")
+    with pytest.raises(InvalidInputError, match=r"device: must be 'cpu' or 'cuda' on Ray, .* got 'cuda:1'; choose one"):
+        call(path, "--ray", "--device", "cuda:1")
+    with pytest.raises(InvalidInputError, match="ray: address must be that of the cluster itself, got 'ray://head:1'"):
+        call("--ray", "ray://head:1", path)
+    with pytest.raises(InvalidInputError, match="ray: address must be HOST:PORT, 'auto' or 'local', got 'head'"):
+        call("--ray=head", path)

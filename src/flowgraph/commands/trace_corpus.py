@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from flowgraph.commands.common import (
     Capacity,
@@ -36,8 +38,31 @@ from flowgraph.commands.common import (
 from flowgraph.commands.progress import clock, reporting
 
 if TYPE_CHECKING:
+    from flowgraph.corpus.corpus_ray import CorpusRay
     from flowgraph.corpus.run import CorpusProgress
     from flowgraph.corpus.trace_corpus import CorpusSummary
+
+_RAY = "--ray"
+
+
+class CorpusCommand(TyperCommand):
+    """A command whose option ``--ray`` may stand without a value, wherever it stands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give ``--ray`` the value ``local`` where no address follows, so that a file name is not taken for one."""
+        given = list(args)
+        end = given.index("--") if "--" in given else len(given)
+        for place in range(end):
+            if given[place] == _RAY and not _is_address(given[place + 1 : end]):
+                given[place] = f"{_RAY}=local"
+        return super().parse_args(ctx, given)
+
+
+def _is_address(rest: list[str]) -> bool:
+    """Return whether the next argument is an address of Ray, also one of a kind that is refused."""
+    from flowgraph.corpus.corpus_ray import is_address
+
+    return bool(rest) and (is_address(rest[0]) or rest[0].startswith("ray://"))
 
 
 def trace_corpus(
@@ -82,6 +107,29 @@ def trace_corpus(
     restart: Annotated[bool, typer.Option("--restart", help="Remove earlier results from the folder.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            _RAY,
+            metavar="[ADDRESS]",
+            help="Trace on Ray (pip install 'flowgraph-llm[ray]'): HOST:PORT of a cluster, 'auto' for the one of this "
+            "machine, or no address to start Ray here. The folder and the model must be reachable everywhere.",
+            show_default=False,
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(help="With --ray: worker processes, each with a model. Default: as many as fit.")
+    ] = None,
+    ray_threads: Annotated[
+        int | None, typer.Option(help="With --ray: threads of a worker; they decide the rounding. Default: as here.")
+    ] = None,
+    ray_retries: Annotated[
+        int | None, typer.Option(help="With --ray: retries of a line whose worker died. Default: 3.")
+    ] = None,
+    object_store_memory: Annotated[
+        int | None,
+        typer.Option(help="With --ray: bytes of its object store. Default: 209715200 for a Ray of its own."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Trace every line of a JSONL file; exit code 1 when a line could not be traced."""
@@ -105,8 +153,16 @@ def trace_corpus(
     chosen_layers = None if layers is None else layer_choice(layers)
     chosen_heads = None if heads is None else head_choice(heads)
     composition_name, composition_options = composition_choice(composition)
+    settings = {
+        "workers": ray_workers,
+        "threads": ray_threads,
+        "retries": ray_retries,
+        "object_store_memory": object_store_memory,
+    }
+    cluster = _cluster(ray, settings, model, dtype, device)
     with stages(quiet=quiet) as progress:
-        network, tokenizer = load_model(model, dtype, device, progress)
+        # With Ray, this process only encodes, and the workers hold the model on the device.
+        network, tokenizer = load_model(model, dtype, device if cluster is None else "cpu", progress)
 
     try:
         with warnings_on_stderr(), reporting(_figures, quiet=quiet, failed=_num_failed) as report:
@@ -137,6 +193,7 @@ def trace_corpus(
                 format=tables,
                 restart=restart,
                 progress=report,
+                ray=cluster,
             )
     except KeyboardInterrupt:
         # With --restart again, the finished lines would be removed.
@@ -144,6 +201,38 @@ def trace_corpus(
         typer.secho(f"flowgraph: stopped; everything finished is in {out}: run {again} to continue", err=True)
         raise typer.Exit(128 + signal.SIGINT) from None
     _print(summary)
+
+
+def _cluster(
+    address: str | None, settings: dict[str, int | None], model: str, dtype: str, device: str
+) -> CorpusRay | None:
+    """Read the options of Ray, and check them before a model is loaded; None for one process.
+
+    Raises:
+        BadParameter: an option of Ray without ``--ray``.
+        InvalidInputError: a value outside its range, or a device that Ray does not assign.
+        MissingExtraError: Ray Data is missing or too old.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if address is None:
+        if given:
+            option = next(iter(given))
+            name = option if option == "object_store_memory" else f"ray_{option}"
+            raise typer.BadParameter(
+                f"--{name.replace('_', '-')} must stand with --ray, got {given[option]} without; add --ray, or leave "
+                "it out"
+            )
+        return None
+    from flowgraph.corpus.corpus_ray import CorpusRay, ray_choice
+
+    # Another working directory must not lead to another model.
+    name = str(Path(model).absolute()) if Path(model).exists() else model
+    load = partial(load_model, name, dtype, device, _no_progress)
+    return ray_choice(CorpusRay(address=address, device=device, load=load, **given))
+
+
+def _no_progress(_: str) -> None:
+    """Show nothing: the stages of a worker would mix with those of the others."""
 
 
 def _num_failed(state: CorpusProgress) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,25 @@ class Prepared:
     was_generated: bool = False
 
 
+@dataclass(frozen=True)
+class FinishedLine:
+    """What a run counts of a line that it has traced.
+
+    Attributes:
+        number: of the line.
+        tokens: of its trace.
+        is_truncated: whether its generated response was cut off.
+        is_guessed: whether its answer was found by the last resort.
+        is_disfavoured: whether its answer is not what the model prefers (relevance).
+    """
+
+    number: int
+    tokens: int
+    is_truncated: bool
+    is_guessed: bool
+    is_disfavoured: bool
+
+
 class Run:
     """One run over the file: the counts, and the work on one window of lines at a time.
 
@@ -129,7 +148,11 @@ class Run:
         disfavoured: numbers of the lines of this run whose answer is not what the model prefers (relevance).
         guessed: numbers of the lines of this run whose answer was found by the last resort.
         began: clock reading at the start.
+        checks_memory: whether a line must fit the memory of this process. The process that plans a run on a cluster
+            traces nothing itself.
     """
+
+    checks_memory = True
 
     def __init__(
         self,
@@ -190,32 +213,68 @@ class Run:
             MemoryLimitError: a batch does not fit.
             OutputError: a result cannot be written.
         """
-        # Finished lines are counted, and may lack a page that this run writes.
+        unfinished = self.count_finished(lines)
+        if not unfinished:
+            return
+        for batch in self.plan_window(requests, unfinished):
+            self.trace_batch(batch, unfinished)
+
+    def count_finished(self, lines: list[Line]) -> set[int]:
+        """Count the finished lines of a window, write the pages that they lack, and return the numbers of the others.
+
+        Raises:
+            OutputError: a page cannot be written.
+        """
         unfinished = {line.number for line in lines if self.folder.record(line) is None}
         for line in lines:
             if line.number not in unfinished:
                 self.done += 1
                 self._write_missing_page(line)
-        if not unfinished:
-            return
+        return unfinished
 
+    def plan_window(self, requests: Requests, unfinished: set[int]) -> list[list[Prepared]]:
+        """Encode the lines of a window and batch them by length; lines that cannot be traced are reported.
+
+        Args:
+            requests: reads the texts of the valid lines of the window, finished ones included.
+            unfinished: numbers of the lines to trace.
+
+        Returns:
+            The batches with an unfinished line. They depend on the input alone.
+        """
         # Finished lines are prepared too. They belong to the batches: with other sequences beside it, a line is
         # rounded differently, and a resumed run must give the same numbers as one that was never interrupted.
         self.progress("reading the lines")
         prepared = []
         for line, request in requests():
-            item = self._prepare(line, request)
+            item = self.prepare(line, request)
             if item is not None:
                 prepared.append(item)
-        if self.options.trace.is_signed:
-            # A backward pass holds the activations of its forward pass, so each line runs alone, in the same order.
-            for batch in batches(prepared, 1):
-                if batch[0].line.number in unfinished:
-                    self._trace_relevance(batch[0])
+        # A backward pass holds the activations of its forward pass, so each line of a relevance runs alone.
+        batch_tokens = 1 if self.options.trace.is_signed else self.options.batch_tokens
+        planned = batches(prepared, batch_tokens)
+        return [batch for batch in planned if any(item.line.number in unfinished for item in batch)]
+
+    def trace_batch(self, batch: list[Prepared], unfinished: set[int]) -> None:
+        """Trace and write the unfinished lines of a batch.
+
+        Args:
+            batch: all lines that share a forward pass, finished ones included.
+            unfinished: numbers of the lines to trace.
+
+        Raises:
+            MemoryLimitError: the batch does not fit.
+            OutputError: a result cannot be written.
+        """
+        if not self.options.trace.is_signed:
+            self._trace_batch(batch, unfinished)
             return
-        for batch in batches(prepared, self.options.batch_tokens):
-            if any(item.line.number in unfinished for item in batch):
-                self._trace_batch(batch, unfinished)
+        for item in batch:
+            if item.line.number in unfinished:
+                self._trace_relevance(item)
+
+    def announce(self, work: str, lines: Sequence[Line]) -> None:
+        """Name the next piece of work and its lines before it begins; a worker of a cluster overrides this."""
 
     def _write_missing_page(self, line: Line) -> None:
         """Write the page of a finished line where an earlier run wrote none."""
@@ -225,41 +284,64 @@ class Run:
             trace = load_relevance(path) if self.options.trace.is_signed else load_trace(path)
             self._write_page(trace, line)
 
-    def _prepare(self, line: Line, request: TextRequest) -> Prepared | None:
+    def lacks_response(self, line: Line, request: TextRequest) -> bool:
+        """Return whether the response of a line has to be generated first; no for an invalid prompt."""
+        if request.response is not None or self.folder.response(line) is not None:
+            return False
+        try:
+            prompt = _as_chat(self.tokenizer, request.prompt, self.options)
+        except InvalidInputError:
+            return False
+        return not ends_with_response(prompt)
+
+    def generate(self, line: Line, request: TextRequest) -> None:
+        """Generate the response of a line that states none, and keep it; a line where that fails is reported."""
+        try:
+            self._complete(line, request)
+        except _LINE_ERRORS as error:
+            self.skip(line, error)
+
+    def _complete(self, line: Line, request: TextRequest) -> TextRequest:
+        """Add to a request what the run decides: the prompt as the model reads it, the response, the regions."""
+        options = self.options
+        # The prompt as the model reads it, and the response, generated where the line has none.
+        prompt = _as_chat(self.tokenizer, request.prompt, options)
+        arguments = {**(options.chat_template_kwargs or {}), **(request.chat_template_kwargs or {})}
+        if isinstance(prompt, str) and not request.chat_template_kwargs:
+            # The run's arguments are for the lines that a template renders.
+            arguments = {}
+        response = request.response
+        is_generated = False
+        if response is None:
+            response = self._generated(line, prompt, arguments)
+            is_generated = response is not None
+        # What a line states about itself comes before the options of the run.
+        return TextRequest(
+            prompt,
+            response,
+            question=request.question or options.question,
+            answer=request.answer or options.answer,
+            is_generated=is_generated,
+            chat_template_kwargs=arguments,
+        )
+
+    def prepare(self, line: Line, request: TextRequest) -> Prepared | None:
         """Encode a line and find its regions; None for a line that cannot be traced, which is reported."""
         options = self.options
         try:
-            # The prompt as the model reads it, and the response, generated where the line has none.
-            prompt = _as_chat(self.tokenizer, request.prompt, options)
-            arguments = {**(options.chat_template_kwargs or {}), **(request.chat_template_kwargs or {})}
-            if isinstance(prompt, str) and not request.chat_template_kwargs:
-                # The run's arguments are for the lines that a template renders.
-                arguments = {}
-            response = request.response
-            is_generated = False
-            if response is None:
-                response = self._generated(line, prompt, arguments)
-                is_generated = response is not None
-            # What a line states about itself comes before the options of the run.
-            complete = TextRequest(
-                prompt,
-                response,
-                question=request.question or options.question,
-                answer=request.answer or options.answer,
-                is_generated=is_generated,
-                chat_template_kwargs=arguments,
-            )
+            complete = self._complete(line, request)
             max_new_tokens = options.trace.max_new_tokens
             encoded, regions = regions_of_text(self.inner, self.tokenizer, complete, max_new_tokens, self.progress)
 
             # A line that fits neither context nor memory must not end a batch of others.
             ids = encoded.input_ids[None]
             check_fits(self.inner, ids, torch.ones_like(ids))
-            require_trace_memory(self.inner, ids.numel(), options.trace.chosen_layers, options.trace.max_edges)
+            if self.checks_memory:
+                require_trace_memory(self.inner, ids.numel(), options.trace.chosen_layers, options.trace.max_edges)
         except _LINE_ERRORS as error:
             self.skip(line, error)
             return None
-        return Prepared(line, encoded, regions, is_generated)
+        return Prepared(line, encoded, regions, complete.is_generated)
 
     def _generated(self, line: Line, prompt: Prompt, arguments: dict[str, Any]) -> list[int] | None:
         """Return the response of a line that states none, generated once and kept; None where the chat ends with it."""
@@ -272,6 +354,7 @@ class Run:
         def report(stage: str) -> None:
             self.progress(f"line {line.number}: {stage}")
 
+        self.announce("the generation of its response", [line])
         max_new_tokens = self.options.trace.max_new_tokens
         ids = generate_response(self.inner, self.tokenizer, prompt, max_new_tokens, report, arguments)
         self.folder.keep_response(line, ids)
@@ -280,6 +363,7 @@ class Run:
     def _trace_batch(self, batch: list[Prepared], unfinished: set[int]) -> None:
         """Read the attention of a batch in one pass, and trace and write its unfinished lines."""
         began = time.perf_counter()
+        self.announce("the forward pass", [item.line for item in batch if item.line.number in unfinished])
         # The rows of the batch are recomputed from its queries and keys, sequence by sequence.
         attention = self._capture(batch)
         num_tokens = sum(item.encoded.num_tokens for item in batch)
@@ -289,6 +373,7 @@ class Run:
             if item.line.number not in unfinished:
                 continue
             began = time.perf_counter()
+            self.announce("its graph", [item.line])
             try:
                 # An error in one line must not end the others of its batch.
                 trace = self._assemble(attention, place, item)
@@ -303,6 +388,7 @@ class Run:
     def _trace_relevance(self, item: Prepared) -> None:
         """Compute and write the relevance of one line."""
         began = time.perf_counter()
+        self.announce("its relevance", [item.line])
         try:
             with warnings.catch_warnings():
                 # One warning at the end of the run counts these lines.
@@ -324,9 +410,6 @@ class Run:
         except torch.OutOfMemoryError as error:
             self.skip(item.line, f"memory: must hold the passes of one line, got {str(error).splitlines()[0]}")
             return
-        # A log-probability is negative by itself.
-        if trace.flow.total < 0 and trace.flow.target != "logprob":
-            self.disfavoured.append(item.line.number)
         self._finish(item, trace, record, began, 1)
 
     def _finish(
@@ -343,12 +426,18 @@ class Run:
             self._write_page(trace, item.line)
         seconds = time.perf_counter() - began
         self.folder.finish(item.line, {**record, "seconds": round(seconds, 6), "batch": batch_size})
-        if last_resort(item.regions.answer_by, item.encoded):
-            self.guessed.append(item.line.number)
+        self.count(finished_line(item, record))
+
+    def count(self, finished: FinishedLine) -> None:
+        """Count a line that this run has traced, and report it."""
         self.done += 1
         self.now += 1
-        self.tokens += trace.num_tokens
-        self.truncated += bool(trace.provenance["truncated"])
+        self.tokens += finished.tokens
+        self.truncated += finished.is_truncated
+        if finished.is_guessed:
+            self.guessed.append(finished.number)
+        if finished.is_disfavoured:
+            self.disfavoured.append(finished.number)
         self.progress("tracing")
 
     def _capture(self, batch: list[Prepared]) -> AttentionRows:
@@ -404,6 +493,21 @@ class Run:
             trace.to_html(page)
         else:
             trace.to_html(page, keep=self.options.keep)
+
+
+def finished_line(item: Prepared, record: Mapping[str, Any]) -> FinishedLine:
+    """Read what is counted of a line from its record."""
+    row = record["trace"]
+    demand = row.get("demand")
+    # A log-probability is negative by itself.
+    is_disfavoured = demand is not None and demand < 0 and row["target"] != "logprob"
+    return FinishedLine(
+        item.line.number,
+        tokens=row["tokens"],
+        is_truncated=bool(row["truncated"]),
+        is_guessed=bool(last_resort(item.regions.answer_by, item.encoded)),
+        is_disfavoured=is_disfavoured,
+    )
 
 
 def batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[list[Prepared]]:

@@ -6,6 +6,7 @@
     traces/         one trace per line (and its page, where pages are wanted)
     responses/      generated responses, so that none is generated twice
     records/        the figures of a finished line; written last, so a line with a record is finished
+    .ray/           what the workers of a cluster work on, while they do
     tokens, traces, timing .parquet or .csv, errors.jsonl, index.html: written when the run ends
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 SCHEMA = "flowgraph-corpus/1"
 TABLES = ("tokens", "traces", "timing")
 _FOLDERS = ("traces", "records", "responses")
+_NOTES = ".ray"
 _TABLE_FILES = tuple(f"{table}.{suffix}" for table in TABLES for suffix in ("parquet", "csv"))
 _RESULTS = (*_TABLE_FILES, "errors.jsonl", "index.html")
 _SAMPLES_PER_WEIGHT = 64
@@ -60,10 +64,27 @@ class CorpusFolder:
         self._manifest = out / "corpus.json"
         if restart and self._manifest.is_file():
             self._remove_results()
-        self._remove_temporary_files()
+        self.remove_temporary_files()
         self._begin_or_continue()
         for folder in _FOLDERS:
             _make(out / folder)
+
+    @classmethod
+    def at_work(cls, out: Path) -> CorpusFolder:
+        """Return the folder of a run that another process began, for a worker; nothing is checked or changed."""
+        folder = cls.__new__(cls)
+        folder.out = out
+        return folder
+
+    def make_notes(self) -> Path:
+        """Create the folder of what workers work on, with a name that no other run has.
+
+        Raises:
+            OutputError: the folder cannot be created.
+        """
+        notes = self.out / _NOTES / uuid.uuid4().hex
+        _make(notes)
+        return notes
 
     def trace_path(self, line: Line) -> Path:
         """Return the path of a line's trace."""
@@ -162,8 +183,14 @@ class CorpusFolder:
                     f"out: must hold the files of a run alone, got others in {self.out / folder}; move them away"
                 )
 
-    def _remove_temporary_files(self) -> None:
-        """Remove the temporary files of a run that was killed while it wrote."""
+    def remove_temporary_files(self) -> None:
+        """Remove the temporary files of a run or worker that was killed while it wrote, and the notes of workers.
+
+        A worker of an earlier run that is still alive stops here: it cannot note its next piece of work.
+        """
+        notes = self.out / _NOTES
+        if notes.is_dir() and not notes.is_symlink():
+            shutil.rmtree(notes, ignore_errors=True)
         # atomic_write adds a dot in front of a name and random characters behind it.
         for name in ("corpus.json", *_RESULTS):
             for path in self.out.glob(f".{name}.*"):

@@ -17,6 +17,8 @@ from torch import nn
 
 from flowgraph.attention.layers_and_heads import HeadSelector, LayerRule
 from flowgraph.corpus.corpus_options import CorpusOptions
+from flowgraph.corpus.corpus_ray import CorpusRay, ray_choice
+from flowgraph.corpus.ray_run import trace_on_ray
 from flowgraph.corpus.requests import CorpusFields, Line, read_requests, scan
 from flowgraph.corpus.run import CorpusProgress, Run
 from flowgraph.corpus.run_folder import CorpusFolder, claimed, fingerprint
@@ -99,6 +101,7 @@ def trace_corpus(
     format: str = "auto",
     restart: bool = False,
     progress: Callable[[CorpusProgress], None] | None = None,
+    ray: CorpusRay | str | None = None,
 ) -> CorpusSummary:
     """Trace every line of a JSONL file: a trace each, a table of tokens, a table of traces, an index page.
 
@@ -143,16 +146,19 @@ def trace_corpus(
         format: of the tables: ``"parquet"`` (needs pyarrow), ``"csv"``, or ``"auto"``: Parquet where pyarrow is.
         restart: remove what an earlier run left in ``out``.
         progress: called after every step.
+        ray: trace on the workers of a Ray cluster: its address, ``"local"`` to start Ray on this machine, or a
+            :class:`flowgraph.CorpusRay`. The results are the same files. None: one process, without Ray.
 
     Returns:
         What was traced, and what could not be.
 
     Raises:
         InvalidInputError: an option outside its range, a file without lines, a folder of another run.
-        MissingExtraError: Parquet without pyarrow.
+        MissingExtraError: Parquet without pyarrow, or ``ray`` without Ray Data.
         CaptureError: the architecture cannot be captured correctly.
         MemoryLimitError: a batch would not fit.
         OutputError: a path cannot be written; everything finished so far stays.
+        ClusterError: the workers of ``ray`` could not be started, or broke off; everything finished so far stays.
 
     Warns:
         UserWarning: in some lines no answer is stated, and the end of an unfinished response, or all of a long one,
@@ -162,6 +168,7 @@ def trace_corpus(
     """
     # Check every option before anything is read or written.
     tables = table_format(format)
+    choice = ray_choice(ray)
     options = CorpusOptions(
         trace=TraceOptions(
             capacity=chosen_capacity(capacity, preset),
@@ -205,8 +212,11 @@ def trace_corpus(
         run = Run(model, tokenizer, folder, options, len(lines), progress)
         # Windows of a fixed size bound the memory, and make the same batches after a kill.
         windows = [lines[start : start + WINDOW] for start in range(0, len(lines), WINDOW)]
-        for window in windows:
-            _trace_window(run, window, path, names)
+        if choice is None:
+            for window in windows:
+                _trace_window(run, window, path, names)
+        else:
+            trace_on_ray(run, windows, Path(path), names, settings, choice)
         run.progress("writing the tables")
         write_results(
             folder, windows, run.failed, tables, {"input": Path(path).name, **settings}, signed=options.trace.is_signed
