@@ -29,6 +29,8 @@ APPLICATION = "flowgraph-credit"
 
 _HEALTH_PERIOD = 2.0
 """Seconds between two checks whether a replica lives."""
+_START_ATTEMPTS = 3
+"""Times that Ray is started before it is given up."""
 _START_SECONDS = 600.0
 """Longest time for a scorer to load its model."""
 _STOP_SECONDS = 600.0
@@ -224,20 +226,7 @@ def run_service(settings: ServiceSettings, announce: Callable[[str], None]) -> N
     # Ray counts processors: the scorers share those of the machine.
     threads = max(1, (os.cpu_count() or 1) // settings.replicas)
     is_on_gpu = settings.device is not None and settings.device.startswith("cuda")
-    try:
-        ray.init(
-            address="local",
-            num_cpus=threads * settings.replicas,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
-    except Exception as error:  # Ray raises plain exceptions where its own processes do not start.
-        raise ServiceError(
-            f"serve: Ray must start on this machine, got {describe_cause(error)}; free processors and memory, and "
-            "start the service again"
-        ) from error
+    _start_ray(ray, threads * settings.replicas)
     try:
         serve.start(
             proxy_location="HeadOnly",
@@ -277,6 +266,33 @@ def run_service(settings: ServiceSettings, announce: Callable[[str], None]) -> N
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _start_ray(ray: Any, num_cpus: int) -> None:
+    """Start Ray on this machine alone.
+
+    Raises:
+        ServiceError: it does not start.
+    """
+    for attempt in range(_START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )
+            return
+        except Exception as error:  # Ray raises plain exceptions where its own processes do not start.
+            # Ray waits 15 s for its own helper, which takes longer on a busy machine while it is read from disk.
+            ray.shutdown()
+            if attempt + 1 == _START_ATTEMPTS:
+                raise ServiceError(
+                    f"serve: Ray must start on this machine, got {describe_cause(error)} in {_START_ATTEMPTS} "
+                    "attempts; free processors and memory, and start the service again"
+                ) from error
 
 
 def _wait_for_stop() -> None:

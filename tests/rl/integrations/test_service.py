@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,21 @@ def test_weights_are_those_of_the_local_computation(running: tuple[FaultyServer,
     for row, own in enumerate(found):
         torch.testing.assert_close(torch.tensor(own), local.weights[row, : len(own)], rtol=1e-6, atol=1e-6)
     assert client.health()["status"] == "ok"
+
+
+def test_the_python_of_the_page_runs(running: tuple[FaultyServer, str]):
+    text = (Path(__file__).parents[3] / "docs" / "service.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for written, own in (("http://127.0.0.1:8000", running[1]), ("the token", TOKEN)):
+        assert written in block
+        block = block.replace(written, own)
+    given = sequences()[:2]
+    names: dict[str, Any] = {
+        "prompt_ids": given[0].prompt_ids,
+        "responses": [sequence.response_ids for sequence in given],
+    }
+    exec(compile(block, "service.md", "exec"), names)
+    assert [len(row) for row in names["weights"]] == [8, 3]
 
 
 def test_a_lost_answer_is_asked_for_again_and_computed_once(running: tuple[FaultyServer, str], no_pauses: list[float]):
