@@ -46,7 +46,7 @@ TOKEN = "a-token-of-the-load-test"
 ARMS = ("reach_sharp:soft:floor=0.5,ceiling=2,fallback=0.5", "flow", "entropy:soft")
 MAX_BODY_BYTES = 200_000
 START_SECONDS = 280
-TOLERANCE = 5e-6
+TOLERANCE = 1e-5
 
 
 def sequences(count: int, seed: int) -> list[EngineSequence]:
@@ -57,7 +57,7 @@ def sequences(count: int, seed: int) -> list[EngineSequence]:
     found = []
     for number in range(count):
         prompt = tokenizer(task.sample("train", number).prompt)["input_ids"]
-        text = "".join(draw.choice("ABCDEFGH=+;123") for _ in range(draw.choice((4, 12, 40, 110))))
+        text = "".join(draw.choice("ABCDEFGH=+;123") for _ in range(round(4 * 30 ** draw.random())))
         response = tokenizer(f"{text};#{draw.choice('ABC')}={draw.randint(0, 9)}")["input_ids"]
         found.append(EngineSequence(prompt, response))
     return found
@@ -203,6 +203,8 @@ def check(found: dict[str, Any], count: int, local: dict[str, list[list[float]]]
     """Compare every answer with its request and with the local weights."""
     largest = 0.0
     wrong = 0
+    num_weights = 0
+    num_ones = 0
     names = Counter(entry["answer"]["request_id"] for entry in found["answers"])
     for entry in found["answers"]:
         answer = entry["answer"]
@@ -212,9 +214,11 @@ def check(found: dict[str, Any], count: int, local: dict[str, list[list[float]]]
         if not is_own or own.shape != expected.shape:
             wrong += 1
             continue
-        # In units of the weight, where that is above 1.
+        # In units of the weight, where that is above 1: padding changes the rounding of float32.
         difference = float(((own - expected).abs() / expected.clamp_min(1)).max())
         largest = max(largest, difference)
+        num_weights += len(own)
+        num_ones += int((own == 1).sum())
         wrong += difference > TOLERANCE
     return {
         "answered": len(found["answers"]),
@@ -222,6 +226,7 @@ def check(found: dict[str, Any], count: int, local: dict[str, list[list[float]]]
         "doubled": sum(number > 1 for number in names.values()),
         "wrong": wrong,
         "largest_difference": largest,
+        "share_of_weights_other_than_1": 1 - num_ones / max(1, num_weights),
     }
 
 

@@ -145,7 +145,7 @@ class ScoringOutcome:
 class Scorer:
     """Compute credit with one model in this process; calls from several threads follow each other.
 
-    Weights of a request are equal in every batch, to about 1e-6 of a weight in float32: padding and the size of a
+    Weights of a request are equal in every batch, to a few 1e-6 of a weight in float32: padding and the size of a
     batch change scores by rounding. A selection (the top share, a fallback) whose border lies within that rounding is
     computed again without a batch, and so is every rule that selects heads.
 
