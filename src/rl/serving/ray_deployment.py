@@ -5,6 +5,7 @@ Ray is imported inside the functions, because it is an optional package.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -168,6 +169,7 @@ class FrontReplica:
         self._scorers = RayScorers(scorers)
         self._service: CreditService | None = None
         self._endpoints: Endpoints | None = None
+        self._start_lock = asyncio.Lock()
 
     async def start(self) -> ScoringOutcome:
         """Wait for the scorers and load the first adapter; return the error of the start, if there is one."""
@@ -192,9 +194,10 @@ class FrontReplica:
         """Answer a request of HTTP."""
         from starlette.responses import Response  # pyright: ignore[reportMissingImports]
 
-        if self._endpoints is None:
-            # This replica was started anew after it died: clients send their requests again.
-            await self.start()
+        async with self._start_lock:
+            if self._endpoints is None:
+                # This replica was started anew after it died: clients send their requests again.
+                await self.start()
         if self._endpoints is None:
             return Response(status_code=503, headers={"retry-after": "5"})
         headers = {name.lower(): value for name, value in request.headers.items()}
