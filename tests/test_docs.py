@@ -28,6 +28,7 @@ NOT_RUN = {
     "train.md": "the task countdown needs reasoning-gym; tests/rl/test_docs.py runs both blocks with fewer steps",
     "credit.md": "the rules stay in the registry; tests/rl/test_docs.py runs all blocks and removes them afterwards",
     "engines.md": "the engines are not installed; tests/rl/integrations/test_engines.py checks the imports",
+    "service.md": "it asks a running service; tests/rl/integrations/test_service.py runs the block with one",
 }
 """Pages whose blocks another test runs, and why."""
 
@@ -104,7 +105,8 @@ def test_every_line_of_the_paper_index_runs(reader: dict[str, Any]):
 
 def test_every_page_that_is_not_run_here_is_run_elsewhere():
     folder = ROOT / "tests" / "rl"
-    elsewhere = [folder / "test_docs.py", folder / "integrations" / "test_engines.py"]
+    adapters = folder / "integrations"
+    elsewhere = [folder / "test_docs.py", adapters / "test_engines.py", adapters / "test_service.py"]
     text = "".join(path.read_text(encoding="utf-8") for path in elsewhere)
     for name in NOT_RUN:
         assert python_blocks(ROOT / "docs" / name)

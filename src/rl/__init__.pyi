@@ -28,6 +28,7 @@ from .errors import CreditError as CreditError
 from .errors import DivergedError as DivergedError
 from .errors import PolicyError as PolicyError
 from .errors import RewardError as RewardError
+from .errors import ServiceError as ServiceError
 from .errors import TaskError as TaskError
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate

@@ -16,6 +16,7 @@ from rl.commands.curves import curves_command
 from rl.commands.evaluate import evaluate_command
 from rl.commands.models import merge, pretrain_command
 from rl.commands.reports import report, rules
+from rl.commands.serve import serve
 from rl.commands.train import train
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.command("align")(align_command)
 app.command("auc")(auc_command)
 app.command("credit-bench")(credit_bench_command)
 app.command("curves")(curves_command)
+app.command()(serve)
 
 
 def main() -> None:

@@ -43,6 +43,38 @@ class DivergedError(FlowgraphError, ArithmeticError):
     """A gradient or a loss is no longer finite."""
 
 
+class ServiceError(FlowgraphError, RuntimeError):
+    """The credit service refuses a request (token, version, size, full queue), or cannot be reached.
+
+    Attributes:
+        status: HTTP status of the answer; 503 where there was none.
+        retry_after: seconds after which the same request may succeed; None: it will not.
+    """
+
+    def __init__(self, message: str, *, status: int = 503, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+
+
+def named_error(name: str, message: str) -> FlowgraphError | None:
+    """Make the exception of this package, or of flowgraph, that another process named; None for an unknown name.
+
+    Args:
+        name: of its class.
+        message: its text.
+    """
+    waiting = [FlowgraphError]
+    while waiting:
+        kind = waiting.pop()
+        # Classes of users may have other arguments.
+        is_own = kind.__module__.partition(".")[0] in ("flowgraph", "rl")
+        if is_own and kind.__name__ == name:
+            return kind(message)
+        waiting += kind.__subclasses__()
+    return None
+
+
 # Exceptions of user code --------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ MODULES = {
     ".".join(("rl", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-HEAVY = {"torch", "transformers", "peft", "accelerate", "trl", "verl", "igraph", "reasoning_gym", "math_verify"}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "trl", "verl", "igraph", "reasoning_gym", "math_verify", "ray"}
 
 
 def imports_of(path: Path) -> list[tuple[str, str | None]]:
@@ -58,6 +58,7 @@ STAGES = [
     {"rollouts", "credit"},
     {"evaluation", "training", "reports"},
     {"integrations", "base_models", "alignment"},
+    {"serving"},
     {"commands"},
     {"cli"},
 ]

@@ -142,7 +142,7 @@ class EngineCredit:
             RewardError: ``find_answer`` raised.
         """
         model, tokenizer = self._loaded()
-        kept = _check_sequences(sequences, _vocabulary_size(model, tokenizer), context_length(model))
+        kept = check_sequences(sequences, known_ids(model, tokenizer), context_length(model))
         self._num_batches += 1
 
         # Sequences that are not trained are left out of the pass and of the batch's means.
@@ -223,13 +223,13 @@ class EngineCredit:
     def _credit_of(self, sequences: Sequence[EngineSequence], model: Any, tokenizer: Any) -> Credit:
         """Compute the credit of trained responses: one pass for each micro-batch, then weights of all together."""
         responses = read_responses(
-            pad_sequences(sequences, _pad_id(tokenizer)),
-            [_prompt_of(sequence, tokenizer) for sequence in sequences],
+            pad_sequences(sequences, padding_id(tokenizer)),
+            [prompt_of(sequence, tokenizer) for sequence in sequences],
             tokenizer,
             find_answer=self.find_answer,
-            groups=_groups(sequences),
+            groups=number_groups(sequences),
             rewards=torch.tensor([float(sequence.reward) for sequence in sequences], dtype=torch.float32),
-            end_ids=_end_ids(model, tokenizer),
+            end_ids=ending_ids(model, tokenizer),
         )
         # A generator belongs to the batch and the place in it, whatever the size of the micro-batches.
         random = []
@@ -243,20 +243,42 @@ class EngineCredit:
         return weigh_tokens(join_records(parts), self.credit, random=positions)
 
     def _rate(self, responses: Responses, model: Any, random: Sequence[torch.Generator]) -> Ratings:
-        """Rate the tokens of a micro-batch by a forward pass whose attention is recorded; the result is on the CPU."""
-        device = next(model.parameters()).device
-        on_device = to_device(responses, device)
-        inputs = ModelInput.of(responses, device)
-        with torch.no_grad(), evaluating(model), ExitStack() as stack:
-            recorders = attention_recorders(model, self.credit)
-            for recorder in recorders.values():
-                stack.enter_context(recorder)
-            scores = _token_scores(model, inputs, on_device, self._temperature)
-            rows = {
-                name: recorder.rows(inputs.attention_mask, inputs.input_ids) for name, recorder in recorders.items()
-            }
-        rated = rate_tokens(on_device, scores, self.credit, rows=rows, random=random)
-        return to_device(rated, torch.device("cpu"))
+        """Rate the tokens of a micro-batch with the settings of this object."""
+        return rate_responses(responses, model, self.credit, random, temperature=self._temperature)
+
+
+def rate_responses(
+    responses: Responses, model: Any, credit: CreditConfig, random: Sequence[torch.Generator], *, temperature: float
+) -> Ratings:
+    """Rate the tokens of a micro-batch by a forward pass whose attention is recorded.
+
+    Args:
+        responses: B responses, on any device.
+        model: a causal LM, PEFT-wrapped or not.
+        credit: see :func:`rl.integrations.tensors.usable_rule`.
+        random: a generator for each response, for rules that draw.
+        temperature: of the rollout.
+
+    Returns:
+        Scores and scope ``[B, R]`` on the CPU.
+
+    Raises:
+        ConfigError, CreditError: as :func:`rl.integrations.tensors.attention_recorders` and
+            :func:`rl.credit.ratings.rate_tokens`.
+
+    Cost: one forward pass without gradient.
+    """
+    device = next(model.parameters()).device
+    on_device = to_device(responses, device)
+    inputs = ModelInput.of(responses, device)
+    with torch.no_grad(), evaluating(model), ExitStack() as stack:
+        recorders = attention_recorders(model, credit)
+        for recorder in recorders.values():
+            stack.enter_context(recorder)
+        scores = _token_scores(model, inputs, on_device, temperature)
+        rows = {name: recorder.rows(inputs.attention_mask, inputs.input_ids) for name, recorder in recorders.items()}
+    rated = rate_tokens(on_device, scores, credit, rows=rows, random=random)
+    return to_device(rated, torch.device("cpu"))
 
 
 def split_sequences(
@@ -419,8 +441,20 @@ def _is_trained(sequence: EngineSequence) -> bool:
     return any(sequence.trained)
 
 
-def _check_sequences(sequences: Sequence[EngineSequence], vocabulary_size: int, context: int | None) -> list[int]:
-    """Check ids, lengths and flags; return the numbers of the sequences that are trained."""
+def check_sequences(sequences: Sequence[EngineSequence], vocabulary_size: int, context: int | None) -> list[int]:
+    """Check ids, lengths and flags.
+
+    Args:
+        sequences: of a batch.
+        vocabulary_size: number of valid ids.
+        context: most tokens of a sequence; None: no limit.
+
+    Returns:
+        The numbers of the sequences that are trained.
+
+    Raises:
+        ConfigError: see :meth:`EngineCredit.weigh`.
+    """
     kept = []
     for row, sequence in enumerate(sequences):
         size = len(sequence.response_ids)
@@ -482,12 +516,12 @@ def _check_advantages(sequences: Sequence[EngineSequence], advantages: Sequence[
             )
 
 
-def _vocabulary_size(model: Any, tokenizer: Any) -> int:
+def known_ids(model: Any, tokenizer: Any) -> int:
     """Return the number of ids that both the model and its tokenizer know."""
     return min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
 
 
-def _pad_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: Any) -> int:
     """Return an id for padding, which no pass reads."""
     for index in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if index is not None:
@@ -495,7 +529,7 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+def ending_ids(model: Any, tokenizer: Any) -> list[int]:
     """Return the ids that end a response: that of the tokenizer, and those with which the model generates."""
     generation = getattr(model, "generation_config", None)
     own = getattr(generation, "eos_token_id", None)
@@ -513,7 +547,7 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     return found
 
 
-def _prompt_of(sequence: EngineSequence, tokenizer: Any) -> str | Messages:
+def prompt_of(sequence: EngineSequence, tokenizer: Any) -> str | Messages:
     """Return the prompt before its tokenisation; a rendered chat is recognised in the decoded text."""
     if sequence.prompt is not None:
         return sequence.prompt
@@ -521,7 +555,7 @@ def _prompt_of(sequence: EngineSequence, tokenizer: Any) -> str | Messages:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _groups(sequences: Sequence[EngineSequence]) -> Tensor:
+def number_groups(sequences: Sequence[EngineSequence]) -> Tensor:
     """Number the groups: responses to equal prompts share a number."""
     numbers: dict[tuple[int, ...], int] = {}
     groups = []

@@ -33,7 +33,7 @@ _MODEL_FAILURES = (
     RuntimeError,
     SafetensorError,
 )
-_ADAPTER_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+ADAPTER_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
 def load_policy(
@@ -101,7 +101,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=_DTYPES[dtype], trust_remote_code=False, **options)
     except _MODEL_FAILURES as error:
         raise PolicyError(
-            f"model: must be a folder or a name that transformers can load, got {name!r} ({_first_line(error)}); check "
+            f"model: must be a folder or a name that transformers can load, got {name!r} ({first_line(error)}); check "
             f"the name, or use a shipped model ({', '.join(map(repr, SHIPPED_MODELS))})"
         ) from error
     return model, tokenizer
@@ -219,7 +219,7 @@ def check_device(device: str | None) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"device: must be one that torch can use here, got {device!r} ({_first_line(error, 120)}); use 'cpu', or "
+            f"device: must be one that torch can use here, got {device!r} ({first_line(error, 120)}); use 'cpu', or "
             "leave it out"
         ) from error
 
@@ -231,14 +231,14 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     try:
         with quiet_peft():
             return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except _ADAPTER_FAILURES as error:
+    except ADAPTER_FAILURES as error:
         raise CheckpointError(
-            f"adapter: must be a PEFT folder that fits the model, got {adapter} ({_first_line(error)}); give --model "
+            f"adapter: must be a PEFT folder that fits the model, got {adapter} ({first_line(error)}); give --model "
             "the base that it was trained on"
         ) from error
 
 
-def _first_line(error: Exception, length: int = 200) -> str:
+def first_line(error: Exception, length: int = 200) -> str:
     """Return the first line of an error's text, or its class, because some texts fill a page."""
     text = str(error).strip()
     if not text:
