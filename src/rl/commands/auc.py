@@ -101,8 +101,8 @@ def print_auc(found: CreditAuc) -> None:
 
     figures = ("end token", "opener", "Gini", "effective", "unanchored")
     screen.print(
-        "weights: mean of the end token and of the token in front of the answer, Gini coefficient, effective share, and "
-        "share of the failures whose answer is tied to nothing",
+        "weights: mean of the end token and of the token in front of the answer, Gini coefficient, effective share, "
+        "and share of the failures whose answer is tied to nothing",
         highlight=False,
     )
     # The weights of the arm's shape: a rule may rank well and still starve the end token.
