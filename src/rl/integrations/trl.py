@@ -220,13 +220,14 @@ class TokenCredit(_GRPOTrainer):
 
     def _responses_of_rows(self, inputs: list[dict[str, Any]], output: dict[str, Any], rows: list[int]) -> Responses:
         """Read some sequences of TRL's rollout; no exchange with other processes."""
-        numbers = [self._number(inputs, row) for row in rows]
+        group_size: Any = self.num_generations
+        groups = [self._number(inputs, row) // group_size for row in rows]
         responses = read_responses(
             _select_tensors(output, rows),
             [inputs[row]["prompt"] for row in rows],
             self._tokenizer,
             find_answer=self.find_answer,
-            groups=torch.tensor([number // self.num_generations for number in numbers]),
+            groups=torch.tensor(groups),
             rewards=self._rewards[rows],
             end_ids=self.eos_token_ids,
         )

@@ -119,7 +119,7 @@ def main(folder: Path, kind: str) -> None:
     from tests.rl.integrations.test_trl_processes import STRONG
 
     if kind == "zero3":
-        import deepspeed.ops
+        import deepspeed.ops  # pyright: ignore[reportMissingImports]
 
         # An optional kernel, which DeepSpeed would compile for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -142,7 +142,7 @@ def main(folder: Path, kind: str) -> None:
             # Between two passes, FSDP2 keeps the weights of its outermost unit gathered.
             whole = {name: getattr(weight, "full_tensor", weight.detach)() for name, weight in weights.items()}
             return {name: weight.detach().clone() for name, weight in whole.items()}
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
         with deepspeed.zero.GatheredParameters(list(weights.values())):
             return {name: weight.detach().clone() for name, weight in weights.items()}
