@@ -97,7 +97,11 @@ def ray_service(folder: Path, replicas: int) -> Iterator[tuple[str, Any]]:
 
         def kill() -> None:
             below = psutil.Process(process.pid).children(recursive=True)
-            scorers = [child.pid for child in below if "ScorerReplica" in " ".join(child.cmdline())]
+            scorers = [
+                child.pid
+                for child in below
+                if "ServeReplica" in " ".join(child.cmdline()) and ":scorer" in " ".join(child.cmdline())
+            ]
             os.kill(scorers[0], signal.SIGKILL)
 
         yield f"http://127.0.0.1:{port}", kill

@@ -65,7 +65,8 @@ class Service:
 
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if title in " ".join(process.cmdline()):
+            words = " ".join(process.cmdline())
+            if "ServeReplica" in words and title in words:
                 found.append(process.pid)
         return found
 
@@ -100,7 +101,7 @@ def test_it_serves_survives_its_scorer_and_stops_gracefully(running: Service):
     assert_weights(client.weights(bodies(), adapter_version="base"))
 
     # A scorer that is killed is replaced; a request meanwhile is answered, and the versions stay.
-    (scorer,) = running.children("ScorerReplica")
+    (scorer,) = running.children(":scorer")
     os.kill(scorer, signal.SIGKILL)
     assert_weights(client.weights(bodies(), adapter_version="base"))
     assert client.credit(bodies(), rule="flow")["adapter_version"] == "1"
