@@ -17,7 +17,7 @@ TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check demo train-demo test lint types unit coverage docs wheel test-scatter test-latest test-oldest lock fuzz bench gpu-bench study tutorials gallery figures clean
+.PHONY: help check demo train-demo test lint types unit coverage docs wheel test-scatter test-ray test-latest test-oldest lock fuzz bench gpu-bench study tutorials gallery figures clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -116,6 +116,13 @@ test-scatter: build/scatter/.done  ## the propagation tests with torch-scatter b
 	FLOWGRAPH_EXPECT_SCATTER=1 PYTHONPATH=build/scatter $(TESTENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/flow/test_solve.py tests/propagation tests/analysis/test_routes.py
 
 # In environments of their own. The newest versions are looked up afresh each time.
+$(VENV)/.ray: $(VENV)/.dev
+	@$(PIP) install --editable ".[ray]"
+	@touch $@
+
+test-ray: $(VENV)/.ray  ## a corpus and the credit service on a local Ray, which make test skips without Ray
+	$(TESTENV) $(BIN)/python -m pytest -q tests/corpus/test_ray_cluster.py tests/rl/serving/test_ray_deployment.py
+
 test-latest:  ## the tests with the newest supported versions, in .venv-latest
 	rm -rf .venv-latest
 	@$(MAKE) --no-print-directory unit VENV=.venv-latest CONSTRAINTS=
