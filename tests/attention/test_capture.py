@@ -670,6 +670,28 @@ def test_float64_models():
     assert_same(rows_of(capture(family(LLAMA, None, torch.float64), TEXT, layers="all")), eager_weights().mean((0, 1)))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_float64_models(side: str):
+    """Eager functions take the softmax in float32, where the minimum of a float64 mask is -inf."""
+    model = family(LLAMA, None, torch.float64)
+    blank = torch.zeros(3, dtype=TEXT.dtype)
+    order = [blank, TEXT] if side == "left" else [TEXT, blank]
+    padded = torch.cat(order)[None]
+    is_real = torch.cat([torch.full_like(part, int(part is TEXT)) for part in order])[None]
+    rows = capture(model, padded, is_real, layers="all")
+    assert bool(rows.dense().isfinite().all())
+    own = rows.dense()[0][is_real[0].bool()][:, is_real[0].bool()]
+    assert_same(own, rows_of(capture(model, TEXT, layers="all")))
+
+
+def test_a_layer_that_computes_nan_is_named():
+    """transformers' eager attention in float64 is undefined beside left padding."""
+    model = family(LLAMA, "eager", torch.float64)
+    padded = torch.cat([torch.zeros(3, dtype=TEXT.dtype), TEXT])[None]
+    with pytest.raises(CaptureError, match="LlamaAttention must compute finite outputs, got NaN or infinity in float64"):
+        capture(model, padded, (torch.arange(padded.shape[1]) >= 3).long()[None])
+
+
 # Messages -------------------------------------------------------------------------------------------------
 
 

@@ -160,7 +160,8 @@ class LayerRecord:
 
     def _additive_mask(self, queries: Tensor, stop: int, dtype: torch.dtype) -> Tensor:
         """Return the mask of some queries as eager functions read it, added to the scores before the softmax."""
-        lowest = torch.finfo(dtype).min
+        # Eager functions may take the softmax in float32, where the minimum of float64 is -inf.
+        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         if self.mask is not None and self.mask.ndim == 4:
             rows = _mask_rows(self.mask, queries)
             self._check_causal(rows, queries)
@@ -223,6 +224,14 @@ class LayerRecord:
         error = self._deviation(probes, value, output, exact=True)
         if float(error.max()) > tolerance and is_half:
             error = self._deviation(probes, value, output, exact=False)
+        reads = ~self._reads_nothing(probes)[..., None]
+        is_finite = output.isfinite().flatten(2).all(2)[:, probes, None]
+        if bool((reads & ~is_finite).any()):
+            raise CaptureError(
+                f"model: {type(self.module).__name__} must compute finite outputs, got NaN or infinity in "
+                f"{str(output.dtype).removeprefix('torch.')}; use another dtype, set_attn_implementation('sdpa') (eager "
+                "attention in float64 gives NaN beside left padding), or sequences without padding"
+            )
         # The negated comparison also refuses NaN.
         if not float(error.max()) <= tolerance:
             raise CaptureError(
