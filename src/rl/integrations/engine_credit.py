@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from flowgraph import MissingExtraError, context_length
@@ -419,7 +420,9 @@ def require_base(base: Any, root: type, name: str) -> None:
 def _token_scores(model: Any, inputs: ModelInput, responses: Responses, temperature: float) -> TokenScores:
     """Compute log-probability and entropy of each response token by the pass that the recorders read."""
     arguments: dict[str, Any] = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-    parameters = inspect.signature(model.forward).parameters
+    # PEFT's wrapper passes arguments on, and its own signature does not name them.
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = inspect.signature(inner.forward).parameters
     if "position_ids" in parameters:
         arguments["position_ids"] = inputs.position_ids
     size = responses.response_length

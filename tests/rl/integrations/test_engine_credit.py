@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft import get_peft_model
 
 from flowgraph import MissingExtraError
 from rl.config import CreditConfig, LoraConfig
@@ -58,6 +60,23 @@ def test_weights_are_those_of_our_own_trainer(rule):
         return
     torch.testing.assert_close(found.weights, scored.credit.weights, rtol=1e-4, atol=1e-5)
     assert (found.weights != 1).any()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapter_changes_neither_positions_nor_padding(family: str):
+    """Learned positions of a left-padded batch count from its first token, under PEFT's wrapper too."""
+    given = sequences()
+    adapted = get_peft_model(
+        tiny_policy(family), peft.LoraConfig(target_modules="all-linear", fan_in_fan_out=family == "gpt2")
+    )
+    credit = CreditConfig(rule="entropy", shape="soft")
+    plain = EngineCredit(credit, tiny_policy(family), TOKENIZER, find_answer=DIGITS.find_answer).weigh(given)
+    found = EngineCredit(credit, adapted, TOKENIZER, find_answer=DIGITS.find_answer).weigh(given)
+    torch.testing.assert_close(found.weights, plain.weights, rtol=1e-5, atol=1e-6)
+    for row, sequence in enumerate(given):
+        alone = EngineCredit(credit, adapted, TOKENIZER, find_answer=DIGITS.find_answer).weigh([sequence])
+        length = len(sequence.response_ids)
+        torch.testing.assert_close(found.weights[row, :length], alone.weights[0, :length], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "both", "verl"])
