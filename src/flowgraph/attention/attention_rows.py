@@ -41,6 +41,7 @@ class WeightedLayer:
         """Aggregate the heads of returned weights; ``readable`` is False on padding."""
         weights = weights.float()
         all_rows = iter([(0, weights)])
+        # The choice of heads reads all rows, which are one block here.
         chosen = aggregator.choose(all_rows, readable, num_heads=weights.shape[1])
         return cls(aggregator.join(weights, chosen, None))
 
@@ -247,6 +248,7 @@ class AttentionRows:
             input_ids: the ids, where rows depend on earlier tokens only; equal prefixes are then computed once.
             reduction: ``"mean"``, ``"max"`` or ``"sum"`` over layers.
         """
+        # The constructor aggregates heads; joined layers skip it and set its fields directly.
         rows = cls.__new__(cls)
         rows._set_shape(layers[0], indices, attention_mask, reduction)
         rows._layers = list(layers)
@@ -299,10 +301,12 @@ class AttentionRows:
                 f"start, stop: must satisfy 0 <= start < stop <= {self.num_tokens} tokens, got {start} and {stop}; "
                 "use .blocks() to read them all"
             )
+        # Sequences that begin with the same tokens have the same rows there, so each distinct one is computed once.
         layers, distinct_of = self._layers_for(stop)
         rows = _joined_block(layers, start, stop, self.device, self._reduction)
         if distinct_of is not None:
             rows = rows[distinct_of]
+        # Padding reads nothing.
         return rows.mul_(self.attention_mask[:, start:stop, None])
 
     def _layers_for(self, stop: int) -> tuple[Sequence[Layer], Tensor | None]:
@@ -375,6 +379,7 @@ class AttentionRows:
 
         Cost: as much as reading every row once.
         """
+        # Memory is checked before anything is computed.
         sequence = self.sequence(item)
         num_layers = len(sequence.layers)
         num_tokens = sequence.num_tokens
@@ -468,7 +473,9 @@ class SequenceRows:
                     "joined before; use by_layer, or a capacity that sums over heads: 'sharp', 'vtrace', 'attention'"
                 )
             with torch.no_grad():
-                parts.append(layer.head_block(position, position + 1)[0, :, 0, read].double().cpu() * share)
+                heads_of_cell = layer.head_block(position, position + 1)[0, :, 0, read]
+            parts.append(heads_of_cell.double().cpu() * share)
+
         most_heads = max(part.numel() for part in parts)
         split = torch.zeros(len(parts), most_heads, dtype=torch.float64)
         for index, part in enumerate(parts):
@@ -499,6 +506,7 @@ class SharedPrefixes:
         # The ids of padding do not matter: they are all made equal.
         ids = torch.where(readable.cpu(), input_ids.cpu().long(), -1)
         sequences = ids.tolist()
+        # Equal beginnings are neighbours in lexicographic order.
         self.order = sorted(range(len(sequences)), key=lambda item: sequences[item])
 
         # argmax finds the first difference, and 0 where there is none.
@@ -516,6 +524,7 @@ class SharedPrefixes:
         Returns:
             One sequence of each group, and the number of the group that each sequence belongs to.
         """
+        # A group starts where the first difference from the sequence before it lies inside the first tokens.
         starts_group = self.num_shared < stop
         starts_group[0] = True
         group = torch.empty(len(self.order), dtype=torch.int64)

@@ -59,6 +59,7 @@ def capture(
 
     Cost: one forward pass; memory of queries and keys of the chosen layers, O(layers x T x width).
     """
+    # The input is checked before the pass, in this order: shape, mask, vocabulary and context.
     inner = base_model(model)
     recorder = AttentionRecorder(model, layers=layers, heads=heads, edge_weight=edge_weight)
     input_ids = checked_ids(input_ids)
@@ -147,6 +148,8 @@ def checked_mask(input_ids: Tensor, attention_mask: Any) -> Int[Tensor, "batch t
             f"attention_mask: must have the shape of input_ids {tuple(input_ids.shape)}, got "
             f"{tuple(attention_mask.shape)}; pass both from the same tokenizer call"
         )
+
+    # A sequence without a token has no row to read.
     is_token = attention_mask != 0
     is_empty = ~is_token.any(-1)
     if bool(is_empty.any()):
@@ -178,6 +181,7 @@ def check_fits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
     Raises:
         InvalidInputError: an id outside the vocabulary, or more tokens than the context.
     """
+    # An id outside the vocabulary fails inside the embedding, on a GPU without a readable message.
     config = text_config(model)
     low = int(input_ids.min())
     high = int(input_ids.max())

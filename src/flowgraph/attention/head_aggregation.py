@@ -76,6 +76,7 @@ class HeadAggregator:
         """
         if value_norm is not None:
             value_norm = per_query_head(value_norm, weights.shape[1])
+        # Each sequence has its own choice of heads.
         if chosen is not None:
             item = torch.arange(weights.shape[0], device=weights.device)[:, None]
             weights = weights[item, chosen]
@@ -86,6 +87,7 @@ class HeadAggregator:
         if self.heads != "max" and value_norm is None:
             return weights.mean(1)
 
+        # Otherwise the joined rows are rescaled to the mean row sum of the attention weights.
         row_sum = weights.sum(-1).mean(1)
         if value_norm is not None:
             weights = weights * value_norm[:, :, None, : weights.shape[-1]]
@@ -117,6 +119,7 @@ class HeadAggregator:
             raise InvalidInputError(
                 "heads: must be summed to be told apart, got their maximum; use heads='mean', or by_layer"
             )
+        # Heads that were not chosen have the part 0; the others are divided by the number of chosen heads.
         num_heads = weights.shape[1]
         is_chosen = torch.ones(weights.shape[:2], dtype=torch.bool, device=weights.device)
         if chosen is not None:
@@ -128,7 +131,8 @@ class HeadAggregator:
 
         # Rows are rescaled to the sums that they had as attention.
         row_sum = kept.sum(-1).sum(1) / count[..., 0, 0]
-        parts = kept * per_query_head(value_norm, num_heads)[:, :, None, : weights.shape[-1]] / count
+        norm_of_head = per_query_head(value_norm, num_heads)[:, :, None, : weights.shape[-1]]
+        parts = kept * norm_of_head / count
         smallest = torch.finfo(parts.dtype).tiny
         scale = row_sum / parts.sum(1).sum(-1).clamp_min(smallest)
         return parts * scale[:, None, :, None]
@@ -169,6 +173,8 @@ def head_statistic(
         reader = torch.arange(start, stop)
         read = torch.arange(width)
         gap = reader[:, None] - read[None]
+
+        # distance: sum over t, s of A[t, s] (t - s); received[s]: sum over t > s of A[t, s].
         distance += torch.einsum("bhts,ts->bh", rows, gap.double())
         edges = rows * (gap > 0)
         received[:, :, :width] += edges.sum(2)
@@ -182,5 +188,7 @@ def head_statistic(
     deviation = (received - mean[..., None]) * is_counted[:, None]
     second_moment = deviation.square().sum(-1) / count
     fourth_moment = deviation.pow(4).sum(-1) / count
+
+    # Excess kurtosis m4 / m2**2 - 3, which is 0 for a normal distribution.
     smallest = torch.finfo(torch.float64).tiny
     return fourth_moment / second_moment.square().clamp_min(smallest) - 3

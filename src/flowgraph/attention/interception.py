@@ -84,6 +84,7 @@ class AttentionDispatch:
     @contextmanager
     def heard_by(cls, listener: Listener) -> Iterator[None]:
         """Tell a listener about the attention calls of its modules inside a ``with`` block."""
+        # The interface is replaced while there is at least one listener, and restored after the last.
         with cls._lock:
             cls._listeners.append(listener)
             if len(cls._listeners) == 1:
@@ -118,10 +119,13 @@ class AttentionDispatch:
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
+            # Before the call: a listener may replace query, key and value, so that later ones see its tensors.
             for listener in list(cls._listeners):
                 if isinstance(listener, Rewriter) and listener.wants(module):
                     query, key, value = listener.rewrite(module, query, key, value)
             result = function(module, query, key, value, attention_mask, **options)
+
+            # After the call: each listener gets the tensors that the model's own function used.
             output = result[0]
             for listener in list(cls._listeners):
                 if listener.wants(module):
@@ -175,6 +179,7 @@ def _eager_of_kernel(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Compute the definition of ``scaled_dot_product_attention``, weights included."""
+    # Query heads of a group share one key head and one value head.
     num_heads = query.shape[1]
     key = per_query_head(key, num_heads)
     value = per_query_head(value, num_heads)

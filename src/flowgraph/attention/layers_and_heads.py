@@ -131,6 +131,7 @@ def resolve_layers(layers: LayerRule, num_layers: int) -> list[int]:
         return _indices(layers, num_layers, "layers")
     if layers == "all":
         return list(range(num_layers))
+    # A third, rounded down; the middle third holds at least one layer.
     third = num_layers // 3
     if layers == "middle":
         return list(range(third, max(third + 1, num_layers - third)))

@@ -64,6 +64,7 @@ def resolve_cut_layers(
         InvalidInputError: a layer that does not exist, or a listed layer without softmax attention.
         CaptureError: attention that cannot be masked.
     """
+    # A named range may include layers of another kind, which are left out; listed layers must all be usable.
     named = resolve_layers(layers, num_layers(model, modules))
     chosen = tuple(layer for layer in named if layer in modules)
     missing = [layer for layer in named if layer not in modules]
@@ -168,6 +169,7 @@ class _MaskHook:
             return None
         self.calls += 1
         num_tokens = self.cuts[0].cells.shape[0]
+
         # The hidden states, [batch, tokens, width], give the shape of the batch.
         values = (*args, *options.values())
         hidden = next(value for value in values if isinstance(value, Tensor) and value.ndim == 3)
@@ -176,6 +178,7 @@ class _MaskHook:
                 f"input_ids: must be the trace's {num_tokens} tokens, once for each of {len(self.cuts)} "
                 f"interventions, got shape {tuple(hidden.shape[:2])}; expand trace.token_ids, and use_cache=False"
             )
+        # The mask may be given by position or by name, so the call is bound to the module's signature.
         call = inspect.signature(module.forward).bind(*args, **options)
         call.arguments["attention_mask"] = self._cut_mask(call.arguments.get("attention_mask"), hidden)
         return call.args, call.kwargs
@@ -192,6 +195,8 @@ class _MaskHook:
                 f"model: the mask of its attention ({type(mask).__name__}) cannot be read in layer {self.layer}; "
                 "call model.set_attn_implementation('sdpa') first"
             )
+
+        # Boolean masks are True where a cell is read; additive ones hold the least number where it is not.
         is_cut = self._cut_cells(mask.device)
         if mask.dtype == torch.bool:
             mask = mask & ~is_cut
@@ -212,7 +217,9 @@ class _MaskHook:
         """Mark the cells that are cut in this layer, for each sequence; one head is enough where all are cut alike."""
         num_heads = max(cut.num_heads for cut in self.cuts)
         num_tokens = self.cuts[0].cells.shape[0]
-        is_cut = torch.zeros(len(self.cuts), num_heads, num_tokens, num_tokens, dtype=torch.bool)
+        shape = (len(self.cuts), num_heads, num_tokens, num_tokens)
+        is_cut = torch.zeros(shape, dtype=torch.bool)
+        # Sequences whose cut leaves this layer out keep all cells.
         for of_sequence, cut in zip(is_cut, self.cuts, strict=True):
             if self.layer not in cut.layers:
                 continue

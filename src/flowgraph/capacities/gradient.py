@@ -142,17 +142,20 @@ def capture_gradient(
     Cost: one forward and one backward pass; memory of the activations of one pass, and of queries, keys, values and
     dL/dz of every layer.
     """
+    # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
     if torch.is_inference_mode_enabled():
-        # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
         with torch.inference_mode(False):
             copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
             copied_target = target.clone() if isinstance(target, Tensor) else target
             return capture_gradient(model, modules, copies, answer=answer.clone(), target=copied_target, form=form)
     _refuse_inference_tensors(model)
+
+    # Row k - 1 predicts token k, so only these rows need logits.
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"].bool()
     rows = predicting_rows(answer, mask)
 
+    # The tape keeps A and v of each layer in the forward pass, and dL/dz in the backward pass.
     tape = Tape(dict(modules), gradients=True)
     watch = GradientWatch(model, tape)
     with ExitStack() as stack:
@@ -163,20 +166,22 @@ def capture_gradient(
         logits, rows = forward_logits(model, inputs, rows)
         tape.listening = False
         watch.require_unbroken(logits)
-        per_sequence = torch.stack(
-            [
-                objective_of(logits[item : item + 1], rows, ids[item : item + 1], answer[item : item + 1], part)
-                for item, part in enumerate(_per_sequence(target, len(ids)))
-            ]
-        )
+        # One objective per sequence: sequences are independent, so the gradient of the sum holds that of each.
+        objectives = []
+        for item, item_target in enumerate(_per_sequence(target, len(ids))):
+            one = slice(item, item + 1)
+            objectives.append(objective_of(logits[one], rows, ids[one], answer[one], item_target))
+        per_sequence = torch.stack(objectives)
         watch.backward(per_sequence.sum())
 
+    # A layer that the tape did not hear would be missing from the sum over layers without notice.
     missing = sorted(index for index in tape.modules.values() if index not in tape.layers)
     if missing:
         raise CaptureError(
             f"model: its attention must go through transformers' AttentionInterface, got layers {missing} of "
             f"{type(model).__name__} that bypass it; use capacity='attention'"
         )
+    # R[t, s] stays in factors per layer; rows are made from them block by block on demand.
     layers = _layers_of(model, tape, form)
     found = GradientRows.of_layers(layers, sorted(tape.layers), inputs["attention_mask"], None, reduction="sum")
     assert isinstance(found, GradientRows)
@@ -280,6 +285,7 @@ def _layers_of(model: nn.Module, tape: Tape, form: Form) -> list[Layer]:
     of_index = {index: module for module, index in tape.modules.items()}
     layers: list[Layer] = []
     for index in sorted(tape.layers):
+        # dL/dz is missing where the backward pass did not reach the layer.
         reader = tape.layers[index].reader
         module = of_index[index]
         if reader is None:
@@ -287,6 +293,7 @@ def _layers_of(model: nn.Module, tape: Tape, form: Form) -> list[Layer]:
                 f"model: every attention layer must pass a gradient on, got none at {_named(names[module], module)}; "
                 "run it with gradients and a kernel that has a backward pass, or use capacity='vtrace'"
             )
+        # NaN or infinity in dL/dz would spread over every row that reads the layer.
         if not bool(torch.isfinite(reader).all()):
             raise CaptureError(
                 f"model: its gradient must be finite, got NaN or infinity at {_named(names[module], module)}; load the "
@@ -382,6 +389,7 @@ class GradientWatch:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            # The error names no module: it is the one whose output was reached last.
             module = self._model.get_submodule(self._reached)
             raise CaptureError(
                 f"model: every kernel must have a backward pass, got an error in {_named(self._reached, module)} "
@@ -404,6 +412,8 @@ class GradientWatch:
                 if tensor.requires_grad:
                     # Hooks run in the order of the backward pass: the last name is where it stopped.
                     tensor.register_hook(lambda gradient: self._reach(name))
+
+            # The gradient is lost if it enters the module, and an output that depends on the input has none.
             lost = [tensor for tensor in outputs if not tensor.requires_grad]
             receives = any(tensor.requires_grad for tensor in _float_tensors((args, kwargs)))
             if lost and receives and self._depends(module, args, kwargs, output):
@@ -419,6 +429,7 @@ class GradientWatch:
 
         Rotary embeddings take the hidden states for their dtype alone, and their output stays the same.
         """
+        # Run the module once more on moved inputs. The tape must not record this second run.
         listening = self._tape.listening
         self._tape.listening = False
         try:
@@ -426,6 +437,7 @@ class GradientWatch:
                 again = module.forward(*_moved(args), **_moved(kwargs))
         finally:
             self._tape.listening = listening
+        # A constant output stays equal; one that depends on the moved inputs differs.
         for before, after in zip(_float_tensors(output), _float_tensors(again), strict=False):
             if not before.requires_grad and not torch.equal(before, after):
                 return True
@@ -444,7 +456,10 @@ def _float_tensors(value: Any) -> list[Tensor]:
         value = list(value.values())
     if not isinstance(value, (tuple, list)):
         return []
-    return [tensor for part in value for tensor in _float_tensors(part)]
+    tensors = []
+    for part in value:
+        tensors += _float_tensors(part)
+    return tensors
 
 
 def _moved(value: Any) -> Any:
@@ -452,9 +467,12 @@ def _moved(value: Any) -> Any:
     if isinstance(value, Tensor):
         if not value.requires_grad:
             return value
+        # The noise is fixed by its seed, and scaled to the mean magnitude of the tensor.
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(value.shape, generator=generator).to(device=value.device, dtype=value.dtype)
-        return value.detach() + _PROBE_SIZE * value.detach().abs().mean() * noise
+        step = _PROBE_SIZE * value.detach().abs().mean()
+        return value.detach() + step * noise
+    # Containers are rebuilt around their moved tensors; other values are passed unchanged.
     if isinstance(value, Mapping):
         return {name: _moved(part) for name, part in value.items()}
     if isinstance(value, tuple):

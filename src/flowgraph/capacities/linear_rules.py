@@ -86,11 +86,16 @@ class LinearRules:
         if key not in self._norms:
             self._norms[key] = _NormRule.probe(module, x)
         rule = self._norms[key]
-        return None if rule is None else rule.apply(module, x, output)
+        if rule is None:
+            return None
+        return rule.apply(module, x, output)
 
     def inside_blocks(self) -> set[nn.Module]:
         """Return the modules inside feed-forward blocks: a gated block conserves relevance as a whole only."""
-        return {part for block in self._mlp_blocks() for part in block.modules() if part is not block}
+        inside: set[nn.Module] = set()
+        for block in self._mlp_blocks():
+            inside.update(part for part in block.modules() if part is not block)
+        return inside
 
     def _mlp_blocks(self) -> list[nn.Module]:
         """List the largest modules that hold an activation or a gate and no attention."""
@@ -100,8 +105,10 @@ class LinearRules:
             parts = list(module.modules())
             if module in self._attentions:
                 return
+            # The largest module without attention: a block is halved once, at its outermost output.
             has_attention = any(part in self._attentions for part in parts)
-            if not has_attention and any(is_activation(part) for part in parts):
+            has_activation = any(is_activation(part) for part in parts)
+            if has_activation and not has_attention:
                 blocks.append(module)
                 return
             for child in module.children():
@@ -111,19 +118,26 @@ class LinearRules:
         return blocks
 
     def _halve_if_gated(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        # A block may return a tuple whose first element is the hidden state.
         first = output[0] if isinstance(output, tuple) else output
         if not isinstance(first, Tensor) or not first.requires_grad:
             return None
         if not args or not isinstance(args[0], Tensor):
             return None
+
+        # The degree is measured once per class of modules.
         kind = type(module)
         if kind not in self._degrees:
             self._degrees[kind] = 0  # the probe below calls the module again
             self._degrees[kind] = _degree(module, args[0])
         if self._degrees[kind] != 2:
             return None
+
+        # Degree 2: <x, J x> = 2 <g, f(x)>, so half of the gradient conserves relevance.
         halved = _Backward.apply(first, first.detach(), lambda gradient: gradient / 2)
-        return (halved, *output[1:]) if isinstance(output, tuple) else halved
+        if isinstance(output, tuple):
+            return (halved, *output[1:])
+        return halved
 
 
 class _Backward(torch.autograd.Function):
@@ -164,9 +178,11 @@ class _NormRule:
         with torch.no_grad():
             # One token: the dimensions of the gain, which may have one row per head, and 1 for those before.
             num_batch_dims = min(2, x.ndim - 1)
-            signs = torch.ones(*[1] * num_batch_dims, *x.shape[num_batch_dims:], dtype=x.dtype, device=x.device)
+            shape = (*[1] * num_batch_dims, *x.shape[num_batch_dims:])
+            signs = torch.ones(*shape, dtype=x.dtype, device=x.device)
             signs[..., ::2] = -1.0
 
+            # The odd part (f(x) - f(-x)) / 2 is free of the bias; the even part (f(x) + f(-x)) / 2 is the bias.
             def odd_part(shift: float) -> Tensor:
                 plus = module.forward(signs + shift).float()
                 minus = module.forward(-signs - shift).float()
@@ -174,23 +190,36 @@ class _NormRule:
 
             at_zero = odd_part(0.0)
             shifted = odd_part(2.0)
-            doubled = (module.forward(2 * signs).float() - module.forward(-2 * signs).float()) / 2
-            even = (module.forward(signs).float() + module.forward(-signs).float()) / 2
+            doubled_plus = module.forward(2 * signs).float()
+            doubled_minus = module.forward(-2 * signs).float()
+            doubled = (doubled_plus - doubled_minus) / 2
+            plus = module.forward(signs).float()
+            minus = module.forward(-signs).float()
+            even = (plus + minus) / 2
 
             # A norm does not change when its input is scaled.
             tolerance = 0.02 * float(at_zero.abs().max()) + 1e-12
-            if float((doubled - at_zero).abs().max()) > tolerance:
+            change_by_scale = float((doubled - at_zero).abs().max())
+            if change_by_scale > tolerance:
                 return None
-            subtracts_mean = float((shifted - at_zero).abs().max()) <= tolerance
+
+            # Only a norm that subtracts the mean ignores a shift of its input.
+            change_by_shift = float((shifted - at_zero).abs().max())
+            subtracts_mean = change_by_shift <= tolerance
             centred = signs.float()
             if subtracts_mean:
                 centred = centred - centred.mean(-1, keepdim=True)
+
+            # Inputs of +-1 have rms 1 (and std 1 at an even width), so the output over the centred input is the gain.
+            # Any other constant factor is part of the scale, which apply() fits for each token.
+            gain = at_zero / centred
             bias = even if bool(even.any()) else None
-            return cls(at_zero / centred, bias, subtracts_mean)
+            return cls(gain, bias, subtracts_mean)
 
     def apply(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """Return the module's output with the backward pass of the linear map."""
         with torch.no_grad():
+            # Take the norm as value = gain * centred / scale, with the bias left out.
             centred = x.detach().float()
             if self.subtracts_mean:
                 centred = centred - centred.mean(-1, keepdim=True)
@@ -201,13 +230,16 @@ class _NormRule:
             # The scale of each token by least squares: value = inverse_scale * direction.
             square = direction.square().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             inverse_scale = (value * direction).sum(-1, keepdim=True) / square
+            # The rule holds only if the norm's own output is reproduced, to the rounding of its dtype.
             error = (value - inverse_scale * direction).abs().amax()
             limit = 1e-3 if output.dtype in (torch.float32, torch.float64) else 5e-2
-            if not float(error) <= limit * float(value.abs().amax()) + 1e-12:
+            largest_error = limit * float(value.abs().amax()) + 1e-12
+            if not float(error) <= largest_error:
                 raise CaptureError(
                     f"model: {type(module).__name__} must be an RMSNorm or a LayerNorm, got an output that differs "
                     f"from one by {float(error):.2g}; conserved relevance has no rule for it, so use capacity='vtrace'"
                 )
+        # Backward pass of x -> gain * (x - mean(x)) / scale with the scale held constant.
         factor = (self.gain * inverse_scale).to(x.dtype)
         subtracts_mean = self.subtracts_mean
 
@@ -251,22 +283,33 @@ def _clamped_gate(experts: Any, gate_up: Tensor) -> Tensor:
     Clamps and the sigmoid are constant factors. The product with ``up`` is bilinear, so it gets the half rule; the
     term without ``up`` is linear and keeps its gradient.
     """
-    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    # gpt-oss interleaves the gate and the linear part along the last dimension.
+    gate = gate_up[..., ::2]
+    up = gate_up[..., 1::2]
     clamped_gate = gate.clamp(max=experts.limit)
     clamped_up = up.clamp(-experts.limit, experts.limit)
     glu = clamped_gate * torch.sigmoid(clamped_gate * experts.alpha)
+
+    # Each factor becomes linear in its input: output / input is held constant.
     gate_ratio = constant_ratio(glu, gate)
     up_ratio = constant_ratio(clamped_up, up)
     linear_gate = with_backward(gate, glu, lambda gradient: gradient * gate_ratio)
     linear_up = with_backward(up, clamped_up, lambda gradient: gradient * up_ratio)
+
+    # (up + 1) * gate = up * gate + gate: the half rule for the product, the plain gradient for the rest.
     product = linear_up * linear_gate
-    return with_backward(product, product, lambda gradient: gradient / 2) + linear_gate
+    halved_product = with_backward(product, product, lambda gradient: gradient / 2)
+    return halved_product + linear_gate
 
 
 def _replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Shadow a method of one module; returns the function that restores it."""
+    """Shadow a method of one module; return the function that restores it."""
     module.__dict__[name] = MethodType(function, module)
-    return lambda: module.__dict__.pop(name, None) and None
+
+    def restore() -> None:
+        module.__dict__.pop(name, None)
+
+    return restore
 
 
 def _degree(module: nn.Module, x: Tensor) -> int:
@@ -275,18 +318,22 @@ def _degree(module: nn.Module, x: Tensor) -> int:
     The input is large, so that biases are small beside it.
     """
     generator = torch.Generator().manual_seed(0)
-    probe = 10 * torch.randn(1, 2, x.shape[-1], generator=generator, dtype=torch.float32)
-    probe = probe.to(device=x.device, dtype=x.dtype).requires_grad_()
+    width = x.shape[-1]
+    noise = torch.randn(1, 2, width, generator=generator, dtype=torch.float32)
+    probe = (10 * noise).to(device=x.device, dtype=x.dtype).requires_grad_()
     with torch.enable_grad():
         output = module(probe)
         value = output[0] if isinstance(output, tuple) else output
         # A random direction: with the output itself, terms of the two degrees could hide each other.
         direction = torch.randn(value.shape, generator=generator).to(device=x.device, dtype=value.dtype)
         (gradient,) = torch.autograd.grad(value, probe, direction, allow_unused=True)
+
+    # degree = <x, J^T g> / <g, f(x)>. A block that ignores its input, or returns 0, counts as linear.
     received = float((value.detach() * direction).sum())
     if gradient is None or received == 0:
         return 1
-    return round(float((gradient * probe.detach()).sum()) / received)
+    passed_on = float((gradient * probe.detach()).sum())
+    return round(passed_on / received)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -52,16 +52,28 @@ class ModuleBalance:
         for module, name in self._names.items():
             if name not in self._leaving or name not in self._entering:
                 continue
+
+            # <out, dL/dout> - <in, dL/din> - (biases of the module and of the modules inside it) = 0 if it conserves.
             inside = sum(share for holder, share in self._biases.items() if f"{holder}.".startswith(f"{name}."))
             imbalance = abs(self._leaving[name] - self._entering[name] - inside)
-            is_deeper = found is None or name.count(".") > found[0].count(".")
-            is_worse = found is not None and name.count(".") == found[0].count(".") and imbalance > found[2]
-            if imbalance > smallest and (is_deeper or is_worse):
+            if not imbalance > smallest:
+                continue
+
+            # The deepest module is nearest to the cause; at the same depth, the largest imbalance.
+            if found is None:
+                found = (name, type(module).__name__, imbalance)
+                continue
+            depth = name.count(".")
+            depth_found = found[0].count(".")
+            is_worse = depth == depth_found and imbalance > found[2]
+            if depth > depth_found or is_worse:
                 found = (name, type(module).__name__, imbalance)
         return found
 
     def _watch_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad]
+        values = [*args, *kwargs.values()]
+        tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+        # The law of one module holds for one tensor in and one tensor out.
         if len(tensors) != 1:
             return None
         x = tensors[0]
@@ -70,6 +82,7 @@ class ModuleBalance:
         value = x.detach().float()
         name = self._names[module]
         private.register_hook(lambda gradient: self._add(self._entering, name, gradient, value))
+        # The module must read the private view wherever it read x, by position or by name.
         new_args = tuple(private if each is x else each for each in args)
         new_kwargs = {key: private if each is x else each for key, each in kwargs.items()}
         return new_args, new_kwargs
@@ -78,9 +91,13 @@ class ModuleBalance:
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, Tensor) or not first.requires_grad:
             return
+
+        # <out, dL/dout>, added up once dL/dout is there.
         name = self._names[module]
         value = first.detach().float()
         first.register_hook(lambda gradient: self._add(self._leaving, name, gradient, value))
+
+        # A bias b takes part in every output position and holds <b, dL/dout>.
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor) and bias.ndim == 1 and bias.shape[0] == first.shape[-1]:
             held = bias.detach().float()

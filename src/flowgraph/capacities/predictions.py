@@ -26,12 +26,14 @@ def predicting_rows(tokens: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "ba
         raise InvalidInputError(
             "answer, generated: must mark tokens of the text, got a token of padding; leave padding out"
         )
+    # A token is predicted by the row before it, which must be a token of the text.
     previous_is_text = torch.zeros_like(mask)
     previous_is_text[:, 1:] = mask[:, :-1]
     if bool((tokens & ~previous_is_text).any()):
         raise InvalidInputError(
             "answer, generated: must be predicted by an earlier token, got the first token of the text; leave it out"
         )
+    # One pass computes the same rows for all sequences: those that any of them needs.
     return shift_left(tokens.float()).any(0).nonzero().flatten()
 
 
@@ -47,9 +49,11 @@ def forward_logits(
 ) -> tuple[Tensor, Tensor]:
     """Run the pass; return the logits in float32 and the rows they belong to."""
     arguments = dict(inputs)
+    # Logits of other rows would cost a product with the whole vocabulary each.
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = rows
     logits = model(**arguments, use_cache=False).logits.float()
+    # A model that ignores logits_to_keep returns every row.
     if logits.shape[1] != rows.numel():
         rows = torch.arange(logits.shape[1], device=rows.device)
     return logits, rows

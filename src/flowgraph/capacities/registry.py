@@ -51,7 +51,7 @@ class Capacity:
     """A registered capacity.
 
     Attributes:
-        name: how it is asked for.
+        name: the name by which a call chooses it.
         function: computes the rows of a batch: an object with ``block(start, stop)``, such as
             :class:`flowgraph.AttentionRows`, or one matrix ``[batch, tokens, tokens]``, rows are readers.
         summary: one line.
@@ -87,7 +87,7 @@ def capacity(
     """Register a capacity under a name; the first line of the function's docstring describes it.
 
     Args:
-        name: how it is asked for, as in ``capture(..., capacity=name)``.
+        name: the name by which a call chooses it, as in ``capture(..., capacity=name)``.
         defaults: its options; a call may set these and no others.
         signed: edges may be negative.
         gradient: a backward pass of the model is needed.
@@ -116,6 +116,7 @@ def capacity(
             raise InvalidInputError(
                 f"capacity: needs a docstring whose first line describes it, got none on {function.__name__}; add one"
             )
+        # A module may be loaded twice and register its own name again; two modules may not share one.
         known = _CAPACITIES.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InvalidInputError(

@@ -143,12 +143,13 @@ class RelevanceRows:
         """Return the demand of one sequence, in the units of the target, to divide by.
 
         A negative demand means that the model prefers another token: the shares are those of the case against the
-        answer, and a warning says so.
+        answer, and a warning states the demand.
 
         Raises:
             InvalidInputError: the demand is 0, or vanishes beside the relevance that cancels in it.
         """
         total = float(self.demand[item].sum())
+        # Shares of a demand near 0, in which large relevances cancel, would be rounding.
         if abs(total) <= _SMALLEST_DEMAND * float(self.throughput[item].abs().max()):
             raise InvalidInputError(
                 f"answer: must have a demand to take shares of, got {total:.2g} with target {self.target!r}: "
@@ -187,6 +188,7 @@ class RelevanceRows:
         """
         if self.matrix is not None:
             return self.matrix
+        # The same cells as block(), in one matrix.
         shape = (self.batch_size, self.num_tokens, self.num_tokens)
         require_memory(
             _BYTES_PER_CELL * self.batch_size * self.num_tokens**2,
@@ -249,6 +251,7 @@ class RelevanceRows:
         for index in self.layers:
             products = self.tape[index].products(row, row + 1)
             parts.append(products[item, :, 0, column].double().cpu())
+        # Layers may differ in their number of heads; missing ones are 0.
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
     def block(self, start: int, stop: int) -> Float[Tensor, "batch block stop"]:
@@ -306,8 +309,8 @@ def capture_relevance(
     Cost: 2.6 plain forward passes at 128 tokens and 3.0 at 512 (1.2 of a forward and backward pass), and one more
     backward pass per hop; memory of the activations of one pass and, unless streamed, one T x T matrix.
     """
+    # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
     if torch.is_inference_mode_enabled():
-        # Tensors made under inference_mode cannot take part in a backward pass; their copies can.
         with torch.inference_mode(False):
             return capture_relevance(
                 model,
@@ -319,6 +322,8 @@ def capture_relevance(
                 keep_tape=keep_tape,
                 streamed=streamed,
             )
+
+    # Refuse what cannot be done before the pass is paid for.
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"].bool()
     generated = torch.zeros_like(answer) if generated is None else generated
@@ -332,6 +337,7 @@ def capture_relevance(
         mask.device,
     )
 
+    # One forward pass under the linear rules. The tape keeps A and v, then dL/dz of each backward pass.
     tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
     balance = BalanceRecorder(model, mask.shape, mask.device)
     with ExitStack() as stack:
@@ -349,14 +355,15 @@ def capture_relevance(
         demand = passes.demand_of(seed)
         passes.push(seed)
 
+        # Emission arcs: a generated token k passes a[k] on to row k - 1, unless it was forced (m_k too small).
         emitted = torch.zeros_like(demand)
         forced = torch.zeros_like(answer)
-        made = 0
+        hops_made = 0
         if hops:
             gradient, margin = _emission_gradient(passes, logits, rows, ids, generated)
             forced = generated & (margin < FORCED_MARGIN)
             chosen = generated & ~forced
-            emitted, made = _run_chain(passes, balance, rows, gradient, margin, chosen, demand, hops)
+            emitted, hops_made = _run_chain(passes, balance, rows, gradient, margin, chosen, demand, hops)
 
     # N in blocks: into one matrix, or only its sums over readers and over what they read.
     matrix = None
@@ -370,7 +377,10 @@ def capture_relevance(
         given[:, start:stop] = block.sum(2)
         if matrix is not None:
             matrix[:, start:stop, :stop] = block
+
+    # The two sides of the law are computed apart: their difference tests the whole pass.
     residual = _residual_of_law(taken, given, demand, emitted, balance.absorbed, balance.bias, mask)
+    model_dtype = next(model.parameters()).dtype
     result = RelevanceRows(
         matrix=matrix,
         demand=demand,
@@ -381,8 +391,8 @@ def capture_relevance(
         generated=generated,
         attention_mask=mask,
         residual=residual,
-        bound=MAX_RESIDUAL.get(next(model.parameters()).dtype, MAX_RESIDUAL_HALF),
-        hops=made,
+        bound=MAX_RESIDUAL.get(model_dtype, MAX_RESIDUAL_HALF),
+        hops=hops_made,
         target=target if isinstance(target, str) else "contrast",
         layers=tuple(sorted(tape.layers)),
         tape=tape.layers if keep_tape or streamed else None,
@@ -448,13 +458,16 @@ def _emission_gradient(
     M_k is the logit of k minus the mean of its best rivals. The margin to the runner-up alone would be near 0 at near
     ties, and the seed a[k] / m_k would explode.
     """
+    # M_k = logit of k - mean of the NUM_RIVALS best other logits.
     predicted = at_rows(ids, rows)[..., None]
     chosen = logits.gather(-1, predicted).squeeze(-1)
     others = logits.scatter(-1, predicted, -torch.inf)
     num_rivals = min(NUM_RIVALS, logits.shape[-1] - 1)
     rivals = others.topk(num_rivals, dim=-1).values.mean(-1)
+    # Other rows are set to 0, so that one backward pass from the sum gives dM_k/dy at every row k - 1.
     contrast = torch.where(at_rows(generated, rows), chosen - rivals, 0.0)
     gradient = passes.gradient_at_y(contrast.sum())
+    # <y, dM_k/dy> is computed at row k - 1; m_k belongs to token k.
     at_row = passes.demand_of(gradient)
     margin = torch.zeros_like(at_row)
     margin[:, 1:] = at_row[:, :-1]
@@ -479,8 +492,11 @@ def _run_chain(
         pending = torch.where(chosen, balance.absorbed - emitted, 0.0)
         if bool((pending.abs().sum(-1) <= CHAIN_REMAINDER * total).all()):
             return emitted, hop
-        scale = torch.where(chosen, pending / torch.where(chosen, margin, 1.0), 0.0)
-        passes.push(gradient * at_rows(scale, rows)[..., None].to(gradient.dtype))
+        # Seed row k - 1 with a[k] / m_k times dM_k/dy: its demand <y, seed> is then a[k].
+        safe_margin = torch.where(chosen, margin, 1.0)
+        scale = torch.where(chosen, pending / safe_margin, 0.0)
+        scale_at_row = at_rows(scale, rows)[..., None].to(gradient.dtype)
+        passes.push(gradient * scale_at_row)
         emitted = emitted + pending
     return emitted, hops
 
@@ -510,6 +526,7 @@ def _rows_of_tape(
     layers: Mapping[int, TapeLayer], mask: Bool[Tensor, "batch tokens"], start: int, stop: int
 ) -> Float[Tensor, "batch block stop"]:
     """Return N[t, s], the sum over layers and heads of A <v, dL/dz>, of the readers [start, stop) for s < t."""
+    # Layers that no backward pass reached have dL/dz = 0 and add nothing.
     read = [layer for layer in layers.values() if layer.reader is not None]
     batch = mask.shape[0]
     rows = torch.zeros(batch, stop - start, stop, device=mask.device, dtype=torch.float32)
@@ -517,7 +534,8 @@ def _rows_of_tape(
         for first, last in _row_blocks(read, stop, batch, start):
             block = rows[:, first - start : last - start, :last]
             for layer in read:
-                block += layer.products(first, last).sum(1).to(block.device)
+                over_heads = layer.products(first, last).sum(1)
+                block += over_heads.to(block.device)
             # Self edges cancel on both sides of the law.
             reader = torch.arange(first, last, device=mask.device)
             column = torch.arange(last, device=mask.device)
@@ -538,6 +556,7 @@ def _residual_of_law(
     taken: Tensor, given: Tensor, demand: Tensor, emitted: Tensor, absorbed: Tensor, bias: Tensor, mask: Tensor
 ) -> float:
     """Return the largest difference of the two sides of the law, relative to the largest term of its sequence."""
+    # d[t] + emission arcs + sum_{t' > t} N[t', t]  =  sum_{s < t} N[t, s] + a[t] + bias[t], padding left out.
     arriving = demand + shift_left(emitted) + taken
     leaving = given + absorbed + bias
     difference = torch.where(mask, (arriving - leaving).abs(), 0.0)
@@ -572,6 +591,7 @@ def _find_culprit(
     bound: float,
 ) -> tuple[str, str, float] | None:
     """Repeat the pass and compare what enters and leaves each module; return the deepest that does not conserve."""
+    # The same pass as before, with a balance for every module outside the feed-forward blocks.
     tape = Tape({module: index for index, module in modules.items()}, detach=True, gradients=True)
     recorder = BalanceRecorder(model, answer.shape, answer.device)
     with ExitStack() as stack:
@@ -586,18 +606,21 @@ def _find_culprit(
         passes = _BackwardPasses(recorder, rows)
         seed = passes.gradient_at_y(objective_of(logits, rows, inputs["input_ids"], answer, target))
         passes.push(seed)
+        # The balance is in the units of the target, the bound relative to the demand.
         scale = float(passes.demand_of(seed).abs().max())
     return balance.culprit(bound * scale)
 
 
 def _refuse_unsupported(model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
     """Refuse layers that mix tokens without softmax attention, and attention that cannot be rewritten."""
+    # A layer without softmax attention (recurrent, convolutional) would be missing from N.
     missing = sorted(set(range(num_layers(model, modules))) - set(modules))
     if missing:
         raise CaptureError(
             f"model: every layer must mix tokens by softmax attention, got none in layers {missing} of "
             f"{type(model).__name__}; their flow would be missing, so use capacity='attention'"
         )
+    # Query and key are detached inside the attention function, so each layer must call it.
     for module in modules.values():
         if not uses_attention_interface(type(module)):
             raise CaptureError(

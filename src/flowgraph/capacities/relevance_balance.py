@@ -82,11 +82,24 @@ class BalanceRecorder:
         # A view of its own, so that its gradient is that of this module alone.
         private = x.view_as(x)
         value = x.detach().float()
-        private.register_hook(lambda gradient: self._add_to_bias(-(gradient.float() * value).sum(-1)))
+
+        # bias[t] = <out, dL/dout> - <in, dL/din>; this hook subtracts the second term.
+        def subtract_entering(gradient: Tensor) -> None:
+            entering = (gradient.float() * value).sum(-1)
+            self._add_to_bias(-entering)
+
+        private.register_hook(subtract_entering)
         return (private, *args[1:])
 
     def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor) and first.requires_grad:
-            value = first.detach().float()
-            first.register_hook(lambda gradient: self._add_to_bias((gradient.float() * value).sum(-1)))
+        if not isinstance(first, Tensor) or not first.requires_grad:
+            return
+        value = first.detach().float()
+
+        # The first term of the same difference, <out, dL/dout>.
+        def add_leaving(gradient: Tensor) -> None:
+            leaving = (gradient.float() * value).sum(-1)
+            self._add_to_bias(leaving)
+
+        first.register_hook(add_leaving)

@@ -50,6 +50,7 @@ class TapeLayer:
         readers = self.reader[:, :, start:stop].to(weights.dtype)
         readers = readers.reshape(batch, key_heads, (heads // key_heads) * block, -1)
         values = self.value[:, :, :stop].to(weights.dtype)
+        # A[t, s] * <v_s, reader_t>, with the groups of heads unfolded again.
         inner = readers @ values.transpose(-1, -2)
         return weights * inner.reshape(batch, heads, block, stop)
 
@@ -96,6 +97,7 @@ class Tape:
                 f"model: each attention layer must run once, got {type(module).__name__} of layer {index} twice in one "
                 "pass; this architecture has no token graph of this capacity, so use capacity='attention'"
             )
+        # Softmax rows are recomputed from query and key later, so they must reproduce the layer's output now.
         value = call.value.detach()
         with torch.no_grad():
             record = LayerRecord(
@@ -104,6 +106,7 @@ class Tape:
             record.verify(value, call.output.detach())
         layer = TapeLayer(record, value)
         self.layers[index] = layer
+        # The dL/dz of every backward pass are added up. A forward-only capacity sets the reader itself.
         if not (self._gradients and call.output.requires_grad):
             return
 

@@ -82,6 +82,7 @@ def flow_of_groups(flow: Flow, groups: Sequence[Group]) -> Flow:
 
 def _as_flow(contracted: Contraction) -> Flow:
     r"""Give edges the capacity :math:`P(s \to t) = F(s, t) / f(s)`: then h is 1 where flow passes, and g is f."""
+    # Tokens without throughput have F = 0 on all edges, so any divisor gives P = 0 there.
     throughput = contracted.throughput
     is_visited = throughput > 0
     divisor = torch.where(is_visited, throughput, 1.0)
@@ -232,9 +233,14 @@ def edge_overlap(
 
     # The edges that both flows have; their common flow is the smaller of the two.
     _, in_first, in_second = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
-    common = float(np.minimum(amounts[0][in_first], amounts[1][in_second]).sum())
+    smaller = np.minimum(amounts[0][in_first], amounts[1][in_second])
+    common = float(smaller.sum())
+
+    # Two flows without any hop agree; rounding must not exceed 1.
     total = hops[0] + hops[1]
-    overlap = min(2 * common / total, 1.0) if total > 0 else 1.0
+    overlap = 1.0
+    if total > 0:
+        overlap = min(2 * common / total, 1.0)
     return overlap, (hops[0], hops[1])
 
 
@@ -303,6 +309,7 @@ class _RouteWidths:
         if (edges == stops).any():
             return 0.0
 
+        # The flow that enters at the first unit and leaves at the last limits a route as its edges do.
         entering = self.entering[ends[0]]
         absorbed = self.absorbed[ends[-1]]
         return float(min(entering, absorbed, *self.edge_flow[edges]))

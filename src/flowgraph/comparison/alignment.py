@@ -167,6 +167,7 @@ def _difference(first: str, second: str) -> str:
             at = k
             break
     quotes = []
+    # A text that ends before the other is quoted as its end.
     for text in (first, second):
         rest = text[at : at + _QUOTE_LENGTH]
         quotes.append(repr(rest) if rest else "its end")
@@ -236,11 +237,18 @@ def _join_answers(
     if keys(one) == keys(other) or one_extent is None or other_extent is None:
         return (_single_tokens(one), _single_tokens(other)), matched
 
-    # Pairs before, between and after the answers; the numbers of groups after an answer are smaller.
+    # The pairs before the answers stay; in each trace the answer becomes one group, so groups after it move down.
     low, high = one_extent
     other_low, other_high = other_extent
-    before = [(i, j) for i, j in matched if i < low and j < other_low]
-    after = [(i - high + low + 1, j - other_high + other_low + 1) for i, j in matched if i >= high and j >= other_high]
+    shift = high - low - 1
+    other_shift = other_high - other_low - 1
+    before = []
+    after = []
+    for i, j in matched:
+        if i < low and j < other_low:
+            before.append((i, j))
+        elif i >= high and j >= other_high:
+            after.append((i - shift, j - other_shift))
     groups = (_with_one_group(one, one_extent), _with_one_group(other, other_extent))
     return groups, [*before, (low, other_low), *after]
 
@@ -375,6 +383,7 @@ def _step_weights(groups: tuple[Groups, Groups], matched: list[Pair], steps: tup
         num_shared[step, other_step] += stop - start
         num_shared[step, other_step] += other_stop - other_start
 
+    # Partners share at least a fixed part of all their tokens.
     num_tokens = np.add.outer(one_sizes, other_sizes)
     are_partners = num_shared >= _MIN_SHARED_TOKENS * num_tokens
     return np.where(are_partners, num_shared, 0)

@@ -238,7 +238,9 @@ class Comparison:
 
     def __repr__(self) -> str:
         kind = "groups" if self.by == "characters" else self.by
-        if self.by == "tokens" and any(unit.stop - unit.start > 1 for side in self.units for unit in side):
+        first_units, second_units = self.units
+        is_any_joined = any(unit.stop - unit.start > 1 for unit in (*first_units, *second_units))
+        if self.by == "tokens" and is_any_joined:
             kind = "tokens, its answer as one"
         num_shared_routes = sum(route.shared for route in self.routes)
         lines = [f"Comparison by {self.by}: {self.rule}"]
@@ -384,6 +386,7 @@ def compare(first: FlowTrace, second: FlowTrace, *, by: str = "auto") -> Compari
         is_reasoning.append(torch.tensor([unit.region == "reasoning" for unit in units[side]]))
     throughput = torch.stack(throughput_of_side, dim=1)
 
+    # Agreement on edges and on hubs; each measure gets the pairs, so that the same partners count in both.
     shared_hops, mean_hops = edge_overlap(flows, pair_of, pairs)
     shared_hubs, num_hubs = hub_overlap(flows, is_reasoning, pair_of)
     return Comparison(
@@ -415,7 +418,10 @@ def _with_text(
         texts = []
         for pair in route.pairs:
             i, j = pairs[pair]
-            texts.append(units[0][i].text if i >= 0 else units[1][j].text)
+            if i >= 0:
+                texts.append(units[0][i].text)
+            else:
+                texts.append(units[1][j].text)
         named.append(replace(route, text=tuple(texts)))
     return tuple(named)
 
@@ -436,6 +442,7 @@ def _units(trace: FlowTrace, groups: Sequence[Group]) -> tuple[Unit, ...]:
             if not text:
                 text = "".join(trace.tokens[start:stop])
 
+        # The region with most tokens of the group; None where no token lies in a region.
         counts = {name: sum(mask[start:stop]) for name, mask in masks.items()}
         # Of equal counts, max returns the first region in reading order.
         largest = max(REGIONS, key=counts.__getitem__)
@@ -496,13 +503,17 @@ def _ranges(layers: Any) -> str:
         numbers = sorted(int(layer) for layer in layers)
     except (TypeError, ValueError):
         return str(layers)
+    # Runs of consecutive numbers, each as [first, last].
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ", ".join(f"{low}-{high}" if low < high else str(low) for low, high in runs)
+    written = []
+    for low, high in runs:
+        written.append(f"{low}-{high}" if low < high else str(low))
+    return ", ".join(written)
 
 
 def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str, ...]:
@@ -520,7 +531,9 @@ def _notes(first: FlowTrace, second: FlowTrace, aligned: Alignment) -> tuple[str
     # What was joined.
     first_answer = _answer(first)
     second_answer = _answer(second)
-    if aligned.by == "tokens" and any(stop - start > 1 for groups in aligned.groups for start, stop in groups):
+    first_groups, second_groups = aligned.groups
+    is_any_joined = any(stop - start > 1 for start, stop in (*first_groups, *second_groups))
+    if aligned.by == "tokens" and is_any_joined:
         notes.append(
             f"the answers differ, {first_answer!r} in A and {second_answer!r} in B: the tokens of each are compared as "
             "one, because all flow ends there"

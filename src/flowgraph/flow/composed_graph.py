@@ -78,6 +78,7 @@ def composable(chosen: Composition, graph: Data) -> Data:
         GraphError: a graph without weights or regions.
         InvalidInputError: a negative weight that the composition does not allow.
     """
+    # A FlowGraph holds its capacities already.
     if "capacity" in graph:
         return graph
     needed = ("edge_index", "weight", "question_mask", "reasoning_mask", "answer_mask")
@@ -87,13 +88,17 @@ def composable(chosen: Composition, graph: Data) -> Data:
             f"weights: must be a FlowGraph or a signed graph, got {type(graph).__name__} without {', '.join(missing)}; "
             "build one with FlowGraph.from_edges"
         )
+    # Negative weights: refused where walks are multiplied, kept as a signed graph elsewhere.
     negative = graph["weight"].detach() < 0
     if bool(negative.any()):
         if not chosen.signed:
             at = int(negative.nonzero()[0])
             source, target = graph["edge_index"][:, at].tolist()
             raise InvalidInputError(negative_weight(chosen.name, float(graph["weight"][at]), source, target))
-        return graph if isinstance(graph, (SignedGraph, Batch)) else _signed(graph)
+        if isinstance(graph, (SignedGraph, Batch)):
+            return graph
+        return _signed(graph)
+
     # A batch stays a batch, because compositions scale each graph by itself.
     if isinstance(graph, Batch):
         parts: list[Any] = list(graph.to_data_list())
@@ -165,15 +170,22 @@ def graph_of_rows(
             )
     assert question is not None
     assert answer is not None
+
+    # Signed rows become a signed graph, where the composition allows negative weights.
     if chosen.signed and _is_signed(rows):
+        signed_rules = rules
+        if rules is None and preset is not None:
+            signed_rules = EdgeRules.preset(preset)
         return _graph_of_signed_rows(
             rows,
             question=question,
             answer=answer,
             reasoning=reasoning,
             generated=generated,
-            rules=rules if rules is not None or preset is None else EdgeRules.preset(preset),
+            rules=signed_rules,
         )
+
+    # Without rules, the rows are capacities already; with rules, they are attention that becomes capacities.
     checked = _NonNegativeRows(as_row_source(rows), chosen.name, getattr(rows, "normalization", None))
     if rules is None and preset is None:
         if not isinstance(rows, Tensor):
@@ -181,6 +193,7 @@ def graph_of_rows(
                 "preset: must be named for captured rows, got None, which is for a matrix of capacities; use 'default' "
                 "or 'paper'"
             )
+        # Reading all rows once checks their sign.
         checked.block(0, checked.num_tokens)
         return FlowGraph.from_dense(rows, question=question, answer=answer, reasoning=reasoning)
     return FlowGraph.from_rows(
@@ -226,11 +239,14 @@ def _graph_of_signed_rows(
     num_tokens = matrix.shape[1]
     weights = matrix[0]
     if rules is not None:
+        # Each token takes its own row or the one before; the first token loses its outgoing edges, if excluded.
         question_mask = as_mask(question, num_tokens, "question", matrix.device)
         weights = weights[_row_of_token(rules.rows, question_mask, generated)]
         if rules.first_token == "exclude":
-            weights = weights.index_fill(1, torch.zeros(1, dtype=torch.int64, device=matrix.device), 0.0)
+            first_column = torch.zeros(1, dtype=torch.int64, device=matrix.device)
+            weights = weights.index_fill(1, first_column, 0.0)
 
+    # One edge s -> t per non-zero weight below the diagonal.
     target, source = weights.tril(-1).nonzero(as_tuple=True)
     return SignedGraph.from_edges(
         torch.stack([source, target]),
@@ -245,12 +261,14 @@ def _graph_of_signed_rows(
 def _row_of_token(rule: str, question: Bool[Tensor, " tokens"], generated: MaskLike | None) -> Int64[Tensor, " tokens"]:
     """Return the position whose row each token takes: its own, or the one before; see :class:`flowgraph.EdgeRules`."""
     token = torch.arange(question.numel(), device=question.device)
+    # Emission rows: a generated token takes the row before it, which produced it. Token 0 has none before it.
     if rule == "literal":
         return token
     if rule == "emission_all":
         takes_previous = token > 0
     elif generated is not None:
-        takes_previous = as_mask(generated, question.numel(), "generated", question.device) & (token > 0)
+        is_generated = as_mask(generated, question.numel(), "generated", question.device)
+        takes_previous = is_generated & (token > 0)
     else:
         takes_previous = token > question.nonzero().max()
     return token - takes_previous.long()

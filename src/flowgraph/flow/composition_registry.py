@@ -47,7 +47,7 @@ class Composition:
     """A registered composition.
 
     Attributes:
-        name: how it is asked for.
+        name: the name by which a call chooses it.
         function: ``(graph, **options)`` to scores ``[N]`` or :class:`ComposedScores`.
         summary: one line.
         defaults: its options with their defaults; other options are refused.
@@ -77,6 +77,8 @@ class Composition:
                 raise InvalidInputError(
                     f"{name}: does not apply to composition {self.name!r}, got {value!r:.60}; its options are {known}"
                 )
+
+        # Defaults are checked like the values of a caller.
         complete = {**self.defaults, **options}
         for name, check in self.checks.items():
             check(name, complete[name])
@@ -108,7 +110,7 @@ def composition(
     """Register a composition under a name; the first line of the function's docstring describes it.
 
     Args:
-        name: how it is asked for, as in ``compose(graph, name)``.
+        name: the name by which a call chooses it, as in ``compose(graph, name)``.
         defaults: its options; a call may set these and no others.
         checks: for some options, a function ``(name, value)`` that raises :class:`flowgraph.InvalidInputError`.
         signed: negative weights are allowed: the function also takes a :class:`flowgraph.SignedGraph`, whose weights
@@ -138,6 +140,7 @@ def composition(
             raise InvalidInputError(
                 f"composition: needs a docstring whose first line describes it, got none on {function_name}; add one"
             )
+        # A module may be loaded twice and register its own name again; two modules may not share one.
         known = _COMPOSITIONS.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InvalidInputError(

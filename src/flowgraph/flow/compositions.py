@@ -280,6 +280,7 @@ def flowtracer(
     backend: Backend,
 ) -> ComposedScores:
     """Throughput of the conserved flow from question to answer (arXiv 2606.10646)."""
+    # h = b + N^T h, g = q + N g, f = g h.
     flow = solve(graph, source=source, demand=demand, absorption=absorption, damping=damping, backend=backend)
     return ComposedScores(flow.throughput, _residual(flow), flow)
 
@@ -468,6 +469,7 @@ def _check_capacities(chosen: Composition, graph: Data) -> None:
     source, target = graph["edge_index"]
     not_finite = ~torch.isfinite(capacity)
     if bool(not_finite.any()):
+        # The message names the first such edge.
         at = int(not_finite.nonzero()[0])
         raise GraphError(
             f"capacity: must be finite, got {float(capacity[at])} on the edge {int(source[at])} -> {int(target[at])}; "
@@ -492,8 +494,9 @@ def _check_scores(chosen: Composition, result: Any, graph: Data) -> None:
             f"composition: {chosen.name!r} must return one score per token {wanted}, got shape "
             f"{tuple(scores.shape)}; check its function"
         )
-    if not bool(torch.isfinite(scores.detach()).all()):
-        token = int((~torch.isfinite(scores.detach())).nonzero()[0])
+    is_finite = torch.isfinite(scores.detach())
+    if not bool(is_finite.all()):
+        token = int((~is_finite).nonzero()[0])
         raise NumericalRangeError(
             f"weights: the scores of composition {chosen.name!r} must fit float64, got {float(scores[token])} at token "
             f"{token}; divide the capacities by their largest row sum, or use 'flowtracer'"
@@ -506,7 +509,12 @@ def _read_by(rows: RowSource, x: Vector) -> Vector:
     for block in token_blocks(rows.num_tokens, StreamedOperator(rows).block):
         weights = rows.block(block.start, block.stop)[0].double().to(x.device)
         total = weights.sum(-1)
+
+        # read[s] += x[t] A[t, s] / sum_s A[t, s] for each reader t of the block.
         share = masked_ratio(total > 0, x[block], total)
         read[: block.stop] += share @ weights
-        read[block] += torch.where(total > 0, 0.0, x[block])
+
+        # A reader without weights passes x[t] on to itself, so that the sum of x is kept.
+        kept = torch.where(total > 0, 0.0, x[block])
+        read[block] += kept
     return read

@@ -147,6 +147,7 @@ def relevance_flow(
     Example:
         ``relevance_flow(rows, question=slice(5, 20), answer=[41]).shares()["question"]``
     """
+    # All values are shares of the total demand of one sequence, padding left out.
     one = rows.sequence(item)
     total = one.total_demand()
     kept = one.attention_mask[0].nonzero().flatten()
@@ -231,6 +232,7 @@ def share_blocks(rows: RelevanceRows, total: float) -> Iterator[tuple[int, Float
     arc[1:] += rows.demand[0][kept].double().cpu()[:-1]
     arc = arc / total
 
+    # Rows and columns of padding are left out, so that token numbers count the kept tokens.
     first_token = 0
     for start, block in rows.blocks():
         is_inside = (kept >= start) & (kept < start + block.shape[1])
@@ -238,7 +240,11 @@ def share_blocks(rows: RelevanceRows, total: float) -> Iterator[tuple[int, Float
         if count == 0:
             continue
         stop = first_token + count
-        shares = block[0][kept[is_inside] - start][:, kept[:stop]].double().cpu() / total
+        row_in_block = kept[is_inside] - start
+        relevance = block[0][row_in_block][:, kept[:stop]]
+        shares = relevance.double().cpu() / total
+
+        # The arc into token t lies on the edge from t - 1; token 0 has no earlier token.
         reader = torch.arange(max(first_token, 1), stop)
         shares[reader - first_token, reader - 1] += arc[reader]
         yield first_token, shares

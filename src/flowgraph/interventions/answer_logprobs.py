@@ -126,6 +126,7 @@ def answer_logprobs(
             module.training = True
     logits = output.logits[:, -num_logits:]
 
+    # Row k - 1 of the logits holds the distribution of token k.
     rows = (generating - generating.min()).to(logits.device)
     logprobs = logits[:, rows].double().cpu().log_softmax(-1)
     answer_ids = trace.token_ids.cpu()[answer]

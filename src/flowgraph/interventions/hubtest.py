@@ -178,6 +178,7 @@ def hub_test(
         ranked = _ranked(one, region, _scores_of(scores, traces, number))
         plans.append(_plan(one, ranked, checked_fractions, arms, checked_seeds))
 
+    # Run the plans. Every trace gives one result per planned run.
     runs: list[HubRun] = []
     for number, (one, plan) in enumerate(zip(traces, plans, strict=True)):
 
@@ -190,6 +191,7 @@ def hub_test(
         for planned, result in zip(plan, results, strict=True):
             runs.append(_run(number, planned, result))
 
+    # Averages over traces, or over seeds where there is one trace.
     rows, differences = summarise(runs, checked_fractions, arms, len(traces))
     return HubTest(
         rows=tuple(rows),
@@ -321,6 +323,7 @@ def _ranked(trace: FlowTrace, region: str, scores: Float64[Tensor, " tokens"]) -
             f"{region}: must hold tokens that the answer can read, got none before token {last_answer - 1}, which "
             "emits the last of the answer; mask tokens before it"
         )
+    # A stable sort keeps tokens of equal score in reading order.
     order = torch.argsort(scores[tokens], descending=True, stable=True)
     return tokens[order].tolist()
 
@@ -365,6 +368,7 @@ def _plan(
                     tokens = _drawn(sorted(ranked), top, arm, generator)
                     plan.append(_PlannedRun(fraction, arm, seed, tuple(sorted(tokens))))
             else:
+                # The other arms are fixed: the highest scores, or the lowest.
                 tokens = top if arm == "top" else ranked[-num_masked:]
                 plan.append(_PlannedRun(fraction, arm, None, tuple(sorted(tokens))))
     return plan
@@ -430,6 +434,7 @@ def summarise(
     """
     rows = []
     differences = []
+    # Values per independent unit first, because an arm is compared with the top arm on the same units.
     for fraction in fractions:
         values: dict[str, _UnitValues] = {}
         for arm in arms:
@@ -448,6 +453,7 @@ def summarise(
 
 def _values_of_units(runs: Sequence[HubRun], num_traces: int) -> _UnitValues:
     """Average the runs of each independent unit: each trace over its seeds, or the seeds of the only trace."""
+    # The units are traces, each averaged over its seeds; of a single trace, its runs.
     groups: list[list[HubRun]]
     if num_traces == 1:
         groups = [[run] for run in runs]

@@ -101,12 +101,14 @@ class KnockoutResult:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         masked = self.intervention
-        routes = [_tokens_of_route(route) for route in masked.routes]
+        routes = []
+        for route in masked.routes:
+            routes.append([int(token) for token in _tokens_of_route(route)])
         return {
             "intervention": {
                 "tokens": [int(token) for token in masked.tokens],
                 "edges": [[int(source), int(target)] for source, target in masked.edges],
-                "routes": [[int(token) for token in route] for route in routes],
+                "routes": routes,
                 "layers": _as_json(masked.layers),
                 "heads": _as_json(masked.heads),
             },
@@ -211,6 +213,8 @@ def knockouts(
     # Refuse every invalid intervention before the first pass; the masks are built again for their batch.
     for intervention in interventions:
         _cuts(inner, trace, [intervention])
+
+    # Distributions over the vocabulary are kept for each answer token of each row of a batch.
     answer = trace.answer.cpu().nonzero().flatten()
     rows_of_batch = min(batch_size, max(len(interventions), 1))
     num_logprobs = rows_of_batch * answer.numel() * text_config(inner).vocab_size
@@ -277,6 +281,7 @@ def attention_cell(trace: FlowTrace, source: int, target: int) -> tuple[int, int
         raise InvalidInputError(
             f"edges: must run from an earlier to a later token, got {source} -> {target}; write (source, target)"
         )
+    # Under emission rows a generated token reads through the position before it.
     rows = _row_rule(trace)
     has_row_before = rows == "emission_all" or (rows == "emission" and bool(trace.generated[target]))
     row = target - 1 if has_row_before else target

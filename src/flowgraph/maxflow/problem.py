@@ -73,12 +73,14 @@ class MaxFlowProblem:
             sources = graph.question_mask if source is None else _support(source, graph, "source")
             sinks = graph.answer_mask if demand is None else _support(demand, graph, "demand")
 
+        # The arrays that the solvers read, on the CPU.
         self.num_tokens = int(self.graph.num_nodes or 0)
         self.sources = sources.cpu().numpy()
         self.sinks = sinks.cpu().numpy()
         edge_index = self.graph.edge_index.cpu().numpy()
         self.arrays = CapacityArrays.from_edges(self.num_tokens, edge_index, weight.cpu().numpy())
 
+        # A token that is source and sink would carry an unlimited flow.
         both = self.sources & self.sinks
         if both.any():
             raise InvalidInputError(
@@ -279,12 +281,14 @@ class _BoundedProblem:
 
     def unscaled(self, best: MaxFlow, capacity: NDArray[np.float64]) -> MaxFlow:
         """Return a verified answer in the units of the given capacities."""
+        # A capacity below the range was raised to the least positive number: its flow may exceed the capacity itself.
         edge_flow = np.ldexp(best.edge_flow.cpu().numpy(), self.exponent)
+        feasible_flow = np.minimum(edge_flow, capacity)
         return replace(
             best,
             value=_in_range(best.value, self.exponent),
             error=_in_range(best.error, self.exponent),
-            edge_flow=torch.from_numpy(np.minimum(edge_flow, capacity)).to(best.edge_flow.device),
+            edge_flow=torch.from_numpy(feasible_flow).to(best.edge_flow.device),
             cut_capacity=_in_range(best.cut_capacity, self.exponent),
         )
 
@@ -332,6 +336,7 @@ def _check_graph(graph: FlowGraph, max_edges: int, backend: str) -> None:
         )
     require_usable(graph)
     if graph.num_edges > max_edges:
+        # The message estimates time and memory, so that the caller can decide.
         seconds = graph.num_edges * _SECONDS_PER_EDGE[backend]
         megabytes = graph.num_edges * _BYTES_PER_EDGE[backend] / 1e6
         raise TooLargeError(
@@ -355,6 +360,7 @@ def _edge_weights(
     graph: FlowGraph, demand: Tensor | None, absorption: str | None, damping: float | None
 ) -> Float64[Tensor, " edges"]:
     """Compute N on the edges of a graph with the defaults of ``solve``."""
+    # The defaults of solve: undamped, and absorbing unless the demand is the caller's own.
     if damping is None:
         damping = 1.0
     if not 0 < damping <= 1:
@@ -364,6 +370,7 @@ def _edge_weights(
     if absorption not in get_args(Absorption):
         raise InvalidInputError(f"absorption: must be 'absorb' or 'pass_through', got {absorption!r}; see solve")
 
+    # N: the capacities, damped, and 0 on edges out of an absorbing token.
     absorbing = graph.answer_mask & (absorption == "absorb")
     is_active_edge = ~absorbing[graph.edge_index[0]]
     return graph.capacity.double() * is_active_edge * damping
@@ -381,4 +388,5 @@ def _support(vector: Tensor, graph: FlowGraph, name: str) -> Bool[Tensor, " toke
         raise InvalidInputError(
             f"{name}: must be finite and non-negative, got {vector.min().item():g} as its least; clamp it first"
         )
+    # Every positive entry marks a terminal; its amount does not limit the flow.
     return vector > 0

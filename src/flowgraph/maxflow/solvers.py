@@ -32,14 +32,18 @@ def igraph_solver(arrays: CapacityArrays) -> Solver:
     virtual_source = num_tokens
     virtual_sink = num_tokens + 1
 
+    # One arc from the virtual source to every token and from every token to the virtual sink: capacities of 0 close
+    # those that a call does not use, so the graph is built once.
     tokens = np.arange(num_tokens)
     tails = np.concatenate([arrays.tail, np.full(num_tokens, virtual_source), tokens])
     heads = np.concatenate([arrays.head, tokens, np.full(num_tokens, virtual_sink)])
-    graph = igraph.Graph(n=num_tokens + 2, edges=np.column_stack([tails, heads]), directed=True)
+    arcs_of_graph = np.column_stack([tails, heads])
+    graph = igraph.Graph(n=num_tokens + 2, edges=arcs_of_graph, directed=True)
 
     def solver(arcs: NDArray, sources: NDArray, sinks: NDArray) -> tuple[NDArray, NDArray]:
         solution = graph.maxflow(virtual_source, virtual_sink, capacity=arcs.tolist())
         flow = np.array(solution.flow[:num_edges], dtype=np.float64)
+        # The first part of the cut is the side of the virtual source.
         source_side = np.zeros(num_tokens + 2, dtype=bool)
         source_side[solution.partition[0]] = True
         return flow, source_side[:num_tokens]
@@ -55,6 +59,7 @@ def networkx_solver(arrays: CapacityArrays) -> Solver:
     num_tokens = arrays.num_tokens
     virtual_source = num_tokens
     virtual_sink = num_tokens + 1
+    # The edges of the graph, then one arc per token from the virtual source, then one to the virtual sink.
     edges = list(zip(arrays.tail.tolist(), arrays.head.tolist(), strict=True))
     source_arcs = [(virtual_source, v) for v in range(num_tokens)]
     sink_arcs = [(v, virtual_sink) for v in range(num_tokens)]
@@ -62,22 +67,28 @@ def networkx_solver(arrays: CapacityArrays) -> Solver:
 
     def solver(arcs: NDArray, sources: NDArray, sinks: NDArray) -> tuple[NDArray, NDArray]:
         # Integers of 900 bits: one power of two for all capacities, so nothing is rounded.
-        shift = _INTEGER_BITS - math.frexp(arcs.max(initial=0.0))[1]
+        largest_exponent = math.frexp(arcs.max(initial=0.0))[1]
+        shift = _INTEGER_BITS - largest_exponent
+        integer_arcs = np.ldexp(arcs, shift)
         graph = nx.DiGraph()
         graph.add_nodes_from(range(num_tokens + 2))
-        for (s, t), arc in zip(ends, np.ldexp(arcs, shift), strict=True):
+        for (s, t), arc in zip(ends, integer_arcs, strict=True):
             capacity = int(arc)
             if capacity > 0:
                 graph.add_edge(s, t, capacity=capacity)
         residual = preflow_push(graph, virtual_source, virtual_sink)
 
+        # Back to the units of the capacities, in the order of the edges.
         flow = np.zeros(len(edges), dtype=np.float64)
         for position, (s, t) in enumerate(edges):
             if residual.has_edge(s, t):
                 flow[position] = math.ldexp(residual[s][t]["flow"], -shift)
 
         # The sink side of a min cut: the tokens that reach the sink over residual edges that are not full.
-        full = [(s, t) for s, t, arc in residual.edges(data=True) if arc["flow"] == arc["capacity"]]
+        full = []
+        for s, t, arc in residual.edges(data=True):
+            if arc["flow"] == arc["capacity"]:
+                full.append((s, t))
         residual.remove_edges_from(full)
         source_side = np.ones(num_tokens + 2, dtype=bool)
         source_side[virtual_sink] = False

@@ -58,10 +58,17 @@ def write_comparison_html(path: PathLike, payload: Mapping[str, Any]) -> Path:
 
 def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the script draws, with numbers as short as they are shown."""
-    units = [[_unit(unit) for unit in side] for side in payload["units"]]
+    units = []
+    for side in payload["units"]:
+        units.append([_unit(unit) for unit in side])
     routes = []
     for route in payload["routes"]:
-        routes.append([route["pairs"], _short(route["first"]), _short(route["second"]), int(route["shared"])])
+        first_width = _short(route["first"])
+        second_width = _short(route["second"])
+        routes.append([route["pairs"], first_width, second_width, int(route["shared"])])
+    pairs = []
+    for first, second, difference in payload["pairs"]:
+        pairs.append([first, second, _short(difference)])
 
     # The largest differences are ranked by the exact numbers, not by the short ones.
     change = [difference for _, _, difference in payload["pairs"]]
@@ -71,7 +78,7 @@ def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "by": payload["by"],
         "units": units,
-        "pairs": [[first, second, _short(difference)] for first, second, difference in payload["pairs"]],
+        "pairs": pairs,
         "gains": gains[:_LISTED],
         "losses": losses[:_LISTED],
         "routes": routes,

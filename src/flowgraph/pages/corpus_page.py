@@ -61,15 +61,26 @@ def render_index(
     Returns:
         The page: a few hundred bytes a row, 10,000 traces and as many errors at most.
     """
-    traces = [row for row in rows if not row.get("error")]
-    errors = [row for row in rows if row.get("error")]
+    # The page lists a bounded number of lines; the counts and the summary are those of all lines.
+    traces = []
+    errors = []
+    for row in rows:
+        if row.get("error"):
+            errors.append(row)
+        else:
+            traces.append(row)
+    listed_traces = [_cells(row, pages.get(row["line"]), signed) for row in traces[:MAX_ROWS]]
+    listed_errors = []
+    for row in errors[:MAX_ROWS]:
+        message = _shown(row["error"], 600)
+        listed_errors.append((row["line"], _shown(row["id"]), message))
     return render_page(
         asset("corpus.html.jinja"),
         styles=[asset("corpus.css")],
         scripts=[asset("corpus.js")],
         columns=_RELEVANCE_COLUMNS if signed else _COLUMNS,
-        traces=[_cells(row, pages.get(row["line"]), signed) for row in traces[:MAX_ROWS]],
-        errors=[(row["line"], _shown(row["id"]), _shown(row["error"], 600)) for row in errors[:MAX_ROWS]],
+        traces=listed_traces,
+        errors=listed_errors,
         num_traces=len(traces),
         num_errors=len(errors),
         summary=_summary(traces, signed),
@@ -96,15 +107,22 @@ def write_index(
 
 def _cells(row: Mapping[str, Any], page: str | None, signed: bool) -> dict[str, Any]:
     """Return one row of the table: what is shown, what it is sorted by, and where its link leads."""
-    sizes = [(f"{row[name]:,}", row[name]) for name in ("tokens", "question", "reasoning")]
-    numbers = sizes + (_relevance_numbers(row) if signed else _flow_numbers(row))
+    # Each number as (text shown, value to sort by).
+    numbers = [(f"{row[name]:,}", row[name]) for name in ("tokens", "question", "reasoning")]
+    numbers += _relevance_numbers(row) if signed else _flow_numbers(row)
+
+    # Sort keys are written exactly; a missing number has an empty one.
+    sortable = []
+    for text, value in numbers:
+        sort_key = "" if value is None else repr(value)
+        sortable.append((text, sort_key))
     return {
         "line": row["line"],
         "id": _shown(row["id"]),
         "link": page or row["file"],
         "answer": _shown(row["answer_text"]),
         "answer_by": _shown(row.get("answer_by") or ""),
-        "numbers": [(text, "" if value is None else repr(value)) for text, value in numbers],
+        "numbers": sortable,
     }
 
 
@@ -154,6 +172,8 @@ def _summary(traces: Sequence[Mapping[str, Any]], signed: bool) -> list[tuple[st
         ("traces", f"{len(traces):,}", "lines with a trace"),
         ("tokens", f"{num_tokens:,}", "in all traces"),
     ]
+
+    # Signed traces conserve relevance, so their fact is the share of the question; others have a flow.
     if signed:
         if traces:
             middle = statistics.median(row["question_share"] for row in traces)

@@ -27,12 +27,14 @@ def render_evaluation(payload: Mapping[str, Any]) -> str:
     Returns:
         The page: about a byte for each token and method of an item, and the texts.
     """
+    # The script draws the items; the tables are part of the page and can be read without it.
+    drawn_tasks = []
+    for task in payload["tasks"]:
+        drawn_tasks.append({"task": task["task"], "metric": task["metric"], "items": task["items"]})
     page_data = {
         "levels": payload["levels"],
         "texts": payload["texts"],
-        "tasks": [
-            {"task": task["task"], "metric": task["metric"], "items": task["items"]} for task in payload["tasks"]
-        ],
+        "tasks": drawn_tasks,
     }
     return render_page(
         asset("evaluation.html.jinja"),
@@ -155,12 +157,20 @@ def _other_columns(
     """Return, for each method in the order of the main table, its values of the other metrics."""
     if not others:
         return []
-    values = {(name, row["method"]): row for name, metric_rows in others.items() for row in metric_rows}
+    values: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for name, metric_rows in others.items():
+        for row in metric_rows:
+            values[name, row["method"]] = row
+
+    # A method without a value of a metric has an empty cell.
     table = []
     for row in rows:
         cells = []
         for name in others:
             own = values.get((name, row["method"]))
-            cells.append(("", "") if own is None else (figure(own["value"]), interval(own["low"], own["high"])))
+            if own is None:
+                cells.append(("", ""))
+            else:
+                cells.append((figure(own["value"]), interval(own["low"], own["high"])))
         table.append({"method": visible(row["method"]), "trivial": row["trivial"], "cells": cells})
     return table

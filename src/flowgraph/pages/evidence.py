@@ -29,19 +29,24 @@ def relevance_data(relevance: Mapping[str, Any] | None) -> dict[str, Any] | None
     """
     if not relevance:
         return None
+    # Steps as parts of the text; those with a demand are the roots from which the evidence is followed.
     parts = []
     roots = []
     for step in relevance["steps"]:
-        parts.append([step["start"], step["stop"], step["region"], _short(step["share"]), _short(step["absorbed"])])
+        share = _short(step["share"])
+        absorbed = _short(step["absorbed"])
+        parts.append([step["start"], step["stop"], step["region"], share, absorbed])
         if step["demand"] != 0:
             roots.append([step["index"], _short(step["demand"])])
-    edges = [[source, target, _short(share)] for source, target, share in relevance["step_edges"][:_MAX_PART_EDGES]]
-    return {
-        "parts": parts,
-        "edges": edges,
-        "roots": sorted(roots, key=lambda root: -abs(root[1])),
-        "ends": [[_END_NAMES.get(name, name), _short(share)] for name, share in relevance["ends"].items()],
-    }
+    roots.sort(key=lambda root: -abs(root[1]))
+
+    edges = []
+    for source, target, share in relevance["step_edges"][:_MAX_PART_EDGES]:
+        edges.append([source, target, _short(share)])
+    ends = []
+    for name, share in relevance["ends"].items():
+        ends.append([_END_NAMES.get(name, name), _short(share)])
+    return {"parts": parts, "edges": edges, "roots": roots, "ends": ends}
 
 
 _END_NAMES = {
@@ -61,13 +66,19 @@ def colourings(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         them with its tokens.
     """
     listed: list[dict[str, Any]] = []
+
+    # Relevance of the tokens, signed shares of the demand.
     relevance = payload.get("relevance")
     if relevance:
         values = [_short(token["share"]) for token in relevance["tokens"]]
         listed.append({"name": "relevance", "note": _SCORE_NOTES["relevance"], "signed": True, "values": values})
+
+    # Throughput of the flow; the page has it with the tokens already.
     if payload["feasible"]:
         capacity = payload["provenance"].get("capacity", "attention")
         listed.append({"name": f"flow on {capacity}", "note": _FLOW_NOTE, "signed": False, "values": None})
+
+    # Scores of other capacities. Potentials have no unit, so they are shown relative to the largest.
     for score in payload.get("scores", []):
         values = _relative(score["values"]) if score["kind"] == "potential" else score["values"]
         listed.append(
@@ -96,8 +107,9 @@ def edge_parts_data(parts: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         layers = [[layer, _short(share, 3)] for layer, share in edge["layers"]]
         heads = [[layer, head, _short(share, 3)] for layer, head, share in edge["heads"]]
         is_relevance = int(edge["kind"] == "relevance")
-        ends = [edge["source"], edge["target"]]
-        listed.append([is_relevance, *ends, _short(edge["weight"], 4), _short(edge["arc"], 3), layers, heads])
+        weight = _short(edge["weight"], 4)
+        arc = _short(edge["arc"], 3)
+        listed.append([is_relevance, edge["source"], edge["target"], weight, arc, layers, heads])
     return listed
 
 
@@ -107,7 +119,12 @@ def _relative(values: Sequence[float | None]) -> list[float]:
     largest = max(finite, default=0.0)
     if largest <= 0:
         return [0.0 for _ in values]
-    return [min(1.0, (largest if value is None else value) / largest) for value in values]
+    shares = []
+    for value in values:
+        # A value that the payload could not hold is beyond the largest finite one.
+        bounded = largest if value is None else value
+        shares.append(min(1.0, bounded / largest))
+    return shares
 
 
 def _short(value: float, digits: int = 6) -> float:

@@ -88,12 +88,13 @@ def _summary(trace: TraceLike) -> str:
     """Write model, size, answer, mean number of hops, alpha and the effect of pruning."""
     sizes = []
     for name in ("question", "reasoning", "answer"):
-        sizes.append(f"{int(trace.graph[f'{name}_mask'].sum()):,} {name}")
+        num_tokens = int(trace.graph[f"{name}_mask"].sum())
+        sizes.append(f"{num_tokens:,} {name}")
     counts = ", ".join(sizes)
     model = escaped(str(trace.provenance.get("model") or "a model"))
     lines = [f"<b>FlowTrace</b> of {model}: {len(trace.tokens):,} tokens ({counts}), {trace.graph.num_edges:,} edges"]
-
-    lines.append(f"answer: <bdi><b>{escaped(trace.text_of(trace.graph.answer_mask).strip())}</b></bdi>")
+    answer = trace.text_of(trace.graph.answer_mask).strip()
+    lines.append(f"answer: <bdi><b>{escaped(answer)}</b></bdi>")
 
     if bool(trace.flow.feasible):
         # A route of k tokens has k - 1 hops, and the throughput sums to the mean number of tokens of a route.
@@ -141,6 +142,7 @@ def _text(trace: TraceLike) -> str:
 
 def _token(start: int, stop: int, text: str, throughputs: Sequence[float], region: str, full: float) -> str:
     """Write the tokens of one text with the largest throughput as background, all in the tooltip, region as line."""
+    # The strength is the square root of the share, so that weak tokens differ in colour too.
     throughput = max(throughputs[start:stop])
     styles = []
     strength = FULL_OPACITY * min(throughput / full, 1.0) ** 0.5
@@ -151,6 +153,8 @@ def _token(start: int, stop: int, text: str, throughputs: Sequence[float], regio
     style = ""
     if styles:
         style = f' style="{";".join(styles)}"'
+
+    # The tooltip gives the throughput of each token that shares the text.
     if stop - start == 1:
         title = f"token {start}, {region}: {percent(throughput)}"
     else:

@@ -51,7 +51,7 @@ def render_page(
             escaped.
         libraries: JavaScript texts that run before that function, in the global scope; not escaped.
         data_id: id of the script element that holds the data; no data by default.
-        page_data: JSON values, which the script knows as ``page``.
+        page_data: JSON values, which the script reads as ``page``.
         **values: of the template, which escapes them.
 
     Returns:
@@ -60,8 +60,10 @@ def render_page(
     Raises:
         InvalidInputError: page_data holds a number that is not finite.
     """
+    # Style and script are part of the page, and their hashes are what its policy allows.
     style = "\n".join([css_variables(), asset(_SHARED_STYLE), *map(_normal_lines, styles)])
     script = join_scripts(scripts, libraries)
+    # A value that the template uses and no caller passes is an error, not an empty place.
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,

@@ -128,11 +128,15 @@ def _baselines(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the table of baselines as text; None without one."""
     if not found:
         return None
+
+    # Values that are undefined are shown as a dash.
     rows = []
     for row in found["baselines"]:
         correlation = "-" if row["spearman"] is None else f"{row['spearman']:+.2f}"
         overlap = "-" if row["overlap"] is None else f"{100 * row['overlap']:.0f} %"
-        note = row["description"] if not row["reason"] else f"{row['description']} ({row['reason']})"
+        note = row["description"]
+        if row["reason"]:
+            note = f"{row['description']} ({row['reason']})"
         rows.append((row["baseline"], correlation, overlap, visible(note)))
     return {**found, "score": visible(found["score"]), "rows": rows}
 
@@ -149,16 +153,21 @@ def _pruned(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
 def _page_data(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the script draws, with bounded lists and numbers as short as they are shown."""
     backbone = payload["backbone"]
+    drawn_backbone = backbone and {"share": _short(backbone["share"]), "num_edges": len(backbone["edges"])}
+
+    # Edges are sorted by flow, so the strongest are drawn; the page states how many are not.
     edges = payload["edges"][:_MAX_EDGES]
+    drawn_edges = [[source, target, _short(flow)] for source, target, _, flow in edges]
     num_left_out = payload["edges_left_out"] + len(payload["edges"]) - len(edges)
+    routes = [[route["tokens"], _short(route["flow"])] for route in payload["routes"]]
     return {
         "tokens": list(_tokens(payload["tokens"])),
-        "edges": [[source, target, _short(flow)] for source, target, _, flow in edges],
+        "edges": drawn_edges,
         "edges_left_out": num_left_out,
         "entering": _positive(token["source"] for token in payload["tokens"]),
         "leaving": _positive(token["absorbed"] for token in payload["tokens"]),
-        "backbone": backbone and {"share": _short(backbone["share"]), "num_edges": len(backbone["edges"])},
-        "routes": [[route["tokens"], _short(route["flow"])] for route in payload["routes"]],
+        "backbone": drawn_backbone,
+        "routes": routes,
         "hubs": _roles(payload["hubs"]),
         "checkpoints": _roles(payload["checkpoints"]),
         "steps": _steps(payload.get("steps")),

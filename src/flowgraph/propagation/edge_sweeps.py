@@ -84,6 +84,8 @@ class EdgeSweeps:
             operator = DenseOperator(_matrices(topology, weight))
         else:
             operator = self._sparse_operator(weight)
+
+        # The operators take vectors of one length per graph; padding has D = 0 and x = 0, so it adds nothing.
         factor = topology.pad(self.propagation_factor, operator.num_tokens)
         padded = topology.pad(x, operator.num_tokens)
         solution = sweep(operator, factor, padded)

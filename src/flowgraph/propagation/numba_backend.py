@@ -101,6 +101,8 @@ def _sweep_edges(
         solution.numpy(),
         np.zeros(solution.numel()),
     )
+
+    # Graphs share no edge, so each range is solved on its own, in any order.
     calls = []
     for first, last in _node_ranges(topology):
         calls.append(partial(kernel, *arrays, first, last))

@@ -39,6 +39,8 @@ def _compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., N
         except RuntimeError as error:
             if not str(error).startswith(_NO_CACHE):
                 raise
+
+        # No folder for compiled code: warn once per process, and compile in memory.
         if not _has_warned:
             _has_warned = True
             warnings.warn(
@@ -77,6 +79,7 @@ def potential(
     """
     for t in range(last - 1, first - 1, -1):
         h[t] += propagation_factor[t] * accumulated[t]
+        # h[t] is final: all later rows t' > t have been added to accumulated[t].
         value = h[t]
         if value != 0.0:
             for edge in range(row_ptr[t], row_ptr[t + 1]):
@@ -107,6 +110,7 @@ def influence(
         last: end of the range, at the border of a graph.
     """
     for t in range(first, last):
+        # g[t] = q[t] + sum over s < t of C[t, s] D[s] g[s]; every g[s] is final.
         received = 0.0
         for edge in range(row_ptr[t], row_ptr[t + 1]):
             received += weight[edge] * propagated[source[edge]]

@@ -85,6 +85,8 @@ def as_row_source(rows: RowSource | Tensor, *, triangle_only: bool = False) -> R
         )
     if not rows.is_floating_point():
         raise GraphError(f"rows: must be floating point, got {rows.dtype}; call .float() on them")
+
+    # One sequence is a batch of one.
     matrix = rows[None] if rows.ndim == 2 else rows
     if not triangle_only:
         _check_causal(matrix)
@@ -176,6 +178,8 @@ class KeptRows(_DerivedRows):
         """Copy the rows into one allocation: many small ones between short-lived blocks would fragment the heap."""
         if self._storage is None:
             self._storage = self._allocate(rows)
+
+        # What does not fit is computed again in the next sweep.
         end = self._used + rows.numel()
         if end > self._storage.numel():
             return

@@ -101,10 +101,12 @@ class DenseSweeps(_SequenceVectors):
     def has_edge(self, weight: Tensor, *, source: Tensor, target: Tensor) -> bool:
         position = torch.arange(weight.shape[-1], device=weight.device)
         for matrix, is_source, is_target in zip(weight.detach(), source, target, strict=True):
+            # Only the columns of sources are read; entries on and above the diagonal are no edges.
             columns = is_source.nonzero().flatten()
-            below_diagonal = position[:, None] > columns
-            edges = (matrix[:, columns] > 0) & is_target[:, None] & below_diagonal
-            if bool(edges.any()):
+            is_below_diagonal = position[:, None] > columns
+            is_positive = matrix[:, columns] > 0
+            is_edge = is_positive & is_target[:, None] & is_below_diagonal
+            if bool(is_edge.any()):
                 return True
         return False
 
@@ -138,11 +140,13 @@ class StreamSweeps(_SequenceVectors):
         num_tokens = weight.num_tokens
         for here in in_order(_streamed_blocks(weight), last_first):
             rows = weight.block(here.start, here.stop).double().cpu().numpy()
+            # Tokens are numbered through the batch: token t of a graph is first_node + t.
             for graph, block in enumerate(rows):
-                first = graph * num_tokens
+                first_node = graph * num_tokens
                 for row in in_order(range(block.shape[0]), last_first):
                     t = here.start + row
-                    yield first + t, slice(first, first + t), block[row, :t]
+                    sources = slice(first_node, first_node + t)
+                    yield first_node + t, sources, block[row, :t]
 
     def balanced(self, weight: RowSource, scale_exponent: Tensor) -> RowSource:
         return BalancedRows(weight, scale_exponent, self.propagation_factor > 0)
@@ -153,8 +157,8 @@ class StreamSweeps(_SequenceVectors):
         for here in _streamed_blocks(weight):
             columns = source_columns[source_columns < here.stop]
             is_positive = weight.block(here.start, here.stop)[:, :, columns] > 0
-            edges = is_positive & target[:, here, None] & source[:, None, columns]
-            if bool(edges.any()):
+            is_edge = is_positive & target[:, here, None] & source[:, None, columns]
+            if bool(is_edge.any()):
                 return True
         return False
 

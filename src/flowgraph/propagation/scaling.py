@@ -54,7 +54,7 @@ def scale_exponents(sweeps: Sweeps, weight: Any, demand: Tensor) -> Int64[Tensor
 
     Returns:
         k in the shape of the vectors. Cost: one or two reads of the weights, one token at a time. The sums run in
-        logarithms; their rounding moves k by at most a few bits, which does no harm.
+        logarithms; their rounding moves k by at most a few bits, far less than the range.
     """
     # log2(0) is minus infinity here: the logarithm of "reaches nothing".
     with np.errstate(divide="ignore"):
@@ -105,6 +105,8 @@ def _balance_influence(
     for t, sources, weights in sweeps.incoming_edges(weight, last_first=False):
         if not reaches_nothing[t]:
             continue
+        # The balanced weight of an edge s -> t is C[t, s] D[s] 2**(k[t] - k[s]); k[t] sets their sum to about 1.
         arriving = np.log2(weights) + log_factor[sources] - k[sources]
-        if arriving.max(initial=-np.inf) > -np.inf:
+        has_incoming = arriving.max(initial=-np.inf) > -np.inf
+        if has_incoming:
             k[t] = -np.rint(np.logaddexp2.reduce(arriving))

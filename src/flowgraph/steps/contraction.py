@@ -197,6 +197,8 @@ def _checked_steps(flow: Flow, step_of_token: Tensor | Sequence[int]) -> Int64[T
         raise InvalidInputError(
             f"step_of_token: must be {num_tokens} integers, got {step_of_token!r:.80}; pass the step of each token"
         ) from error
+
+    # Booleans and floating point numbers are refused: they would be truncated to step numbers without notice.
     is_number_of_other_type = step_of.is_floating_point() or step_of.is_complex()
     is_integer = step_of.dtype != torch.bool and not is_number_of_other_type
     if step_of.shape != (num_tokens,) or not is_integer:

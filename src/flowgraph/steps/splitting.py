@@ -201,9 +201,13 @@ def starts_by_rule(
         starts_in = _RULES[rule]
         found = [starts_in(text) for text in plain_texts]
     elif isinstance(rule, str | re.Pattern):
+        # A pattern starts a step at each of its matches.
         pattern = _compiled(rule)
-        found = [[_start_of(match) for match in pattern.finditer(text)] for text in texts]
+        found = []
+        for text in texts:
+            found.append([_start_of(match) for match in pattern.finditer(text)])
     else:
+        # A function of the text returns the spans of the steps.
         found = []
         for text in texts:
             spans = _checked_spans(rule(text), len(text), "character")
@@ -220,6 +224,7 @@ def starts_by_rule(
             f"{quote!r}; 'auto', 'lines' and 'sentences' split any text"
         )
 
+    # From characters of a passage to tokens of the text.
     starts: list[int] = []
     for (low, high), offsets in zip(passages, found, strict=True):
         passage_start = int(token_text.start[low])

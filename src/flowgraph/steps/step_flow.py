@@ -297,6 +297,7 @@ def _split(token_text: TokenText, regions: np.ndarray, by: By, split_question: b
         name = "token spans"
         starts = starts_of_token_spans(by, regions, runs)
 
+    # Each step ends where the next one starts.
     num_tokens = regions.size
     borders = [*sorted(set(starts)), num_tokens]
     steps = []
@@ -304,7 +305,8 @@ def _split(token_text: TokenText, regions: np.ndarray, by: By, split_question: b
         # A step has one region. Tokens of no region (-1) may be inside a span of the user's.
         number = int(regions[start:stop].max())
         region = REGIONS[number] if number >= 0 else None
-        steps.append(Step(index, start, stop, token_text.characters(start, stop), region))
+        text = token_text.characters(start, stop)
+        steps.append(Step(index, start, stop, text, region))
     return tuple(steps), name
 
 

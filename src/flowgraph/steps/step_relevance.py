@@ -78,9 +78,15 @@ class StepRelevance:
             raise InvalidInputError(
                 f"step: must lie in 0..{len(self.steps) - 1}, got {step}; StepRelevance.steps lists them"
             )
+        # A stable sort keeps steps of equal share in reading order.
         shares = self.flow[step]
         order = torch.argsort(shares.abs(), descending=True, stable=True)[:k]
-        return [(int(index), float(shares[index])) for index in order if float(shares[index]) != 0]
+        found = []
+        for index in order:
+            share = float(shares[index])
+            if share != 0:
+                found.append((int(index), share))
+        return found
 
     def table(self) -> list[dict[str, Any]]:
         """Return one row per step: index, region, text, throughput, absorbed, bias, demand."""
@@ -111,6 +117,7 @@ class StepRelevance:
         rows: list[tuple[int, int, float]] = []
         expanded: set[int] = set()
 
+        # A step is expanded once, so that steps which take from each other do not recur without end.
         def visit(step: int, share: float, level: int) -> None:
             rows.append((level, step, share))
             if level == depth or step in expanded:
@@ -120,6 +127,7 @@ class StepRelevance:
                 if abs(contribution) >= smallest:
                     visit(source, contribution, level + 1)
 
+        # The chain starts at the step that holds most of the demand.
         answer = int(self.demand.abs().argmax())
         visit(answer, float(self.demand[answer]), 0)
         return rows
@@ -159,12 +167,16 @@ def step_relevance(flow: SignedFlow, steps: Sequence[Step]) -> StepRelevance:
     Cost: one read of the edges.
     """
     num_tokens = flow.demand.numel()
-    covered = [token for step in steps for token in range(step.start, step.stop)]
+    covered: list[int] = []
+    for step in steps:
+        covered += range(step.start, step.stop)
     if covered != list(range(num_tokens)):
         raise InvalidInputError(
             f"steps: must cover the {num_tokens} tokens of the sequence once each, in order, got {len(covered)}; "
             "split the text that was captured"
         )
+
+    # Quantities per token are summed over the tokens of each step.
     sizes = torch.tensor([step.stop - step.start for step in steps])
     step_of_token = torch.repeat_interleave(torch.arange(len(steps)), sizes)
 

@@ -63,11 +63,13 @@ def find_answer(encoded: EncodedText, answer: Answer, truncated: bool) -> FoundA
     """Find the answer's tokens by the automatic search or by the selectors that were asked for."""
     if is_auto(answer):
         return _find_answer_automatically(encoded, truncated)
+    # The selectors that were given, one after the other.
     candidates = selectors_for(answer, "response", encoded)
     mask, selector = first_that_finds(candidates, encoded, "response")
     if mask is not None:
         return FoundAnswer(mask, repr(selector), f"given: {type(selector).__name__}")
 
+    # The message names why each selector found nothing.
     reasons = reasons_of(candidates, encoded, "response")
     final = final_part_of(encoded)
     if final.problem and not reasons:
@@ -89,17 +91,20 @@ def _find_answer_automatically(encoded: EncodedText, truncated: bool) -> FoundAn
             "selector that searches the thinking too, such as selectors.Stated(thinking=True)"
         )
 
+    # Candidates in the order of preference: the last statement first, then what ends the text.
     text = encoded.response_text[final.start : final.end]
     candidates: list[tuple[str, Offsets | None]] = []
     for stated in reversed(statements_in(text, RULES)):
         candidates.append((stated.rule, (stated.start, stated.end)))
     # Where nothing is stated, the end of an unfinished text is a guess.
     suffix = _UNFINISHED if truncated else ""
+    candidates.append((f"code{suffix}", last_code(text)))
     sentence = last_sentence(text)
     is_whole = sentence is not None and encoded.response_text.strip() == text[slice(*sentence)]
-    candidates.append((f"code{suffix}", last_code(text)))
-    candidates.append((f"whole response{suffix}" if is_whole else f"last sentence{suffix}", sentence))
+    ending = "whole response" if is_whole else "last sentence"
+    candidates.append((f"{ending}{suffix}", sentence))
 
+    # The first candidate that selects a visible token is the answer.
     for by, place in candidates:
         if place is None:
             continue
@@ -134,11 +139,19 @@ def _warn_about_pattern(given: Regex, encoded: EncodedText, part: Part) -> None:
     """
     pattern = given.pattern
     text = encoded.prompt_text if part == "prompt" else encoded.response_text
+    # What was found: the pattern as text, with the word that holds it, or else what the expression matches.
     matched = re.search(pattern, text)
     places = list(occurrences(text, pattern))
-    found = longer_word(text, places[-1]) if places else (matched[0] if matched else "")
+    found = ""
+    if places:
+        found = longer_word(text, places[-1])
+    elif matched:
+        found = matched[0]
+
+    # The text itself was found, and not as a part of a longer number: there is nothing to warn about.
     num_digits = sum(character.isdigit() for character in pattern)
-    is_in_longer_number = number_value(pattern) is not None and sum(map(str.isdigit, found)) > num_digits
+    num_digits_found = sum(map(str.isdigit, found))
+    is_in_longer_number = number_value(pattern) is not None and num_digits_found > num_digits
     if places and not is_in_longer_number:
         return
     warnings.warn(

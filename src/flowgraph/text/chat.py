@@ -89,6 +89,7 @@ def render_chat(
         RegionError: no message is left before the response.
         InvalidInputError: malformed messages, no chat template, or one that refuses the messages.
     """
+    # A last message of the assistant is the response; beside a given response it is the beginning of it.
     options = options or {}
     messages, response = _split_messages(prompt, response)
     is_continued = messages[-1]["role"] == "assistant"
@@ -106,11 +107,17 @@ def _role_spans(messages: Sequence[Mapping[str, Any]], spans: Sequence[tuple[int
     """Name the role of each content; a message without text gets an empty range behind the one before it."""
     roles = [RoleSpan(messages[number]["role"], start, end, number) for number, (start, end) in spans]
     for number, message in enumerate(messages):
-        if "".join(text for text in _contents(message)):
+        text = "".join(_contents(message))
+        if text:
             continue
+
+        # The range lies at the end of the last earlier message, or at the start of the text.
         earlier = [place for place, role in enumerate(roles) if role.message < number]
-        place = earlier[-1] + 1 if earlier else 0
-        end = roles[place - 1].end if earlier else 0
+        place = 0
+        end = 0
+        if earlier:
+            place = earlier[-1] + 1
+            end = roles[place - 1].end
         roles.insert(place, RoleSpan(message["role"], end, end, number))
     return tuple(roles)
 
@@ -220,8 +227,10 @@ def checked_template_options(tokenizer: PreTrainedTokenizerBase | None, options:
             f"chat_template_kwargs: must hold arguments of the template alone, got {own[0]!r}, which flowgraph sets; "
             "leave it out"
         )
+    # Through JSON and back: tools given as functions become schemas, and the options can be written to a file.
     try:
-        plain = json.loads(json.dumps(dict(options), default=_tool_schema, allow_nan=False, ensure_ascii=False))
+        written = json.dumps(dict(options), default=_tool_schema, allow_nan=False, ensure_ascii=False)
+        plain = json.loads(written)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidInputError(
             f"chat_template_kwargs: must hold plain JSON values and documented functions, got another ({error}); "

@@ -185,11 +185,14 @@ def encode(
     else:
         response_tokens, response_text = _decode_response(tokenizer, prompt_tokens, response)
         is_joint = False
+
+    # What looks wrong without being invalid is warned of, and recorded with the text.
     found = read.warnings + _seam_warnings(tokenizer, read, prompt_tokens, response_tokens, response_text, frame)
     if warn:
         for message in found:
             warnings.warn(message, UserWarning, stacklevel=2)
 
+    # How the text came about, for the provenance of a trace.
     origin = _describe_prompt(tokenizer, read, prompt_tokens)
     origin["response"] = "text" if isinstance(response, str) else "ids"
     if ends_with_response(prompt) and read.is_response_in_chat:
@@ -228,24 +231,22 @@ def encode_ids(
     if message:
         warnings.warn(message, UserWarning, stacklevel=2)
         origin["warnings"] = [message]
+
+    # The prompt's ids are the context in which those of the response are decoded.
     prompt_ids = ids[:prompt_length]
+    response_ids = ids[prompt_length:]
     prompt_text, prompt_spans = decode(tokenizer, prompt_ids, [])
-    response_text, response_spans = decode(tokenizer, ids[prompt_length:], prompt_ids)
-    nothing_added = [False] * len(ids)
-    return _join(
-        tokenizer,
-        _Read(prompt_text, "ids"),
-        _Tokens(prompt_ids, prompt_spans, nothing_added[:prompt_length]),
-        _Tokens(ids[prompt_length:], response_spans, nothing_added[prompt_length:]),
-        response_text,
-        origin,
-    )
+    response_text, response_spans = decode(tokenizer, response_ids, prompt_ids)
+    prompt_tokens = _Tokens(prompt_ids, prompt_spans, [False] * len(prompt_ids))
+    response_tokens = _Tokens(response_ids, response_spans, [False] * len(response_ids))
+    return _join(tokenizer, _Read(prompt_text, "ids"), prompt_tokens, response_tokens, response_text, origin)
 
 
 def _named_tokens(
     input_ids: Tensor, names: Sequence[str], prompt_length: int, origin: Mapping[str, Any]
 ) -> EncodedText:
     """Make a text of token names, for ids without a tokenizer."""
+    # Names follow each other without a gap, so each token covers its own name.
     spans = []
     end = 0
     for name in names:
@@ -315,12 +316,15 @@ def _read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any,
             warnings=_rendered_contents(tokenizer, roles, text),
         )
 
+    # A text: the options of a template do not apply to it.
     check_unicode(prompt, "prompt")
     if options:
         raise InvalidInputError(
             f"chat_template_kwargs: go with chat messages, got {sorted(options)!s:.80} with a text; "
             "pass messages, or render the text with them"
         )
+
+    # The template may have rendered it already; then its messages are known too.
     rendered = recognise_rendered(tokenizer, prompt)
     if rendered is not None:
         return _Read(
@@ -332,6 +336,8 @@ def _read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any,
             is_exact=rendered.is_exact,
             warnings=_missing_generation_prompt(rendered),
         )
+
+    # Special tokens that name roles, in another layout than the template's: a plain text, with a warning.
     found = []
     if looks_rendered(tokenizer, prompt):
         found.append(
@@ -352,9 +358,13 @@ def _prefill(roles: Sequence[RoleSpan], text: str) -> str:
 def _rendered_contents(tokenizer: PreTrainedTokenizerBase, roles: Sequence[RoleSpan], text: str) -> list[str]:
     """Notice a message whose content is a rendered prompt: the template would stand around another template."""
     for role in roles:
+        if role.role != "user":
+            continue
         content = text[role.start : role.end]
-        rendered = recognise_rendered(tokenizer, content) if role.role == "user" else None
-        if rendered is not None and rendered.is_exact and any(inner.role == "user" for inner in rendered.roles):
+        rendered = recognise_rendered(tokenizer, content)
+        if rendered is None or not rendered.is_exact:
+            continue
+        if any(inner.role == "user" for inner in rendered.roles):
             return [
                 f"prompt: message {role.message} must hold its own text, got a rendered chat, {shorten(content)!r}; "
                 "pass the rendered chat as a string instead of messages"
@@ -375,13 +385,18 @@ def _missing_generation_prompt(rendered: RenderedChat) -> list[str]:
 def _describe_prompt(tokenizer: PreTrainedTokenizerBase, read: _Read, tokens: _Tokens) -> dict[str, Any]:
     """Describe how the prompt was made, as plain JSON values."""
     described: dict[str, Any] = {"prompt": read.form}
+    # A digest identifies the template; its text would be too long for a record.
     if read.form == "chat":
         template = template_of(tokenizer, read.options)
         described["chat_template"] = f"sha256:{hashlib.sha256(template.encode()).hexdigest()[:16]}"
         described["chat_template_kwargs"] = dict(read.options)
     if read.form == "rendered chat":
         described["rendered_exactly"] = read.is_exact
-    names = [token_name(tokenizer, index) for index, added in zip(tokens.ids, tokens.is_added, strict=True) if added]
+
+    names = []
+    for index, is_added in zip(tokens.ids, tokens.is_added, strict=True):
+        if is_added:
+            names.append(token_name(tokenizer, index))
     described["added_tokens"] = names
     return described
 
@@ -400,10 +415,10 @@ def _seam_warnings(
     doubled = _doubled_opening(opening, prompt.ids, "prompt", tokenizer)
     if doubled:
         found.append(doubled)
-    # Ids that a tokenizer made of the response as of a complete text.
+    # Ids that a tokenizer made of the response as of a complete text: its opening tokens, then the text.
     if opening and not isinstance(read.response, str) and response.ids[: len(opening)] == opening:
-        rest = tokenizer.decode(response.ids[len(opening) :], skip_special_tokens=True)
-        if str(rest).strip() and _tokenize(tokenizer, str(rest), add_specials=True).ids == response.ids:
+        rest = str(tokenizer.decode(response.ids[len(opening) :], skip_special_tokens=True))
+        if rest.strip() and _tokenize(tokenizer, rest, add_specials=True).ids == response.ids:
             names = "".join(token_name(tokenizer, index) for index in opening)
             found.append(
                 f"response: must not start with the tokens that open a text, got {names!r} in front; "
@@ -456,6 +471,7 @@ def _join(
     origin: Mapping[str, Any],
 ) -> EncodedText:
     """Join prompt and response to one text; the spans of the response move behind the prompt."""
+    # Spans cover the text without gaps, so that every character belongs to a token.
     text = read.text + response_text
     response_start = len(read.text)
     prompt_spans = close_gaps(join_marks(prompt_tokens.spans, read.text), text, 0)
@@ -470,6 +486,7 @@ def _join(
         # Everything that the template wrote around the contents counts as special.
         contents = [(role.start, role.end) for role in read.roles]
         special[: len(prompt_spans)] |= ~inside(prompt_spans, text, contents)
+    # A token without characters is shown by its name.
     tokens = []
     for index, (start, end) in zip(ids, spans, strict=True):
         tokens.append(text[start:end] or token_name(tokenizer, index))
@@ -534,6 +551,7 @@ class _Frame(NamedTuple):
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
     """Find the special tokens that the tokenizer puts around a text, by a short one."""
+    # The special tokens are what the two encodings of one letter differ by.
     complete = _tokenize(tokenizer, "a", add_specials=True).ids
     bare = _tokenize(tokenizer, "a", add_specials=False).ids
     if len(complete) == len(bare):
@@ -565,11 +583,13 @@ def _tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str, form: Form, 
     if form == "rendered chat":
         # The response follows, so nothing closes the text.
         stop = start_of_closing
+
+    # The opening tokens that the text repeats are left out.
     kept = [*range(len(opening) - num_doubled), *range(len(opening), stop)]
     return _Tokens(
-        [complete.ids[place] for place in kept],
-        [complete.spans[place] for place in kept],
-        [place < len(opening) or place >= start_of_closing for place in kept],
+        ids=[complete.ids[place] for place in kept],
+        spans=[complete.spans[place] for place in kept],
+        is_added=[place < len(opening) or place >= start_of_closing for place in kept],
     )
 
 
@@ -579,15 +599,18 @@ def _tokenize_response(
     """Tokenise the response jointly with the prompt where the prompt's tokens stay the same, else on its own."""
     if not response.strip():
         raise RegionError(f"response: must hold visible text, got {response!r}; pass what the model generated")
-    count = len(prompt_tokens.ids)
+    num_prompt_tokens = len(prompt_tokens.ids)
     joint = _tokenize_prompt(tokenizer, read.text + response, read.form, frame)
     # The spans must agree too: an unknown token that includes the response's first characters has the same id.
-    keeps_ids = joint.ids[:count] == prompt_tokens.ids
-    keeps_spans = joint.spans[:count] == prompt_tokens.spans
-    if len(joint.ids) > count and keeps_ids and keeps_spans:
+    keeps_ids = joint.ids[:num_prompt_tokens] == prompt_tokens.ids
+    keeps_spans = joint.spans[:num_prompt_tokens] == prompt_tokens.spans
+    is_longer = len(joint.ids) > num_prompt_tokens
+    if is_longer and keeps_ids and keeps_spans:
+        # Spans are counted from the start of the response.
         shift = len(read.text)
-        spans = [(start - shift, end - shift) for start, end in joint.spans[count:]]
-        return _Tokens(joint.ids[count:], spans, joint.is_added[count:]), True
+        spans = [(start - shift, end - shift) for start, end in joint.spans[num_prompt_tokens:]]
+        tokens = _Tokens(joint.ids[num_prompt_tokens:], spans, joint.is_added[num_prompt_tokens:])
+        return tokens, True
     return _tokenize(tokenizer, response, add_specials=False), False
 
 
@@ -622,8 +645,10 @@ def _response_ids(response: Any) -> list[int]:
             f"response: ids must be a 1-D integer tensor, got {response.dtype} of shape "
             f"{tuple(response.shape)}; pass generated[0, prompt_length:]"
         )
+
     ids = []
-    for index in response.tolist() if hasattr(response, "tolist") else list(response):
+    indices = response.tolist() if hasattr(response, "tolist") else list(response)
+    for index in indices:
         try:
             # Booleans are integers in Python, and no ids.
             number = -1 if isinstance(index, bool | np.bool_) else operator.index(index)
@@ -647,6 +672,7 @@ def _special(
     special = special_ids(tokenizer)
     unknown_id = getattr(tokenizer, "unk_token_id", None)
     unknown_token = getattr(tokenizer, "unk_token", None)
+    # An unknown token that stands for itself in the text is special; one that covers other characters is content.
     flags = []
     for index, (start, end), added in zip(ids, spans, is_added, strict=True):
         covered = text[start:end].strip()

@@ -147,6 +147,7 @@ def _opening_with_marks(opening: str) -> str:
 
 def _channel_part(text: str, shift: int) -> FinalPart:
     """Find the last message of the final channel; the complete text where there are no channels."""
+    # A response decoded without its special tokens: the names of channels stick to the texts.
     is_bare = _BARE_ANALYSIS.match(text, shift)
     if is_bare:
         finals = list(_BARE_FINAL.finditer(text, shift))
@@ -177,6 +178,7 @@ def _channel_part(text: str, shift: int) -> FinalPart:
         else:
             header_start = None
 
+    # The last message of the final channel counts.
     finals = [(start, end) for name, start, end in messages if name == "final"]
     if not finals:
         return FinalPart(shift, shift, "none", "channels without a final one")
@@ -192,6 +194,7 @@ def _part_after_thinking(text: str, part: FinalPart, shift: int) -> FinalPart:
         part: the part of ``text`` to limit.
         shift: where the response starts in ``text``.
     """
+    # Every closed block moves the start behind it; an open one ends the part where it begins.
     start = max(part.start, shift)
     end = part.end
     is_closed = False

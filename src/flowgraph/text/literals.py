@@ -67,8 +67,12 @@ def is_complete(text: str, span: Offsets) -> bool:
     wanted = text[start:end]
     before = text[max(0, start - 24) : start]
     after = text[end : end + 24]
+
+    # A number continues over digits, signs and separators.
     if number_value(wanted) is not None:
         return not (_continues_number_before(before, wanted) or _continues_number_after(after))
+
+    # A word continues where two of its characters meet.
     is_joined_before = bool(before) and _is_word(before[-1]) and _is_word(wanted[0])
     is_joined_after = bool(after) and _is_word(after[0]) and _is_word(wanted[-1])
     return not (is_joined_before or is_joined_after)

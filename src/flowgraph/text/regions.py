@@ -147,6 +147,7 @@ class Regions:
             >>> regions.reasoning.tolist()
             [False, False, True, True, False]
         """
+        # What is not given follows from the rest: generated is what follows the question, reasoning what is between.
         if num_tokens is None:
             num_tokens = _mask_length(question, answer, reasoning, generated)
         question_mask = read_mask(question, num_tokens, "question")
@@ -179,12 +180,14 @@ class Regions:
         """
         selectors = {"question": self.question_selector, "answer": self.answer_selector}
         lines = []
+        # One line per region, for example "answer: 2 tokens (7..8) '42' by LastLine()".
         for name, mask in _masks(self):
             indices: list[int] = mask.nonzero().flatten().tolist()
             line = f"{name}: 1 token" if len(indices) == 1 else f"{name}: {len(indices)} tokens"
             if indices:
                 line += f" ({_ranges(indices)})"
             if indices and tokens is not None:
+                # Spans keep the blanks between tokens; texts of tokens alone are joined as they are.
                 if isinstance(tokens, EncodedText):
                     text = selected_text(tokens.text, [tokens.spans[index] for index in indices])
                 else:
@@ -246,6 +249,7 @@ def locate_regions(
     """Find the regions as :func:`find_regions` does, without a warning about the last resort."""
     question_mask, question_selector = _find_question(encoded, question)
     found = find_answer(encoded, answer, truncated)
+    # The reasoning is what was generated before the answer, without special tokens.
     generated = part_mask(encoded, "response")
     is_before_answer = torch.arange(encoded.num_tokens) < _first(found.mask)
     return Regions(
@@ -326,7 +330,9 @@ def validate_regions(regions: Regions) -> None:
 
 def _find_question(encoded: EncodedText, question: Question) -> tuple[Mask, str]:
     """Find the question's tokens, and name the selector that found them."""
-    if is_auto(question):
+    # By default the messages of the user, or the complete prompt where it has no messages.
+    is_chosen_automatically = is_auto(question)
+    if is_chosen_automatically:
         candidates: list[Selector] = [Role("user") if encoded.roles else Prompt()]
     else:
         candidates = selectors_for(question, "prompt", encoded)
@@ -337,7 +343,8 @@ def _find_question(encoded: EncodedText, question: Question) -> tuple[Mask, str]
             f"{shorten(encoded.prompt_text)!r}{reasons_of(candidates, encoded, 'prompt')}; "
             "pass another Regex, Span(start, end), Role, Prompt() or token indices"
         )
-    return mask, f"auto: {selector!r}" if is_auto(question) else repr(selector)
+    name = f"auto: {selector!r}" if is_chosen_automatically else repr(selector)
+    return mask, name
 
 
 def _mask_length(*regions: MaskLike | None) -> int:
@@ -382,13 +389,16 @@ def _refuse_tokens(invalid: Mask, rule: str, remedy: str) -> None:
 
 def _ranges(indices: Sequence[int]) -> str:
     """Write sorted indices as runs, ``3..5, 9``, at most four of them."""
+    # Runs of consecutive indices, each as [first, last].
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:
             runs[-1][1] = index
         else:
             runs.append([index, index])
-    shown = [f"{low}..{high}" if low < high else str(low) for low, high in runs[:4]]
+    shown = []
+    for low, high in runs[:4]:
+        shown.append(f"{low}..{high}" if low < high else str(low))
     if len(runs) > 4:
         shown.append("...")
     return ", ".join(shown)

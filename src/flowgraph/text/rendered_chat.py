@@ -139,6 +139,7 @@ def _learn_layout(tokenizer: PreTrainedTokenizerBase) -> _Layout | None:
     reply = {"role": "assistant", "content": _PROBES["assistant"]}
     again = {"role": "user", "content": _PROBES["again"]}
     system = {"role": "system", "content": _PROBES["system"]}
+    # The texts around the contents: opening, then the separators between two roles, then the generation prompt.
     pieces = _pieces(_rendered(tokenizer, [user, reply, again]), ("user", "assistant", "again"))
     if pieces is None:
         return None
@@ -151,12 +152,18 @@ def _learn_layout(tokenizer: PreTrainedTokenizerBase) -> _Layout | None:
     if with_system is not None:
         openings["system"] = with_system[0]
         separators["system", "user"] = with_system[1]
+
+    # The end of a conversation, where it differs from the generation prompt.
     ended = _pieces(_rendered(tokenizer, [user], is_ended=True), ("user",))
     ending = ended[1] if ended is not None else ""
     if ending == generation:
         ending = ""
-    is_usable = opening.strip() and to_reply.strip() and to_user.strip() and generation.strip()
-    return _Layout(openings, separators, generation, ending) if is_usable else None
+
+    # A layout without visible marks would be found in any text.
+    is_usable = all(mark.strip() for mark in (opening, to_reply, to_user, generation))
+    if not is_usable:
+        return None
+    return _Layout(openings, separators, generation, ending)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], is_ended: bool = False) -> str | None:
@@ -176,6 +183,7 @@ def _pieces(rendered: str | None, names: Iterable[str]) -> list[str] | None:
     pieces = []
     rest = rendered
     for name in names:
+        # A content that is written twice would leave two ways to divide the text.
         if rest.count(_PROBES[name]) != 1:
             return None
         before, _, rest = rest.partition(_PROBES[name])
@@ -193,8 +201,11 @@ def _divide(tokenizer: PreTrainedTokenizerBase, layout: _Layout, text: str) -> t
     while True:
         # The nearest text that ends this content: a separator, or the end of the prompt.
         ends: list[tuple[int, int, str]] = []
+        # Of two texts at one place the longer one counts, hence the negative length.
         for (before, after), separator in layout.separators.items():
-            place = text.find(separator, start) if before == role else -1
+            if before != role:
+                continue
+            place = text.find(separator, start)
             if place >= 0:
                 ends.append((place, -len(separator), after))
         for kind, closing in (("generation", layout.generation), ("ending", layout.ending)):
@@ -203,6 +214,8 @@ def _divide(tokenizer: PreTrainedTokenizerBase, layout: _Layout, text: str) -> t
                 ends.append((place, -len(closing), kind))
         if not ends:
             break
+
+        # The content ends there; the next one starts behind it, or the text ends.
         end, negative_length, following = min(ends)
         roles.append(RoleSpan(role, start, end, len(roles)))
         if following in ("generation", "ending"):
@@ -218,8 +231,10 @@ def _divide(tokenizer: PreTrainedTokenizerBase, layout: _Layout, text: str) -> t
 
 def _opening(tokenizer: PreTrainedTokenizerBase, layout: _Layout, text: str) -> tuple[str, int] | None:
     """Find the role of the first message and where its content starts."""
+    # The longest opening first: one may be the beginning of another.
     bos = getattr(tokenizer, "bos_token", None) or ""
-    for role, opening in sorted(layout.openings.items(), key=lambda item: -len(item[1])):
+    longest_first = sorted(layout.openings.items(), key=lambda item: -len(item[1]))
+    for role, opening in longest_first:
         # The opening token may have been left to the tokenizer.
         for written in (opening, opening.removeprefix(bos)):
             if written.strip() and text.startswith(written):

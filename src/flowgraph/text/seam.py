@@ -48,7 +48,7 @@ def check_seam(tokenizer: PreTrainedTokenizerBase, seam: Seam) -> list[str]:
     Ids may really have been generated like this, so that most findings on ids are warnings.
 
     Args:
-        tokenizer: it knows the special tokens.
+        tokenizer: it defines the special tokens.
         seam: the texts.
 
     Returns:
@@ -59,6 +59,7 @@ def check_seam(tokenizer: PreTrainedTokenizerBase, seam: Seam) -> list[str]:
 
     Cost: linear in the texts.
     """
+    # Repetitions with a cause of their own have their own messages.
     special = special_texts(tokenizer)
     repeated = _repeated_prompt(seam, special)
     if repeated:
@@ -74,15 +75,24 @@ def check_seam(tokenizer: PreTrainedTokenizerBase, seam: Seam) -> list[str]:
         f"response: must not repeat the end of the prompt, got {shorten(overlap)!r} again; "
         f"pass only what follows it, {shorten(seam.response[len(overlap) :].lstrip())!r}"
     )
-    tokens = [token for token in special if token in overlap]
-    has_mark = bool(tokens) or (seam.is_chat and MARKER.search(overlap)) or _PART.search(overlap)
+
+    # A repeated mark of the template is an error in a text; ids may hold what the model generated.
+    has_token = any(token in overlap for token in special)
+    has_mark = has_token or (seam.is_chat and MARKER.search(overlap)) or _PART.search(overlap)
     if has_mark and seam.is_text:
         raise InvalidInputError(message)
-    is_prefill = seam.prefill.strip() and len(_visible(overlap)) >= max(_SHORTEST_WORD, len(_visible(seam.prefill)))
+
+    # Words may be repeated by chance; a repeated prefill may not.
+    num_repeated = len(_visible(overlap))
+    num_prefilled = len(_visible(seam.prefill))
+    is_prefill = seam.prefill.strip() and num_repeated >= max(_SHORTEST_WORD, num_prefilled)
+
     # The name of a role on a line of its own, as decoding without special tokens leaves it.
     after = seam.response[len(overlap) :]
-    is_header = seam.is_chat and len(_visible(overlap)) >= _SHORTEST_WORD and re.match(r"[ \t]*\r?\n", after)
-    return [message] if has_mark or is_prefill or is_header else []
+    is_header = seam.is_chat and num_repeated >= _SHORTEST_WORD and re.match(r"[ \t]*\r?\n", after)
+    if has_mark or is_prefill or is_header:
+        return [message]
+    return []
 
 
 def _repeated_prompt(seam: Seam, special: list[str]) -> str | None:

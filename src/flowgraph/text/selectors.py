@@ -106,12 +106,14 @@ class Regex:
     def reason(self, encoded: EncodedText, part: Part) -> str:
         """Return that the pattern stands in the text as it is, or matches in the thinking."""
         low, high = _window(encoded, part, self.thinking)
+        # Signs such as "(" or "." have a meaning in an expression, so the text itself is not matched.
         if re.escape(self.pattern) != self.pattern and self.pattern in encoded.text[low:high]:
             return (
                 f"the text holds {self.pattern!r} literally, where a regular expression gives its signs a meaning; "
                 f"pass selectors.Literal({self.pattern!r}), or escape it with re.escape"
             )
-        if self._matches(encoded.text[slice(*_window(encoded, part, thinking=True))]):
+        low, high = _window(encoded, part, thinking=True)
+        if self._matches(encoded.text[low:high]):
             return "it matches in the thinking alone; pass selectors.Regex(..., thinking=True) to search there"
         return ""
 
@@ -184,7 +186,8 @@ class Literal:
                 f"it stands there as a part of {longer_word(text, span)!r} alone; give the complete word or number, "
                 "or match the part with selectors.Regex"
             )
-        if literal_spans(encoded.text[slice(*_window(encoded, part, thinking=True))], str(self.text)):
+        low, high = _window(encoded, part, thinking=True)
+        if literal_spans(encoded.text[low:high], str(self.text)):
             return "it stands in the thinking alone; pass selectors.Literal(..., thinking=True) to search there"
         return ""
 
@@ -297,7 +300,11 @@ class AllOf:
     def __post_init__(self) -> None:
         """Make literal selectors of strings, and refuse what is no selector."""
         given = self.selectors
-        members = [] if isinstance(given, str) else [Literal(one) if isinstance(one, str) else one for one in given]
+        members: list[Any] = []
+        # A single string is a sequence of its letters, not a list of texts; it is refused below.
+        if not isinstance(given, str):
+            for one in given:
+                members.append(Literal(one) if isinstance(one, str) else one)
         if not members or not all(isinstance(one, Selector) and not isinstance(one, Tensor) for one in members):
             raise InvalidInputError(
                 f"selectors: must be a list of selectors or texts, got {given!r:.80}; "
@@ -478,6 +485,7 @@ def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
         return Tokens(choice)
     if isinstance(choice, Selector):
         return choice
+    # A name of the prompt or of a role, else a regular expression.
     if isinstance(choice, str):
         roles = ROLES.union(span.role for span in encoded.roles)
         if part == "prompt" and choice == "prompt":
@@ -485,11 +493,13 @@ def as_selector(choice: Question, part: Part, encoded: EncodedText) -> Selector:
         if part == "prompt" and choice in roles:
             return Role(choice)
         return Regex(choice)
+    # Pairs of characters, one or several; an open start is the start of the part.
     if _is_pair(choice):
         start, end = choice  # type: ignore[misc]
         return Span(start or 0, end)  # type: ignore[arg-type]
     if isinstance(choice, list) and choice and all(_is_pair(pair) for pair in choice):
         return AllOf([Span(start or 0, end) for start, end in choice])  # type: ignore[misc]
+    # Indices or a mask, also from numpy.
     values: Any = choice.tolist() if hasattr(choice, "tolist") else choice  # type: ignore[union-attr]
     if isinstance(values, list) and all(isinstance(value, int) for value in values):
         return Tokens(values)

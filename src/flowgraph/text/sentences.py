@@ -28,6 +28,7 @@ def sentence_starts(text: str) -> list[int]:
     """Find the starts of sentences; a line break also ends a sentence."""
     starts = []
     for line in LINE.finditer(text):
+        # The borders of one line: its start, the ends of its sentences, and its end.
         borders = [line.start()]
         for stop in _SENTENCE_END.finditer(text, *line.span()):
             if _ends_sentence(text, borders[-1], stop, line.end()):

@@ -116,11 +116,14 @@ def selected_text(text: str, spans: Sequence[Sequence[int]]) -> str:
     """
     joined = ""
     end_so_far = None
+    # In reading order, so that a character which several tokens share is read once.
     for start, end in sorted((start, end) for start, end in spans):
         if end_so_far is None:
             joined += text[start:end]
             end_so_far = end
             continue
+
+        # A gap with visible characters is marked; a blank one is kept.
         between = text[end_so_far:start]
         joined += " … " if between.strip() else between
         joined += text[max(start, end_so_far) : end]
@@ -217,6 +220,8 @@ def align(decoded: str, spans: Sequence[Offsets], text: str) -> list[Offsets]:
     """
     if decoded == text:
         return list(spans)
+
+    # Blanks differ between the two texts, so only visible characters are matched.
     decoded_visible, decoded_places = _visible(decoded)
     text_visible, text_places = _visible(text)
     matches = _match(decoded_visible, text_visible)
@@ -265,6 +270,7 @@ def _match(decoded: str, text: str) -> list[Offsets]:
         place = len(matches)
         num_decoded = 1
         num_text = 1
+        # Where the texts differ, all characters of the difference share one range.
         if decoded[place] != text[text_place : text_place + 1]:
             window = RESYNC + ANCHOR
             num_decoded, num_text = _difference(decoded[place : place + window], text[text_place : text_place + window])
@@ -275,6 +281,7 @@ def _match(decoded: str, text: str) -> list[Offsets]:
 
 def _difference(decoded: str, text: str) -> Offsets:
     """Count the characters of either text to skip, at least one in all, until both agree again."""
+    # The smallest number of skipped characters first: the closest place at which both agree.
     for total in range(1, 2 * RESYNC + 1):
         fewest = max(0, total - min(RESYNC, len(text)))
         most = min(total, RESYNC, len(decoded))

@@ -82,7 +82,7 @@ _CHOICES = (
     re.compile(rf"(?i:\b(?:choose|pick|select|go with)[ \t]+(?:(?:option|choice|answer)[ \t]+)?)[{_MARKS}]*{_LETTER}"),
 )
 
-# "\boxed{answer}" repeats what was asked for, and states nothing.
+# "\boxed{answer}" repeats the requested format, and states nothing.
 _PLACEHOLDER = re.compile(
     r"[\s\[\](){}<>*_`\"'$]*(?:\\(?:text|mathrm|textbf)\{)?(?:(?:your|my|the|an?)[ _-]+)?"
     r"(?:(?:final|correct|numeric(?:al)?)[ _-]*)?(?:answer|solution)(?:[ _-]+here)?[\s\[\](){}<>*_`\"'$]*"
@@ -180,20 +180,24 @@ def statements_in(text: str, rules: Sequence[str], *, strict: bool = False) -> l
     marked: set[StatedAnswer] = set()
     worded: set[StatedAnswer] = set()
     for rule in rules:
+        # Phrases of prose and "####" lines inside a program are not statements.
         kept = worded if rule in _WORDED else marked
         is_in_prose = rule in _WORDED or rule == "hash"
         for low, high in finders[rule](text):
-            is_blank = not text[low:high].strip()
-            if not is_blank and not (is_in_prose and _touches(code, low, high)):
-                kept.add(StatedAnswer(low, high, rule))
+            if not text[low:high].strip():
+                continue
+            if is_in_prose and _touches(code, low, high):
+                continue
+            kept.add(StatedAnswer(low, high, rule))
 
     # Marks: the innermost. Words: not where they touch a mark, and a choice inside a phrase is its value.
     found = _innermost(marked)
     marks = sorted((one.start, one.end) for one in found)
-    found += _innermost([one for one in worded if not _touches(marks, one.start, one.end)])
+    outside_marks = [one for one in worded if not _touches(marks, one.start, one.end)]
+    found += _innermost(outside_marks)
     found.sort(key=_by_end)
 
-    # What states nothing gives way to what does.
+    # Placeholders and comments are dropped where another statement is left.
     for states_nothing in (_is_placeholder, _is_comment):
         others = [one for one in found if not states_nothing(text, one)]
         found = others or found
@@ -228,10 +232,18 @@ def last_sentence(text: str) -> Offsets | None:
 
 def _last_spoken(text: str) -> Offsets | None:
     """Find the last sentence that is no courtesy; None where there is none."""
+    # Line breaks of all kinds become one sign, at the same characters; lines of decoration hold no sentence.
     plain = text.translate(LINE_BREAKS)
-    lines = [line.span() for line in LINE.finditer(plain) if not _DECORATION.fullmatch(plain, *line.span())]
+    lines = []
+    for line in LINE.finditer(plain):
+        if not _DECORATION.fullmatch(plain, *line.span()):
+            lines.append(line.span())
+
+    # From the last sentence of the last line backwards.
     for low, high in reversed(lines):
-        starts = [low + offset for offset in sentence_starts(plain[low:high])] or [low]
+        starts = [low + offset for offset in sentence_starts(plain[low:high])]
+        if not starts:
+            starts = [low]
         ends = [*starts[1:], high]
         for start, end in zip(reversed(starts), reversed(ends), strict=True):
             if not _COURTESY.match(plain, start):
@@ -264,6 +276,7 @@ def _code_blocks(text: str) -> list[_CodeBlock]:
         language = fence[2].strip()
         if opened is None:
             opened = fence
+        # Only a fence that repeats the opening one, without a language, closes the block.
         elif fence[1].startswith(opened[1]) and not language:
             blocks.append(_code_block(opened, fence.start(), fence.end()))
             opened = None
@@ -302,6 +315,7 @@ def _tags(text: str, tag: re.Pattern[str] = _TAG) -> list[Offsets]:
     found = []
     start = None
     for match in tag.finditer(text):
+        # A second opening tag before a closing one restarts the content.
         if not match[1]:
             start = match.end()
         elif start is not None:
@@ -330,6 +344,7 @@ def _json_values(text: str, key: re.Pattern[str] = _JSON_KEY) -> list[Offsets]:
     found = []
     for match in key.finditer(text):
         at = match.end()
+        # A string, a number or word, or a list or object that is read to its end.
         string = _JSON_STRING.match(text, at)
         scalar = _JSON_SCALAR.match(text, at)
         if string:
@@ -350,21 +365,24 @@ def _json_answers(text: str) -> list[Offsets]:
     found = _json_values(text)
     if found:
         return found
+
+    # Other keys count only where the response is one JSON object, alone or in its only code block.
     blocks = _code_blocks(text)
     low = 0
     high = len(text)
     if len(blocks) == 1:
         low = blocks[0].start
         high = blocks[0].end
-    if not text[low:high].strip().startswith("{"):
+    candidate = text[low:high]
+    if not candidate.strip().startswith("{"):
         return []
     try:
-        is_object = isinstance(json.loads(text[low:high]), dict)
+        is_object = isinstance(json.loads(candidate), dict)
     except (ValueError, RecursionError):
         return []
     if not is_object:
         return []
-    return [(low + start, low + end) for start, end in _json_values(text[low:high], _OTHER_JSON_KEY)]
+    return [(low + start, low + end) for start, end in _json_values(candidate, _OTHER_JSON_KEY)]
 
 
 def _phrases(text: str) -> list[Offsets]:

@@ -92,13 +92,16 @@ class _TracingEnvironment(ImmutableSandboxedEnvironment):
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """Write a value as JSON, without the HTML escapes of jinja's own filter; a text keeps its origins."""
-    if isinstance(value, TracedText):
-        pieces = ['"']
-        for character, origin in zip(value, value.origins, strict=True):
-            escaped = json.dumps(character, ensure_ascii=ensure_ascii)[1:-1]
-            pieces.append(TracedText(escaped, [origin] * len(escaped)))
-        return join([*pieces, '"'])
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    if not isinstance(value, TracedText):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    # Each character is escaped by itself, and all signs of its escape get its origin.
+    pieces = ['"']
+    for character, origin in zip(value, value.origins, strict=True):
+        escaped = json.dumps(character, ensure_ascii=ensure_ascii)[1:-1]
+        pieces.append(TracedText(escaped, [origin] * len(escaped)))
+    pieces.append('"')
+    return join(pieces)
 
 
 @jinja2.pass_environment
@@ -156,6 +159,7 @@ def content_spans(
 
     Cost: two runs of the template, and a few operations for each character.
     """
+    # A template that only prints its input shows the messages as the template itself would see them.
     try:
         conversation: Any = list(messages)
         seeing = {**options, "chat_template": _SEEN}
@@ -174,7 +178,11 @@ def content_spans(
     last_content = None
     last_origin = TEMPLATE
     for place, origin in enumerate(origins):
-        content = None if origin == TEMPLATE else contents[bisect_right(starts, origin) - 1]
+        content = None
+        if origin != TEMPLATE:
+            content = contents[bisect_right(starts, origin) - 1]
+
+        # A run goes on until its text ends, or starts again.
         is_start = content is not None and origin == content.start and origin != last_origin
         if content is not None and content == last_content and not is_start:
             message, (start, _) = spans[-1]
@@ -205,7 +213,8 @@ def _rendered_origins(
     arguments |= {"tools": seen["tools"], "documents": seen["documents"], "add_generation_prompt": not is_continued}
 
     # transformers marks the end of a message to be continued; versions differ in this, so both forms are tried.
-    for ending in (_CONTINUED, "") if is_continued else ("",):
+    endings = (_CONTINUED, "") if is_continued else ("",)
+    for ending in endings:
         traced = _traced_messages(seen["messages"], ending)
         text = template.render(messages=traced, **arguments)
         is_same = text.startswith(rendered) if is_continued else text == rendered
@@ -243,28 +252,28 @@ def _is_text_part(part: Any) -> bool:
 def _traced_messages(messages: list[dict[str, Any]], ending: str) -> list[dict[str, Any]]:
     """Copy messages with contents that keep their origin; ``ending`` follows the last text."""
     # The texts in order, each character with its place among all of them.
-    texts = []
+    texts: list[str] = []
     start = 0
     for message in messages:
         for text in _texts(message):
             texts.append(TracedText(text, range(start, start + len(text))))
             start += len(text)
-    last = len(texts) - 1
+    if texts:
+        texts[-1] = texts[-1] + ending
 
+    # The same messages with the traced texts in the places of the plain ones.
+    remaining = iter(texts)
     traced = []
-    number = 0
     for message in messages:
         copied = dict(message)
         if isinstance(message.get("content"), str):
-            copied["content"] = texts[number] + ending if number == last else texts[number]
-            number += 1
+            copied["content"] = next(remaining)
         elif isinstance(message.get("content"), list):
             copied["content"] = []
             for part in message["content"]:
                 copied_part = part
                 if _is_text_part(part):
-                    copied_part = {**part, "text": texts[number] + ending if number == last else texts[number]}
-                    number += 1
+                    copied_part = {**part, "text": next(remaining)}
                 copied["content"].append(copied_part)
         traced.append(copied)
     return traced

@@ -169,25 +169,30 @@ def baselines_of(
     def compared(name: str, description: str, scores: Float64[Tensor, " tokens"]) -> Baseline:
         return _compared(name, description, scores, base, counted, num_top)
 
-    found = []
     # The answer's reads, the only part that no composition enters.
-    found.append(compared("one hop", "what the answer reads directly, on the same edges", _one_hop(trace)))
-    recency = torch.arange(trace.num_tokens, dtype=torch.float64)
-    found.append(compared("recency", "later tokens first", recency))
-    has_digit = [any(character.isdigit() for character in token) for token in trace.tokens]
-    found.append(compared("digits", "tokens with a digit first", torch.tensor(has_digit, dtype=torch.float64)))
-    found.append(_random(trace.num_tokens, num_tokens, num_top))
+    one_hop = compared("one hop", "what the answer reads directly, on the same edges", _one_hop(trace))
 
+    # Rankings by position and by text alone, and the overlap of a random ranking.
+    position = torch.arange(trace.num_tokens, dtype=torch.float64)
+    recency = compared("recency", "later tokens first", position)
+    has_digit = []
+    for token in trace.tokens:
+        has_digit.append(any(character.isdigit() for character in token))
+    digits = compared("digits", "tokens with a digit first", torch.tensor(has_digit, dtype=torch.float64))
+    random_order = _random(trace.num_tokens, num_tokens, num_top)
+
+    # Gradient times input; a model without a usable gradient gives the reason in its place.
     gradient = "derivative of the answer's log-probability by each embedding, times the embedding"
     if model is None:
-        missing = Baseline("gradient x input", gradient, None, None, None, "needs the model: one backward pass")
+        by_gradient = Baseline("gradient x input", gradient, None, None, None, "needs the model: one backward pass")
     else:
         try:
             scores = capture_input_gradient(model, trace.token_ids, trace.answer).product
-            missing = compared("gradient x input", gradient, scores)
+            by_gradient = compared("gradient x input", gradient, scores)
         except CaptureError as error:
-            missing = Baseline("gradient x input", gradient, None, None, None, str(error))
-    return Baselines(trace.score_name, region, num_tokens, num_top, (missing, *found))
+            by_gradient = Baseline("gradient x input", gradient, None, None, None, str(error))
+    found = (by_gradient, one_hop, recency, digits, random_order)
+    return Baselines(trace.score_name, region, num_tokens, num_top, found)
 
 
 def can_rank(trace: Ranked) -> bool:
@@ -201,6 +206,7 @@ def counted_tokens(trace: Ranked, region: str | None) -> tuple[Bool[Tensor, " to
     Raises:
         InvalidInputError: no such region, or one of fewer than three tokens.
     """
+    # "all" ends before the answer, whose tokens are what is explained.
     masks = {
         "reasoning": trace.reasoning,
         "question": trace.question,

@@ -69,13 +69,15 @@ class EdgeParts:
 
     def top(self, k: int = _LISTED) -> list[tuple[int, int, float]]:
         """List the ``k`` parts of largest absolute value, as (layer, head, part); without heads, head is -1."""
+        # The place in the flat list gives the layer and the head.
         flat = self.values.flatten()
         order = torch.argsort(flat.abs(), descending=True, stable=True)[: max(k, 0)]
         num_heads = self.values.shape[1]
         listed = []
         for place in order.tolist():
+            layer = self.layers[place // num_heads]
             head = place % num_heads if self.heads_apart else -1
-            listed.append((self.layers[place // num_heads], head, float(flat[place])))
+            listed.append((layer, head, float(flat[place])))
         return listed
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,7 +175,11 @@ def _split(
         if target not in factors:
             factors[target] = _factor_of_row(trace, target, rows)
         row = _row_of(trace, target)
-        values = rows.by_head(row, source) if heads_apart else rows.by_layer(row, source)[:, None]
+        if heads_apart:
+            values = rows.by_head(row, source)
+        else:
+            values = rows.by_layer(row, source)[:, None]
+        # The factor turns weights of the row into capacities, so that the parts sum to the capacity of the edge.
         found.append(
             EdgeParts(
                 source=source,
@@ -203,15 +209,20 @@ def strongest_parts(trace: Traced, model: nn.Module, count: int) -> list[EdgePar
     Cost: one capture, and one row of each layer and head per edge.
     """
     check_count(count)
+    # The edges that carry most flow; a stable sort keeps equal ones in the graph's order.
     flow = trace.flow.edge_flow
     order = torch.argsort(flow, descending=True, stable=True)[:count]
     order = order[flow[order] > 0]
     source, target = trace.graph.edge_index[:, order].tolist()
-    edges = list(zip(source, target, trace.graph.capacity[order].tolist(), strict=True))
+    capacity = trace.graph.capacity[order].tolist()
+    edges = list(zip(source, target, capacity, strict=True))
     if not edges:
         return []
+
+    # One pass of the model serves all edges.
     captured = capture_again(trace, model)
-    return _split(trace, captured, edges, heads_apart=_can_split_heads(captured.sequence(0)))
+    heads_apart = _can_split_heads(captured.sequence(0))
+    return _split(trace, captured, edges, heads_apart=heads_apart)
 
 
 def _can_split_heads(rows: SequenceRows) -> bool:
@@ -244,7 +255,9 @@ def parts_payload(parts: Sequence[EdgeParts], kinds: Mapping[str, Int64[Tensor, 
     Raises:
         InvalidInputError: parts of another trace.
     """
-    known = {kind: set(map(tuple, edges.T.tolist())) for kind, edges in kinds.items()}
+    known = {}
+    for kind, edges in kinds.items():
+        known[kind] = set(map(tuple, edges.T.tolist()))
     described = []
     for each in parts:
         if (each.source, each.target) not in known.get(each.kind, ()):
@@ -252,9 +265,14 @@ def parts_payload(parts: Sequence[EdgeParts], kinds: Mapping[str, Int64[Tensor, 
                 f"edge_parts: must be of edges of this trace, got {each.source} -> {each.target} ({each.kind}), which "
                 "it does not have; pass trace.edge_parts(model), and those of the relevance together with it"
             )
+
+        # All layers, and the largest parts of heads, as shares of the edge.
         weight = each.capacity
-        layers = zip(each.layers, (each.by_layer / weight).tolist(), strict=True)
-        heads = [[layer, head, part / weight] for layer, head, part in each.top()] if each.heads_apart else []
+        shares = (each.by_layer / weight).tolist()
+        layers = [[layer, share] for layer, share in zip(each.layers, shares, strict=True)]
+        heads = []
+        if each.heads_apart:
+            heads = [[layer, head, part / weight] for layer, head, part in each.top()]
         described.append(
             {
                 "kind": each.kind,
@@ -263,7 +281,7 @@ def parts_payload(parts: Sequence[EdgeParts], kinds: Mapping[str, Int64[Tensor, 
                 "weight": weight,
                 "arc": each.arc / weight,
                 "heads_apart": each.heads_apart,
-                "layers": [list(layer) for layer in layers],
+                "layers": layers,
                 "heads": heads,
             }
         )

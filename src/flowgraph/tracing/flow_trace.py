@@ -121,9 +121,11 @@ class FlowTrace:
     @property
     def score_name(self) -> str:
         """What :attr:`scores` are, with the capacity of the edges, such as ``"potential on vtrace_share"``."""
+        # The edges: the capacity, times a weight of the values where one was chosen.
         capacity = self.provenance.get("capacity", "unknown edges")
         if self.provenance.get("edge_weight", "attention") != "attention":
             capacity = f"{capacity} x {self.provenance['edge_weight']}"
+        # The score: a composition that was named, or what the capacity ranks best by.
         composition = self.provenance.get("composition")
         if self.composed is not None:
             name = composition.get("name") if isinstance(composition, Mapping) else "a composition"
@@ -358,6 +360,7 @@ class FlowTrace:
             OutputError: the path cannot be written.
             InvalidInputError: the provenance holds something that JSON cannot.
         """
+        # A changed graph or flow would be saved beside results that no longer belong to it.
         graph = self.graph
         flow = self.flow
         graph.validate()
@@ -441,10 +444,14 @@ class FlowTrace:
             max_edges=max_edges,
             scores=self.composed,
         )
+
+        # What ranks the tokens, and what the ranking is compared with.
         payload["score"] = self.score_name
         if self.feasible:
             payload["specificity"] = self.specificity().to_dict()
             payload["baselines"] = shown_baselines(self, baselines)
+
+        # Results of other calls, which the caller passes: each is checked to be of these tokens.
         if relevance is not None:
             self._require_same_tokens(relevance, "relevance")
             payload["relevance"] = relevance.to_dict(max_edges=max_edges)
@@ -515,10 +522,13 @@ class FlowTrace:
 
     def __repr__(self) -> str:
         """Summarise the trace: sizes, response, answer, the mean route, the strongest hubs, and what pruning lost."""
-        sizes = ", ".join(f"{name} {int(self.graph[f'{name}_mask'].sum())}" for name in REGIONS)
+        sizes = []
+        for name in REGIONS:
+            num_in_region = int(self.graph[f"{name}_mask"].sum())
+            sizes.append(f"{name} {num_in_region}")
         model = self.provenance.get("model", "a model")
         lines = [
-            f"FlowTrace of {model}: {self.num_tokens} tokens ({sizes}), {self.graph.num_edges} edges",
+            f"FlowTrace of {model}: {self.num_tokens} tokens ({', '.join(sizes)}), {self.graph.num_edges} edges",
             f"  answer: {self._shown_answer()}",
         ]
         made = describe_response(self.provenance)

@@ -88,6 +88,7 @@ def generate_response(
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """List the ids after which a response ends: those of the model, or the tokenizer's where the model has none."""
+    # The model's own setting comes first, because generation stops at it.
     ends = None
     if model.generation_config is not None:
         ends = model.generation_config.eos_token_id
@@ -95,6 +96,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         ends = tokenizer.eos_token_id
     if ends is None:
         return []
+
+    # One id, a list or a tensor.
     if isinstance(ends, Tensor):
         ends = ends.tolist()
     return [ends] if isinstance(ends, int) else [int(end) for end in ends]

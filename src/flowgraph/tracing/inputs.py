@@ -112,6 +112,8 @@ def regions_of_text(
         is_generated = True
     else:
         _check_response(model, response)
+
+    # Both texts as tokens, with the origin of the response.
     encoded = encode(tokenizer, request.prompt, response, chat_template_kwargs=request.chat_template_kwargs)
     if is_generated:
         encoded = replace(encoded, origin={**encoded.origin, "response": "generated"})
@@ -256,12 +258,16 @@ def _token_mask(attention_mask: Any, num_ids: int, prompt_length: Any) -> Tensor
             f"attention_mask: must have one entry for each of {num_ids} ids, or for each id of the prompt, got shape "
             f"{tuple(mask.shape)}; pass the row of the mask that belongs to this row of input_ids, and prompt_length="
         )
+
+    # A third value, such as a weight, would be read as a token or as padding.
     is_token = mask.cpu() == 1
     if not bool((is_token | (mask.cpu() == 0)).all()):
         raise InvalidInputError(
             f"attention_mask: must hold 1 on tokens and 0 on padding, got {mask.unique().tolist()!s:.80}; "
             "pass the tokenizer's attention_mask"
         )
+
+    # Tokens that the model generated follow the prompt, and are no padding.
     generated = torch.ones(num_ids - is_token.numel(), dtype=torch.bool)
     is_token = torch.cat([is_token, generated])
     if int(is_token.sum()) < 2:
@@ -297,6 +303,8 @@ def _check_regions(question: Any, answer: Any, reasoning: Any) -> None:
     for name, region in (("question", question), ("answer", answer)):
         if region is None:
             raise InvalidInputError(f"{name}: must be a mask or indices with input_ids, got None; a regex needs text")
+
+    # A pattern or a text cannot be searched in ids.
     for name, region in (("question", question), ("answer", answer), ("reasoning", reasoning)):
         is_text_selector = isinstance(region, Selector) and not isinstance(region, Tokens | Tensor)
         if isinstance(region, str) or is_text_selector:

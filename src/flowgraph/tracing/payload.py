@@ -118,6 +118,7 @@ def trace_payload(
         "specificity": None,
         "provenance": dict(provenance),
     }
+    # Scores of a composition stand beside the throughput of each token.
     if scores is not None:
         for described, score in zip(payload["tokens"], scores.tolist(), strict=True):
             described["score"] = score
@@ -133,7 +134,10 @@ def trace_payload(
         "share": kept.share,
         "edges": _edges(graph.edge_index, kept_edges, edge_flow),
     }
-    payload["routes"] = [{"tokens": route.tokens, "flow": route.flow} for route in widest_routes(flow, _NUM_ROUTES)]
+    routes = []
+    for route in widest_routes(flow, _NUM_ROUTES):
+        routes.append({"tokens": route.tokens, "flow": route.flow})
+    payload["routes"] = routes
     payload["steps"] = steps.to_dict(max_edges=max_edges)
     payload["hubs"] = _roles(hubs(flow, _NUM_ROLES))
     payload["checkpoints"] = _roles(checkpoints(flow, _NUM_ROLES))

@@ -47,15 +47,20 @@ def provenance_of(
         response: how the response was made, from :func:`response_record`.
         encoded: the text, which records how it was made.
     """
+    # Options may hold selectors or tensors; a record holds plain JSON values.
+    capacity_options = {}
+    for name, value in (options.capacity_options or {}).items():
+        capacity_options[name] = _plain(value)
+    dtype = next(model.parameters()).dtype
     return {
         "model": model_name(model),
         "architecture": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         **weights_record(model),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "text": dict(encoded.origin),
         "capacity": options.capacity,
-        "capacity_options": {name: _plain(value) for name, value in (options.capacity_options or {}).items()},
+        "capacity_options": capacity_options,
         "score": find_capacity(options.capacity).score,
         "layers": list(layers),
         "heads": str(options.heads or "mean"),

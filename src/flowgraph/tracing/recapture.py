@@ -32,6 +32,7 @@ def capture_record(options: TraceOptions, layers: tuple[int, ...]) -> dict[str, 
         options: the choices of the trace.
         layers: indices of the layers that were read.
     """
+    # Only options that the capacity has: others would be refused when it is captured again.
     known = find_capacity(options.capacity).defaults
     record: dict[str, Any] = {}
     if "layers" in known:
@@ -60,6 +61,7 @@ def capture_again(
 
     Cost: one capture.
     """
+    # The options of the trace, those given here, and the regions of the text where the capacity reads them.
     chosen = dict(options or {})
     if capacity is None:
         capacity, recorded = recorded_capture(trace)
@@ -85,6 +87,7 @@ def recorded_capture(trace: Traced) -> tuple[str, dict[str, Any]]:
             f"trace: must say how its edges were captured, got a provenance without {RECORD!r}; make it with "
             "flowgraph.trace of this version"
         )
+    # The options of the capacity may name layers and heads too; a selector was written as its fields.
     options = {**dict(record), **dict(provenance.get("capacity_options") or {})}
     heads = options.get("heads")
     if isinstance(heads, Mapping):

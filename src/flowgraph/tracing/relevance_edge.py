@@ -137,12 +137,16 @@ def relevance_again(trace: TracedRelevance, model: nn.Module) -> RelevanceRows:
             f"trace: must say how its edges were captured, got a provenance without {RECORD!r} of relevance; make it "
             "with flowgraph.trace of this version"
         )
+
+    # The target as it was: a name, or the ids that the answer was contrasted with.
     explained = torch.zeros(trace.num_tokens, dtype=torch.bool)
     explained[record["explained"]] = True
     target: Any = record["target"]
     if record["contrast_ids"] is not None:
         target = trace.token_ids.clone()
         target[explained] = torch.tensor(record["contrast_ids"])
+
+    # The rows keep their tape, from which heads and layers are told apart.
     rows = capture(
         model,
         trace.token_ids,
@@ -162,6 +166,7 @@ def _require_same(trace: TracedRelevance, rows: RelevanceRows) -> None:
     flow = trace.flow
     source, target = flow.graph.edge_index
     weight = flow.edge_flow
+    # Blocks of rows are compared with the edges into the same tokens.
     largest = float(weight.abs().max())
     difference = 0.0
     for start, shares in share_blocks(rows, flow.total):
@@ -169,9 +174,11 @@ def _require_same(trace: TracedRelevance, rows: RelevanceRows) -> None:
         again = shares[target[inside] - start, source[inside]]
         if again.numel():
             difference = max(difference, float((again - weight[inside]).abs().max()))
+    # Half precision rounds the gradients at every layer.
     is_half = trace.provenance.get("dtype") in ("bfloat16", "float16")
+    tolerance = _TOLERANCE_HALF if is_half else _TOLERANCE
     error = difference / largest
-    if not error <= (_TOLERANCE_HALF if is_half else _TOLERANCE):
+    if not error <= tolerance:
         raise InvalidInputError(
             f"model: must be the model of the trace, got one whose relevance differs from the trace's by {error:.2g} "
             f"of the largest share; pass {trace.provenance.get('model')!r} with the same weights and dtype"

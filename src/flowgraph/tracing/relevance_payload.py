@@ -56,6 +56,7 @@ def relevance_payload(
         provenance: what was run; plain JSON values.
         max_edges: most edges between tokens.
     """
+    # Edges of the largest absolute flow, for and against the answer.
     edge_flow = flow.edge_flow
     strongest = torch.argsort(edge_flow.abs(), descending=True, stable=True)[:max_edges]
     return {
@@ -83,6 +84,7 @@ def relevance_payload(
 
 def page_payload(relevance: Mapping[str, Any]) -> dict[str, Any]:
     """Describe a relevance without a flow in the schema of :mod:`flowgraph.tracing.payload`, for the trace page."""
+    # The page needs the fields of a flow; without one they are empty or 0.
     tokens = []
     for token in relevance["tokens"]:
         shown = {name: token[name] for name in ("index", "text", "start", "end", "region", "generated")}
@@ -120,6 +122,7 @@ def page_payload(relevance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokens(flow: SignedFlow, tokens: Sequence[str], spans: Tensor) -> list[dict[str, Any]]:
     """Describe every token."""
+    # None for tokens in no region.
     regions: list[str | None] = [None] * len(tokens)
     for region in REGIONS:
         for token in flow.graph[f"{region}_mask"].nonzero().flatten().tolist():

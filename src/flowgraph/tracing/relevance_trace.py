@@ -345,6 +345,7 @@ def relevance_trace(
 
     Cost: see :class:`flowgraph.RelevanceRows`.
     """
+    # With a contrast only the first token that differs is explained, against the token of the other answer.
     explained = answer
     goal = target
     if contrast is not None:
@@ -372,8 +373,11 @@ def relevance_trace(
         reasoning=torch.from_numpy(regions == REGIONS.index("reasoning")),
         max_edges=max_edges,
     )
-    record = relevance_record(rows, explained, goal if isinstance(goal, Tensor) else None)
-    choices = {"target": flow.target, "contrast": None if contrast is None else str(contrast), "hops": flow.hops}
+    # What the trace needs to be captured again, and what a reader needs to know of it.
+    contrast_ids = goal if isinstance(goal, Tensor) else None
+    record = relevance_record(rows, explained, contrast_ids)
+    shown_contrast = None if contrast is None else str(contrast)
+    choices = {"target": flow.target, "contrast": shown_contrast, "hops": flow.hops}
     return RelevanceTrace(
         tokens=tokens,
         token_ids=token_ids,
@@ -403,14 +407,18 @@ def _contrasted_token(
     given = text[start:stop]
     start += len(given) - len(given.lstrip())
     stop -= len(given) - len(given.rstrip())
+    other_text = text[:start] + contrast.strip() + text[stop:]
     before = tokenizer(text[:stop], add_special_tokens=False)["input_ids"]
-    after = tokenizer(text[:start] + contrast.strip() + text[stop:], add_special_tokens=False)["input_ids"]
+    after = tokenizer(other_text, add_special_tokens=False)["input_ids"]
+
+    # The tokens that both texts begin with.
     shared = 0
     while shared < min(len(before), len(after)) and before[shared] == after[shared]:
         shared += 1
 
     # A tokenizer may add a first token of its own: count from the token that holds the place.
-    offset = token_ids.numel() - len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens_of_text = tokenizer(text, add_special_tokens=False)["input_ids"]
+    offset = token_ids.numel() - len(tokens_of_text)
     place = shared + offset
     differs = shared < min(len(before), len(after))
     if not differs or not 0 <= place < answer.numel() or not bool(answer[place]):
@@ -431,6 +439,8 @@ def load_relevance(path: PathLike) -> RelevanceTrace:
     if record.get("kind") != _KIND:
         raise TraceFileError(f"path: must hold a relevance trace, got a flow trace in {path}; use load_trace")
     require_tensors(path, tensors, _TENSORS)
+
+    # The record and the graph, whose constructor checks edges and regions.
     try:
         tokens = tuple(str(token) for token in record["tokens"])
         facts = {name: record["flow"][name] for name in _FLOW_FACTS}

@@ -1,4 +1,4 @@
-"""``Sensitivity``: how far the ranking of a trace's tokens depends on choices that nobody can derive."""
+"""``Sensitivity``: how far the ranking of a trace's tokens depends on choices that no theory determines."""
 
 from __future__ import annotations
 
@@ -168,6 +168,7 @@ def sensitivity_of(
     for number, change in enumerate(changes, 1):
         if progress is not None:
             progress(f"{number} of {len(changes)}: {change.choice} = {change.value}")
+        # Rows are captured once for all variations with the same capacity and options.
         key = repr((change.capacity, sorted(change.options.items(), key=str)))
         try:
             if key not in captured:
@@ -176,7 +177,8 @@ def sensitivity_of(
             variations.append(Variation(change.choice, change.value, None, None, str(error)))
             continue
         scores = _scores(trace, captured[key], change)
-        variations.append(_compared(change, base, None if scores is None else scores[counted], num_top))
+        compared_scores = None if scores is None else scores[counted]
+        variations.append(_compared(change, base, compared_scores, num_top))
     return Sensitivity(_settings(trace), region, num_tokens, num_top, tuple(variations))
 
 
@@ -198,13 +200,22 @@ def _changes(
     third = max(1, total_layers // 3)
     default_layers = (f"0-{third - 1}", "middle", "upper", f"{total_layers - third}-", "all")
 
-    for layer_rule in _listed("layers", layers, default_layers) if _applies("layers", layers, known, capacity) else ():
+    # Layers and heads, where the capacity reads them.
+    layer_rules: Sequence[Any] = ()
+    if _applies("layers", layers, known, capacity):
+        layer_rules = _listed("layers", layers, default_layers)
+    for layer_rule in layer_rules:
         if resolve_layers(layer_rule, total_layers) != own_layers:
             yield _Change("layers", str(layer_rule), None, {"layers": layer_rule})
-    for choice in _listed("heads", heads, HEADS) if _applies("heads", heads, known, capacity) else ():
+    head_choices: Sequence[Any] = ()
+    if _applies("heads", heads, known, capacity):
+        head_choices = _listed("heads", heads, HEADS)
+    for choice in head_choices:
         resolve_heads(choice, None)
         if str(choice) != trace.provenance.get("heads"):
             yield _Change("heads", str(choice), None, {"heads": choice})
+
+    # Rows, power and capacity apply to every trace.
     for rule in _listed("rows", rows, ROWS):
         if rule not in get_args(RowRule):
             raise InvalidInputError(
@@ -215,7 +226,9 @@ def _changes(
     for power in _listed("powers", powers, POWERS):
         _check_power(power)
         # The layers of the trace, so that the power is the only change beside the sharpening itself.
-        options = {"power": float(power), "layers": own_layers} if own_layers else {"power": float(power)}
+        options: dict[str, Any] = {"power": float(power)}
+        if own_layers:
+            options["layers"] = own_layers
         yield _Change("power", f"{power:g}", "sharpened", options)
     for name in _listed("capacities", capacities, CAPACITIES):
         if find_capacity(name).signed:
@@ -253,6 +266,7 @@ def _check_power(power: Any) -> None:
 
 def _scores(trace: Traced, captured: AttentionRows, change: _Change) -> Float64[Tensor, " tokens"] | None:
     """Score all tokens as the trace did, from other rows; None where no question token reaches the answer."""
+    # The graph with the rules of the trace, except for the rows that the variation changes.
     provenance = trace.provenance
     rules = EdgeRules.preset(
         "default",
@@ -284,6 +298,7 @@ def _scores(trace: Traced, captured: AttentionRows, change: _Change) -> Float64[
     if not bool(solved.feasible):
         return None
 
+    # The score of the trace: its composition, or what its capacity ranks best by.
     composition = provenance.get("composition")
     if isinstance(composition, Mapping):
         chosen = find_composition(composition["name"])
@@ -306,6 +321,8 @@ def _compared(
     reason = ""
     if math.isnan(correlation):
         reason = "all scores are equal"
+
+    # The share of the best tokens that both rankings have.
     common = set(_best(base, num_top)) & set(_best(scores, num_top))
     return Variation(
         choice=change.choice,

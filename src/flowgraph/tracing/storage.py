@@ -82,6 +82,8 @@ def read_record(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise TraceFileError(
             f"path: must hold a trace record, got {path} without a readable one; write it again"
         ) from error
+
+    # JSON has no NaN; the graph writes it as null.
     if isinstance(record, dict) and isinstance(record.get("graph"), dict):
         record["graph"] = _null_to_nan(record["graph"])
     return tensors, record

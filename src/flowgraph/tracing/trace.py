@@ -259,6 +259,8 @@ def trace(
         check_writable(path)
     options.check(model)
     inner = base_model(model)
+
+    # Tokens and regions: from ids with masks, or from text, whose response may be generated here.
     was_generated = False
     guess = None
     if input_ids is not None:
@@ -287,6 +289,8 @@ def trace(
         encoded, regions = regions_of_text(inner, tokenizer, request, max_new_tokens, report)  # type: ignore[arg-type]
         was_generated = response is None and not ends_with_response(prompt)  # type: ignore[arg-type]
         guess = last_resort(regions.answer_by, encoded)
+
+    # How the response came about, and a warning where it was cut off.
     num_tokens = encoded.input_ids.numel()
     response_facts = response_record(
         inner,
@@ -300,6 +304,8 @@ def trace(
         warnings.warn(guess, stacklevel=2)
     else:
         warn_if_truncated(response_facts, stacklevel=3)
+
+    # Relevance is conserved by itself; every other capacity gets a graph and a solved flow.
     if options.is_signed:
         return assemble_relevance(model, tokenizer, encoded, regions, options, response_facts, report)
     require_trace_memory(inner, num_tokens, options.chosen_layers, max_edges)
@@ -406,7 +412,7 @@ def assemble(
         damping=options.damping,
     )
 
-    # Scores of the tokens, where a composition was asked for.
+    # Scores of the tokens, where a composition was chosen.
     composed = None
     if options.chosen_composition is not None:
         progress("composing the scores")
@@ -447,10 +453,12 @@ def _question(regions: Regions, options: TraceOptions) -> Tensor:
             "question: must hold a token besides the first one, whose edges are excluded as those of an attention "
             "sink, got the first token alone; pass first_token='keep', or a longer question"
         )
+    # A region found automatically is narrowed without a notice.
     if regions.question_selector.startswith(("auto", "Prompt(")):
         rest = question.clone()
         rest[0] = False
         return rest
+    # The user chose a region with this token: it stays in the region, but no flow can enter there.
     selector = regions.question_selector
     named = "the mask or indices given" if selector == "mask" else selector
     warnings.warn(

@@ -145,6 +145,7 @@ class TraceOptions:
         answer: Tensor | None = None,
     ) -> AttentionRows:
         """Capture the rows of a batch with these choices; ``answer`` is for capacities that explain certain tokens."""
+        # Options of the capacity come last, so that they replace the layers and heads of the trace.
         choices: dict[str, Any] = {"layers": self.layers, "heads": self.heads, **(self.capacity_options or {})}
         if "answer" in find_capacity(self.capacity).defaults:
             choices["answer"] = answer
@@ -204,6 +205,7 @@ class TraceOptions:
                 f"preset: does not apply to capacity={self.capacity!r}, got {self.preset!r}; relevance has no edge "
                 "rules, so leave it out"
             )
+        # A value other than the default was chosen by the caller, who expects an effect.
         defaults = TraceOptions()
         for name in _CHOICES_OF_THE_FLOW:
             value = getattr(self, name)

@@ -51,10 +51,11 @@ def weights_record(model: PreTrainedModel) -> dict[str, Any]:
     """
     layers = list(_adapter_layers(model))
     parameters = dict(model.named_parameters())
-    version = (
-        tuple((name, id(parameter), _version(parameter)) for name, parameter in parameters.items()),
-        tuple((id(layer), tuple(_active(layer)), _merged(layer)) for _, layer in layers),
-    )
+    # The state of the weights: which tensors, how often each was edited in place, and which adapters apply.
+    tensors = tuple((name, id(parameter), _version(parameter)) for name, parameter in parameters.items())
+    adapters = tuple((id(layer), tuple(_active(layer)), _merged(layer)) for _, layer in layers)
+    version = (tensors, adapters)
+    # In the same state the record is the same, and the digest need not be computed again.
     known = _digests.get(model)
     if known is not None and known[0] == version:
         return dict(known[1])
@@ -114,11 +115,13 @@ def _merged(layer: Any) -> tuple[str, ...]:
 
 def _adapters(model: PreTrainedModel, layers: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
     """Describe each adapter that is active, or merged into the base weights, in some layer, by name."""
+    # A dictionary without values keeps each name once, in order.
     names: dict[str, None] = {}
     for _, layer in layers:
         for name in (*_active(layer), *_merged(layer)):
             names[name] = None
 
+    # One record per adapter: its settings, whether it is merged, and a digest of its weights.
     configs = getattr(model, "peft_config", None) or {}
     records = {}
     for name in sorted(names):
