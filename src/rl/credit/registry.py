@@ -142,7 +142,9 @@ class CreditRule:
         Raises:
             CreditError: an option that the rule does not have, or outside its range.
         """
-        return self.needs if self.needs_of is None else self.needs_of(options)
+        if self.needs_of is None:
+            return self.needs
+        return self.needs_of(options)
 
 
 _RULES: dict[str, CreditRule] = {}
@@ -298,6 +300,7 @@ def score_with_tie(
             "use a task with an oracle, such as chain, wandering, pathsearch or program, or another rule"
         )
 
+    # An error of the package names its argument already.
     try:
         found = rule.function(batch)
     except FlowgraphError:
