@@ -91,9 +91,12 @@ def text_weights(token_ids: Int64[Tensor, " tokens"]) -> Float64[Tensor, "tokens
         matched = matched & ends_match
         suffix += matched
 
+    # The three parts of C, over earlier tokens.
     position = torch.arange(num_tokens, dtype=torch.float64)
     distance = position[:, None] - position
-    weights = (suffix + is_same + torch.exp(-distance.clamp_min(0) / NEARNESS)).tril(-1)
+    nearness = torch.exp(-distance.clamp_min(0) / NEARNESS)
+    weights = (suffix + is_same + nearness).tril(-1)
+
     # Every token but the first has an earlier one, whose nearness is positive.
     total = weights.sum(1, keepdim=True)
     smallest = torch.finfo(torch.float64).tiny
