@@ -138,6 +138,7 @@ def _readable_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict
         return prompt
     contents = [message.get("content") for message in prompt]
     if not all(isinstance(content, str) for content in contents):
-        # Contents in parts need a template: the trace says so.
+        # Contents in parts need a template: the trace raises the error that explains it.
         return prompt
-    return "".join(f"{content}\n" for content in contents)
+    lines = [f"{content}\n" for content in contents]
+    return "".join(lines)
