@@ -206,7 +206,7 @@ def attention_flow(
         targets: the output tokens (mask, indices or slice); default: all.
         sources: the same for the input tokens.
         residual: r, see :func:`layered_graph`.
-        max_edges: refuse more than this many edges, those of the graph counted once for each max flow.
+        max_edges: the most edges in all, those of the graph counted once for each max flow.
 
     Returns:
         One row for each target and one column for each source, in token order, without derivatives; each number is the

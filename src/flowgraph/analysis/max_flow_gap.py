@@ -75,7 +75,7 @@ def gap_report(flow: Flow, *, keep: float = 0.9, num_compared: int = 32, max_edg
         flow: feasible, on one graph, no token both source and demand.
         keep: share of the flow that the backbone carries.
         num_compared: for how many tokens M[v] is computed, at two max flows each; 0 omits the correlation.
-        max_edges: refuse larger graphs.
+        max_edges: larger graphs raise an error.
 
     Returns:
         A :class:`GapReport`.

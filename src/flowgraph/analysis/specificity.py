@@ -1,7 +1,7 @@
 r"""How much a flow is about its question: the same graph with the unit entering elsewhere, and where reach enters.
 
 On averaged attention, walks from any two tokens mix within a few hops. Then the throughput of the reasoning is set by
-the answer alone: it is the potential h, whatever the unit's place of entry. Three numbers tell how far that holds.
+the answer alone: it is the potential h, for any place of entry of the unit. Three numbers tell how far that holds.
 """
 
 from __future__ import annotations

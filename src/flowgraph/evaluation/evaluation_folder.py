@@ -68,7 +68,7 @@ class EvaluationFolder:
         return self.out / "items" / safe_name(task) / split / f"{item}.json"
 
     def record(self, task: str, split: str, item: str) -> dict[str, Any] | None:
-        """Return the record of a finished item; None where there is none that can be read."""
+        """Return the record of a finished item; None without a record that can be read."""
         return read_json(self.item_path(task, split, item))
 
     def finish(self, task: str, split: str, item: str, record: Mapping[str, Any]) -> None:

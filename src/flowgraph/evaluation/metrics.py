@@ -208,7 +208,7 @@ def auroc(scores: Values, gold: Mask) -> float:
         A probability in [0, 1], chance .5. NaN where no unit or every unit is gold.
 
     Raises:
-        InvalidInputError: lengths differ, scores that are not finite, or gold that is no mask.
+        InvalidInputError: lengths differ, scores are not finite, or gold is not a mask.
 
     Cost: one sort.
 
@@ -249,7 +249,7 @@ def average_precision(scores: Values, gold: Mask) -> float:
         A number in (0, 1], 1 is best; constant scores give the share of gold units. NaN where no unit is gold.
 
     Raises:
-        InvalidInputError: lengths differ, scores that are not finite, or gold that is no mask.
+        InvalidInputError: lengths differ, scores are not finite, or gold is not a mask.
 
     Source: the step-wise sum without interpolation, as scikit-learn's ``average_precision_score``.
 
@@ -289,7 +289,7 @@ def precision_at(scores: Values, gold: Mask, share: float = 0.1) -> float:
         of gold units on average. NaN where no unit is gold.
 
     Raises:
-        InvalidInputError: lengths differ, scores that are not finite, gold that is no mask, or a share outside (0, 1].
+        InvalidInputError: lengths differ, scores are not finite, gold is not a mask, or a share outside (0, 1].
 
     Example:
         >>> precision_at([.9, .8, .7, .6], [True, False, True, False], share=.5)
@@ -714,6 +714,7 @@ def _measured(kept: NDArray[np.bool_], value_of_kept: ValueOfKept) -> NDArray[np
 
 def _vector(argument: str, values: Values) -> NDArray[np.float64]:
     """Read numbers as one float64 vector, and check that they are finite."""
+    # numpy reads no tensor that requires a gradient or lies on another device.
     if isinstance(values, Tensor):
         array = values.detach().cpu().double().numpy()
     else:

@@ -93,7 +93,7 @@ def page_payload(evaluation: Evaluation, max_bytes: int = MAX_BYTES) -> dict[str
 
 
 def _summaries(methods: Sequence[str]) -> dict[str, str]:
-    """Return a line on each method; one that is registered no more has none."""
+    """Return a line on each method that is still registered."""
     found = {}
     for name in methods:
         try:

@@ -358,7 +358,7 @@ def planted_check(
         seed: of the texts.
 
     Returns:
-        One score for each kind and method, in this order. A method that refuses a model has its message as ``error``.
+        One score for each kind and method, in this order. A method that fails on a model has its message as ``error``.
 
     Raises:
         InvalidInputError: an unknown method or kind, or fewer than one text.

@@ -89,7 +89,7 @@ class _Design:
         tokens: for each token its features, as subspace to number.
         heads: the heads that do something.
         output: the subspace whose features are answers.
-        answers: the token that each feature of the output stands for.
+        answers: the token that each feature of the output represents.
         successors: tokens that follow a feature of a token, as (subspace, feature, token); they come before answers.
         position: the subspace of positions; None: the model does not know positions.
     """

@@ -36,7 +36,7 @@ class EvaluationItem:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a method says of one text. At least one of the two is given.
+    """The scores of one text by a method. At least one of the two fields is given.
 
     Attributes:
         tokens: ``[tokens]``, importance of each token for the answer; higher is more, and negative values are allowed.

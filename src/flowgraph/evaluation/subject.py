@@ -96,6 +96,7 @@ class Subject:
 
         Cost: the first call of a setting: one forward pass, and a backward pass where the capacity needs it.
         """
+        # The regions are those of the base trace, so that every setting explains the same question and answer.
         key = repr((capacity, sorted(options.items())))
         if key not in self._traces:
             self._traces[key] = trace(

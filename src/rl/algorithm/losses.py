@@ -121,7 +121,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if by_logprobs is None:
             by_logprobs = torch.zeros_like(entropy)
 
-        # Tokens with no incoming gradient get an exact 0 below, whatever their logits.
+        # Tokens with no incoming gradient get an exact 0 below, for any logits.
         is_idle = by_logprobs == 0
         if by_entropy is not None:
             is_idle = is_idle & (by_entropy == 0)

@@ -257,6 +257,8 @@ class _AlignmentRun:
         settings = list(self.arms.values())
         kl_weight = self.config.kl_weight
         scores, credits = score_arms(self.policy, responses, settings, self.config, step=number)
+
+        # Each arm has its own experience: where credit moves the rewards, its advantages differ, too.
         experiences = []
         selected = []
         for arm, credit in zip(settings, credits, strict=True):

@@ -517,7 +517,7 @@ def _best_graph(run: _Run, names: Sequence[str], *, seed: int, resamples: int) -
 
 
 def _known_mean(values: Float64[Tensor, " batch"]) -> float | None:
-    """Average the values that are numbers; None where there is none."""
+    """Average the values that are not NaN; None without any."""
     known = values[~values.isnan()]
     if len(known) == 0:
         return None

@@ -339,6 +339,7 @@ def jackknife(replicates: Float64[Tensor, " replicates"]) -> Estimate:
     n = len(left_out)
     mean = left_out.mean()
 
+    # The corrected value has no bias of first order in 1 / n; the interval is built around it.
     corrected = n * value - (n - 1) * float(mean)
     squares = float((left_out - mean).square().sum())
     error = math.sqrt((n - 1) / n * squares)

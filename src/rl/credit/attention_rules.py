@@ -178,7 +178,7 @@ def coupled(batch: CreditInput) -> Float[Tensor, "batch response"]:
     top_anchor = top_share(anchor_scores, batch.scored, options["share"])
     anchor = top_anchor & (anchor_scores > 0)
 
-    # For each column, the column of the last preplan token up to it; -1 where there is none.
+    # For each column, the column of the last preplan token up to it; -1 without one.
     num_columns = batch.scored.shape[1]
     column = torch.arange(num_columns, device=batch.scored.device).expand(batch.scored.shape)
     nearest_preplan = torch.where(preplan, column, -1).cummax(1).values

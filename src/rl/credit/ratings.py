@@ -103,6 +103,7 @@ def rate_tokens(
     Raises:
         CreditError: the attention of a rule is missing, or its scores are invalid.
     """
+    # A rule receives only what it registered for, so that a rule that reads more fails in its first test.
     credit = applied(credit)
     rule = find_rule(credit.rule)
     scored = tokens_in_scope(responses, credit.scope)

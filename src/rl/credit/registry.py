@@ -228,7 +228,7 @@ def find_rule(name: str) -> CreditRule:
     """Find the rule of this name.
 
     Raises:
-        CreditError: there is none; the message lists the registered rules.
+        CreditError: no rule has this name; the message lists the registered rules.
     """
     if name not in _RULES:
         raise CreditError(

@@ -257,9 +257,11 @@ def policy_ratings(
     """
     on_device = to_device(responses, policy.device)
 
+    # Called by rules that read gradients only, so no other rule pays for the pass.
     def gradient() -> Float[Tensor, "batch response"]:
         return embedding_gradient(policy, on_device, temperature)
 
+    own_micro_batch_size = micro_batch_size or responses.num_sequences
     found = rate_tokens(
         on_device,
         to_device(scores, policy.device),
@@ -267,7 +269,7 @@ def policy_ratings(
         rows=rows,
         random=random,
         gradient=gradient,
-        passes=PolicyPasses(policy, on_device, temperature, micro_batch_size or responses.num_sequences),
+        passes=PolicyPasses(policy, on_device, temperature, own_micro_batch_size),
     )
     return to_device(found, torch.device("cpu"))
 

@@ -75,7 +75,7 @@ class ActorCritic(nn.Module):
     is a frozen copy of that adapter. What PEFT trains with that adapter is trained here too: ``modules_to_save`` and
     ``trainable_token_indices`` belong to the policy and to the copy; the critic reads the base's own modules.
 
-    Dropout is off in every pass, whatever the mode of the modules, and the mode is restored: the probabilities of a
+    Dropout is off in every pass, for any mode of the modules, and the mode is restored: the probabilities of a
     rollout and of its update must come from the same function. For the same reason every pass computes in the
     precision of ``autocast``, not only those that go through a distributed wrapper.
 
@@ -332,7 +332,7 @@ class ActorCritic(nn.Module):
                     f"one that has none ({error}); use another credit rule, or a base that is not quantised"
                 ) from error
 
-            # log p_t, whose tangent is the derivative. There is none where no weight moves.
+            # log p_t, whose tangent is the derivative. Where no weight moves, it has no tangent.
             logits = output.logits[:, first_column:-1].float() / temperature
             log_p = logits.log_softmax(-1)
             chosen = log_p.gather(-1, tokens[..., None]).squeeze(-1)
@@ -522,6 +522,7 @@ def _with_adapters(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | 
 
 def _trained_adapter(model: PeftModel) -> str:
     """Return the name of the active adapter of a PEFT model; an adapter that cannot be trained here is an error."""
+    # PEFT returns a list of names where several adapters are active.
     name: Any = model.active_adapter
     config: Any = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None or getattr(config, "peft_type", None) != "LORA":
@@ -529,6 +530,9 @@ def _trained_adapter(model: PeftModel) -> str:
             f"model: a PEFT model must have one active LoRA adapter, got {name!r}; load it with "
             "PeftModel.from_pretrained(base, folder, is_trainable=True), or pass the base model"
         )
+
+    # The names of the critic's and the reference's adapter must be free. Trained biases lie in the base, which all
+    # adapters share.
     taken = sorted({VALUE, REFERENCE} & model.peft_config.keys())
     if taken or config.bias != "none":
         got = f"an adapter called {taken[0]!r}" if taken else f"bias={config.bias!r}"

@@ -24,7 +24,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 
     Many models share one weight between the embeddings and the output layer. An adapter on one of them would then
     change the other too, so the two are untied where an adapter touches either, and tied again where both still have
-    equal values. The configuration of the merged model says which.
+    equal values. The configuration of the merged model records whether they are tied.
 
     Args:
         model: with LoRA layers, ``modules_to_save`` or ``trainable_token_indices``; used up by the merge.

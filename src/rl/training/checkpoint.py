@@ -203,6 +203,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint, incomplete, or of another version.
     """
+    # The state file is written last, so a folder with one is complete unless it was changed afterwards.
     try:
         state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
         kind = state["format"]
@@ -217,6 +218,8 @@ def read_state(path: Path) -> dict[str, Any]:
             f"checkpoint: must have format {FORMAT} version {VERSION}, got {kind} version {version} in {path}; use the "
             "version of flowgraph-llm that wrote it"
         )
+
+    # Size and hash find a file that was cut off or changed.
     for name, fingerprint in files.items():
         file = path / name
         if not file.is_file() or _fingerprint(file) != fingerprint:
@@ -236,6 +239,7 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         CheckpointError: there are checkpoints, but all are damaged: a new start would overwrite the run.
     """
+    # A damaged checkpoint is passed over for an older one; the message is about the newest.
     first_error: CheckpointError | None = None
     for path in find_checkpoints(folder):
         try:
@@ -454,7 +458,7 @@ def _optimizer_tensors(optimizer: Any, policy: ActorCritic) -> dict[str, Tensor]
 
 
 def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Any, policy: ActorCritic) -> None:
-    """Restore the state of every weight; before the first update there is none."""
+    """Restore the state of every weight; no weight has a state before the first update."""
     # The keys are those of _optimizer_tensors: kind of the state, a slash, name of the weight.
     state = _optimizer_state(optimizer)
     parameters = _trained_parameters(policy)

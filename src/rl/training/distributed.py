@@ -130,6 +130,7 @@ def whiten_together(
     if accelerator.num_processes == 1:
         return whiten(advantages, mask)
 
+    # Mean and variance are those of the complete batch, so every process computes them from all advantages.
     def gather(tensor: Tensor) -> Tensor:
         # Processes have responses of different lengths; gathering needs equal shapes.
         padded = accelerator.pad_across_processes(tensor.to(accelerator.device), dim=1)

@@ -1,4 +1,4 @@
-"""The output of a run: a live line, a JSONL file, and the trackers that accelerate knows."""
+"""The output of a run: a live line, a JSONL file, and the trackers that accelerate supports."""
 
 from __future__ import annotations
 

@@ -206,17 +206,21 @@ class PPOTrainer:
         self._check_prompts()
         stop = StopRequest(enabled=self.output is not None, notify=self._display.notice_signal)
         with self._display, stop:
+            # All processes ask at the same place, so all stop after the same step.
             while self.position.step < self.config.steps and not self.is_out_of_patience:
                 if stop.agreed(self.accelerator):
                     break
                 self.step()
             self._announce_early_stop()
+
+            # The last step is saved, for any reason of the end.
             if not self._step_is_saved:
                 self.save()
             if stop.received:
                 self._display.message(f"stopped after step {self.position.step} with a complete {self.position.name}")
         if self._trackers:
             self.accelerator.end_training()
+        # The signal has its usual effect now that everything is written.
         stop.deliver()
         return self.history
 
@@ -509,6 +513,7 @@ class PPOTrainer:
         found = self.evaluate()
         clock.stop("evaluation_seconds")
 
+        # A schedule that reacts to rewards, and the patience, read the evaluations.
         position.rewards.append(found.reward)
         is_best = position.best_reward is None or found.reward > position.best_reward
         if is_best:
@@ -563,7 +568,7 @@ class PPOTrainer:
         return num_updates == 1 and self.accelerator.num_processes == 1
 
     def _take_output(self, responses: Responses) -> TokenOutput | None:
-        """Return the pass that scored these responses and release it; None if there is none or it is of others."""
+        """Return the pass that scored these responses and release it; None without a pass, or with one of others."""
         scored = self._scored
         self._scored = None
         if scored is None:

@@ -245,10 +245,12 @@ def _relevance_method(request: _Request) -> EvaluationMethod:
     target = request.target or request.capacity.defaults["target"]
     is_absorbed = "absorbed" in request.parts
 
+    # Methods of one target and number of hops share the capture.
     def explain(subject: Subject) -> Explanation:
         rows = subject.once(f"relevance {target} {hops}", lambda: _relevance_rows(subject, target, hops))
         scores = rows.absorbed[0] if is_absorbed else _relevance_reaching_tokens(rows)
-        return Explanation(scores.double().cpu(), edges_of_positions(rows.dense()[0], subject.base.generated))
+        edges = edges_of_positions(rows.dense()[0], subject.base.generated)
+        return Explanation(scores.double().cpu(), edges)
 
     quantity = "absorbed by the token's embedding" if is_absorbed else "that reaches the token"
     passes = "with emission hops" if hops else "of one backward pass"

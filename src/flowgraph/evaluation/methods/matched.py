@@ -99,6 +99,7 @@ def permuted_within(bins: Int64[Tensor, " tokens"], generator: torch.Generator) 
 def _permuting(
     name: str, reference: EvaluationMethod, bins: Callable[[Subject], Int64[Tensor, " tokens"]]
 ) -> Callable[[Subject], Explanation]:
+    # Both controls of a method share its explanation, which may cost a pass of the model.
     def explain(subject: Subject) -> Explanation:
         explanation = subject.once(f"explanation of {reference.name}", lambda: reference.explain(subject))
         generator = generator_of(subject, name)

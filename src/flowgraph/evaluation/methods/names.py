@@ -80,11 +80,12 @@ _WITHOUT_PRESET = ("inseq",)
 
 
 def find_evaluation_method(name: str) -> EvaluationMethod | None:
-    """Return the method of a name, registered or made from its parts; None where there is none.
+    """Return the method of a name, registered or made from its parts; None for another name.
 
     Raises:
         InvalidInputError: a name whose first part is known and whose others do not go with it; a preset.
     """
+    # Registered names come first: a user may register a name that holds a colon.
     registered = registered_methods()
     if name in registered:
         return registered[name]

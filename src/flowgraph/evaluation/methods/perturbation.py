@@ -163,7 +163,7 @@ def occlusion(subject: Subject) -> TokenScores:
 def answer_score(subject: Subject) -> AnswerScore:
     """Return the function from copies of the text before the answer's end to the log-probability of the answer.
 
-    The answer's tokens are those of the text itself, whatever the copies hold in their place.
+    The answer's tokens are those of the text itself, also where the copies hold other tokens.
     """
     # The rows that predict the answer, one before each of its tokens.
     model = base_model(subject.model)
