@@ -86,7 +86,8 @@ def backbone(flow: Flow, keep: float = 0.9) -> Backbone:
     require_single_feasible(flow)
     strongest = _strongest_edges(flow)
 
-    # Binary search for the smallest number of edges that reaches the share; the share grows with the set.
+    # Binary search for the smallest number of edges that reaches the share; the share grows with the set. Invariant:
+    # the ``high`` strongest edges reach it, and fewer than ``low`` do not.
     enough = keep * (1 - _NEGLIGIBLE)
     low = 0
     high = strongest.numel()
@@ -144,7 +145,10 @@ def prune(flow: Flow, *, max_edges: int | None = None, keep: float | None = None
             f"max_edges: must be a positive number, got {max_edges!r}; 64 per token keeps most of the flow"
         )
     require_single_feasible(flow)
-    edge_mask = _as_mask(flow, _strongest_edges(flow)[:max_edges])
+
+    # The strongest edges, and the share of the flow whose own routes they carry.
+    kept = _strongest_edges(flow)[:max_edges]
+    edge_mask = _as_mask(flow, kept)
     share = min(kept_share(flow, edge_mask), 1.0)
     return _subgraph(flow, edge_mask, share)
 

@@ -206,7 +206,7 @@ def attention_flow(
         targets: the output tokens (mask, indices or slice); default: all.
         sources: the same for the input tokens.
         residual: r, see :func:`layered_graph`.
-        max_edges: refuse more than this many edges, those of the graph counted once for each max flow.
+        max_edges: the most edges in all, those of the graph counted once for each max flow.
 
     Returns:
         One row for each target and one column for each source, in token order, without derivatives; each number is the
@@ -253,9 +253,12 @@ def _graph_between(
     """Build the graph from source to target tokens, all of them by default; return target and source masks, too."""
     _check(attention, residual)
     num_tokens = attention.shape[1]
-    all_tokens = slice(None)
-    target_tokens = _tokens(all_tokens if targets is None else targets, num_tokens, "targets")
-    source_tokens = _tokens(all_tokens if sources is None else sources, num_tokens, "sources")
+    if targets is None:
+        targets = slice(None)
+    if sources is None:
+        sources = slice(None)
+    target_tokens = _tokens(targets, num_tokens, "targets")
+    source_tokens = _tokens(sources, num_tokens, "sources")
     graph = layered_graph(attention, question=source_tokens, answer=target_tokens, residual=residual)
     return graph, target_tokens, source_tokens
 
@@ -270,7 +273,7 @@ def _tokens(region: MaskLike, num_tokens: int, name: str) -> Bool[Tensor, " toke
 
 
 def _require_small(num_edges: int, num_pairs: int, max_edges: int) -> None:
-    """Refuse max flows that would read too many edges in all."""
+    """Reject max flows that would read too many edges in all."""
     work = num_edges * num_pairs
     if work > max_edges:
         raise TooLargeError(
@@ -281,7 +284,7 @@ def _require_small(num_edges: int, num_pairs: int, max_edges: int) -> None:
 
 
 def _check(attention: Tensor, residual: float) -> None:
-    """Refuse a residual share outside [0, 1], and attention that is not layers of rows that sum to 1."""
+    """Check that the residual share lies in [0, 1], and that attention is layers of rows that sum to 1."""
     if not 0 <= residual <= 1:
         raise InvalidInputError(
             f"residual: must lie in [0, 1], got {residual!r}; 0.5 gives attention and residual the same weight"

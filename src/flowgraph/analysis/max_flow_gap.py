@@ -75,7 +75,7 @@ def gap_report(flow: Flow, *, keep: float = 0.9, num_compared: int = 32, max_edg
         flow: feasible, on one graph, no token both source and demand.
         keep: share of the flow that the backbone carries.
         num_compared: for how many tokens M[v] is computed, at two max flows each; 0 omits the correlation.
-        max_edges: refuse larger graphs.
+        max_edges: larger graphs raise an error.
 
     Returns:
         A :class:`GapReport`.
@@ -100,9 +100,11 @@ def gap_report(flow: Flow, *, keep: float = 0.9, num_compared: int = 32, max_edg
         raise InvalidInputError(f"num_compared: must be at least 0, got {num_compared}; 0 omits the comparison")
     require_single_feasible(flow)
 
-    # The max flow between the flow's own terminals, and its min cut beside the flow's backbone.
+    # V, the max flow between the flow's own terminals.
     problem = MaxFlowProblem(flow, max_edges=max_edges)
     best = problem.between(problem.sources, problem.sinks)
+
+    # Its min cut, beside the flow and its backbone. A cut is trivial where one side holds the terminals alone.
     edge_flow = flow.edge_flow.cpu()
     in_backbone = backbone(flow, keep).edge_mask.cpu()
     cut_edges = best.cut_edges.cpu()
@@ -114,7 +116,8 @@ def gap_report(flow: Flow, *, keep: float = 0.9, num_compared: int = 32, max_edg
     f = flow.throughput.cpu().numpy()
     is_terminal = problem.sources | problem.sinks
     inner = np.flatnonzero(~is_terminal & (f > 0))
-    largest_first = inner[np.argsort(-f[inner], kind="stable")]
+    order = np.argsort(-f[inner], kind="stable")
+    largest_first = inner[order]
     tokens = largest_first[:num_compared]
     through = np.array([problem.through(int(v)) for v in tokens])
 
@@ -155,6 +158,7 @@ def gap_table(reports: Iterable[GapReport]) -> dict[str, tuple[float, float, flo
     if not rows:
         raise InvalidInputError("reports: must hold at least one, got none; trace something first")
 
+    # Booleans count as 0 and 1, so that their quartiles are defined too.
     table = {}
     for name in rows[0]:
         numbers = np.array([float(row[name]) for row in rows])

@@ -201,6 +201,7 @@ def checkpoints(flow: Flow, k: int = 10, region: RoleRegion = "reasoning") -> li
 
 def _successive_widest(flow: Flow) -> Iterator[Route]:
     """Yield widest route after widest route, each taken out of the residual flow."""
+    # The edges with flow, by target: those into token t are first_edge[t] to first_edge[t + 1] (exclusive).
     edge_flow = flow.edge_flow
     kept = edge_flow > _NEGLIGIBLE
     residual = edge_flow[kept].cpu().numpy()
@@ -210,11 +211,13 @@ def _successive_widest(flow: Flow) -> Iterator[Route]:
     absorbed = flow.absorbed.cpu().numpy().copy()
     first_edge = np.searchsorted(target, np.arange(entering.size + 1))
 
+    # The flow that is left is conserved after every route, so there is a route as long as any flow is left.
     while True:
         # The widest complete route ends where the route into a token and the token's absorption both allow most.
         width, arrives_by = _widest_into(residual, source, entering, first_edge)
-        last = int(np.argmax(np.minimum(width, absorbed)))
-        amount = min(width[last], absorbed[last])
+        route_widths = np.minimum(width, absorbed)
+        last = int(np.argmax(route_widths))
+        amount = route_widths[last]
         if amount <= _NEGLIGIBLE:
             return
 
@@ -227,6 +230,7 @@ def _successive_widest(flow: Flow) -> Iterator[Route]:
             tokens.append(int(source[edge]))
         first = tokens[-1]
 
+        # A path visits each edge once, so one subtraction for each is enough.
         residual[edges] -= amount
         entering[first] -= amount
         absorbed[last] -= amount
@@ -240,12 +244,15 @@ def _widest_into(
     first_edge: Int64[np.ndarray, " tokens+1"],
 ) -> tuple[Float64[np.ndarray, " tokens"], Int64[np.ndarray, " tokens"]]:
     """Compute the least flow on the widest route into each token, and the last edge of that route."""
-    # width[t] = max(src[t], max_s min(width[s], F(s, t))), in token order.
+    # width[t] = max(src[t], max_s min(width[s], F(s, t))), in token order: the width of every source is final before
+    # it is read.
     width = entering.copy()
     arrives_by = np.full(entering.size, _STARTS_HERE)
-    for token in np.flatnonzero(np.diff(first_edge)):
+    num_incoming = np.diff(first_edge)
+    for token in np.flatnonzero(num_incoming):
         incoming = slice(first_edge[token], first_edge[token + 1])
-        through_edge = np.minimum(residual[incoming], width[source[incoming]])
+        width_of_source = width[source[incoming]]
+        through_edge = np.minimum(residual[incoming], width_of_source)
         best = int(through_edge.argmax())
         if through_edge[best] > width[token]:
             width[token] = through_edge[best]
@@ -267,7 +274,8 @@ def _ranked(flow: Flow, score: Float64[Tensor, " tokens"], k: int, region: str) 
     if region == "reasoning":
         eligible = eligible & flow.graph.reasoning_mask
     # Scores are at least 0, so -1 sorts the other tokens last.
-    highest_first = torch.argsort(torch.where(eligible, score, -1.0), descending=True, stable=True)
+    ranked = torch.where(eligible, score, -1.0)
+    highest_first = torch.argsort(ranked, descending=True, stable=True)
     num_listed = min(k, int(eligible.sum()))
 
     # exp(entropy): the effective number of edges.
@@ -293,4 +301,6 @@ def _flow_entropy(flow: Flow, end: Int64[Tensor, " edges"]) -> Float64[Tensor, "
     num_tokens = flow.throughput.numel()
     total = scatter(edge_flow, end, dim_size=num_tokens, reduce="sum")
     share = torch.where(edge_flow > 0, edge_flow / total[end], 0.0)
-    return scatter(torch.special.entr(share), end, dim_size=num_tokens, reduce="sum")
+    # entr(p) = -p log p, with entr(0) = 0.
+    terms = torch.special.entr(share)
+    return scatter(terms, end, dim_size=num_tokens, reduce="sum")

@@ -1,7 +1,7 @@
 r"""How much a flow is about its question: the same graph with the unit entering elsewhere, and where reach enters.
 
 On averaged attention, walks from any two tokens mix within a few hops. Then the throughput of the reasoning is set by
-the answer alone: it is the potential h, whatever the unit's place of entry. Three numbers tell how far that holds.
+the answer alone: it is the potential h, for any place of entry of the unit. Three numbers tell how far that holds.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def specificity(flow: Flow, *, generated: MaskLike) -> Specificity:
 
     with f_Q the throughput of a unit that enters at the question and f_S of one that enters at the text before it (the
     system message), or, where no such token reaches the answer, at the first and the second half of the question. It
-    describes a trace and is no merit: a short answer may depend on one place alone.
+    describes a trace and does not rate it: a short answer may depend on one place alone.
 
     Args:
         flow: feasible, on one graph.
@@ -114,12 +114,15 @@ def specificity(flow: Flow, *, generated: MaskLike) -> Specificity:
     is_generated = as_mask(generated, num_tokens, "generated", device)
     question = graph.question_mask
 
+    # TV is not defined without two places of entry, without reasoning, or where none of it carries flow.
     variation = None
     compared_with = ""
     sources = _two_sources(flow, is_generated)
     if sources is not None and bool(graph.reasoning_mask.any()):
-        first, second, compared_with = sources
-        variation = _total_variation(_reasoning_shares(flow, first), _reasoning_shares(flow, second))
+        first_source, second_source, compared_with = sources
+        first_throughput = _reasoning_shares(flow, first_source)
+        second_throughput = _reasoning_shares(flow, second_source)
+        variation = _total_variation(first_throughput, second_throughput)
         if variation is None:
             compared_with = ""
     return Specificity(
@@ -135,17 +138,25 @@ def _two_sources(flow: Flow, generated: Bool[Tensor, " tokens"]) -> tuple[Tensor
     reaches = flow.h > 0
     question = flow.graph.question_mask & reaches
     position = torch.arange(reaches.numel(), device=reaches.device)
-    first_question = int(question.nonzero()[0]) if bool(question.any()) else 0
+    places = question.nonzero().flatten()
+    num_places = places.numel()
+    if num_places == 0:
+        return None
 
     # The first token is a sink of attention: it holds no text of its own.
-    before = reaches & ~generated & ~flow.graph.question_mask & (position < first_question) & (position > 0)
-    if bool(question.any()) and bool(before.any()):
+    in_other_text = ~generated & ~flow.graph.question_mask
+    is_between = (position > 0) & (position < places[0])
+    before = reaches & in_other_text & is_between
+    if bool(before.any()):
         return question, before, "text before the question"
-    places = question.nonzero().flatten()
-    if places.numel() < 2:
+
+    # Without such text, the halves of the question are compared.
+    if num_places < 2:
         return None
-    middle = places[places.numel() // 2]
-    return question & (position < middle), question & (position >= middle), "halves of the question"
+    middle = places[num_places // 2]
+    first_half = question & (position < middle)
+    second_half = question & (position >= middle)
+    return first_half, second_half, "halves of the question"
 
 
 def _reasoning_shares(flow: Flow, source: Bool[Tensor, " tokens"]) -> Float64[Tensor, " reasoning"]:
@@ -162,9 +173,12 @@ def _reasoning_shares(flow: Flow, source: Bool[Tensor, " tokens"]) -> Float64[Te
 
 def _total_variation(first: Tensor, second: Tensor) -> float | None:
     """Compare two distributions; None where one has no mass."""
-    if float(first.sum()) <= 0 or float(second.sum()) <= 0:
+    first_total = first.sum()
+    second_total = second.sum()
+    if float(first_total) <= 0 or float(second_total) <= 0:
         return None
-    return float((first / first.sum() - second / second.sum()).abs().sum()) / 2
+    differences = first / first_total - second / second_total
+    return float(differences.abs().sum()) / 2
 
 
 def _rank_correlation(flow: Flow) -> float | None:
@@ -173,22 +187,28 @@ def _rank_correlation(flow: Flow) -> float | None:
     throughput = flow.throughput[reasoning].cpu().numpy()
     potential = flow.log2_potential[reasoning].cpu().numpy()
     correlation = spearman(throughput, potential)
-    return None if math.isnan(correlation) else correlation
+    if math.isnan(correlation):
+        return None
+    return correlation
 
 
 def _entry(flow: Flow, generated: Bool[Tensor, " tokens"], question: Bool[Tensor, " tokens"]) -> dict[str, float]:
-    """Share of the answer's reach that enters the prompt at each place."""
+    """Compute the share of the answer's reach that enters the prompt at each place."""
+    # N[t, s] h[t], summed over the edges from prompt token s into generated text, in the units of h[s].
     source, target = flow.graph.edge_index
-    # N[t, s] h[t] over the edges from the prompt into generated text, in the units of h[s].
     enters = generated[target] & ~generated[source]
-    reach = torch.where(enters, flow.in_units(flow.weight) * flow.h[target], 0.0)
+    weight = flow.in_units(flow.weight)
+    reach = torch.where(enters, weight * flow.h[target], 0.0)
     per_token = torch.zeros_like(flow.h).index_add_(0, source, reach)
     entering = per_token > 0
     if not bool(entering.any()):
         return {"question": 0.0, "before": 0.0, "after": 0.0}
-    # The largest scale among them is 1, so that potentials far below the range of float64 keep their ratios.
-    per_token = scaled(per_token, flow.exponent - flow.exponent[entering].max())
 
+    # The largest scale among them is 1, so that potentials far below the range of float64 keep their ratios.
+    largest_exponent = flow.exponent[entering].max()
+    per_token = scaled(per_token, flow.exponent - largest_exponent)
+
+    # Every prompt token is in one of the three places.
     position = torch.arange(per_token.numel(), device=per_token.device)
     last_question = int(question.nonzero()[-1])
     places = {
@@ -197,4 +217,7 @@ def _entry(flow: Flow, generated: Bool[Tensor, " tokens"], question: Bool[Tensor
         "after": ~question & (position > last_question),
     }
     total = float(per_token.sum())
-    return {name: float(per_token[mask].sum()) / total for name, mask in places.items()}
+    shares = {}
+    for name, mask in places.items():
+        shares[name] = float(per_token[mask].sum()) / total
+    return shares

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
@@ -49,7 +50,8 @@ def t_interval(values: Sequence[float]) -> Interval:
     if num_values < 2 or min(values) == max(values):
         return None
     quantile = float(stats.t.ppf(_UPPER_LEVEL, num_values - 1))
-    half_width = quantile * stdev(values) / math.sqrt(num_values)
+    spread = stdev(values)
+    half_width = quantile * spread / math.sqrt(num_values)
     mean = fmean(values)
     return mean - half_width, mean + half_width
 
@@ -77,12 +79,18 @@ def wilson_interval(rate: float, count: int) -> Interval:
     """
     if count < 2:
         return None
+    # The formula, with 1 + z² / n as the common denominator of centre and half width.
     z = NormalDist().inv_cdf(_UPPER_LEVEL)
-    shrinkage = 1 + z * z / count
-    centre = (rate + z * z / (2 * count)) / shrinkage
-    variance = rate * (1 - rate) / count + z * z / (4 * count * count)
-    half_width = z / shrinkage * math.sqrt(variance)
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+    z_squared = z * z
+    denominator = 1 + z_squared / count
+    centre = (rate + z_squared / (2 * count)) / denominator
+    variance = rate * (1 - rate) / count + z_squared / (4 * count * count)
+    half_width = z / denominator * math.sqrt(variance)
+
+    # Rounding can put an end just outside of [0, 1].
+    low = max(0.0, centre - half_width)
+    high = min(1.0, centre + half_width)
+    return low, high
 
 
 def spearman(one: Sequence[float] | NDArray, other: Sequence[float] | NDArray) -> float:
@@ -104,7 +112,9 @@ def spearman(one: Sequence[float] | NDArray, other: Sequence[float] | NDArray) -
 
     x = np.asarray(one, dtype=np.float64)
     y = np.asarray(other, dtype=np.float64)
-    if x.size < _MIN_PAIRS or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if x.size < _MIN_PAIRS:
+        return math.nan
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     result: Any = stats.spearmanr(x, y)
     return float(result.statistic)
@@ -161,14 +171,19 @@ def bootstrap_intervals(
 
     Cost: one matrix product for all samples of one size.
     """
+    # Samples of one size share their draws, and are the columns of one product.
     arrays = [_finite("values", values) for values in samples]
+    places_of_size: dict[int, list[int]] = defaultdict(list)
+    for place, array in enumerate(arrays):
+        places_of_size[array.size].append(place)
+
     intervals: list[Interval] = [None] * len(arrays)
-    for size in sorted({array.size for array in arrays}):
+    for size, places in sorted(places_of_size.items()):
         if size < 2:
             continue
-        places = [place for place, array in enumerate(arrays) if array.size == size]
         columns = np.stack([arrays[place] for place in places], axis=1)
-        means = _bootstrap_weights(size, seed, resamples) @ columns
+        weights = _bootstrap_weights(size, seed, resamples)
+        means = weights @ columns
         lows, highs = np.quantile(means, [1 - _UPPER_LEVEL, _UPPER_LEVEL], axis=0)
         for place, low, high in zip(places, lows, highs, strict=True):
             intervals[place] = (_ten_digits(low), _ten_digits(high))
@@ -244,14 +259,20 @@ def sign_flip_p(differences: Sequence[float] | NDArray, *, seed: int = 0, resamp
     sample = _finite("differences", differences)
     if sample.size == 0:
         return math.nan
-    sums = np.abs(_sign_flips(sample.size, seed, resamples) @ sample)
+
+    # |sum s_i d_i| of every flip, and of the observed signs.
+    flips = _sign_flips(sample.size, seed, resamples)
+    sums = np.abs(flips @ sample)
     observed = abs(float(sample.sum()))
+
     # Flips that give the same sum in another order of addition must count as equal.
     tolerance = _TIE * float(np.abs(sample).sum())
     num_as_large = int((sums >= observed - tolerance).sum())
+    num_flips = len(flips)
     if sample.size <= _MOST_EXACT_FLIPS:
-        return num_as_large / len(sums)
-    return (num_as_large + 1) / (len(sums) + 1)
+        return num_as_large / num_flips
+    # The observed signs count as one more flip, so that no p-value is 0.
+    return (num_as_large + 1) / (num_flips + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -273,12 +294,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     for p in p_values:
         if not 0 <= p <= 1:
             raise InvalidInputError(f"p_values: must lie in [0, 1], got {p}; leave out tests without a p-value")
+
     # From the smallest to the largest: scaled by the number of tests that are left, and never below the one before.
     ascending = sorted(range(num_tests), key=lambda index: p_values[index])
     adjusted = [0.0] * num_tests
     largest_so_far = 0.0
     for rank, index in enumerate(ascending):
-        scaled = min(1.0, (num_tests - rank) * p_values[index])
+        num_left = num_tests - rank
+        scaled = min(1.0, num_left * p_values[index])
         largest_so_far = max(largest_so_far, scaled)
         adjusted[index] = largest_so_far
     return adjusted
@@ -297,16 +320,18 @@ def _bootstrap_weights(num_values: int, seed: int, resamples: int) -> NDArray[np
 def _sign_flips(num_values: int, seed: int, resamples: int) -> NDArray[np.float64]:
     """Return rows of +1 and -1: all of them where they are few, else ``resamples`` random ones."""
     if num_values <= _MOST_EXACT_FLIPS:
+        # The binary digits of 0 to 2^n - 1 are all flips.
         codes = np.arange(2**num_values)[:, None]
-        bits = (codes >> np.arange(num_values)) & 1
-        return np.where(bits == 1, -1.0, 1.0)
-    generator = np.random.default_rng([seed, num_values, 1])
-    bits = generator.integers(0, 2, size=(resamples, num_values))
+        digits = np.arange(num_values)
+        bits = (codes >> digits) & 1
+    else:
+        generator = np.random.default_rng([seed, num_values, 1])
+        bits = generator.integers(0, 2, size=(resamples, num_values))
     return np.where(bits == 1, -1.0, 1.0)
 
 
 def _finite(name: str, values: Sequence[float] | NDArray) -> NDArray[np.float64]:
-    """Return numbers as an array; refuse NaN, which compares as if it were small.
+    """Return numbers as an array; reject NaN, whose comparisons are all false.
 
     Raises:
         InvalidInputError: NaN or infinity.

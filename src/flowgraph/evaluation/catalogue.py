@@ -28,7 +28,7 @@ def evaluation_methods() -> list[str]:
 
 
 def find_task(name: str) -> EvaluationTask:
-    """Return a registered task, or one that is made for what stands after the colon of its name.
+    """Return a registered task, or one that is made from the part of its name after the colon.
 
     ``deletion:remove`` removes tokens instead of masking them; ``parc:PATH``, ``prontoqa:PATH`` and
     ``processbench:PATH`` read a file.
@@ -69,7 +69,7 @@ def find_method(name: str) -> EvaluationMethod:
 
 
 def expand_methods(names: Sequence[str]) -> list[str]:
-    """Replace every ``preset:NAME`` in a list of methods by its methods; each is listed once, where it stands first.
+    """Replace every ``preset:NAME`` in a list of methods by its methods; each is listed once, at its first place.
 
     Raises:
         InvalidInputError: no preset of this name.

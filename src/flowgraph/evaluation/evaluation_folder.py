@@ -68,7 +68,7 @@ class EvaluationFolder:
         return self.out / "items" / safe_name(task) / split / f"{item}.json"
 
     def record(self, task: str, split: str, item: str) -> dict[str, Any] | None:
-        """Return the record of a finished item; None where there is none that can be read."""
+        """Return the record of a finished item; None without a record that can be read."""
         return read_json(self.item_path(task, split, item))
 
     def finish(self, task: str, split: str, item: str, record: Mapping[str, Any]) -> None:
@@ -101,7 +101,8 @@ class EvaluationFolder:
                 f"out: must hold schema {SCHEMA}, got {found.get('schema')!r} in {self.out}; choose another folder"
             )
         before = found.get("settings")
-        before = before if isinstance(before, dict) else {}
+        if not isinstance(before, dict):
+            before = {}
         for name in (*self._settings, *before):
             if before.get(name) != self._settings.get(name):
                 raise InvalidInputError(
@@ -110,7 +111,7 @@ class EvaluationFolder:
                 )
 
     def _refuse_other_files(self) -> None:
-        """Refuse a folder without a manifest that holds files with the names of results."""
+        """Check that a folder without a manifest holds no files with the names of results."""
         for name in _RESULTS:
             if (self.out / name).exists():
                 raise InvalidInputError(
@@ -120,7 +121,7 @@ class EvaluationFolder:
 
     def _remove_temporary_files(self) -> None:
         """Remove the temporary files of a run that was killed while it wrote."""
-        # atomic_write adds a dot in front of a name and random characters behind it.
+        # atomic_write adds a dot before a name and random characters after it.
         for name in (_MANIFEST, *_RESULTS[1:]):
             for path in self.out.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)

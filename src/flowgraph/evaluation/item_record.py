@@ -55,7 +55,7 @@ _FRAMES = 3
 
 @dataclass(frozen=True)
 class ItemPlace:
-    """Where an item stands.
+    """An item with its task, its split, and a digest of its content.
 
     Attributes:
         task: the task.
@@ -79,6 +79,7 @@ class ItemPlace:
 
 def missing_methods(record: Mapping[str, Any] | None, methods: Sequence[EvaluationMethod]) -> list[EvaluationMethod]:
     """List the methods that have neither a score nor a lasting reason for none in a record."""
+    # An item that failed or decides nothing has no scores at all; only a transient failure is tried again.
     if record is None:
         return list(methods)
     error = record["error"]
@@ -86,6 +87,7 @@ def missing_methods(record: Mapping[str, Any] | None, methods: Sequence[Evaluati
         return [] if _is_lasting(error) else list(methods)
     if record["unusable"] is not None:
         return []
+
     missing = []
     for method in methods:
         reason = record["skipped"].get(method.name)
@@ -124,6 +126,7 @@ def compute_record(
     Raises:
         CaptureError: the model cannot be traced at all.
     """
+    # The text and the truth. A fault of the task is recorded with the item, so that the others still run.
     record = _empty_record(place)
     began = time.perf_counter()
     try:
@@ -133,7 +136,7 @@ def compute_record(
         with seeded(seed, place.task.name, place.item.id, "truth"):
             truth = _truth_of(place.task, subject, earlier)
     except CaptureError:
-        # The model is to blame, not the item: no other item would fare better.
+        # The fault lies in the model, not in the item: every other item would fail in the same way.
         raise
     except Exception as error:  # noqa: BLE001 - a registered task is foreign code; the record names what it raised
         record["error"] = _reason(error)
@@ -152,6 +155,7 @@ def compute_record(
     for method in methods:
         record["skipped"].pop(method.name, None)
         _add_method(record, place, subject, truth, method, seed)
+
     # The order of methods in a record does not depend on the run that added them.
     for part in ("scores", "token_scores", "skipped"):
         record[part] = dict(sorted(record[part].items()))
@@ -227,15 +231,16 @@ def _add_method(
 
 def _reason(error: Exception) -> dict[str, Any]:
     """Describe an error; one that is not the library's own with the places where it came from."""
+    kind = type(error).__name__
+    message = " ".join(str(error).split()) or kind
+    where: list[str] = []
     is_expected = isinstance(error, FlowgraphError)
-    message = " ".join(str(error).split()) or type(error).__name__
-    frames = [] if is_expected else traceback.extract_tb(error.__traceback__)[-_FRAMES:]
-    return {
-        "kind": type(error).__name__,
-        "message": message if is_expected else f"{type(error).__name__}: {message}",
-        "expected": is_expected,
-        "where": [f"{frame.name}: {frame.line}" for frame in frames],
-    }
+    # Only the message of the library names the argument; any other error needs its type and its place.
+    if not is_expected:
+        message = f"{kind}: {message}"
+        frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+        where = [f"{frame.name}: {frame.line}" for frame in frames]
+    return {"kind": kind, "message": message, "expected": is_expected, "where": where}
 
 
 def _checked_metrics(values: Mapping[str, float], task: EvaluationTask) -> dict[str, float | None]:
@@ -295,10 +300,11 @@ def contains_answer(text: str, expected: str) -> bool:
         >>> contains_answer("It is 7.", "7"), contains_answer("17 or 7.5", "7")
         (True, False)
     """
-    # A digit with a point or comma before or behind it belongs to a longer number.
+    # Blanks count alike. A digit with a point or comma before or after it belongs to a longer number.
     wanted = re.escape(" ".join(expected.split()))
+    searched = " ".join(text.split())
     pattern = rf"(?<![\w])(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
-    return re.search(pattern, " ".join(text.split()), re.IGNORECASE) is not None
+    return re.search(pattern, searched, re.IGNORECASE) is not None
 
 
 @contextmanager
@@ -307,9 +313,12 @@ def seeded(seed: int, *names: str) -> Iterator[None]:
 
     A method that draws from a global generator then gives the same scores in any order of items and methods.
     """
-    # Names that are joined by a character that none contains stay apart.
-    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
+    # The names are joined by a character that none of them contains, so different names give different texts.
+    text = "\0".join([str(seed), *names])
+    digest = hashlib.sha256(text.encode()).digest()
     number = int.from_bytes(digest[:4], "big")
+
+    # torch restores its own state; that of Python and numpy is kept here.
     state = random.getstate()
     numpy_state = np.random.get_state()
     with torch.random.fork_rng():

@@ -69,8 +69,9 @@ def share_of_best(scores: Values, effects: Values, k: int = 3) -> float:
     # Divided by the largest first, so that a sum of large effects cannot overflow.
     positive = positive / positive.max()
     chosen = _order(ranked)[:k]
+    share = float(positive[chosen].sum() / positive.sum())
     # Summation orders differ between the two sums, so the ratio can exceed 1 by a rounding error.
-    return min(1.0, float(positive[chosen].sum() / positive.sum()))
+    return min(1.0, share)
 
 
 def auroc_of_largest(scores: Values, effects: Values, k: int = 2) -> float:
@@ -96,9 +97,11 @@ def auroc_of_largest(scores: Values, effects: Values, k: int = 2) -> float:
     """
     ranked, measured = _paired("scores", scores, "effects", effects)
     _check_count("k", k)
-    gold = np.zeros(measured.size, dtype=bool)
-    gold[_order(measured)[:k]] = True
-    return auroc(ranked, gold & (measured > 0))
+    largest = _order(measured)[:k]
+    is_largest = np.zeros(measured.size, dtype=bool)
+    is_largest[largest] = True
+    is_gold = is_largest & (measured > 0)
+    return auroc(ranked, is_gold)
 
 
 def rank_correlation(scores: Values, effects: Values) -> float:
@@ -155,28 +158,38 @@ def partial_rank_correlation(scores: Values, effects: Values, controls: Sequence
     from scipy import stats
 
     ranked, measured = _paired("scores", scores, "effects", effects)
-    ranks_of_controls = [
-        stats.rankdata(_paired(f"controls[{number}]", control, "effects", measured)[0])
-        for number, control in enumerate(controls)
-    ]
     num_units = measured.size
-    centred = [_centred(ranks) for ranks in ranks_of_controls if np.ptp(ranks) > 0]
-    predictors = np.stack(centred, axis=1) if centred else np.zeros((num_units, 0))
-    num_predictors = int(np.linalg.matrix_rank(predictors)) if centred else 0
+
+    # X: the centred ranks of the controls that vary. Centring takes the place of the column of ones.
+    columns = []
+    for number, control in enumerate(controls):
+        checked, _ = _paired(f"controls[{number}]", control, "effects", measured)
+        ranks = stats.rankdata(checked)
+        if np.ptp(ranks) > 0:
+            columns.append(_centred(ranks))
+    predictors = np.zeros((num_units, 0))
+    num_predictors = 0
+    if columns:
+        predictors = np.stack(columns, axis=1)
+        num_predictors = int(np.linalg.matrix_rank(predictors))
     if num_units < _MIN_PAIRS + num_predictors:
         return math.nan
 
-    # What the controls leave of the ranks of both sides.
+    # What the controls leave of the ranks of both sides, at length 1: r - X X^+ r.
     remainders = []
     for values in (ranked, measured):
         ranks = _centred(stats.rankdata(values))
         spread = np.linalg.norm(ranks)
         coefficients = np.linalg.lstsq(predictors, ranks)[0]
         remainder = ranks - predictors @ coefficients
-        if np.linalg.norm(remainder) <= _COLLINEAR * spread:
+        length = np.linalg.norm(remainder)
+        if length <= _COLLINEAR * spread:
             return math.nan
-        remainders.append(remainder / np.linalg.norm(remainder))
-    return float(np.clip(remainders[0] @ remainders[1], -1, 1))
+        remainders.append(remainder / length)
+
+    # Rounding can put the correlation just outside of [-1, 1].
+    correlation = remainders[0] @ remainders[1]
+    return float(np.clip(correlation, -1, 1))
 
 
 # Gold masks ----------------------------------------------------------------------------------------------------------
@@ -195,7 +208,7 @@ def auroc(scores: Values, gold: Mask) -> float:
         A probability in [0, 1], chance .5. NaN where no unit or every unit is gold.
 
     Raises:
-        InvalidInputError: lengths differ, scores that are not finite, or gold that is no mask.
+        InvalidInputError: lengths differ, scores are not finite, or gold is not a mask.
 
     Cost: one sort.
 
@@ -214,9 +227,11 @@ def auroc(scores: Values, gold: Mask) -> float:
     if num_gold == 0 or num_other == 0:
         return math.nan
     # Ranks count the units below plus half of the equal ones; those among gold units themselves are subtracted.
-    rank_sum = stats.rankdata(ranked)[is_gold].sum()
+    ranks = stats.rankdata(ranked)
+    rank_sum = ranks[is_gold].sum()
     num_pairs_won = rank_sum - num_gold * (num_gold + 1) / 2
-    return float(num_pairs_won / (num_gold * num_other))
+    num_pairs = num_gold * num_other
+    return float(num_pairs_won / num_pairs)
 
 
 def average_precision(scores: Values, gold: Mask) -> float:
@@ -234,7 +249,7 @@ def average_precision(scores: Values, gold: Mask) -> float:
         A number in (0, 1], 1 is best; constant scores give the share of gold units. NaN where no unit is gold.
 
     Raises:
-        InvalidInputError: lengths differ, scores that are not finite, or gold that is no mask.
+        InvalidInputError: lengths differ, scores are not finite, or gold is not a mask.
 
     Source: the step-wise sum without interpolation, as scikit-learn's ``average_precision_score``.
 
@@ -247,12 +262,16 @@ def average_precision(scores: Values, gold: Mask) -> float:
     if num_gold == 0:
         return math.nan
     order = _order(ranked)
+    descending = ranked[order]
     # Precision and recall are read where a group of equal scores ends.
-    last_of_group = np.append(np.diff(ranked[order]) != 0, True)
+    last_of_group = np.append(np.diff(descending) != 0, True)
     num_found = np.cumsum(is_gold[order])[last_of_group]
     num_chosen = np.flatnonzero(last_of_group) + 1
+
+    # (R_n - R_{n-1}) P_n, with the number of gold units taken out of the sum.
     newly_found = np.diff(num_found, prepend=0)
-    return float((newly_found * num_found / num_chosen).sum() / num_gold)
+    terms = newly_found * num_found / num_chosen
+    return float(terms.sum() / num_gold)
 
 
 def precision_at(scores: Values, gold: Mask, share: float = 0.1) -> float:
@@ -270,7 +289,7 @@ def precision_at(scores: Values, gold: Mask, share: float = 0.1) -> float:
         of gold units on average. NaN where no unit is gold.
 
     Raises:
-        InvalidInputError: lengths differ, scores that are not finite, gold that is no mask, or a share outside (0, 1].
+        InvalidInputError: lengths differ, scores are not finite, gold is not a mask, or a share outside (0, 1].
 
     Example:
         >>> precision_at([.9, .8, .7, .6], [True, False, True, False], share=.5)
@@ -280,7 +299,8 @@ def precision_at(scores: Values, gold: Mask, share: float = 0.1) -> float:
     num_chosen = _count_of_share("share", share, ranked.size)
     if not is_gold.any():
         return math.nan
-    return float(is_gold[_order(ranked)[:num_chosen]].mean())
+    chosen = _order(ranked)[:num_chosen]
+    return float(is_gold[chosen].mean())
 
 
 def recall_at(scores: Values, gold: Mask, share: float = 0.1) -> float:
@@ -309,7 +329,8 @@ def recall_at(scores: Values, gold: Mask, share: float = 0.1) -> float:
     num_chosen = _count_of_share("share", share, ranked.size)
     if not is_gold.any():
         return math.nan
-    return float(is_gold[_order(ranked)[:num_chosen]].sum() / is_gold.sum())
+    chosen = _order(ranked)[:num_chosen]
+    return float(is_gold[chosen].sum() / is_gold.sum())
 
 
 # Curves of deletion and insertion ------------------------------------------------------------------------------------
@@ -337,8 +358,10 @@ def deletion_masks(scores: Values, num_steps: int = 20) -> NDArray[np.bool_]:
     _check_count("num_steps", num_steps)
     if ranked.size == 0:
         raise InvalidInputError("scores: must hold at least one unit, got none; leave out texts without units")
-    groups = np.array_split(_order(ranked), min(num_steps, ranked.size))
-    kept = np.ones((len(groups) + 1, ranked.size), dtype=bool)
+    num_units = ranked.size
+    groups = np.array_split(_order(ranked), min(num_steps, num_units))
+    # A unit is removed at the step of its group, and stays removed.
+    kept = np.ones((len(groups) + 1, num_units), dtype=bool)
     for step, group in enumerate(groups, start=1):
         kept[step:, group] = False
     return kept
@@ -417,7 +440,8 @@ def area_under(curve: Values) -> float:
     heights = _vector("curve", curve)
     if heights.size < 2:
         return math.nan
-    return float((heights[:-1] + heights[1:]).mean() / 2)
+    sums_of_neighbours = heights[:-1] + heights[1:]
+    return float(sums_of_neighbours.mean() / 2)
 
 
 def response_curve(curve: Values, kind: Literal["deletion", "insertion"] = "deletion") -> NDArray[np.float64]:
@@ -457,6 +481,7 @@ def response_curve(curve: Values, kind: Literal["deletion", "insertion"] = "dele
     if full <= empty:
         return np.full(heights.size, np.nan)
     shares = np.clip((heights - empty) / (full - empty), 0, 1)
+    # The running extreme makes the curve monotone.
     if kind == "deletion":
         return np.minimum.accumulate(shares)
     return np.maximum.accumulate(shares)
@@ -514,7 +539,9 @@ def rise(curve: Values, kind: Literal["deletion", "insertion"] = "deletion") -> 
         0.375
     """
     response = response_curve(curve, kind)
-    return math.nan if np.isnan(response).any() else area_under(response)
+    if np.isnan(response).any():
+        return math.nan
+    return area_under(response)
 
 
 def mas(
@@ -563,8 +590,11 @@ def mas(
     magnitude = magnitude_curve(ranked, num_steps)
     if np.isnan(response).any() or np.isnan(magnitude).any():
         return math.nan
+
+    # The penalty makes either curve worse: higher for a deletion, lower for an insertion.
     if kind == "deletion":
-        return area_under(np.minimum(1, response + np.abs(response - magnitude)))
+        penalty = np.abs(response - magnitude)
+        return area_under(np.minimum(1, response + penalty))
     penalty = np.abs(response - (1 - magnitude))
     return area_under(np.maximum(0, response - penalty))
 
@@ -684,6 +714,7 @@ def _measured(kept: NDArray[np.bool_], value_of_kept: ValueOfKept) -> NDArray[np
 
 def _vector(argument: str, values: Values) -> NDArray[np.float64]:
     """Read numbers as one float64 vector, and check that they are finite."""
+    # numpy reads no tensor that requires a gradient or lies on another device.
     if isinstance(values, Tensor):
         array = values.detach().cpu().double().numpy()
     else:
@@ -723,9 +754,10 @@ def _paired(
 def _with_gold(scores: Values, gold: Mask) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Read scores and a mask of the same length."""
     ranked, marks = _paired("scores", scores, "gold", gold)
-    if not np.isin(marks, (0, 1)).all():
+    is_mark = np.isin(marks, (0, 1))
+    if not is_mark.all():
         raise InvalidInputError(
-            f"gold: must be a mask of True and False, got {float(marks[~np.isin(marks, (0, 1))][0])}; for measured "
+            f"gold: must be a mask of True and False, got {float(marks[~is_mark][0])}; for measured "
             "effects use rank_correlation or auroc_of_largest"
         )
     return ranked, marks.astype(bool)
@@ -735,11 +767,12 @@ def _count_of_share(argument: str, share: float, num_units: int) -> int:
     """Return how many units a share chooses: rounded up, at least one."""
     if not 0 < share <= 1:
         raise InvalidInputError(f"{argument}: must lie in (0, 1], got {share}; pass a share of the units")
-    return max(1, math.ceil(round(share * num_units, _ROUNDING_DIGITS)))
+    exact = round(share * num_units, _ROUNDING_DIGITS)
+    return max(1, math.ceil(exact))
 
 
 def _check_count(argument: str, count: int) -> None:
-    """Refuse counts that are not positive integers.
+    """Check that a count is a positive integer.
 
     Raises:
         InvalidInputError: another count.
@@ -749,7 +782,7 @@ def _check_count(argument: str, count: int) -> None:
 
 
 def _check_kind(kind: str) -> None:
-    """Refuse another kind of curve.
+    """Check the kind of a curve.
 
     Raises:
         InvalidInputError: another kind.

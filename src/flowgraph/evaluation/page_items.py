@@ -51,20 +51,32 @@ def page_payload(evaluation: Evaluation, max_bytes: int = MAX_BYTES) -> dict[str
     # A text that several tasks read is stored once.
     texts: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
-    room = max_bytes / max(len(evaluation.summaries), 1)
+    bytes_per_task = max_bytes / max(len(evaluation.summaries), 1)
     tasks = []
     for summary in evaluation.summaries:
-        own = [item for item in evaluation.items if (item["task"], item["split"]) == (summary.task, summary.split)]
-        rows = [row for row in evaluation.rows if (row["task"], row["split"]) == (summary.task, summary.split)]
-        is_main = [row["primary"] and row["items"] == "all" for row in rows]
+        key = (summary.task, summary.split)
+        own_items = [item for item in evaluation.items if (item["task"], item["split"]) == key]
+
+        # The main table holds the primary metric over all items.
+        main_rows = []
+        other_rows = []
+        for row in evaluation.rows:
+            if (row["task"], row["split"]) != key:
+                continue
+            is_main = row["primary"] and row["items"] == "all"
+            if is_main:
+                main_rows.append(row)
+            else:
+                other_rows.append(row)
+
         # The menu of an item lists the best method of the task first.
-        methods = [row["method"] for row, main in zip(rows, is_main, strict=True) if main]
-        items, left_out = _items(own, methods, summary.metric, texts, numbers, room)
+        methods = [row["method"] for row in main_rows]
+        items, left_out = _items(own_items, methods, summary.metric, texts, numbers, bytes_per_task)
         tasks.append(
             {
                 **summary.to_dict(),
-                "rows": [row for row, main in zip(rows, is_main, strict=True) if main],
-                "other_rows": [row for row, main in zip(rows, is_main, strict=True) if not main],
+                "rows": main_rows,
+                "other_rows": other_rows,
                 "items": items,
                 "left_out": left_out,
             }
@@ -81,7 +93,7 @@ def page_payload(evaluation: Evaluation, max_bytes: int = MAX_BYTES) -> dict[str
 
 
 def _summaries(methods: Sequence[str]) -> dict[str, str]:
-    """Return a line on each method; one that is registered no more has none."""
+    """Return a line on each method that is still registered."""
     found = {}
     for name in methods:
         try:
@@ -103,9 +115,13 @@ def levels_of(scores: Sequence[float | None]) -> str:
     largest = max(map(abs, known), default=0.0)
     if largest == 0:
         return LEVELS[_STEPS] * len(known)
-    # The root makes small scores visible beside a large one.
-    steps = [round(math.copysign(math.sqrt(abs(score) / largest), score) * _STEPS) for score in known]
-    return "".join(LEVELS[_STEPS + step] for step in steps)
+    levels = ""
+    for score in known:
+        # The root makes small scores visible beside a large one.
+        size = math.sqrt(abs(score) / largest)
+        step = round(math.copysign(size, score) * _STEPS)
+        levels += LEVELS[_STEPS + step]
+    return levels
 
 
 def _items(
@@ -114,7 +130,7 @@ def _items(
     metric: str,
     texts: list[dict[str, Any]],
     numbers: dict[str, int],
-    room: float,
+    max_bytes: float,
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the items of one task that fit, adding their texts to those known, and the number left out."""
     items: list[dict[str, Any]] = []
@@ -122,11 +138,15 @@ def _items(
     for place, record in enumerate(records):
         item = _item(record, methods, metric)
         text = _text(record)
+        # A text that the page holds already takes no more space.
         key = json.dumps(text)
-        used += len(json.dumps(item)) + (0 if key in numbers else len(key))
-        if used > room:
+        is_new = key not in numbers
+        used += len(json.dumps(item))
+        if is_new:
+            used += len(key)
+        if used > max_bytes:
             return items, len(records) - place
-        if key not in numbers:
+        if is_new:
             numbers[key] = len(texts)
             texts.append(text)
         items.append({**item, "text": numbers[key]})
@@ -150,12 +170,17 @@ def _item(record: Mapping[str, Any], methods: Sequence[str], metric: str) -> dic
         value = record["scores"].get(name, {}).get(metric)
         if value is not None:
             values[name] = float(f"{value:.4g}")
-    scored = [name for name in methods if name in record["token_scores"]]
+    # The colours of each method that has scores of this item.
+    levels = {}
+    for name in methods:
+        if name in record["token_scores"]:
+            compared = _compared(record["token_scores"][name], record["truth"])
+            levels[name] = levels_of(compared)
     return {
         "id": record["id"],
         "right": record["model_right"],
         "note": note,
-        "methods": {name: levels_of(_compared(record["token_scores"][name], record["truth"])) for name in scored},
+        "methods": levels,
         "values": values,
         **_truth(record["truth"], record["tokens"]),
     }
@@ -183,23 +208,35 @@ def _truth(truth: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
     units = truth.get("units")
     values = truth.get("effects", truth.get("gold"))
     if not isinstance(units, list) or not isinstance(values, list) or not tokens:
-        return {"truth": None, "units": [], "pairs": [], "plain": _shortened(truth)}
+        return _plain_truth(truth)
     numbers = [float(value or 0) for value in values]
     labels = [_unit_text(unit, tokens) for unit in units]
+    num_tokens = len(tokens)
+
+    # A number for each pair of units: a unit is worth what others read of it.
     pairs = truth.get("pairs")
     if isinstance(pairs, list) and len(pairs) == len(numbers):
-        # A unit is worth what others read of it.
         worth = [0.0] * len(units)
         for (_, read), number in zip(pairs, numbers, strict=True):
             worth[read] += number
-        order = _largest(numbers)
-        shown = [[labels[pairs[place][0]], labels[pairs[place][1]], _short(numbers[place])] for place in order]
-        return {"truth": _unit_levels(units, worth, len(tokens)), "units": [], "pairs": shown, "plain": ""}
+        listed_pairs = []
+        for place in _largest(numbers):
+            reader, read = pairs[place]
+            listed_pairs.append([labels[reader], labels[read], _short(numbers[place])])
+        levels = _unit_levels(units, worth, num_tokens)
+        return {"truth": levels, "units": [], "pairs": listed_pairs, "plain": ""}
+
+    # A number for each unit.
     if len(numbers) != len(units):
-        return {"truth": None, "units": [], "pairs": [], "plain": _shortened(truth)}
-    order = _largest(numbers)
-    listed = [[labels[place], _short(numbers[place])] for place in order]
-    return {"truth": _unit_levels(units, numbers, len(tokens)), "units": listed, "pairs": [], "plain": ""}
+        return _plain_truth(truth)
+    listed_units = [[labels[place], _short(numbers[place])] for place in _largest(numbers)]
+    levels = _unit_levels(units, numbers, num_tokens)
+    return {"truth": levels, "units": listed_units, "pairs": [], "plain": ""}
+
+
+def _plain_truth(truth: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a truth that is not about units as text."""
+    return {"truth": None, "units": [], "pairs": [], "plain": _shortened(truth)}
 
 
 def _largest(numbers: Sequence[float]) -> list[int]:
@@ -221,8 +258,11 @@ def _unit_levels(units: Sequence[Sequence[int]], worth: Sequence[float], num_tok
 
 def _unit_text(unit: Sequence[int], tokens: Sequence[str]) -> str:
     """Return the text of a unit, shortened."""
-    text = "".join(tokens[token] for token in unit if 0 <= token < len(tokens)).strip()
-    return text if len(text) <= _SHOWN_TEXT else f"{text[: _SHOWN_TEXT - 1]}…"
+    known = [tokens[token] for token in unit if 0 <= token < len(tokens)]
+    text = "".join(known).strip()
+    if len(text) <= _SHOWN_TEXT:
+        return text
+    return f"{text[: _SHOWN_TEXT - 1]}…"
 
 
 def _shortened(truth: Mapping[str, Any]) -> str:

@@ -88,19 +88,24 @@ class PlantedTruth:
         """
         figures = {metric.name: math.nan for metric in PLANTED_METRICS}
         if explanation.tokens is not None:
-            scores = explanation.tokens.detach().cpu().double()[list(self.candidates)]
+            of_all_tokens = explanation.tokens.detach().cpu().double()
+            scores = of_all_tokens[list(self.candidates)]
             is_gold = torch.tensor([position in self.gold for position in self.candidates])
             figures["average_precision"] = average_precision(scores, is_gold)
             figures["auroc"] = auroc(scores, is_gold)
+            # A gold token counts as recovered only if no other token scores as high.
             best_other = scores[~is_gold].max()
-            figures["recovered"] = float((scores[is_gold] > best_other).double().mean())
+            is_recovered = scores[is_gold] > best_other
+            figures["recovered"] = float(is_recovered.double().mean())
+
+        # Edges are compared only where the answer's own row is that of the last prompt token.
         if explanation.edges is not None and self.last_reader == self.prompt_length - 1:
             cells = self.cells()
             strengths = self._strengths(explanation.edges)
-            scores = torch.stack([strengths[cell] for cell in cells])
-            is_gold = torch.tensor([cell in self.edges for cell in cells])
-            figures["edge_average_precision"] = average_precision(scores, is_gold)
-            figures["edge_auroc"] = auroc(scores, is_gold)
+            edge_scores = torch.stack([strengths[cell] for cell in cells])
+            is_gold_edge = torch.tensor([cell in self.edges for cell in cells])
+            figures["edge_average_precision"] = average_precision(edge_scores, is_gold_edge)
+            figures["edge_auroc"] = auroc(edge_scores, is_gold_edge)
         return figures
 
     def cells(self) -> list[tuple[int, int]]:
@@ -115,7 +120,9 @@ class PlantedTruth:
         """
         strengths = edges.detach().cpu().double().clone()
         row = self.last_reader
-        strengths[row, :row] = torch.maximum(strengths[row, :row], strengths[row + 1, :row])
+        of_reader = strengths[row, :row]
+        of_answer = strengths[row + 1, :row]
+        strengths[row, :row] = torch.maximum(of_reader, of_answer)
         return strengths
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,11 +156,14 @@ class PlantedScore:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; an undefined figure is None."""
+        figures: dict[str, float | None] = {}
+        for name, value in self.figures.items():
+            figures[name] = None if math.isnan(value) else value
         return {
             "kind": self.kind,
             "method": self.method,
             "num_items": self.num_items,
-            "figures": {name: None if math.isnan(value) else value for name, value in self.figures.items()},
+            "figures": figures,
             "error": self.error,
         }
 
@@ -189,6 +199,7 @@ def planted_items(kind: PlantedKind, split: str, number: int, seed: int = 0) -> 
         raise InvalidInputError(f"number: must not be negative, got {number}; pass how many texts to make")
     items = []
     for index in range(number):
+        # A generator for each text, so that a longer list begins with the shorter one.
         random = Random(f"{kind} {split} {seed} {index}")
         words, response, gold, edges = _WRITERS[kind](random)
         num_words = len(words) + len(response)
@@ -219,23 +230,31 @@ _Written = tuple[list[str], list[str], list[int], list[tuple[int, int]]]
 
 def _write_copy(random: Random) -> _Written:
     """Write pairs, and ask for the value of one key."""
-    keys = random.sample(KEYS, random.randint(6, 9))
-    pairs = [(key, random.choice(VALUES)) for key in keys]
-    asked = random.randrange(len(pairs))
-    key, value = pairs[asked]
-    words = [FIRST, *(f"{name}={content}" for name, content in pairs), f"{key}?"]
+    num_pairs = random.randint(6, 9)
+    keys = random.sample(KEYS, num_pairs)
+    values = [random.choice(VALUES) for _ in keys]
+    asked = random.randrange(num_pairs)
+
+    # The first token comes before the pairs, so pair number n is word n + 1.
+    pairs = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+    words = [FIRST, *pairs, f"{keys[asked]}?"]
     position = 1 + asked
-    return words, [value], [position], [(len(words) - 1, position)]
+    last = len(words) - 1
+    return words, [values[asked]], [position], [(last, position)]
 
 
 def _write_induction(random: Random) -> _Written:
     """Write different letters, and repeat one of them that has a letter before it and two after it."""
-    letters = random.sample(LETTERS, random.randint(8, 12))
-    repeated = random.randrange(1, len(letters) - 2)
+    num_letters = random.randint(8, 12)
+    letters = random.sample(LETTERS, num_letters)
+    repeated = random.randrange(1, num_letters - 2)
     words = [FIRST, *letters, letters[repeated]]
+
+    # The token after the repeated one reads it, and the repetition reads the token after.
     position = 1 + repeated
     after = position + 1
-    return words, [words[after]], [position, after], [(after, position), (len(words) - 1, after)]
+    last = len(words) - 1
+    return words, [words[after]], [position, after], [(after, position), (last, after)]
 
 
 def _write_two_hop(random: Random) -> _Written:
@@ -257,23 +276,30 @@ def _write_two_hop(random: Random) -> _Written:
         chains.append((leaf_word, link_word))
     # Leaves that no link names, and links to leaves that are not there.
     for number in range(num_loose):
-        named, unnamed = leaves[num_chains + 2 * number : num_chains + 2 * number + 2]
+        first_leaf = num_chains + 2 * number
+        named, unnamed = leaves[first_leaf : first_leaf + 2]
         placed.append((random.randrange(100), f"{links[num_chains + number]}>{named}"))
         placed.append((random.randrange(100), f"{unnamed}={random.choice(VALUES)}"))
 
+    # One chain is asked for: the query reads its link, and the link reads its leaf.
     leaf_word, link_word = random.choice(chains)
-    words = [FIRST, *(word for _, word in sorted(placed)), f"{link_word[0]}?"]
+    placed_words = [word for _, word in sorted(placed)]
+    words = [FIRST, *placed_words, f"{link_word[0]}?"]
     leaf = words.index(leaf_word)
     link = words.index(link_word)
-    return words, [leaf_word[-1]], [leaf, link], [(link, leaf), (len(words) - 1, link)]
+    last = len(words) - 1
+    return words, [leaf_word[-1]], [leaf, link], [(link, leaf), (last, link)]
 
 
 def _write_generated_hop(random: Random) -> _Written:
     """Write pairs, ask for the value of one key, and name the key again before the answer."""
+    # The response begins with the recall of the key, which reads the pair; the word after it reads the recall.
     words, (value,), (position,), _ = _write_copy(random)
+    key = words[-1][0]
+    response = [f"{key}*", SO, value]
     recall = len(words)
-    response = [f"{words[-1][0]}*", SO, value]
-    return words, response, [position, recall], [(recall, position), (recall + 1, recall)]
+    after = recall + 1
+    return words, response, [position, recall], [(recall, position), (after, recall)]
 
 
 _WRITERS: dict[PlantedKind, Callable[[Random], _Written]] = {
@@ -332,7 +358,7 @@ def planted_check(
         seed: of the texts.
 
     Returns:
-        One score for each kind and method, in this order. A method that refuses a model has its message as ``error``.
+        One score for each kind and method, in this order. A method that fails on a model has its message as ``error``.
 
     Raises:
         InvalidInputError: an unknown method or kind, or fewer than one text.
@@ -356,27 +382,35 @@ def _score_of(kind: PlantedKind, method: EvaluationMethod, subjects: Sequence[Su
     undefined = {metric.name: math.nan for metric in PLANTED_METRICS}
     of_items = []
     for subject in subjects:
-        # A method that refuses one text has no mean over the texts of the kind.
+        # A method that fails on one text has no mean over the texts of the kind.
         try:
             explanation = method.explain(subject)
         except FlowgraphError as error:
             return PlantedScore(kind, method.name, 0, undefined, str(error))
-        of_items.append(planted_truth(subject.item).score(explanation))
-    means = {name: fmean(figures[name] for figures in of_items) for name in undefined}
+        truth = planted_truth(subject.item)
+        of_items.append(truth.score(explanation))
+
+    means = {}
+    for name in undefined:
+        means[name] = fmean(figures[name] for figures in of_items)
     return PlantedScore(kind, method.name, len(of_items), means)
 
 
 def planted_table(scores: Sequence[PlantedScore]) -> str:
     """Write scores as a Markdown table, one row for each kind and method; an empty cell is undefined."""
     columns = [metric.name for metric in PLANTED_METRICS]
-    lines = [
-        "| " + " | ".join(["kind", "method", *columns]) + " |",
-        "|" + "---|" * (2 + len(columns)),
-    ]
+    header = ["kind", "method", *columns]
+    rows: list[list[str]] = []
     for score in scores:
-        # A reason stands in place of the first figure, without its remedy, so that the row stays short.
-        values = ["" if math.isnan(score.figures[name]) else f"{score.figures[name]:.2f}" for name in columns]
+        values = []
+        for name in columns:
+            value = score.figures[name]
+            values.append("" if math.isnan(value) else f"{value:.2f}")
+        # A reason takes the place of the first figure, without its remedy, so that the row stays short.
         if score.error is not None:
             values[0] = score.error.split(";")[0]
-        lines.append("| " + " | ".join([score.kind, score.method, *values]) + " |")
-    return "\n".join(lines)
+        rows.append([score.kind, score.method, *values])
+
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    rule = "|" + "---|" * len(header)
+    return "\n".join([lines[0], rule, *lines[1:]])

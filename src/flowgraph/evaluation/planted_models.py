@@ -89,7 +89,7 @@ class _Design:
         tokens: for each token its features, as subspace to number.
         heads: the heads that do something.
         output: the subspace whose features are answers.
-        answers: the token that each feature of the output stands for.
+        answers: the token that each feature of the output represents.
         successors: tokens that follow a feature of a token, as (subspace, feature, token); they come before answers.
         position: the subspace of positions; None: the model does not know positions.
     """
@@ -272,10 +272,15 @@ def _model(design: _Design) -> GPT2LMHeadModel:
     """Build the model of a design: all weights 0, then embeddings, heads and output."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    # A head needs one dimension for each feature that it reads, and one more for the sink. Heads are equally wide, and
+    # the stream, which is as wide as all of them, holds every signed feature.
+    most_read = 0
+    for head in design.heads:
+        for subspace in (head.query, head.key, head.value):
+            most_read = max(most_read, design.sizes[subspace])
     num_features = sum(design.sizes.values())
-    compared = [design.sizes[subspace] for head in design.heads for subspace in (head.query, head.key, head.value)]
-    # A head needs one dimension more, for the sink; heads are equally wide and hold every signed feature.
-    head_width = max(max(compared) + 1, math.ceil(_COPIES * num_features / _NUM_HEADS))
+    share_of_stream = math.ceil(_COPIES * num_features / _NUM_HEADS)
+    head_width = max(most_read + 1, share_of_stream)
     config = GPT2Config(
         vocab_size=len(design.tokens),
         n_positions=_POSITIONS,
@@ -299,7 +304,7 @@ def _model(design: _Design) -> GPT2LMHeadModel:
             is_norm_weight = ".ln_" in name and name.endswith("weight")
             parameter.fill_(1.0 if is_norm_weight else 0.0)
 
-        # Embeddings of tokens and positions.
+        # Embeddings of tokens and positions: the sum of the vectors of all features.
         vectors = _Vectors(design.sizes, config.n_embd)
         for number, features in enumerate(design.tokens.values()):
             for subspace, feature in features.items():
@@ -316,6 +321,8 @@ def _model(design: _Design) -> GPT2LMHeadModel:
                     _set_head(block.get_submodule("attn"), head, vectors, deviation, head_width)
                     num_features_read += 1
 
+        # The output gives the margin to the answer of the feature that was found. LayerNorm divides by the deviation,
+        # so the weights multiply by it.
         deviation = _deviation(num_features_read, config.n_embd)
         answers = torch.tensor([names.index(answer) for answer in design.answers])
         model.lm_head.weight[answers] = _MARGIN * deviation * vectors.read(design.output)
@@ -364,26 +371,31 @@ def _set_head(attention: nn.Module, head: _Head, vectors: _Vectors, deviation: f
     """Set the weights of one head of a GPT-2 attention module (weights ``[in, out]``; queries, keys, values joined)."""
     weight = attention.get_parameter("c_attn.weight")
     bias = attention.get_parameter("c_attn.bias")
-    width = weight.shape[0]
-    first = head.head * head_width
+    output = attention.get_parameter("c_proj.weight")
 
-    # Query i of the reader asks for key i - shift.
+    # The first column of this head's queries, keys and values, and its first row of the output projection.
+    width = weight.shape[0]
+    first_query = head.head * head_width
+    first_key = width + first_query
+    first_value = 2 * width + first_query
+
+    # Query i of the reader asks for key i - shift. The gain makes the score of a match S, after the division by the
+    # square root of the head's width.
     gain = deviation * math.sqrt(_SCORE * math.sqrt(head_width))
     queries = vectors.read(head.query)[head.shift :]
-    weight[:, first : first + len(queries)] = gain * queries.T
     keys = vectors.read(head.key)
-    weight[:, width + first : width + first + len(keys)] = gain * keys.T
+    weight[:, first_query : first_query + len(queries)] = gain * queries.T
+    weight[:, first_key : first_key + len(keys)] = gain * keys.T
 
     # Every reader asks for the first token with half the score, in a dimension of its own.
-    sink = first + head_width - 1
-    bias[sink] = gain / deviation / 2
-    weight[:, width + sink] = gain * vectors.read("sink")[0]
+    last_dimension = head_width - 1
+    bias[first_query + last_dimension] = gain / deviation / 2
+    weight[:, first_key + last_dimension] = gain * vectors.read("sink")[0]
 
     # What is read is copied with its size before LayerNorm.
     values = vectors.read(head.value)
-    weight[:, 2 * width + first : 2 * width + first + len(values)] = deviation * values.T
-    output = attention.get_parameter("c_proj.weight")
-    output[first : first + len(values)] = vectors.write(head.write)
+    weight[:, first_value : first_value + len(values)] = deviation * values.T
+    output[first_query : first_query + len(values)] = vectors.write(head.write)
 
 
 @cache

@@ -77,12 +77,18 @@ def randomized_copy(model: Model, seed: int = 0, layers: LayerRule = "all", *, e
 
 def _chosen_names(model: nn.Module, layers: LayerRule, embeddings: bool) -> set[str]:
     """List the weights of the chosen layers, each under its first name in the model."""
-    inner = base_model(model)
-    blocks = decoder_blocks(text_decoder(inner))
-    in_any_block = {id(parameter) for block in blocks for parameter in block.parameters()}
-    in_chosen = {
-        id(parameter) for index in resolve_layers(layers, len(blocks)) for parameter in blocks[index].parameters()
-    }
+    blocks = decoder_blocks(text_decoder(base_model(model)))
+    chosen_layers = resolve_layers(layers, len(blocks))
+
+    # Weights are compared by identity, because a shared weight has the name of its first module only.
+    in_any_block: set[int] = set()
+    in_chosen: set[int] = set()
+    for index, block in enumerate(blocks):
+        of_block = {id(parameter) for parameter in block.parameters()}
+        in_any_block |= of_block
+        if index in chosen_layers:
+            in_chosen |= of_block
+
     names = set()
     for name, parameter in model.named_parameters():
         is_outside = id(parameter) not in in_any_block
@@ -92,7 +98,7 @@ def _chosen_names(model: nn.Module, layers: LayerRule, embeddings: bool) -> set[
 
 
 def _check_weights(model: nn.Module, chosen: set[str]) -> None:
-    """Refuse weights whose entries have no meaning of their own, or no value.
+    """Reject weights whose entries have no meaning of their own, or no value.
 
     Raises:
         InvalidInputError: quantized or meta weights.
@@ -112,7 +118,9 @@ def _check_weights(model: nn.Module, chosen: set[str]) -> None:
 def _permuted(weight: Tensor, seed: int, name: str) -> Tensor:
     """Put the entries of a weight in an order that depends on seed and name alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    own_seed = int.from_bytes(digest[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(own_seed)
     # Drawn on the CPU, so that every device has the same order.
     order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
-    return weight.detach().flatten()[order].view(weight.shape)
+    entries = weight.detach().flatten()
+    return entries[order].view(weight.shape)

@@ -21,9 +21,9 @@ class EvaluationItem:
         id: unique within its task and split; names the item's file, so it holds letters, digits, ``-`` and ``_``.
         prompt: a string, or chat messages.
         response: the text that is read; None: what the model under test generates greedily.
-        answer: where the answer stands, as ``flowgraph.trace(answer=...)`` takes it; None: found in the response.
-        question: where the question stands, as ``flowgraph.trace(question=...)`` takes it; None: found in the prompt.
-        data: what the task knows of the item, as plain JSON values: gold spans, values, the right answer.
+        answer: the answer's place, as ``flowgraph.trace(answer=...)`` takes it; None: found in the response.
+        question: the question's place, as ``flowgraph.trace(question=...)`` takes it; None: found in the prompt.
+        data: what the task needs of the item, as plain JSON values: gold spans, values, the right answer.
     """
 
     id: str
@@ -36,7 +36,7 @@ class EvaluationItem:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a method says of one text. At least one of the two is given.
+    """The scores of one text by a method. At least one of the two fields is given.
 
     Attributes:
         tokens: ``[tokens]``, importance of each token for the answer; higher is more, and negative values are allowed.
@@ -74,8 +74,13 @@ class Explanation:
             raise InvalidInputError(
                 "explanation: must hold token scores for this task, got edges only; return tokens= as well"
             )
-        sums = [self.tokens[torch.as_tensor(list(unit), dtype=torch.long)].sum() for unit in units]
-        return torch.stack(sums) if sums else self.tokens.new_zeros(0)
+        sums = []
+        for unit in units:
+            positions = torch.as_tensor(list(unit), dtype=torch.long)
+            sums.append(self.tokens[positions].sum())
+        if not sums:
+            return self.tokens.new_zeros(0)
+        return torch.stack(sums)
 
     def between_units(self, units: Sequence[Sequence[int]]) -> Float[Tensor, "units units"]:
         """Sum the scores of the edges between each pair of units; row: the unit that reads.
@@ -90,9 +95,12 @@ class Explanation:
             raise InvalidInputError(
                 "explanation: must hold edge scores for this task, got token scores only; return edges= as well"
             )
-        membership = self.edges.new_zeros(len(units), self.edges.shape[0])
+        # With M[u, t] = 1 for the tokens t of unit u, the sums are M E M^T.
+        num_tokens = self.edges.shape[0]
+        membership = self.edges.new_zeros(len(units), num_tokens)
         for number, unit in enumerate(units):
-            membership[number, torch.as_tensor(list(unit), dtype=torch.long)] = 1
+            positions = torch.as_tensor(list(unit), dtype=torch.long)
+            membership[number, positions] = 1
         return membership @ self.edges @ membership.T
 
 

@@ -236,7 +236,7 @@ def registered_methods() -> dict[str, EvaluationMethod]:
 
 
 def _summary_of(function: Callable[..., object], kind: str) -> str:
-    """Return the first line of a docstring; refuse a function without one."""
+    """Return the first line of a docstring, which every registered function must have."""
     summary = (function.__doc__ or "").strip().split("\n")[0]
     if not summary:
         function_name = getattr(function, "__name__", repr(function))
@@ -247,7 +247,7 @@ def _summary_of(function: Callable[..., object], kind: str) -> str:
 
 
 def _refuse_taken(known: EvaluationTask | EvaluationMethod | None, function: Callable[..., object], name: str) -> None:
-    """Refuse a name that another module registered; a module that is loaded again replaces its own."""
+    """Check that no other module registered a name; a module that is loaded again replaces its own."""
     if known is not None and known.function.__module__ != function.__module__:
         raise InvalidInputError(
             f"name: must be a new name, got {name!r}, which {known.function.__module__} registered; choose another"

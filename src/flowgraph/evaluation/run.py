@@ -124,7 +124,10 @@ def evaluate(
     chosen_tasks, chosen_methods = check_request(tasks, methods, items, split, seed)
     # All items are made before the first is run, so that a fault of a source is found at once.
     splits = SPLITS if split == "both" else (split,)
-    places = [place for task in chosen_tasks for name in splits for place in _places(task, name, items, seed)]
+    places: list[ItemPlace] = []
+    for task in chosen_tasks:
+        for name in splits:
+            places += _places(task, name, items, seed)
 
     # What decides a result, apart from the items and methods, which records name themselves.
     settings = {**fingerprint(model, tokenizer), "seed": seed}
@@ -136,6 +139,8 @@ def evaluate(
         if evaluation.out is not None:
             evaluation.write_tables(evaluation.out)
             write_evaluation_page(evaluation.out / "index.html", page_payload(evaluation))
+
+    # A fault of a method does not stop a run of hours, but it must not pass unseen.
     if evaluation.unexpected:
         errors = "; ".join(f"{error} ({number})" for error, number in evaluation.unexpected.items())
         warnings.warn(
@@ -216,16 +221,18 @@ class _Run:
             InvalidInputError: an item that differs from the one of its record.
         """
         # What is known already decides how much is left, before anything is computed.
-        earlier = [self._earlier(place) for place in places]
-        missing = [
-            missing_methods(record, self._applicable(place)) for place, record in zip(places, earlier, strict=True)
-        ]
+        earlier: list[dict[str, Any] | None] = []
+        missing: list[list[EvaluationMethod]] = []
+        for place in places:
+            record = self._earlier(place)
+            earlier.append(record)
+            missing.append(missing_methods(record, self._applicable(place)))
         self.total = len(places)
         self.left = sum(map(bool, missing))
         self.done = self.total - self.left
         self.began = time.perf_counter()
 
-        # One record is written as soon as its item is finished: a kill loses one item at most.
+        # Each record is written as soon as its item is finished: a kill loses one item at most.
         records = []
         for place, record, methods in zip(places, earlier, missing, strict=True):
             if record is None or methods:
@@ -298,10 +305,11 @@ def _names(argument: str, given: str | Sequence[str]) -> list[str]:
 
 
 def _require_method(task: EvaluationTask, methods: Sequence[EvaluationMethod]) -> None:
-    """Refuse methods of which none gives what a task reads."""
+    """Check that at least one of the methods gives what a task reads."""
     if any(task.reads in method.gives for method in methods):
         return
-    given = ", ".join(f"{method.name} ({', '.join(method.gives)})" for method in methods)
+    described = [f"{method.name} ({', '.join(method.gives)})" for method in methods]
+    given = ", ".join(described)
     raise InvalidInputError(
         f"methods: must give {task.reads}, which task {task.name!r} reads, got {given}; add a method that gives "
         f"{task.reads}, or leave the task out"

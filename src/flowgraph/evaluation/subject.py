@@ -96,6 +96,7 @@ class Subject:
 
         Cost: the first call of a setting: one forward pass, and a backward pass where the capacity needs it.
         """
+        # The regions are those of the base trace, so that every setting explains the same question and answer.
         key = repr((capacity, sorted(options.items())))
         if key not in self._traces:
             self._traces[key] = trace(
@@ -138,6 +139,7 @@ def _readable_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict
         return prompt
     contents = [message.get("content") for message in prompt]
     if not all(isinstance(content, str) for content in contents):
-        # Contents in parts need a template: the trace says so.
+        # Contents in parts need a template: the trace raises the error that explains it.
         return prompt
-    return "".join(f"{content}\n" for content in contents)
+    lines = [f"{content}\n" for content in contents]
+    return "".join(lines)

@@ -135,7 +135,10 @@ class _Column:
     @property
     def mean(self) -> float:
         """Mean of the values that exist; NaN without any."""
-        return float(self.defined.mean()) if self.defined.size else math.nan
+        defined = self.defined
+        if defined.size == 0:
+            return math.nan
+        return float(defined.mean())
 
 
 def task_table(
@@ -220,18 +223,29 @@ def _metric_rows(
 
     def from_best(column: _Column) -> tuple[bool, float, str]:
         mean = column.mean
-        return math.isnan(mean), -sign * mean if not math.isnan(mean) else 0.0, column.method.name
+        is_undefined = math.isnan(mean)
+        descending = 0.0 if is_undefined else -sign * mean
+        return is_undefined, descending, column.method.name
 
     columns.sort(key=from_best)
-    # The references: the best control of this metric, and the text without the model. A task whose best value is no
-    # merit has none.
-    candidates = [column for column in columns if column.defined.size and task.compares]
-    control = next((column for column in candidates if column.method.trivial), None)
-    text = next((column for column in candidates if column.method.name == TEXT_CONTROL), None)
+    # The references: the best control of this metric, and the text without the model. A task whose best value does not
+    # show that a method is right has none.
+    control: _Column | None = None
+    text: _Column | None = None
+    for column in columns:
+        if not task.compares or column.defined.size == 0:
+            continue
+        if control is None and column.method.trivial:
+            control = column
+        if text is None and column.method.name == TEXT_CONTROL:
+            text = column
 
+    # A row for each method, and the samples whose intervals are computed below.
     rows = []
     samples: list[tuple[Row, str, NDArray[np.float64]]] = []
     for column in columns:
+        defined = column.defined
+        num_defined = int(defined.size)
         row: Row = {
             "task": task.name,
             "split": split,
@@ -243,12 +257,12 @@ def _metric_rows(
             "value": _rounded(column.mean),
             "low": None,
             "high": None,
-            "n": int(column.defined.size),
-            "undefined": len(records) - column.num_skipped - int(column.defined.size),
+            "n": num_defined,
+            "undefined": len(records) - column.num_skipped - num_defined,
             "skipped": column.num_skipped,
             "control": None if control is None else control.method.name,
         }
-        samples.append((row, "", column.defined))
+        samples.append((row, "", defined))
         for name, reference in (("control", control), ("text", text)):
             differences = _differences(column, reference)
             row |= _difference(name, differences, column.method.trivial, seed)
@@ -261,8 +275,10 @@ def _metric_rows(
     intervals = bootstrap_intervals([values for _, _, values in enough], seed=seed)
     for (row, prefix, _), interval in zip(enough, intervals, strict=True):
         if interval is not None:
-            row[f"{prefix}low"] = interval[0]
-            row[f"{prefix}high"] = interval[1]
+            low, high = interval
+            row[f"{prefix}low"] = low
+            row[f"{prefix}high"] = high
+
     # Controls are references, not findings: only the other methods are tested.
     for reference in ("control", "text"):
         _correct(rows, reference)
@@ -275,10 +291,12 @@ def _column(method: EvaluationMethod, metric: Metric, records: Sequence[Record])
     values = []
     num_skipped = 0
     for record in records:
+        value: float | None = None
         scores = record["scores"].get(method.name)
         if scores is None:
             num_skipped += 1
-        value = None if scores is None else scores.get(metric.name)
+        else:
+            value = scores.get(metric.name)
         values.append(math.nan if value is None else value)
     return _Column(method, np.asarray(values, dtype=np.float64), num_skipped)
 
@@ -322,12 +340,14 @@ def _counted(reasons: Any) -> dict[str, int]:
 def _num_compared(records: Sequence[Record], methods: Sequence[EvaluationMethod]) -> int:
     """Count the scores that were compared here, those of earlier runs in the same folder included."""
     is_control = {method.name: method.trivial for method in methods}
-    names = {name for record in records for name in record["scores"]}
+    names: set[str] = set()
+    for record in records:
+        names.update(record["scores"])
     return sum(not is_control.get(name, _is_control(name)) for name in names)
 
 
 def _is_control(name: str) -> bool:
-    """Tell whether a method is a trivial control; one that is registered no more counts as a score."""
+    """Tell whether a method is a trivial control; one that is not registered any more counts as a score."""
     try:
         return find_method(name).trivial
     except InvalidInputError:
@@ -395,7 +415,7 @@ def _notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence[Row]) -
 
 
 def _outcome_notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence[Row]) -> list[str]:
-    """Say whether any method is better than the best trivial control."""
+    """Write whether any method is better than the best trivial control."""
     methods = [row for row in primary if not row["trivial"] and row["value"] is not None]
     if not task.compares:
         return [
@@ -420,8 +440,12 @@ def _outcome_notes(summary: TaskSummary, task: EvaluationTask, primary: Sequence
 
     # Compared over the same items, with their number corrected for.
     tested = [row for row in methods if row["control_p_holm"] is not None]
-    is_better = [row for row in tested if row["control_p_holm"] < _SIGNIFICANT and sign * row["control_difference"] > 0]
-    if tested and not is_better:
+    num_better = 0
+    for row in tested:
+        is_significant = row["control_p_holm"] < _SIGNIFICANT
+        if is_significant and sign * row["control_difference"] > 0:
+            num_better += 1
+    if tested and num_better == 0:
         return [f"no method is clearly better than {name}: corrected p of every difference is at least {_SIGNIFICANT}"]
     return []
 
@@ -445,4 +469,6 @@ def _reasons(reasons: Mapping[str, int]) -> str:
 
 def _rounded(value: float) -> float | None:
     """Round to 10 significant digits, so that the order of additions does not show; None for NaN."""
-    return None if math.isnan(value) else float(f"{value:.10g}")
+    if math.isnan(value):
+        return None
+    return float(f"{value:.10g}")

@@ -61,7 +61,8 @@ def token_rewards(
         return outcome
     require_finite("kl", kl, mask)
     require_range("kl_weight", kl_weight, 0 <= kl_weight < math.inf, "be at least 0", "0 turns the penalty off")
-    return outcome - kl_weight * torch.where(mask, kl.detach(), 0.0)
+    kl_of_tokens = torch.where(mask, kl.detach(), 0.0)
+    return outcome - kl_weight * kl_of_tokens
 
 
 def gae(
@@ -112,10 +113,12 @@ def gae(
     # V_t and V_{t+1}; after the last action token V_T is the bootstrap.
     rewards = torch.where(mask, rewards.detach(), 0.0)
     values = torch.where(mask, values.detach(), 0.0)
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+    after_the_last_column = torch.zeros_like(values[:, :1])
+    next_values = torch.cat([values[:, 1:], after_the_last_column], 1)
     if bootstrap is not None:
         require_finite("bootstrap", bootstrap, mask.any(1))
-        next_values = torch.where(last_tokens(mask), bootstrap.detach()[:, None], next_values)
+        is_last = last_tokens(mask)
+        next_values = torch.where(is_last, bootstrap.detach()[:, None], next_values)
 
     # delta_t = r_t + gamma V_{t+1} - V_t; it is 0 on padding, so the recursion enters the response with A_T = 0.
     delta = rewards + discount * next_values - values
@@ -160,9 +163,11 @@ def group_advantages(
     deviation, group_index, group_sizes = _deviations(rewards, groups)
     if scale_std:
         # sigma^2 of each group, with the sample normalisation G - 1.
-        squares = torch.zeros_like(group_sizes, dtype=deviation.dtype).index_add(0, group_index, deviation.square())
+        zeros = torch.zeros_like(group_sizes, dtype=deviation.dtype)
+        squares = zeros.index_add(0, group_index, deviation.square())
         sigma = (squares / (group_sizes - 1)).sqrt()
-        deviation = deviation / (sigma + epsilon)[group_index]
+        divisor = sigma + epsilon
+        deviation = deviation / divisor[group_index]
     return deviation.to(rewards.dtype)
 
 
@@ -237,8 +242,10 @@ def whiten(
 
     centred = selected - selected.mean()
     if selected.numel() > 1:
+        # A deviation within the rounding of the dtype is noise, and is not scaled to 1.
         deviation = centred.std()
-        rounding = torch.finfo(values.dtype).eps * selected.abs().max()
+        largest = selected.abs().max()
+        rounding = torch.finfo(values.dtype).eps * largest
         if deviation > rounding:
             centred = centred / deviation
     whitened[mask] = centred.to(values.dtype)
@@ -247,7 +254,8 @@ def whiten(
 
 def last_tokens(mask: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:
     """Mark the last action token of each response; an empty response has none."""
-    next_is_padding = torch.cat([~mask[:, 1:], torch.ones_like(mask[:, :1])], 1)
+    after_the_last_column = torch.ones_like(mask[:, :1])
+    next_is_padding = torch.cat([~mask[:, 1:], after_the_last_column], 1)
     return mask & next_is_padding
 
 
@@ -265,7 +273,10 @@ def _deviations(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     # Rewards are measured from the lowest of their group, so that equal rewards give exact zeros.
     precise = rewards.detach().double()
-    lowest = precise.new_full(group_sizes.shape, math.inf).scatter_reduce(0, group_index, precise, "amin")
+    infinite = precise.new_full(group_sizes.shape, math.inf)
+    lowest = infinite.scatter_reduce(0, group_index, precise, "amin")
     above_lowest = precise - lowest[group_index]
-    mean = torch.zeros_like(lowest).index_add(0, group_index, above_lowest) / group_sizes
-    return above_lowest - mean[group_index], group_index, group_sizes
+    total = torch.zeros_like(lowest).index_add(0, group_index, above_lowest)
+    mean = total / group_sizes
+    deviation = above_lowest - mean[group_index]
+    return deviation, group_index, group_sizes

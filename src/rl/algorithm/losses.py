@@ -78,11 +78,14 @@ def token_logprobs(
     if isinstance(logits, Tensor) and logits.ndim:
         vocabulary = logits.shape[-1]
     require_floats("logits", logits, (*tokens.shape, vocabulary))
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise ConfigError(
-            f"tokens: must lie in the vocabulary of {vocabulary}, got {int(tokens.min())} to {int(tokens.max())}; "
-            "put any valid index on padding"
-        )
+    if tokens.numel():
+        least = int(tokens.min())
+        greatest = int(tokens.max())
+        if least < 0 or greatest >= vocabulary:
+            raise ConfigError(
+                f"tokens: must lie in the vocabulary of {vocabulary}, got {least} to {greatest}; "
+                "put any valid index on padding"
+            )
     _require_above("temperature", temperature, 0, "use the temperature of the sampling, for example 1.0")
     return _TokenLogprobs.apply(logits, tokens, temperature)  # type: ignore[return-value]
 
@@ -97,8 +100,11 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(tokens.shape, dtype=dtype, device=logits.device)
         entropy = torch.empty_like(logprobs)
         for row in range(len(tokens)):
-            log_p = torch.log_softmax(logits[row].to(dtype) / temperature, -1)
-            logprobs[row] = log_p.gather(-1, tokens[row, :, None]).squeeze(-1)
+            # log p_y
+            scaled_logits = logits[row].to(dtype) / temperature
+            log_p = torch.log_softmax(scaled_logits, -1)
+            chosen = tokens[row, :, None]
+            logprobs[row] = log_p.gather(-1, chosen).squeeze(-1)
             # entr(p) = -p log p with entr(0) = 0, so an excluded entry adds 0 instead of NaN.
             p = log_p.exp_()
             entropy[row] = torch.special.entr(p).sum(-1)
@@ -115,16 +121,20 @@ class _TokenLogprobs(torch.autograd.Function):
         if by_logprobs is None:
             by_logprobs = torch.zeros_like(entropy)
 
-        # Tokens with no incoming gradient get an exact 0 below, whatever their logits.
+        # Tokens with no incoming gradient get an exact 0 below, for any logits.
         is_idle = by_logprobs == 0
         if by_entropy is not None:
             is_idle = is_idle & (by_entropy == 0)
 
         gradient = torch.empty_like(logits)
         for row in range(len(tokens)):
-            p = torch.softmax(logits[row].to(entropy.dtype) / ctx.temperature, -1)
-            row_by_logprobs = by_logprobs[row, :, None]
-            row_gradient = (p * -row_by_logprobs).scatter_add_(-1, tokens[row, :, None], row_by_logprobs)
+            # [v = y] - p_v, times the incoming gradient of log p_y.
+            scaled_logits = logits[row].to(entropy.dtype) / ctx.temperature
+            p = torch.softmax(scaled_logits, -1)
+            incoming = by_logprobs[row, :, None]
+            chosen = tokens[row, :, None]
+            row_gradient = (p * -incoming).scatter_add_(-1, chosen, incoming)
+            # -p_v (log p_v + H) = entr(p_v) - p_v H, times the incoming gradient of H.
             if by_entropy is not None:
                 entropy_slope = torch.special.entr(p) - p * entropy[row, :, None]
                 row_gradient += by_entropy[row, :, None] * entropy_slope
@@ -210,13 +220,15 @@ def kl_loss(
     require_alike(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     _require_kind(kind, get_args(KLEstimator))
 
-    # The value, without a gradient.
+    # The value rho k(d), without a gradient.
     held = logprobs.detach()
-    ratio = (held - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    log_ratio = held - old_logprobs.detach()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     value = ratio * kl_estimate(held, ref_logprobs, kind)
 
     # rho d is the derivative by log pi, of either kind. The last term is 0 and carries the gradient.
-    force = ratio * (held - ref_logprobs.detach())
+    d = held - ref_logprobs.detach()
+    force = ratio * d
     return value + force * (logprobs - held)
 
 
@@ -263,7 +275,8 @@ def policy_loss(
 
     # rho_t, and the larger (pessimistic) of the two losses -A rho and -A clip(rho).
     advantages = advantages.detach()
-    ratio = (logprobs - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    log_ratio = logprobs - old_logprobs.detach()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped_ratio = ratio.detach().clamp(1 - clip, 1 + clip_high)
     unclipped_loss = -advantages * ratio
     clipped_loss = -advantages * clipped_ratio
@@ -313,8 +326,9 @@ def truncated_importance(
     require_alike(logprobs=logprobs, sampled_logprobs=sampled_logprobs)
     if not 1 <= cap < math.inf:
         raise ConfigError(f"cap: must be finite and at least 1, got {cap!r}; 2 is usual")
-    log_ratio = (logprobs - sampled_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio.exp().clamp(max=cap)
+    log_ratio = (logprobs - sampled_logprobs).detach()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return ratio.clamp(max=cap)
 
 
 def value_loss(
@@ -349,10 +363,14 @@ def value_loss(
     if clip is None:
         return 0.5 * plain_loss
     _require_above("clip", clip, 0, "0.2 is the default; leave it out to turn it off")
+
+    # The larger of the two losses, so that the clip never lowers the loss of a value that moved away.
     old_values = old_values.detach()
-    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    change = (values - old_values).clamp(-clip, clip)
+    clipped_values = old_values + change
     clipped_loss = (clipped_values - returns).square()
-    return 0.5 * torch.where(clipped_loss > plain_loss, clipped_loss, plain_loss)
+    larger_loss = torch.where(clipped_loss > plain_loss, clipped_loss, plain_loss)
+    return 0.5 * larger_loss
 
 
 # The mean over a batch ----------------------------------------------------------------------------------
@@ -413,6 +431,7 @@ def aggregate(
         mask = torch.zeros_like(mask)
         count = 1
 
+    # Selected, not multiplied: a loss of NaN outside the mask adds exactly 0.
     masked_loss = torch.where(mask, per_token, 0.0)
     if kind == "seq_mean":
         response_lengths = mask.sum(1).clamp_min(1)

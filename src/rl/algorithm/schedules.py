@@ -44,11 +44,15 @@ def learning_rate_factor(config: PPOConfig, step: int, rewards: Sequence[float] 
     """
     if config.lr_schedule not in OWN_SCHEDULES:
         return _factor_of_transformers(config, step, rewards)
+    # The first step of the warm-up already moves, and its last one has the full rate.
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return 1.0
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+
+    # The share of the steps after the warm-up that is done, in [0, 1).
+    num_steps = max(1, config.steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / num_steps
     if config.lr_schedule == "linear":
         return 1 - progress
     return (1 + math.cos(math.pi * progress)) / 2
@@ -82,7 +86,9 @@ def _factor_of_transformers(config: PPOConfig, step: int, rewards: Sequence[floa
     import torch
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+    # The scheduler changes only the learning rate of the stand-in, which never makes a step.
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=config.learning_rate)
     options = dict(config.lr_schedule_options)
     reacts = config.lr_schedule in ("reduce_lr_on_plateau", "greedy")
     if reacts:
@@ -98,6 +104,7 @@ def _factor_of_transformers(config: PPOConfig, step: int, rewards: Sequence[floa
         )
         if not reacts:
             return float(scheduler.lr_lambdas[0](step))
+        # Replay: the state of the scheduler is a function of the rewards.
         for reward in rewards:
             scheduler.step(reward)
     except _OPTION_FAILURES as error:

@@ -61,11 +61,12 @@ def require_alike(**tensors: Tensor) -> None:
 def require_finite(name: str, value: Tensor, where: Tensor) -> None:
     """Require a float tensor of the shape of ``where`` that is finite where ``where`` is True."""
     require_floats(name, value, where.shape)
-    wrong = where & ~torch.isfinite(value)
-    if bool(wrong.any()):
-        place = wrong.nonzero()[0].tolist()
+    is_wrong = where & ~torch.isfinite(value)
+    if bool(is_wrong.any()):
+        place = is_wrong.nonzero()[0].tolist()
+        got = float(value[tuple(place)])
         raise ConfigError(
-            f"{name}: must be finite on every token of the mask, got {float(value[tuple(place)])} at {place}; look for "
+            f"{name}: must be finite on every token of the mask, got {got} at {place}; look for "
             "the reward function or the model that returned it"
         )
 

@@ -110,7 +110,7 @@ def align(
         >>> [arm.name for arm in result.arms]
         ['uniform', 'entropy']
     """
-    # Check every setting before the long run.
+    # Every setting is checked before the long run.
     if config is None:
         config = default_sampling(model)
     config = _rollout_settings(config, num_batches, seed)
@@ -215,11 +215,13 @@ class _AlignmentRun:
         for number in range(len(gradients)):
             responses = self._sample(encoder, number)
             batch = self._score(responses, number)
+            # A batch without any advantage has the gradient 0 and no direction, so it is counted and left out.
             if bool(batch.base.any()):
                 fields = [batch.base, _signed_decisive(batch, config.seed, number)]
-                both = policy_gradients(self.policy, responses, fields, config)
-                gradients[len(batches)] = both[0]
-                probes[len(batches)] = both[1]
+                uniform_gradient, probe = policy_gradients(self.policy, responses, fields, config)
+                row = len(batches)
+                gradients[row] = uniform_gradient
+                probes[row] = probe
                 batches.append(batch)
             else:
                 self.no_signal += 1
@@ -231,7 +233,8 @@ class _AlignmentRun:
         """Sample the responses of one batch from problems that no other batch contains, and judge them."""
         config = self.config
         first = number * config.num_prompts
-        samples = draw_samples(self.task, "train", range(first, first + config.num_prompts))
+        problems = range(first, first + config.num_prompts)
+        samples = draw_samples(self.task, "train", problems)
         generated = sample_responses(
             self.policy.causal_lm,
             encoder,
@@ -242,6 +245,7 @@ class _AlignmentRun:
             seed=config.seed,
             step=number,
         )
+        # The responses of a problem follow one another.
         repeated = [sample for sample in samples for _ in range(config.group_size)]
         responses = judge(self.task, self.tokenizer, repeated, generated)
         self.rewards += responses.rewards.tolist()
@@ -251,12 +255,16 @@ class _AlignmentRun:
     def _score(self, responses: Responses, number: int) -> _Batch:
         """Compute advantages and the credit of every arm, as training with this arm would."""
         settings = list(self.arms.values())
+        kl_weight = self.config.kl_weight
         scores, credits = score_arms(self.policy, responses, settings, self.config, step=number)
+
+        # Each arm has its own experience: where credit moves the rewards, its advantages differ, too.
         experiences = []
         selected = []
         for arm, credit in zip(settings, credits, strict=True):
             own_config = replace(self.config, credit=arm)
-            experiences.append(build_experience(responses, scores, credit, own_config, kl_weight=self.config.kl_weight))
+            experience = build_experience(responses, scores, credit, own_config, kl_weight=kl_weight)
+            experiences.append(experience)
             selected.append(selected_tokens(credit, arm))
 
         uniform = experiences[0]
@@ -300,12 +308,14 @@ class _AlignmentRun:
             with_uniform = inner_products(gradients, uniform)
             gram = inner_products(gradients, gradients)
             dots[:, number] = coefficients @ with_uniform
-            # Rounding can put the squared norm of a gradient of almost 0 below 0.
             squared_norms = ((coefficients @ gram) * coefficients).sum(1)
+            # Rounding can put the squared norm of a gradient of almost 0 below 0.
             norms[:, number] = squared_norms.clamp_min(0).sqrt()
+
             # Only the weighted gradients, which come first, are measured along the probes.
             of_weighted = coefficients[: len(self.arms)]
-            along_probes[:, number] = of_weighted @ inner_products(gradients, probes)
+            with_probes = inner_products(gradients, probes)
+            along_probes[:, number] = of_weighted @ with_probes
             self.progress("gradients", number + 1, num_batches)
         self.seconds["gradients"] = time.perf_counter() - started
         products = [Products(dot, norm) for dot, norm in zip(dots, norms, strict=True)]
@@ -331,7 +341,8 @@ def _signed_decisive(batch: _Batch, seed: int, number: int) -> Float[Tensor, "ba
         return torch.zeros_like(batch.base)
     # Random signs make the square of the sum a sum of squares on average.
     random = generator(seed, "probe", number)
-    signs = torch.randint(2, oracle.shape, generator=random) * 2.0 - 1.0
+    coins = torch.randint(2, oracle.shape, generator=random)
+    signs = coins * 2.0 - 1.0
     return torch.where(oracle & batch.loss_mask, signs, 0.0)
 
 
@@ -374,13 +385,14 @@ def _check_baselines(baselines: Sequence[str], arms: Mapping[str, CreditConfig])
 
 
 def _require_memory(num_parameters: int, num_batches: int, num_arms: int, limit: float | None) -> None:
-    """Refuse a run whose gradients exceed the memory limit."""
+    """Reject a run whose gradients exceed the memory limit."""
     import psutil
 
     if limit is None:
         limit = psutil.virtual_memory().available / 2
     # float32: the uniform gradients and probes of all batches, and at most four gradients of each arm in one batch.
-    needed = 4 * num_parameters * (2 * num_batches + 4 * num_arms + 2)
+    num_gradients = 2 * num_batches + 4 * num_arms + 2
+    needed = 4 * num_parameters * num_gradients
     if needed > limit:
         raise MemoryLimitError(
             f"num_batches: gradients of {num_batches} batches and {num_arms} arms by {num_parameters} weights must "
@@ -393,6 +405,7 @@ def _report(
     run: _AlignmentRun, batches: Sequence[_Batch], measured: _Measured, baselines: Sequence[str], model: str
 ) -> Alignment:
     """Turn inner products into cosines, multipliers and differences with intervals."""
+    # Uniform is the first arm, so its products and cosines come first, too.
     num_arms = len(run.arms)
     products = measured.products
     uniform = products[0]
@@ -411,12 +424,16 @@ def _report(
     arms = []
     for index, (name, credit) in enumerate(run.arms.items()):
         coverage = _coverage(batches, index)
+        decisive_multiplier = None
+        if decisive:
+            decisive_ratio = multipliers(decisive[index], decisive[0])
+            decisive_multiplier = jackknife(decisive_ratio)
         arm = ArmAlignment(
             name=name,
             credit=credit,
             cosine=jackknife(cosine[of_weighted[index]]),
             multiplier=jackknife(ratio[of_weighted[index]]),
-            decisive_multiplier=jackknife(multipliers(decisive[index], decisive[0])) if decisive else None,
+            decisive_multiplier=decisive_multiplier,
             signal_share=None,
             token_share=coverage.token_share,
             only_selected=None,
@@ -424,6 +441,7 @@ def _report(
             recall=None,
             recall_chance=None,
         )
+        # The other figures describe a selection, so an arm that selects no token has none of them.
         if coverage.token_share > 0:
             shares = signal_shares(products[of_selected[index]], uniform)
             arm = replace(
@@ -470,6 +488,7 @@ class _Coverage(NamedTuple):
 
 def _coverage(batches: Sequence[_Batch], index: int) -> _Coverage:
     """Measure the selection of one arm over all batches."""
+    # Sums over all batches: a mean of shares would count short responses more.
     num_tokens = 0.0
     num_selected = 0.0
     num_decisive = 0.0
@@ -487,7 +506,8 @@ def _coverage(batches: Sequence[_Batch], index: int) -> _Coverage:
         num_decisive += float(decisive.sum())
         num_found += float((decisive & selected).sum())
         # Drawing k of the n scored tokens of a response finds each decisive token with probability k / n.
-        expected = decisive.sum(1) * selected.sum(1) / scored.sum(1).clamp_min(1)
+        num_scored = scored.sum(1).clamp_min(1)
+        expected = decisive.sum(1) * selected.sum(1) / num_scored
         num_expected += float(expected.sum())
 
     token_share = num_selected / num_tokens

@@ -49,16 +49,19 @@ def parse_arm(text: str) -> CreditConfig:
     names = [item.name for item in fields(CreditConfig) if item.name not in ("rule", "options")]
     settings: dict[str, Any] = {"rule": rule}
     options: dict[str, Any] = {}
-    parts = [part.strip() for joined in rest for part in joined.split(",")]
+    # Colons and commas separate alike; a part without "=" is a shape, every other part a setting.
+    parts = ",".join(rest).split(",") if rest else []
     for part in parts:
+        part = part.strip()
         name, sign, value = [side.strip() for side in part.partition("=")]
-        if not sign and name in shapes:
+        has_value = sign != ""
+        if not has_value and name in shapes:
             settings["shape"] = name
-        elif sign and name.startswith(_OPTION) and name != _OPTION:
+        elif has_value and name.startswith(_OPTION) and name != _OPTION:
             options[name.removeprefix(_OPTION)] = _read_value(value)
-        elif sign and name in _TEXT_SETTINGS:
+        elif has_value and name in _TEXT_SETTINGS:
             settings[name] = value
-        elif sign and name in names:
+        elif has_value and name in names:
             settings[name] = _read_value(value)
         else:
             raise ConfigError(
@@ -80,7 +83,9 @@ def split_arms(text: str) -> list[str]:
     arms: list[str] = []
     for piece in text.split(","):
         piece = piece.strip()
-        is_setting = "=" in piece and ":" not in piece.partition("=")[0]
+        # A rule comes before a colon, so a piece whose "=" comes before any colon names no rule.
+        before_sign = piece.partition("=")[0]
+        is_setting = "=" in piece and ":" not in before_sign
         if arms and is_setting:
             arms[-1] += f",{piece}"
         elif piece:
@@ -103,8 +108,11 @@ def arm_name(credit: CreditConfig) -> str:
     # Only settings that differ from the defaults are named.
     changed = []
     for item in fields(credit):
+        # These three have forms of their own.
+        if item.name in ("rule", "shape", "options"):
+            continue
         value = getattr(credit, item.name)
-        if item.name not in ("rule", "shape", "options") and value != getattr(default, item.name):
+        if value != getattr(default, item.name):
             changed.append(f"{item.name}={_write_value(value)}")
     for name, value in credit.options.items():
         changed.append(f"{_OPTION}{name}={_write_value(value)}")
@@ -170,15 +178,20 @@ def selected_tokens(credit: Credit, arm: CreditConfig) -> Bool[Tensor, "batch re
     Weights above 1 count where the arm has no share: for soft and raw shapes, and for rules that score in weights; and
     where weights were permuted.
     """
+    # Permuted weights, and weights without a share, are the only record of the selection.
     is_permuted = arm.rule == POSITION_MATCHED
     arm = applied(arm)
     if is_permuted and arm.shape == "only_top":
         return credit.scored & (credit.weights > 0)
-    if is_permuted or find_rule(arm.rule).weighs or arm.shape in ("soft", "raw"):
+    weighs = find_rule(arm.rule).weighs
+    has_share = not weighs and arm.shape not in ("soft", "raw")
+    if is_permuted or not has_share:
         return credit.scored & (credit.weights > 1)
+
     # A response without any positive score keeps weights of 1, so nothing of it is selected.
     has_score = (credit.scores > 0).any(1, keepdim=True)
-    return has_score & top_share(credit.scores, credit.scored, arm.share, largest=arm.shape != "bottom_q")
+    selects_largest = arm.shape != "bottom_q"
+    return has_score & top_share(credit.scores, credit.scored, arm.share, largest=selects_largest)
 
 
 def _read_value(text: str) -> Any:

@@ -32,10 +32,11 @@ def plot_auc(found: CreditAuc, path: str | Path) -> Path:
         OutputError: the path cannot be written.
     """
     target = Path(path)
-    # The first row is the lowest, so the best rule comes last.
+    # The first row is the lowest, so the best rule comes last; rules without a value come below all others.
     ranked = sorted(found.rules, key=lambda row: -1.0 if row.auc is None else row.auc)
     rows = ranked[-_MOST_ROWS:]
-    figure = new_figure(width=8, height=1.6 + 0.4 * len(rows))
+    height = 1.6 + 0.4 * len(rows)
+    figure = new_figure(width=8, height=height)
     axes = figure.subplots()
     axes.axvline(0.5, color="#555555", linewidth=1, linestyle="--")
     _draw(axes, rows, against_detours=True)
@@ -49,13 +50,16 @@ def plot_auc(found: CreditAuc, path: str | Path) -> Path:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.legend(frameon=False, loc="best")
+
+    picture_format = target.suffix.removeprefix(".") or "png"
     with atomic_write(target) as temporary, embedded_fonts():
-        figure.savefig(temporary, dpi=160, format=target.suffix.removeprefix(".") or "png")
+        figure.savefig(temporary, dpi=160, format=picture_format)
     return target
 
 
 def _draw(axes: Axes, rows: Sequence[RuleAuc], *, against_detours: bool) -> None:
     """Draw one series; rules without a value have no marker."""
+    # The two series of a rule lie above and below the middle of its row.
     offset = 0.12 if against_detours else -0.12
     places = []
     values = []
@@ -69,7 +73,7 @@ def _draw(axes: Axes, rows: Sequence[RuleAuc], *, against_detours: bool) -> None
             continue
         places.append(place + offset)
         values.append(value)
-        # Without an interval the marker stands alone.
+        # Without an interval the marker has no line. Matplotlib rejects negative lengths, which rounding can give.
         below.append(0.0 if low is None else max(0.0, value - low))
         above.append(0.0 if high is None else max(0.0, high - value))
     if not values:

@@ -144,15 +144,21 @@ class CreditAuc:
         Raises:
             OutputError: the file cannot be written.
         """
-        run = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rules", "best")}
+        # The figures of the run: every field but the rows and the best graph.
+        run: dict[str, Any] = {}
+        for item in fields(self):
+            if item.name not in ("rules", "best"):
+                run[item.name] = getattr(self, item.name)
+
         # Each row repeats the run, so that rows of several files can be joined.
         rows = []
         for row in self.table():
-            is_best = self.best is not None and row["rule"] == self.best.rule
-            held_out = {} if self.best is None or not is_best else {"best_graph": asdict(self.best)}
-            rows.append({**row, **held_out, **run})
+            if self.best is not None and row["rule"] == self.best.rule:
+                row["best_graph"] = asdict(self.best)
+            rows.append({**row, **run})
+        text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
         found = ", ".join(f"{row.rule} {_shown(row.auc)}" for row in self.rules)
@@ -214,7 +220,7 @@ def credit_auc(
         >>> found.rules[0].auc
         1.0
     """
-    # Check every setting before the model runs.
+    # Every setting is checked before the model runs.
     _check_counts(num_problems=num_problems, resamples=resamples)
     if isinstance(rules, str):
         raise ConfigError(f"rules: must be a list of rules, got the text {rules!r}; pass [{rules!r}]")
@@ -235,14 +241,18 @@ def credit_auc(
         run = _Run(policy, tokenizer, problems, tested, config)
         run.collect(num_problems, progress)
 
+    # Means over responses, with intervals over problems.
     rows = [_row(run, name, seed=seed, resamples=resamples) for name in tested]
-    best = _best_graph(run, list(tested), seed=seed, resamples=resamples) if sweep else None
+    best = None
+    if sweep:
+        best = _best_graph(run, list(tested), seed=seed, resamples=resamples)
+    is_answered = run.of_response("is_answered").bool()
     return CreditAuc(
         rules=tuple(rows),
         best=best,
         num_problems=num_problems,
         num_responses=len(run.groups),
-        num_unanswered=int((~run.of_response("is_answered").bool()).sum()),
+        num_unanswered=int((~is_answered).sum()),
         reward=float(run.of_response("reward").mean()),
         response_tokens=float(run.of_response("length").mean()),
         model=model_text,
@@ -319,22 +329,26 @@ class _Run:
 
     def _measure(self, responses: Responses, step: int) -> None:
         """Compute the figures of one batch."""
+        # Figures that depend on no setting.
         self.groups += responses.groups.tolist()
         self._add("", "is_answered", responses.answer.any(1))
         self._add("", "reward", responses.rewards)
         self._add("", "length", responses.response_mask.sum(1))
+        ends = _end_tokens(responses)
+        openers = _answer_openers(responses.answer_in_response)
+        # Without an answer, or with nothing before it, there is no tie.
+        has_tie = before_answer(responses).any(1)
 
-        _, credits = score_arms(self._policy, responses, list(self._settings.values()), self._config, step=step)
-        # A few numbers a response are kept of each setting.
+        # Of each setting a few numbers a response are kept, because its scores would fill the memory.
+        settings = list(self._settings.values())
+        _, credits = score_arms(self._policy, responses, settings, self._config, step=step)
         for name, credit in zip(self._settings, credits, strict=True):
             decisive, detours, others = _groups_of_tokens(responses, credit.scored)
             self._add(name, "auc", within_auc(credit.scores, decisive, detours))
             self._add(name, "auc_others", within_auc(credit.scores, decisive, others))
-            self._add(name, "end_weight", _mean_over(credit.weights, _end_tokens(responses)))
-            self._add(name, "opener_weight", _mean_over(credit.weights, _answer_openers(responses.answer_in_response)))
+            self._add(name, "end_weight", _mean_over(credit.weights, ends))
+            self._add(name, "opener_weight", _mean_over(credit.weights, openers))
             if credit.tie is not None:
-                # Without an answer, or with nothing before it, there is no tie.
-                has_tie = before_answer(responses).any(1)
                 self._add(name, "tie", torch.where(has_tie, credit.tie, torch.nan))
             self._add(name, "gini", _gini(credit))
             self._add(name, "effective_tokens", _effective_share(credit))
@@ -348,7 +362,7 @@ class _Run:
 
 
 def _require_masks(task: Task, responses: Responses) -> None:
-    """Refuse a task that does not mark both groups of tokens."""
+    """Reject a task that does not mark both groups of tokens."""
     for hook, mask, what in (
         ("oracle", responses.oracle, "the characters that the answer depends on"),
         ("detours", responses.detours, "the characters of unused work"),
@@ -368,7 +382,10 @@ def _groups_of_tokens(
     assert responses.detours is not None
     # A response without an answer has nothing that a token could feed.
     competes = scored & responses.answer.any(1, keepdim=True)
-    return competes & responses.oracle, competes & responses.detours & ~responses.oracle, competes & ~responses.oracle
+    decisive = competes & responses.oracle
+    detours = competes & responses.detours & ~responses.oracle
+    others = competes & ~responses.oracle
+    return decisive, detours, others
 
 
 def _end_tokens(responses: Responses) -> Bool[Tensor, "batch response"]:
@@ -378,8 +395,11 @@ def _end_tokens(responses: Responses) -> Bool[Tensor, "batch response"]:
 
 def _answer_openers(answer: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:
     """Mark the response token in front of the first answer token; none where the answer comes first."""
-    is_first = answer & (answer.long().cumsum(1) == 1)
-    return torch.cat([is_first[:, 1:], torch.zeros_like(is_first[:, :1])], 1)
+    num_answer_tokens = answer.long().cumsum(1)
+    is_first = answer & (num_answer_tokens == 1)
+    # Shifted by one column to the left: the opener is the token before.
+    last_column = torch.zeros_like(is_first[:, :1])
+    return torch.cat([is_first[:, 1:], last_column], 1)
 
 
 # Figures of a response ----------------------------------------------------------------------------------
@@ -389,7 +409,8 @@ def _mean_over(
     values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Float64[Tensor, " batch"]:
     """Average over the marked tokens of each response; NaN where none is marked."""
-    return torch.where(mask, values, 0.0).sum(1).double() / mask.sum(1)
+    total = torch.where(mask, values, 0.0).sum(1).double()
+    return total / mask.sum(1)
 
 
 def _gini(credit: Credit) -> Float64[Tensor, " batch"]:
@@ -403,14 +424,19 @@ def _gini(credit: Credit) -> Float64[Tensor, " batch"]:
         ascending = weights[is_scored].double().sort().values
         n = len(ascending)
         rank = torch.arange(1, n + 1, dtype=torch.float64)
-        found.append(2 * (rank * ascending).sum() / (n * ascending.sum()) - (n + 1) / max(n, 1))
+        # Without a positive weight the first term is 0 / 0, which is NaN.
+        first_term = 2 * (rank * ascending).sum() / (n * ascending.sum())
+        second_term = (n + 1) / max(n, 1)
+        found.append(first_term - second_term)
     return torch.stack(found)
 
 
 def _effective_share(credit: Credit) -> Float64[Tensor, " batch"]:
     r"""Compute :math:`(\sum w)^2 / (n \sum w^2)` of the competing tokens; NaN without a positive weight."""
     weights = torch.where(credit.scored, credit.weights, 0.0).double()
-    return weights.sum(1).square() / (credit.scored.sum(1) * weights.square().sum(1))
+    num_scored = credit.scored.sum(1)
+    squares = weights.square().sum(1)
+    return weights.sum(1).square() / (num_scored * squares)
 
 
 # The result ---------------------------------------------------------------------------------------------
@@ -419,8 +445,10 @@ def _effective_share(credit: Credit) -> Float64[Tensor, " batch"]:
 def _row(run: _Run, name: str, *, seed: int, resamples: int) -> RuleAuc:
     """Average the figures of one setting over the responses."""
     groups = torch.tensor(run.groups, dtype=torch.int64)
-    against_detours = mean_over_problems(run.of_response("auc", name), groups, seed=seed, resamples=resamples)
-    against_others = mean_over_problems(run.of_response("auc_others", name), groups, seed=seed, resamples=resamples)
+    auc = run.of_response("auc", name)
+    auc_others = run.of_response("auc_others", name)
+    against_detours = mean_over_problems(auc, groups, seed=seed, resamples=resamples)
+    against_others = mean_over_problems(auc_others, groups, seed=seed, resamples=resamples)
     return RuleAuc(
         rule=name,
         auc=against_detours.value,
@@ -446,10 +474,12 @@ def _unanchored_failures(run: _Run, name: str) -> float | None:
     is_failure = run.of_response("reward") <= 0
     if not bool(is_failure.any()):
         return None
-    # The rule of the fallback, with the whole run as its batch.
+    # The rule of the fallback, with the complete run as its batch.
     tie = run.of_response("tie", name)
-    is_unanchored = tie.isnan() | (tie < _UNANCHORED * tie.nanmean())
-    return float(is_unanchored[is_failure].double().mean())
+    least_tie = _UNANCHORED * tie.nanmean()
+    is_unanchored = tie.isnan() | (tie < least_tie)
+    of_failures = is_unanchored[is_failure]
+    return float(of_failures.double().mean())
 
 
 def _best_graph(run: _Run, names: Sequence[str], *, seed: int, resamples: int) -> BestGraph:
@@ -487,9 +517,11 @@ def _best_graph(run: _Run, names: Sequence[str], *, seed: int, resamples: int) -
 
 
 def _known_mean(values: Float64[Tensor, " batch"]) -> float | None:
-    """Average the values that are numbers; None where there is none."""
+    """Average the values that are not NaN; None without any."""
     known = values[~values.isnan()]
-    return float(known.mean()) if len(known) else None
+    if len(known) == 0:
+        return None
+    return float(known.mean())
 
 
 def _check_counts(**counts: int) -> None:

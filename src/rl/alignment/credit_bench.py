@@ -49,7 +49,7 @@ _LEAST_ROLLOUTS = 4
 _LEAST_PROBLEMS = 3
 _DECIMALS = 9
 _LEAST_UNITS = 3
-"""A rank correlation of fewer pairs says nothing."""
+"""Fewest units of a rank correlation: two units always correlate by 1 or -1."""
 
 
 class Figure(NamedTuple):
@@ -151,7 +151,12 @@ class CreditBench:
         """Return the rows and the figures of the run as plain JSON values."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rules"}
         values["signal"] = self.signal._asdict()
-        return {"schema": "flowgraph-rl.credit-bench/1", "reliable": self.is_reliable, **values, "rules": self.table()}
+        return {
+            "schema": "flowgraph-rl.credit-bench/1",
+            "reliable": self.is_reliable,
+            **values,
+            "rules": self.table(),
+        }
 
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write :meth:`to_dict` to a JSON file, atomically.
@@ -164,8 +169,11 @@ class CreditBench:
             temporary.write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
-        ranks = {row.rule: row.rank.value for row in self.rules}
-        found = ", ".join(f"{name} -" if rank is None else f"{name} {rank:.2f}" for name, rank in ranks.items())
+        shown = []
+        for row in self.rules:
+            rank = "-" if row.rank.value is None else f"{row.rank.value:.2f}"
+            shown.append(f"{row.rule} {rank}")
+        found = ", ".join(shown)
         return f"CreditBench({found}; {self.num_responses} responses, {self.num_rollouts} rollouts a {self.per})"
 
 
@@ -224,7 +232,7 @@ def credit_bench(
     Cost: ``n * group_size * T * K`` rollouts of up to T tokens for T units in a response; then one forward pass for
     each problem and a backward pass for each rule.
     """
-    # Check every setting before the long run.
+    # Every setting is checked before the long run.
     if isinstance(rules, str):
         raise ConfigError(f"rules: must be a list of rules, got the text {rules!r}; pass [{rules!r}]")
     _check_numbers(num_problems, num_rollouts, share)
@@ -254,16 +262,20 @@ def credit_bench(
             "config": config.to_dict(),
         }
         values = ValuesFile(None if path is None else Path(path), settings)
-        parts = [
-            _problem_figures(policy, sampler, measured, arms, share)
-            for measured in measured_problems(sampler, num_problems, values, progress)
-        ]
-    return _result(
-        parts,
-        list(arms),
-        run=_RunFacts(name, repr(problems), num_rollouts, "token" if step_end is None else "step", share, seed),
-        resamples=resamples,
+        parts = []
+        for measured in measured_problems(sampler, num_problems, values, progress):
+            parts.append(_problem_figures(policy, sampler, measured, arms, share))
+
+    # The means over problems, with their intervals.
+    run = _RunFacts(
+        model=name,
+        task=repr(problems),
+        num_rollouts=num_rollouts,
+        per="token" if step_end is None else "step",
+        share=share,
+        seed=seed,
     )
+    return _result(parts, list(arms), run=run, resamples=resamples)
 
 
 # The figures of a problem -------------------------------------------------------------------------------
@@ -314,32 +326,42 @@ def _problem_figures(
     _, credits = score_arms(policy, responses, list(arms.values()), config, step=measured[0].problem)
     halves = [_advantages(one) for one in measured]
 
-    # Ranks within each response. Units in which no token competes have no score.
     num_arms = len(arms)
-    rank = torch.full((num_arms, len(measured)), torch.nan, dtype=torch.float64)
-    auc = torch.full((num_arms, len(measured)), torch.nan, dtype=torch.float64)
+    num_responses = len(measured)
+    rank = torch.full((num_arms, num_responses), torch.nan, dtype=torch.float64)
+    auc = torch.full((num_arms, num_responses), torch.nan, dtype=torch.float64)
     in_top = torch.zeros(num_arms, 2, dtype=torch.float64)
     competing = torch.zeros(2, dtype=torch.float64)
-    reliability = torch.full((len(measured),), torch.nan, dtype=torch.float64)
+    reliability = torch.full((num_responses,), torch.nan, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
     for row, (one, (first, second)) in enumerate(zip(measured, halves, strict=True)):
+        # Ranks within each response. Units in which no token competes have no score.
+        num_units = len(first)
         unit_of_token = _unit_of_token(one.prefixes)
         is_scored = credits[0].scored[row, : len(one.ids)]
-        competes = torch.zeros(len(first), dtype=torch.bool).index_fill(0, unit_of_token[is_scored], True)
+        competes = torch.zeros(num_units, dtype=torch.bool).index_fill(0, unit_of_token[is_scored], True)
+
         # The product of separate estimates has no noise on average; the square of their mean has.
         product = first * second
         mean = (first + second) / 2
-        size = _size(mean)[competes]
         squares += torch.stack([product.sum(), mean.square().sum()])
-        competing += torch.stack([product[competes].sum(), competes.double().sum()])
-        reliability[row] = _spearman(_size(first)[competes], _size(second)[competes])
+        competing_product = product[competes]
+        competing += torch.stack([competing_product.sum(), competes.double().sum()])
+
+        # The truth that the rules are compared with, and how far its halves agree.
+        size = _size(mean)[competes]
+        first_size = _size(first)[competes]
+        second_size = _size(second)[competes]
+        reliability[row] = _spearman(first_size, second_size)
+
         # Each rule against the same truth.
         for index, credit in enumerate(credits):
-            score = _unit_scores(credit, row, unit_of_token, len(first))[competes]
+            score = _unit_scores(credit, row, unit_of_token, num_units)[competes]
             rank[index, row] = _spearman(score, size)
             auc[index, row] = concordance(score, size)
             top = _top(score, share)
-            in_top[index] += torch.stack([product[competes][top].sum(), torch.tensor(float(len(top))).double()])
+            num_top = torch.tensor(float(len(top)), dtype=torch.float64)
+            in_top[index] += torch.stack([competing_product[top].sum(), num_top])
 
     # The weights act on the gradient, so they are measured there.
     products, true_square = _gradient_products(policy, responses, measured, halves, credits, arms, config)
@@ -359,7 +381,7 @@ def _problem_figures(
 
 
 def _advantages(one: PrefixValues) -> tuple[Float64[Tensor, " units"], Float64[Tensor, " units"]]:
-    """Return both estimates of the advantage of every unit: the difference of the values behind and before it."""
+    """Return both estimates of the advantage of every unit: the value after it minus the value before it."""
     first = torch.tensor(one.first_half, dtype=torch.float64)
     second = torch.tensor(one.second_half, dtype=torch.float64)
     return first.diff(), second.diff()
@@ -381,11 +403,12 @@ def _unit_scores(
     credit: Credit, row: int, unit_of_token: Int64[Tensor, " tokens"], num_units: int
 ) -> Float64[Tensor, " units"]:
     """Average the scores of the competing tokens of each unit; 0 where none competes."""
-    is_scored = credit.scored[row, : len(unit_of_token)]
-    scores = credit.scores[row, : len(unit_of_token)].double()
+    num_tokens = len(unit_of_token)
+    is_scored = credit.scored[row, :num_tokens]
+    scores = credit.scores[row, :num_tokens].double()[is_scored]
     units = unit_of_token[is_scored]
-    total = torch.zeros(num_units, dtype=torch.float64).index_add_(0, units, scores[is_scored])
-    count = torch.zeros(num_units, dtype=torch.float64).index_add_(0, units, torch.ones(len(units)).double())
+    total = torch.zeros(num_units, dtype=torch.float64).index_add_(0, units, scores)
+    count = torch.zeros(num_units, dtype=torch.float64).index_add_(0, units, torch.ones_like(scores))
     return total / count.clamp_min(1)
 
 
@@ -396,15 +419,19 @@ def _spearman(one: Float64[Tensor, " units"], other: Float64[Tensor, " units"]) 
     # A rule that gives all units one score orders none of them.
     if bool((one == one[0]).all()):
         return 0.0
-    return float(torch.corrcoef(torch.stack([_ranks(one), _ranks(other)]))[0, 1])
+    ranks = torch.stack([_ranks(one), _ranks(other)])
+    correlation = torch.corrcoef(ranks)
+    return float(correlation[0, 1])
 
 
 def _ranks(values: Float64[Tensor, " units"]) -> Float64[Tensor, " units"]:
     """Return ranks; equal values share their mean rank."""
+    # The mean of the numbers of values below, and at or below, each value is its mean rank minus 1/2. The shift changes
+    # no correlation.
     ascending = values.sort().values
-    first = torch.searchsorted(ascending, values, right=False)
-    last = torch.searchsorted(ascending, values, right=True)
-    return (first + last).double() / 2
+    num_below = torch.searchsorted(ascending, values, right=False)
+    num_up_to = torch.searchsorted(ascending, values, right=True)
+    return (num_below + num_up_to).double() / 2
 
 
 def concordance(score: Float64[Tensor, " units"], truth: Float64[Tensor, " units"]) -> float:
@@ -426,14 +453,18 @@ def concordance(score: Float64[Tensor, " units"], truth: Float64[Tensor, " units
     num_pairs = int(greater.sum())
     if num_pairs == 0:
         return math.nan
-    right = (score[:, None] > score).double() + (score[:, None] == score).double() / 2
-    return float(right[greater].sum() / num_pairs)
+    is_ordered_alike = (score[:, None] > score).double()
+    is_tied = (score[:, None] == score).double()
+    agreement = is_ordered_alike + is_tied / 2
+    return float(agreement[greater].sum() / num_pairs)
 
 
 def _top(score: Float64[Tensor, " units"], share: float) -> Int64[Tensor, " top"]:
     """Return the units of highest score, ``ceil(share * n)`` of them; a tie goes to the earlier unit."""
+    # The product of two floats can lie above an integer that it should equal, so it is lowered before rounding up.
     size = math.ceil(share * len(score) * (1 - 1e-12))
-    return torch.argsort(score, descending=True, stable=True)[:size]
+    order = torch.argsort(score, descending=True, stable=True)
+    return order[:size]
 
 
 def _gradient_products(
@@ -446,13 +477,16 @@ def _gradient_products(
     config: PPOConfig,
 ) -> tuple[Float64[Tensor, "arms 2"], float]:
     """Return <g, t> and |g|^2 of each setting, and <t, t'> of the two true gradients."""
+    # The factors of g of each setting: w_t (R - V(0)).
     mask = responses.response_mask
     outcome = [one.reward - one.start_value for one in measured]
     advantages = spread(torch.tensor(outcome, dtype=torch.float32), mask)
     factors = []
     for credit, arm in zip(credits, arms.values(), strict=True):
-        factors.append(advantages * loss_weights(credit, advantages, mask, arm))
-    # The true advantages of both halves, as fields of the same kind.
+        weights = loss_weights(credit, advantages, mask, arm)
+        factors.append(advantages * weights)
+
+    # The factors of t and t': the advantages of both halves, each on all tokens of its unit.
     for half in (0, 1):
         true = torch.zeros(mask.shape, dtype=torch.float32)
         for row, one in enumerate(measured):
@@ -460,13 +494,15 @@ def _gradient_products(
             true[row, : len(one.ids)] = halves[row][half][unit_of_token].float()
         factors.append(true)
 
-    gradients = policy_gradients(policy, responses, factors, config).double()
     # All gradients come from one forward pass.
+    gradients = policy_gradients(policy, responses, factors, config).double()
     own = gradients[:-2]
     first = gradients[-2]
     second = gradients[-1]
     with_true = own @ (first + second) / 2
-    return torch.stack([with_true, own.square().sum(1)], 1), float(first @ second)
+    own_squares = own.square().sum(1)
+    true_square = float(first @ second)
+    return torch.stack([with_true, own_squares], 1), true_square
 
 
 # The result ---------------------------------------------------------------------------------------------
@@ -485,40 +521,47 @@ class _RunFacts(NamedTuple):
 
 def _result(parts: Sequence[_ProblemFigures], names: Sequence[str], *, run: _RunFacts, resamples: int) -> CreditBench:
     """Average the figures over problems, with bootstrap intervals from the same resamples for all settings."""
+    # The signal: sum of a a' over the sum of squared means.
     reliability = _reliability(parts)
     squares = torch.stack([part.squares for part in parts], 1)
-    drawn = resampled_sums(squares, seed=run.seed, resamples=resamples)
-    signal = _figure(_ratio(squares.sum(1)[None]), _ratio(drawn))
+    signal = _ratio_figure(squares, seed=run.seed, resamples=resamples)
 
-    # The gain over uniform is a difference on the same resamples.
     cosines = [_cosines(parts, index, seed=run.seed, resamples=resamples) for index in range(len(names))]
+    uniform_value, uniform_resampled = cosines[0]
     rows = []
     for index, name in enumerate(names):
-        rank = _mean_of_responses(parts, "rank", index, run.seed, resamples)
-        top = torch.stack([torch.stack([part.in_top[index, 0], part.competing[0]]) for part in parts], 1)
-        # Resampling problems moves numerator and denominator together.
-        drawn_top = resampled_sums(top, seed=run.seed, resamples=resamples)
-        num_top = sum(float(part.in_top[index, 1]) for part in parts)
-        num_competing = sum(float(part.competing[1]) for part in parts)
         # Noise in the truth lowers its correlation with anything by the root of its reliability.
+        rank = _mean_of_responses(parts, "rank", index, run.seed, resamples)
         corrected = None
         if rank.value is not None and reliability is not None:
             corrected = rank.value / math.sqrt(reliability)
+
+        # The share of a a' that lies in the top, and the share of the units that lies there.
+        in_top = [torch.stack([part.in_top[index, 0], part.competing[0]]) for part in parts]
+        top_share = _ratio_figure(torch.stack(in_top, 1), seed=run.seed, resamples=resamples)
+        num_top = sum(float(part.in_top[index, 1]) for part in parts)
+        num_competing = sum(float(part.competing[1]) for part in parts)
+
+        # The gain over uniform is a difference on the same resamples.
         value, resampled = cosines[index]
-        uniform_value, uniform_resampled = cosines[0]
+        gain = value - uniform_value
+        resampled_gain = resampled - uniform_resampled
         rows.append(
             RuleScore(
                 rule=name,
                 rank=rank,
                 rank_corrected=corrected,
                 auc=_mean_of_responses(parts, "auc", index, run.seed, resamples),
-                top_share=_figure(_ratio(top.sum(1)[None]), _ratio(drawn_top)),
+                top_share=top_share,
                 top_units=num_top / max(num_competing, 1.0),
                 cosine=_figure(value, resampled),
-                cosine_gain=_figure(value - uniform_value, resampled - uniform_resampled),
+                cosine_gain=_figure(gain, resampled_gain),
             )
         )
-    rewards = [reward for part in parts for reward in part.rewards]
+
+    rewards: list[float] = []
+    for part in parts:
+        rewards += part.rewards
     return CreditBench(
         rules=tuple(rows),
         reliability=reliability,
@@ -552,10 +595,15 @@ def _reliability(parts: Sequence[_ProblemFigures]) -> float | None:
 
 
 def _mean_of_responses(parts: Sequence[_ProblemFigures], name: str, index: int, seed: int, resamples: int) -> Figure:
-    """Average a figure of each response."""
-    values = torch.cat([(part.rank if name == "rank" else part.auc)[index] for part in parts])
-    groups = torch.tensor([part.problem for part in parts for _ in part.rewards], dtype=torch.int64)
-    mean = mean_over_problems(values, groups, seed=seed, resamples=resamples)
+    """Average the figure ``"rank"`` or ``"auc"`` of each response."""
+    values = []
+    problems = []
+    for part in parts:
+        of_arms = part.rank if name == "rank" else part.auc
+        values.append(of_arms[index])
+        problems += [part.problem] * len(part.rewards)
+    groups = torch.tensor(problems, dtype=torch.int64)
+    mean = mean_over_problems(torch.cat(values), groups, seed=seed, resamples=resamples)
     return Figure(mean.value, mean.low, mean.high)
 
 
@@ -563,9 +611,13 @@ def _cosines(
     parts: Sequence[_ProblemFigures], index: int, *, seed: int, resamples: int
 ) -> tuple[Float64[Tensor, " 1"], Float64[Tensor, " resamples"]]:
     """Compute the cosine of one setting on all problems, and on every resample of problems."""
-    sums = torch.stack(
-        [torch.tensor([*part.products[index].tolist(), part.true_square], dtype=torch.float64) for part in parts], 1
-    )
+    # Three sums of each problem: <g, t>, |g|^2 and <t, t'>.
+    of_problems = []
+    for part in parts:
+        inner, own_square = part.products[index].tolist()
+        of_problem = torch.tensor([inner, own_square, part.true_square], dtype=torch.float64)
+        of_problems.append(of_problem)
+    sums = torch.stack(of_problems, 1)
     drawn = resampled_sums(sums, seed=seed, resamples=resamples)
     return _cosine_of(sums.sum(1)[None]), _cosine_of(drawn)
 
@@ -578,13 +630,21 @@ def _cosine_of(sums: Float64[Tensor, "samples 3"]) -> Float64[Tensor, " samples"
     return inner / length
 
 
+def _ratio_figure(contributions: Float64[Tensor, "2 problems"], *, seed: int, resamples: int) -> Figure:
+    """Divide two sums over problems; a resample of problems changes numerator and denominator together."""
+    on_all_problems = contributions.sum(1)[None]
+    drawn = resampled_sums(contributions, seed=seed, resamples=resamples)
+    return _figure(_ratio(on_all_problems), _ratio(drawn))
+
+
 def _ratio(sums: Float64[Tensor, "samples 2"]) -> Float64[Tensor, " samples"]:
     """Divide the first sum by the second; NaN where the second is not positive."""
-    return sums[:, 0] / torch.where(sums[:, 1] > 0, sums[:, 1], torch.nan)
+    numerator, denominator = sums.unbind(1)
+    return numerator / torch.where(denominator > 0, denominator, torch.nan)
 
 
 def _figure(value: Float64[Tensor, " 1"], resampled: Float64[Tensor, " resamples"]) -> Figure:
-    """Return a figure with the interval of its resamples; None where it is no number."""
+    """Return a figure with the interval of its resamples; None where it is not finite."""
     number = float(value)
     if not math.isfinite(number):
         return Figure(None, None, None)
@@ -595,7 +655,7 @@ def _figure(value: Float64[Tensor, " 1"], resampled: Float64[Tensor, " resamples
 
 
 def _check_numbers(num_problems: int, num_rollouts: int, share: float) -> None:
-    """Refuse numbers that give no interval."""
+    """Reject numbers from which no interval can be computed."""
     if type(num_rollouts) is not int or num_rollouts < _LEAST_ROLLOUTS or num_rollouts % 2 != 0:
         raise ConfigError(
             f"num_rollouts: must be an even number of at least {_LEAST_ROLLOUTS}, because one half of the rollouts "

@@ -39,7 +39,8 @@ def token_factors(experience: Experience, config: PPOConfig) -> Float[Tensor, "b
     """
     mask = experience.loss_mask
 
-    # The share of each token in the loss is the derivative of the aggregated loss by the token's own loss.
+    # The share of each token in the loss is the derivative of the aggregated loss by the token's own loss. The
+    # aggregated loss is linear, so the derivative at 0 is that at any point.
     token_loss = torch.zeros(mask.shape, requires_grad=True, dtype=torch.float32)
     with torch.enable_grad():
         total = aggregate(
@@ -86,10 +87,12 @@ def decompose_weights(
     fields.add(base)
     has_factor = base != 0
 
+    # Sparse rows of coefficients, by the number of the field; b is field 0.
     weighted_rows: list[dict[int, float]] = []
     selected_rows: list[dict[int, float]] = []
     other_rows: list[dict[int, float]] = []
     for weight, chosen in zip(weights, selected, strict=True):
+        # b 1_S, and b (1 - 1_S) = b - b 1_S.
         on_selected = fields.add(torch.where(chosen, base, 0.0))
         selected_rows.append(on_selected)
         other_rows.append(_add_scaled({0: 1.0}, on_selected, -1.0))
@@ -101,8 +104,10 @@ def decompose_weights(
             # The weights vary, so b w needs a backward pass of its own (+ 0.0 as in token_factors).
             weighted_rows.append(fields.add(base * weight + 0.0))
         else:
+            # y b + (x - y) b 1_S
             weighted_rows.append(_add_scaled({0: outside}, on_selected, inside - outside))
 
+    # The rows as a dense matrix, now that the number of fields is known.
     rows = [*weighted_rows, *selected_rows, *other_rows]
     coefficients = torch.zeros(len(rows), len(fields.tensors), dtype=torch.float64)
     for row, terms in enumerate(rows):
@@ -144,9 +149,8 @@ def policy_gradients(
         # All fields are differentiated through the same graph, which the last of them frees.
         for number, factor in enumerate(factors):
             is_last = number + 1 == len(factors)
-            gradients = torch.autograd.grad(
-                logprobs, parameters, factor[start:stop].to(logprobs), retain_graph=not is_last
-            )
+            of_part = factor[start:stop].to(logprobs)
+            gradients = torch.autograd.grad(logprobs, parameters, of_part, retain_graph=not is_last)
             flat = [gradient.flatten().float() for gradient in gradients]
             total[number] += torch.cat(flat).cpu()
 
@@ -173,7 +177,9 @@ def inner_products(
     total = torch.zeros(len(one), len(other), dtype=torch.float64)
     for start in range(0, one.shape[1], _COLUMNS_PER_BLOCK):
         columns = slice(start, start + _COLUMNS_PER_BLOCK)
-        total += one[:, columns].double() @ other[:, columns].double().T
+        of_one = one[:, columns].double()
+        of_other = other[:, columns].double()
+        total += of_one @ of_other.T
     return total
 
 
@@ -189,14 +195,17 @@ class _DistinctFields:
         self._number_of: dict[bytes, int] = {}
 
     def add(self, field: Tensor) -> dict[int, float]:
-        """Return the field as a sparse row of coefficients: 1 at its number, nothing for a field of zeros."""
+        """Return the field as a sparse row of coefficients: 1 at its number, empty for a field of zeros."""
+        # The gradient of a field of zeros is 0, without a backward pass.
         if not bool(field.any()):
             return {}
+        # Equal fields are found by their bytes.
         content = field.numpy().tobytes()
         if content not in self._number_of:
             self._number_of[content] = len(self.tensors)
             self.tensors.append(field)
-        return {self._number_of[content]: 1.0}
+        number = self._number_of[content]
+        return {number: 1.0}
 
 
 def _common_value(values: Tensor) -> float | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def default_sampling(model: nn.Module, *, group_size: int = PPOConfig.group_size) -> PPOConfig:
-    """Return how rollouts are sampled where the caller says nothing.
+    """Return how rollouts are sampled where the caller gives no settings.
 
     Args:
         model: a causal LM. In a short context, the response takes at most half of it, so that a prompt fits.
@@ -34,6 +34,7 @@ def default_sampling(model: nn.Module, *, group_size: int = PPOConfig.group_size
 @contextmanager
 def policy_on(model: nn.Module, config: PPOConfig) -> Iterator[ActorCritic]:
     """Yield the model as a policy; remove the added adapters afterwards, and restore trainable weights and modes."""
+    # Adding an adapter freezes weights and changes modes, so the state is read first.
     was_trainable = {name: weight.requires_grad for name, weight in model.named_parameters()}
     was_training = {name: module.training for name, module in model.named_modules()}
     policy = ActorCritic(

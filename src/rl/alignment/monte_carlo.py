@@ -122,13 +122,21 @@ class Sampler:
         measured = []
         for number in range(config.group_size):
             is_token = responses.response_mask[number]
-            ids: list[int] = responses.input_ids[number, responses.prompt_length :][is_token].tolist()
+            in_response = responses.input_ids[number, responses.prompt_length :]
+            ids: list[int] = in_response[is_token].tolist()
             prefixes = self._prefixes(sample, ids)
-            # The first K rollouts from the prompt are the separate estimate of its value.
+
+            # The prompt is continued twice: its first K rollouts are the separate estimate of its value.
             starts = [0, *prefixes[:-1]]
             rewards = self._rewards(encoder, sample, prompt, ids, starts, number)
-            # The value behind the last token is the reward: it is known, and has no noise.
+            of_prompt = rewards[0]
+            of_prefixes = rewards[1:]
+
+            # Two estimates of the value of each prefix, from separate halves of its rollouts.
             half = self.num_rollouts // 2
+            first_half = [_mean(of_prefix[:half]) for of_prefix in of_prefixes]
+            second_half = [_mean(of_prefix[half:]) for of_prefix in of_prefixes]
+            # The value after the last token is the reward: it is known, and has no noise.
             reward = float(responses.rewards[number])
             measured.append(
                 PrefixValues(
@@ -138,9 +146,9 @@ class Sampler:
                     truncated=bool(responses.truncated[number]),
                     reward=reward,
                     prefixes=prefixes,
-                    first_half=[_mean(of_prefix[:half]) for of_prefix in rewards[1:]] + [reward],
-                    second_half=[_mean(of_prefix[half:]) for of_prefix in rewards[1:]] + [reward],
-                    start_value=_mean(rewards[0]),
+                    first_half=[*first_half, reward],
+                    second_half=[*second_half, reward],
+                    start_value=_mean(of_prompt),
                 )
             )
         return measured
@@ -149,15 +157,18 @@ class Sampler:
         """Return the prefixes that get a value: before every token, or before every step; the whole response last."""
         if self.step_end is None:
             return list(range(len(ids) + 1))
-        # Steps end in the text, prefixes at tokens.
+        # Steps end in the text, prefixes at tokens: the ends of steps and the starts of tokens, both as characters
+        # of the response.
         encoded = encode(self.tokenizer, sample.prompt, ids, warn=False)
-        ends = [match.end() for match in re.finditer(self.step_end, encoded.text[encoded.response_start :])]
+        response_text = encoded.text[encoded.response_start :]
+        ends = [match.end() for match in re.finditer(self.step_end, response_text)]
+        response_spans = encoded.spans[encoded.prompt_length : encoded.prompt_length + len(ids)]
+        starts = [span[0] - encoded.response_start for span in response_spans]
+
+        # A step starts at the first token that begins at or after the end of the step before.
         prefixes = [0]
         for index in range(1, len(ids)):
-            # A step starts at the first token that begins at or behind the end of the step before.
-            before = encoded.spans[encoded.prompt_length + index - 1][0] - encoded.response_start
-            start = encoded.spans[encoded.prompt_length + index][0] - encoded.response_start
-            if any(before < end <= start for end in ends):
+            if any(starts[index - 1] < end <= starts[index] for end in ends):
                 prefixes.append(index)
         return [*prefixes, len(ids)]
 
@@ -179,9 +190,14 @@ class Sampler:
         # Continuations of several prefixes share a batch, so that short responses fill it too.
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
-            prefixes = [ids[: starts[place]] for place, _ in part]
-            seeds = [derive(self.config.seed, "monte_carlo", sample.index, number, place, copy) for place, copy in part]
+            prefixes = []
+            seeds = []
+            for place, copy in part:
+                prefixes.append(ids[: starts[place]])
+                seeds.append(derive(self.config.seed, "monte_carlo", sample.index, number, place, copy))
             full = self._continued(encoder.ending, prompt, prefixes, seeds)
+
+            # A reward belongs to the complete response: prefix and continuation.
             judged = judge(self.task, self.tokenizer, [sample] * len(part), full)
             for (place, _), reward in zip(part, judged.rewards.tolist(), strict=True):
                 rewards[place].append(reward)
@@ -190,7 +206,7 @@ class Sampler:
     def _continued(
         self, ending: Ending, prompt: list[int], prefixes: Sequence[list[int]], seeds: Sequence[int]
     ) -> Generated:
-        """Sample a continuation of each prefix, and return the whole responses."""
+        """Sample a continuation of each prefix, and return the complete responses."""
         config = self.config
         # The shortest prefix has most tokens left; the others are cut at the limit afterwards.
         shortest = min(len(prefix) for prefix in prefixes)
@@ -205,7 +221,8 @@ class Sampler:
         responses = []
         truncated = []
         for row, prefix in enumerate(prefixes):
-            new = generated.input_ids[row, generated.prompt_length :][generated.response_mask[row]].tolist()
+            is_new = generated.response_mask[row]
+            new = generated.input_ids[row, generated.prompt_length :][is_new].tolist()
             response, is_cut = _complete(prefix, new, ending, config.max_response_tokens)
             responses.append(response)
             truncated.append(is_cut)
@@ -228,18 +245,21 @@ def as_generated(
 ) -> Generated:
     """Return responses to one prompt as the record that generation returns."""
     # Prompts are padded on the left and responses on the right; one prompt needs no padding.
+    num_responses = len(responses)
+    prompt_length = len(prompt)
     longest = max(len(response) for response in responses)
-    input_ids = torch.full((len(responses), len(prompt) + longest), ending.pad_id, dtype=torch.int64)
-    response_mask = torch.zeros(len(responses), longest, dtype=torch.bool)
-    input_ids[:, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64)
+    input_ids = torch.full((num_responses, prompt_length + longest), ending.pad_id, dtype=torch.int64)
+    response_mask = torch.zeros(num_responses, longest, dtype=torch.bool)
+    input_ids[:, :prompt_length] = torch.tensor(list(prompt), dtype=torch.int64)
     for row, response in enumerate(responses):
-        input_ids[row, len(prompt) : len(prompt) + len(response)] = torch.tensor(list(response), dtype=torch.int64)
+        end = prompt_length + len(response)
+        input_ids[row, prompt_length:end] = torch.tensor(list(response), dtype=torch.int64)
         response_mask[row, : len(response)] = True
-    of_prompt = torch.ones(len(responses), len(prompt), dtype=torch.bool)
+    of_prompt = torch.ones(num_responses, prompt_length, dtype=torch.bool)
     return Generated(
         input_ids=input_ids,
         attention_mask=torch.cat([of_prompt, response_mask], 1),
-        prompt_length=len(prompt),
+        prompt_length=prompt_length,
         response_mask=response_mask,
         truncated=torch.tensor(list(truncated), dtype=torch.bool),
         end_ids=ending.end_ids,
@@ -250,9 +270,10 @@ def judged_again(sampler: Sampler, measured: Sequence[PrefixValues]) -> Response
     """Return the measured responses to one problem with their regions and rewards, from their ids."""
     encoder = sampler.encoder()
     (sample,) = draw_samples(sampler.task, "train", [measured[0].problem])
-    generated = as_generated(
-        encoder.ids(sample), [one.ids for one in measured], [one.truncated for one in measured], encoder.ending
-    )
+    prompt = encoder.ids(sample)
+    responses = [one.ids for one in measured]
+    truncated = [one.truncated for one in measured]
+    generated = as_generated(prompt, responses, truncated, encoder.ending)
     return judge(sampler.task, sampler.tokenizer, [sample] * len(measured), generated)
 
 
@@ -267,7 +288,7 @@ def _mean(rewards: Sequence[float]) -> float:
 class ValuesFile:
     """The values of each problem as a line of a file, so that a stopped run continues.
 
-    The first line holds the settings; a file of other settings is refused. A last line that was cut off is measured
+    The first line holds the settings; a file of other settings is rejected. A last line that was cut off is measured
     again.
 
     Args:
@@ -293,7 +314,7 @@ class ValuesFile:
                 self._read(complete.splitlines(), header)
             else:
                 complete = json.dumps(header) + "\n"
-            # Appending behind half a line would join two lines.
+            # Half a line is removed, because the next line would be appended to it.
             if complete != text:
                 path.write_text(complete, encoding="utf-8")
         except OSError as error:

@@ -259,6 +259,7 @@ def projected_cosines(
 
     Cost: ``n ** 3`` multiplications.
     """
+    # A batch meets the probes of other batches only, so the diagonals are left out.
     n = len(arm)
     off_diagonal = 1 - torch.eye(n, dtype=torch.float64)
     gradients = arm * off_diagonal
@@ -267,11 +268,19 @@ def projected_cosines(
     values = []
     for keep in _kept_batches(n):
         # T_b along probe c: the sum over the batches d of the replicate, without b and without c.
-        along = (keep @ true_gradients)[None] - true_gradients
+        true_sums = keep @ true_gradients
+        along = true_sums[None] - true_gradients
+
+        # g^T M T, and the square root of g^T M g times T^T M T, with M summed over the probes of the replicate.
         inner = (gradients * along) @ keep
-        length = ((gradients.square() @ keep) * ((along * off_diagonal).square() @ keep)).sqrt()
+        gradient_square = gradients.square() @ keep
+        true_square = (along * off_diagonal).square() @ keep
+        length = (gradient_square * true_square).sqrt()
         is_defined = length > 0
-        cosine = torch.where(is_defined, inner / torch.where(is_defined, length, 1.0), 0.0)
+        divisor = torch.where(is_defined, length, 1.0)
+        cosine = torch.where(is_defined, inner / divisor, 0.0)
+
+        # The mean over the batches of the replicate.
         values.append((cosine * keep).sum() / keep.sum())
     return torch.stack(values)
 
@@ -330,8 +339,10 @@ def jackknife(replicates: Float64[Tensor, " replicates"]) -> Estimate:
     n = len(left_out)
     mean = left_out.mean()
 
+    # The corrected value has no bias of first order in 1 / n; the interval is built around it.
     corrected = n * value - (n - 1) * float(mean)
-    error = math.sqrt((n - 1) / n * float((left_out - mean).square().sum()))
+    squares = float((left_out - mean).square().sum())
+    error = math.sqrt((n - 1) / n * squares)
     return Estimate(
         value=value,
         corrected=corrected,
@@ -346,7 +357,8 @@ def two_sided(difference: Estimate) -> float:
     if abs(difference.value) <= _ROUNDING:
         return 1.0
     if difference.error > 0:
-        return math.erfc(abs(difference.corrected) / difference.error / math.sqrt(2))
+        z = abs(difference.corrected) / difference.error
+        return math.erfc(z / math.sqrt(2))
     return 0.0
 
 
@@ -357,7 +369,7 @@ def compare(multiplier: dict[str, Float64[Tensor, " replicates"]], baselines: Se
         multiplier: replicates ``[1 + n]`` of the multiplier, by arm.
         baselines: names of arms.
     """
-    # Two baselines are compared with each other once: a baseline is no arm for the baselines after it.
+    # Two baselines are compared with each other once: a baseline is not an arm for the baselines after it.
     pairs: list[tuple[str, str]] = []
     for place, baseline in enumerate(baselines):
         already_compared = {baseline, *baselines[:place]}
@@ -365,6 +377,7 @@ def compare(multiplier: dict[str, Float64[Tensor, " replicates"]], baselines: Se
             if arm not in already_compared:
                 pairs.append((arm, baseline))
 
+    # The replicates of both arms leave out the same batches, so their differences are paired.
     estimates = [jackknife(multiplier[arm] - multiplier[baseline]) for arm, baseline in pairs]
     p_values = [two_sided(estimate) for estimate in estimates]
     adjusted = holm(p_values)

@@ -50,7 +50,8 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     target = Path(path)
     # The first row is the lowest, so the best arm comes last.
     arms = sorted(alignment.arms, key=lambda arm: arm.multiplier.corrected)
-    figure = new_figure(width=8, height=1.6 + 0.55 * len(arms))
+    height = 1.6 + 0.55 * len(arms)
+    figure = new_figure(width=8, height=height)
     axes = figure.subplots()
     axes.axvline(1.0, color="#555555", linewidth=1, linestyle="--")
 
@@ -69,14 +70,16 @@ def plot_alignment(alignment: Alignment, path: str | Path) -> Path:
     axes.tick_params(axis="y", length=0)
     axes.legend(frameon=False, loc="best")
 
-    # Publishers refuse the Type 3 fonts that matplotlib embeds by default.
+    # Publishers reject the Type 3 fonts that matplotlib embeds by default.
+    picture_format = target.suffix.removeprefix(".") or "png"
     with atomic_write(target) as temporary, embedded_fonts():
-        figure.savefig(temporary, dpi=160, format=target.suffix.removeprefix(".") or "png")
+        figure.savefig(temporary, dpi=160, format=picture_format)
     return target
 
 
 def _draw(axes: Axes, series: _Series) -> None:
     """Draw one series; a series without any estimate gets no entry in the legend."""
+    # Arms without an estimate keep their row, which stays empty.
     rows: list[float] = []
     defined: list[Estimate] = []
     for row, estimate in enumerate(series.estimates):

@@ -60,14 +60,15 @@ def within_auc(
     """
     found = torch.full((len(scores),), torch.nan, dtype=torch.float64)
     for row, (values, is_positive, is_negative) in enumerate(zip(scores, positive, negative, strict=True)):
-        high = values[is_positive]
-        low = values[is_negative].sort().values
-        if len(high) == 0 or len(low) == 0:
+        of_positive = values[is_positive]
+        of_negative = values[is_negative].sort().values
+        if len(of_positive) == 0 or len(of_negative) == 0:
             continue
-        # The number of negative tokens below, and at or below, each positive one.
-        num_below = torch.searchsorted(low, high, right=False).double()
-        num_up_to = torch.searchsorted(low, high, right=True).double()
-        found[row] = ((num_below + num_up_to) / 2).mean() / len(low)
+        # The number of negative tokens below, and at or below, each positive one. Their mean counts a tie as half.
+        num_below = torch.searchsorted(of_negative, of_positive, right=False).double()
+        num_up_to = torch.searchsorted(of_negative, of_positive, right=True).double()
+        num_beaten = (num_below + num_up_to) / 2
+        found[row] = num_beaten.mean() / len(of_negative)
     return found
 
 
@@ -91,29 +92,35 @@ def mean_over_problems(
         >>> mean_over_problems(values, torch.tensor([0, 1, 2]), seed=0, resamples=200)
         MeanWithInterval(value=0.75, low=0.5, high=1.0, n=2)
     """
+    # A response without both groups has no value, and this may hold for every response of a run.
     is_defined = ~values.isnan()
-    # A response without both groups has no value, and a run may have none that has.
     if not bool(is_defined.any()):
         return MeanWithInterval(None, None, None, 0)
-    num_defined = int(is_defined.sum())
-    mean = float(values[is_defined].mean())
+    defined = values[is_defined]
+    num_defined = len(defined)
+    mean = float(defined.mean())
 
     # Sum and count of each problem: a resample is a ratio of sums over the problems that were drawn.
     _, problem = groups[is_defined].unique(return_inverse=True)
     num_problems = int(problem.max()) + 1
     if num_problems < 2:
         return MeanWithInterval(mean, None, None, num_defined)
-    sums = torch.zeros(num_problems, dtype=torch.float64).index_add_(0, problem, values[is_defined])
-    counts = torch.zeros(num_problems, dtype=torch.float64).index_add_(0, problem, torch.ones(num_defined).double())
+    ones = torch.ones(num_defined, dtype=torch.float64)
+    sums = torch.zeros(num_problems, dtype=torch.float64).index_add_(0, problem, defined)
+    counts = torch.zeros(num_problems, dtype=torch.float64).index_add_(0, problem, ones)
+
+    # The percentile interval of the resampled means.
     drawn = resampled_sums(torch.stack([sums, counts]), seed=seed, resamples=resamples)
-    ends = interval(drawn[:, 0] / drawn[:, 1])
+    drawn_sums = drawn[:, 0]
+    drawn_counts = drawn[:, 1]
+    ends = interval(drawn_sums / drawn_counts)
     assert ends is not None, "every problem has a count"
     return MeanWithInterval(mean, *ends, num_defined)
 
 
 def interval(values: Float64[Tensor, " resamples"]) -> tuple[float, float] | None:
     """Return the 2.5 % and 97.5 % quantiles of resampled values; None where none of them is finite."""
-    # A resample without any denominator says nothing.
+    # A resample whose denominator is 0 has no value.
     known = values[values.isfinite()]
     if len(known) == 0:
         return None
@@ -136,14 +143,14 @@ def resampled_sums(
 
     Cost: ``resamples * n * m`` multiplications.
     """
+    # A sum over drawn problems is a product of the contributions with the number of times that each was drawn.
     num_problems = contributions.shape[1]
     random = generator(seed, "bootstrap", num_problems)
     sums = []
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
         size = min(_RESAMPLES_AT_ONCE, resamples - start)
         drawn = torch.randint(num_problems, (size, num_problems), generator=random)
-        # How often each problem was drawn.
-        times = torch.zeros(size, num_problems, dtype=torch.float64)
-        times.scatter_add_(1, drawn, torch.ones_like(times))
-        sums.append(times @ contributions.T)
+        times_drawn = torch.zeros(size, num_problems, dtype=torch.float64)
+        times_drawn.scatter_add_(1, drawn, torch.ones_like(times_drawn))
+        sums.append(times_drawn @ contributions.T)
     return torch.cat(sums)

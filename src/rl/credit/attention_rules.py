@@ -47,11 +47,14 @@ def max_attention(batch: CreditInput) -> Float[Tensor, "batch response"]:
     Cost: one read of the response rows.
     """
     options_of(batch)
-    most_read = torch.zeros(batch.scored.shape, device=recorded(batch, "attention").device, dtype=torch.float32)
+    device = recorded(batch, "attention").device
+    most_read = torch.zeros(batch.scored.shape, device=device, dtype=torch.float32)
+    # The running maximum over the blocks of readers t; the triangle below the diagonal holds the pairs with t > s.
     for first, rows in _response_blocks(batch, "attention"):
         width = rows.shape[2]
         earlier = rows.tril(first - 1)
-        most_read[:, :width] = torch.maximum(most_read[:, :width], earlier.amax(1))
+        largest_in_block = earlier.amax(1)
+        most_read[:, :width] = torch.maximum(most_read[:, :width], largest_in_block)
     return most_read.to(batch.scored.device)
 
 
@@ -86,13 +89,17 @@ def correlation(batch: CreditInput) -> Float[Tensor, "batch response"]:
     sums = torch.zeros(6, *read_by_answer.shape, dtype=torch.float64, device=device)
     for first, rows in _response_blocks(batch, "attention"):
         width = rows.shape[2]
+        num_rows = width - first
         x = rows.double().tril(first - 1)
-        is_earlier = torch.ones(width - first, width, dtype=torch.float64, device=device).tril(first - 1)
+        is_earlier = torch.ones(num_rows, width, dtype=torch.float64, device=device).tril(first - 1)
         reader = reasoning[:, first:width].double()
         y = read_by_answer[:, first:width]
-        powers_of_y = torch.stack([reader, reader * y, reader * y.square()], 1)
-        sums_without_x = powers_of_y @ is_earlier
-        sums_with_x = torch.stack([reader, reader * y], 1) @ x
+        reader_y = reader * y
+        reader_yy = reader * y.square()
+
+        # Each product sums over the readers t of the block; a reader outside the reasoning has factor 0.
+        sums_without_x = torch.stack([reader, reader_y, reader_yy], 1) @ is_earlier
+        sums_with_x = torch.stack([reader, reader_y], 1) @ x
         sums_with_x_squared = reader[:, None] @ x.square()
         block_sums = torch.cat([sums_without_x, sums_with_x, sums_with_x_squared], 1)
         sums[:, :, :width] += block_sums.transpose(0, 1)
@@ -171,7 +178,7 @@ def coupled(batch: CreditInput) -> Float[Tensor, "batch response"]:
     top_anchor = top_share(anchor_scores, batch.scored, options["share"])
     anchor = top_anchor & (anchor_scores > 0)
 
-    # For each column, the column of the last preplan token up to it; -1 where there is none.
+    # For each column, the column of the last preplan token up to it; -1 without one.
     num_columns = batch.scored.shape[1]
     column = torch.arange(num_columns, device=batch.scored.device).expand(batch.scored.shape)
     nearest_preplan = torch.where(preplan, column, -1).cummax(1).values
@@ -210,12 +217,17 @@ def atpo(batch: CreditInput) -> Float[Tensor, "batch response"]:
 
     scores = torch.zeros(batch.scored.shape, device=batch.scored.device, dtype=torch.float32)
     for item in has_reasoning.nonzero().flatten().tolist():
+        # The answer's mean attention to each reasoning token.
         in_reasoning = reasoning[item]
         read_by_answer = _answer_reading(rows, item, batch.responses.answer[item]).to(scores.device)
-        weights = read_by_answer[batch.responses.prompt_length :][in_reasoning]
+        in_response = read_by_answer[batch.responses.prompt_length :]
+        weights = in_response[in_reasoning]
+
+        # Logarithm, z-score, sigmoid, floor.
         log_weights = weights.clamp_min(_LEAST_WEIGHT).log()
+        mean = log_weights.mean()
         spread = log_weights.std(correction=0).clamp_min(_LEAST_SPREAD)
-        z = (log_weights - log_weights.mean()) / spread
+        z = (log_weights - mean) / spread
         scores[item, in_reasoning] = z.sigmoid().clamp_min(options["floor"]).float()
     return scores
 
@@ -235,16 +247,18 @@ def _response_blocks(batch: CreditInput, name: str) -> Iterator[tuple[int, Float
 def _pearson(sums: Float[Tensor, "6 batch response"]) -> Float[Tensor, "batch response"]:
     """Compute the non-negative part of the correlation from the sums of 1, y, y², x, xy and x²."""
     count, sum_y, sum_yy, sum_x, sum_xy, sum_xx = sums
-    # n² times the variances; below a share of the mean square they are rounding.
+    # n² times the variances; below the share _CONSTANT of the mean square they are rounding.
     spread_x = count * sum_xx - sum_x.square()
     spread_y = count * sum_yy - sum_y.square()
     x_varies = spread_x > _CONSTANT * count * sum_xx
     y_varies = spread_y > _CONSTANT * count * sum_yy
     is_defined = x_varies & y_varies & (count > 2)
 
-    least = torch.finfo(sum_xx.dtype).tiny
-    scale = torch.where(is_defined, (spread_x * spread_y).clamp_min(least).sqrt(), 1.0)
+    # The factor n² cancels in covariance / scale. Where the correlation is undefined, the divisor is 1.
     covariance = count * sum_xy - sum_x * sum_y
+    least = torch.finfo(sum_xx.dtype).tiny
+    product = (spread_x * spread_y).clamp_min(least)
+    scale = torch.where(is_defined, product.sqrt(), 1.0)
     return torch.where(is_defined, covariance / scale, 0.0).clamp(0, 1)
 
 
@@ -255,6 +269,7 @@ def _future_influence(batch: CreditInput, near: int, far: int) -> Float[Tensor, 
     device = recorded(batch, "global").device
     is_reader = batch.responses.response_mask.to(device).float()
 
+    # Sums over the readers t in [s + near, s + far]: of A[t, s], and of the readers themselves.
     received = torch.zeros(is_reader.shape, device=device, dtype=torch.float32)
     num_readers = torch.zeros(is_reader.shape, device=device, dtype=torch.float32)
     for first, rows in _response_blocks(batch, "global"):

@@ -38,7 +38,8 @@ def flow(batch: CreditInput) -> TiedScores:
 
     Cost: two reads of the rows.
     """
-    return throughput_scores(batch, _solved(batch, recorded(batch, "attention")))
+    solved = _solved(batch, recorded(batch, "attention"))
+    return throughput_scores(batch, solved)
 
 
 @credit_rule("flow_entropy", needs=_NEEDS, ties=True)
@@ -62,7 +63,8 @@ def reach(batch: CreditInput) -> TiedScores:
 
     1 on answer tokens, 0 after the answer. Options and cost as :func:`flow`.
     """
-    return reach_scores(batch, _solved(batch, recorded(batch, "attention")))
+    solved = _solved(batch, recorded(batch, "attention"))
+    return reach_scores(batch, solved)
 
 
 @credit_rule("reach_entropy", needs=_NEEDS, ties=True)
@@ -106,8 +108,9 @@ def reach_scores(batch: CreditInput, solved: RowFlow) -> TiedScores:
 
 
 def _potential(solved: RowFlow) -> Float[Tensor, "batch tokens"]:
-    """Return h, not scaled."""
-    return solved.h * torch.exp2(solved.exponent.double())
+    """Return h without its scale: the solver stores h divided by ``2 ** exponent``, so that it cannot underflow."""
+    scale = torch.exp2(solved.exponent.double())
+    return solved.h * scale
 
 
 def _tie(batch: CreditInput, solved: RowFlow) -> Float[Tensor, " batch"]:
@@ -115,7 +118,8 @@ def _tie(batch: CreditInput, solved: RowFlow) -> Float[Tensor, " batch"]:
     before = before_answer(batch.responses).to(solved.h.device)
     potential = _potential(solved)[:, batch.responses.prompt_length :]
     total = torch.where(before, potential, 0.0).sum(1)
-    return (total / before.sum(1).clamp_min(1)).float()
+    num_before = before.sum(1).clamp_min(1)
+    return (total / num_before).float()
 
 
 def shuffled_rows(batch: CreditInput, rows: AttentionRows) -> _ShuffledRows:
@@ -127,7 +131,8 @@ def shuffled_rows(batch: CreditInput, rows: AttentionRows) -> _ShuffledRows:
         # Padding is cut out first, so that the draws of a response do not depend on its batch.
         positions = is_real.nonzero().flatten()
         cells = (positions[:, None], positions)
-        weights[cells] = _shuffled(weights[cells], own_row[positions], random)
+        real_weights = weights[cells]
+        weights[cells] = _shuffled(real_weights, own_row[positions], random)
     return _ShuffledRows(matrix, rows.attention_mask)
 
 
@@ -175,6 +180,7 @@ def _shuffled(
     Two kinds of weights are no edges of the flow and stay in place: that of the first token, which the flow leaves
     out, and self-attention in the row that a token keeps for itself.
     """
+    # The weights that move: what a token reads before itself or at itself, less the two fixed kinds.
     num_tokens = weights.shape[0]
     device = weights.device
     column = torch.arange(num_tokens, device=device)

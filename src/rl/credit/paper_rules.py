@@ -85,7 +85,8 @@ def grail(batch: CreditInput) -> Float[Tensor, "batch response"]:
     Cost: one forward and one backward pass.
     """
     options = options_of(batch, strength=0.5)
-    z = _z_scores(passes_of(batch).answer_saliency(), batch.scored)
+    saliency = passes_of(batch).answer_saliency()
+    z = _z_scores(saliency, batch.scored)
     return (1 + options["strength"] * z).clamp(0.5, 5.0)
 
 
@@ -110,19 +111,28 @@ def oar_gradient(batch: CreditInput) -> Float[Tensor, "batch response"]:
     options = options_of(batch, threshold=0.4, boost=2, noise=0.001)
     passes = passes_of(batch)
     before = before_answer(batch.responses)
-    found = passes.outcome_sensitivity(before, generators_of(batch), float(options["noise"])).double()
+    noise = float(options["noise"])
+    sensitivity = passes.outcome_sensitivity(before, generators_of(batch), noise).double()
 
-    weights = torch.ones_like(found)
-    for row, values, chosen in zip(weights, found, batch.scored & before, strict=True):
+    is_weighed = batch.scored & before
+    weights = torch.ones_like(sensitivity)
+    for row, values, chosen in zip(weights, sensitivity, is_weighed, strict=True):
         if not bool(chosen.any()):
             continue
+        # m: the min-max of the logarithms; all 0 where they do not vary.
         score = torch.log1p(values[chosen])
-        spread = score.max() - score.min()
-        importance = (score - score.min()) / torch.where(spread > 0, spread, 1.0)
+        least = score.min()
+        spread = score.max() - least
+        importance = (score - least) / torch.where(spread > 0, spread, 1.0)
+
+        # The two branches of the formula, with q the limit between them.
         limit = torch.quantile(importance, options["threshold"])
         suppressed = (importance / limit.clamp_min(1e-8)).clamp_min(0.1)
-        boosted = 1 + options["boost"] * (importance - limit) / (1 - limit).clamp_min(1e-8)
+        above_limit = importance - limit
+        boosted = 1 + options["boost"] * above_limit / (1 - limit).clamp_min(1e-8)
         shaped = torch.where(importance < limit, suppressed, boosted)
+
+        # The weights sum to the number of tokens, so the step size of the response is kept.
         row[chosen] = shaped * chosen.sum() / shaped.sum()
     return weights.float()
 
@@ -149,9 +159,13 @@ def delta(batch: CreditInput) -> Float[Tensor, "batch response"]:
     options = options_of(batch, range=0.2)
     scored = batch.scored
     advantages = outcome_advantages(batch.responses)
-    probability = batch.scores.logprobs.to(scored.device).exp()
-    vectors = (1 - probability)[..., None] * passes_of(batch).hidden_states()
 
+    # v_t = (1 - p_t) h_t
+    probability = batch.scores.logprobs.to(scored.device).exp()
+    hidden = passes_of(batch).hidden_states()
+    vectors = (1 - probability)[..., None] * hidden
+
+    # A token takes the side of its response. One empty side leaves nothing to compare with.
     ones = torch.ones(scored.shape, dtype=torch.float32, device=scored.device)
     importance = advantages.abs()[:, None] * scored
     is_positive = (advantages > 0)[:, None] & scored
@@ -159,17 +173,21 @@ def delta(batch: CreditInput) -> Float[Tensor, "batch response"]:
     if not bool(is_positive.any()) or not bool(is_negative.any()):
         return ones
 
-    positive = _weighted_mean(vectors, importance * is_positive)
-    negative = _weighted_mean(vectors, importance * is_negative)
-    to_positive = (vectors - positive).square().sum(-1)
-    to_negative = (vectors - negative).square().sum(-1)
-    # The margin by which a token is nearer to its own side.
+    # m_t: how much nearer, in squared distance, a token lies to the mean of its own side than to the other.
+    positive_mean = _weighted_mean(vectors, importance * is_positive)
+    negative_mean = _weighted_mean(vectors, importance * is_negative)
+    to_positive = (vectors - positive_mean).square().sum(-1)
+    to_negative = (vectors - negative_mean).square().sum(-1)
     margin = (to_negative - to_positive) * advantages.sign()[:, None]
+
+    # s is the root mean square of m over the batch; with s = 0 both sides have the same mean.
     has_side = is_positive | is_negative
     scale = margin[has_side].square().mean().sqrt()
     if float(scale) == 0:
         return ones
-    weights = (2 * torch.sigmoid(margin / scale)).clamp(1 - options["range"], 1 + options["range"])
+    least = 1 - options["range"]
+    most = 1 + options["range"]
+    weights = (2 * torch.sigmoid(margin / scale)).clamp(least, most)
     return torch.where(has_side, weights, ones)
 
 
@@ -193,10 +211,12 @@ def taco(batch: CreditInput) -> Float[Tensor, "batch response"]:
     alpha = torch.tensor(float(options["alpha"]), dtype=torch.float64)
     if float(alpha) == 0:
         raise CreditError("options: alpha must be above 0, got 0; 0.1 is the default")
+    # r_t, and the share exp(-max(r_t, 0)) that is left of the weight at full strength.
     scores = batch.scores
     excess = -scores.logprobs - scores.entropy + float(alpha.log())
-    shrunk = 1 - options["strength"] * (1 - torch.exp(-excess.clamp_min(0.0)))
-    return torch.where(batch.scored, shrunk.to(batch.scored.device), 1.0)
+    kept = torch.exp(-excess.clamp_min(0.0))
+    weights = 1 - options["strength"] * (1 - kept)
+    return torch.where(batch.scored, weights.to(batch.scored.device), 1.0)
 
 
 @credit_rule("attention_entropy", needs={"attention": AttentionNeed()})
@@ -214,12 +234,13 @@ def attention_entropy(batch: CreditInput) -> Float[Tensor, "batch response"]:
     options_of(batch)
     rows = recorded(batch, "attention")
     concentration = torch.zeros(batch.scored.shape, dtype=torch.float32, device=rows.device)
-    # Positions of real tokens, padding not counted: token t may read as many tokens as its position says.
+    # n_t, the number of tokens that t may read: its position, counted from 1 without padding.
     readable = rows.attention_mask.long().cumsum(1)
     origin = batch.responses.prompt_length
     for start in range(origin, rows.num_tokens, _BLOCK):
         stop = min(start + _BLOCK, rows.num_tokens)
-        concentration[:, start - origin : stop - origin] = _concentration(rows, readable, start, stop)
+        columns = slice(start - origin, stop - origin)
+        concentration[:, columns] = _concentration(rows, readable, start, stop)
     mask = batch.responses.response_mask.to(rows.device)
     return torch.where(mask, concentration, 0.0).to(batch.scored.device)
 
@@ -250,13 +271,18 @@ def lora_influence(batch: CreditInput) -> Float[Tensor, "batch response"]:
     ones = torch.ones(batch.scored.shape, dtype=torch.float32, device=batch.scored.device)
     if not bool(has_side.any()):
         return ones
-    # Divided by the largest first: squares of small gradients would leave the range of float32.
+
+    # z over its root mean square. The division by the largest value comes first, because the squares of small
+    # gradients would leave the range of float32.
     largest = influence[has_side].abs().max()
     if float(largest) == 0:
         return ones
     relative = influence / largest
-    standardised = relative / relative[has_side].square().mean().sqrt()
-    weights = (1 + options["strength"] * advantages.sign()[:, None] * standardised).clamp(0.0, 2.0)
+    root_mean_square = relative[has_side].square().mean().sqrt()
+    standardised = relative / root_mean_square
+
+    change = options["strength"] * advantages.sign()[:, None] * standardised
+    weights = (1 + change).clamp(0.0, 2.0)
     return torch.where(has_side, weights, ones)
 
 
@@ -287,19 +313,25 @@ def _z_scores(
     values: Float[Tensor, "batch response"], scored: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
     """Compute the z-score over the scored tokens of each response; 0 elsewhere, and where the values do not vary."""
+    # Mean and standard deviation of each response, over its scored tokens.
     wide = torch.where(scored, values.to(scored.device).double(), 0.0)
     count = scored.sum(1, keepdim=True).clamp_min(1)
     mean = wide.sum(1, keepdim=True) / count
     deviation = torch.where(scored, wide - mean, 0.0)
-    spread = (deviation.square().sum(1, keepdim=True) / count).sqrt()
-    varies = spread > _LEAST_SPREAD * wide.abs().amax(1, keepdim=True)
-    return torch.where(varies, deviation / torch.where(varies, spread, 1.0), 0.0).float()
+    variance = deviation.square().sum(1, keepdim=True) / count
+    spread = variance.sqrt()
+
+    # A spread that is rounding would divide noise by noise.
+    largest = wide.abs().amax(1, keepdim=True)
+    varies = spread > _LEAST_SPREAD * largest
+    divisor = torch.where(varies, spread, 1.0)
+    return torch.where(varies, deviation / divisor, 0.0).float()
 
 
 def _weighted_mean(
     vectors: Float[Tensor, "batch response hidden"], weights: Float[Tensor, "batch response"]
 ) -> Float[Tensor, " hidden"]:
-    """Average vectors over all tokens."""
+    """Compute the weighted mean of the vectors of all tokens."""
     total = torch.einsum("brd,br->d", vectors, weights)
     return total / weights.sum()
 
@@ -309,8 +341,13 @@ def _concentration(rows: AttentionRows, readable: Tensor, start: int, stop: int)
     weights = rows.block(start, stop)
     # x log x is 0 at 0. Rows may sum to less than 1 (learned sinks), so they are normalised first.
     smallest = torch.finfo(weights.dtype).tiny
-    shares = weights / weights.sum(-1, keepdim=True).clamp_min(smallest)
+    row_sums = weights.sum(-1, keepdim=True)
+    shares = weights / row_sums.clamp_min(smallest)
     entropy = -torch.xlogy(shares, shares).sum(-1)
-    most = readable[:, start:stop].clamp_min(1).float().log()
-    normalised = torch.where(most > 0, entropy / torch.where(most > 0, most, 1.0), 0.0)
+
+    # log n_t is the entropy of a uniform row. It is 0 for n_t = 1, where no division is defined.
+    greatest_entropy = readable[:, start:stop].clamp_min(1).float().log()
+    has_choice = greatest_entropy > 0
+    divisor = torch.where(has_choice, greatest_entropy, 1.0)
+    normalised = torch.where(has_choice, entropy / divisor, 0.0)
     return (1 - normalised).clamp(0.0, 1.0)

@@ -45,6 +45,7 @@ class PolicyPasses:
 
         def saliency(part: Responses, inputs: ModelInput, first: int) -> Tensor:
             tokens = inputs.input_ids[:, part.prompt_length :]
+            # dL/dx. Each x_t belongs to one response, so the gradient of the sum over responses is that of its own L.
             with torch.enable_grad():
                 embeddings = self._policy.embeddings(inputs).requires_grad_(True)
                 logprobs = self._policy.logprobs_of_embeddings(embeddings, inputs, tokens, self._temperature)
@@ -74,25 +75,31 @@ class PolicyPasses:
         def saliency(part: Responses, inputs: ModelInput, first: int) -> Tensor:
             length = part.response_length
             embeddings = self._policy.embeddings(inputs)
+            hidden_size = embeddings.shape[-1]
+
+            # x': the embeddings, with noise on the chosen tokens.
             disturbed = embeddings.clone()
             for row in range(part.num_sequences):
                 # Noise is drawn for real tokens only, so that padding changes no draw.
                 columns = part.prompt_length + chosen[first + row].nonzero().flatten()
-                draw = torch.randn(
-                    len(columns), embeddings.shape[-1], generator=random[first + row], dtype=torch.float32
-                )
+                own_generator = random[first + row]
+                draw = torch.randn(len(columns), hidden_size, generator=own_generator, dtype=torch.float32)
                 disturbed[row, columns] += noise * draw.to(embeddings)
 
+            # p(x), which is the constant side of the divergence.
             with torch.no_grad():
                 clean = self._policy.logits_of_embeddings(embeddings, inputs, length)
                 target = _mean_over_answer(clean, part).softmax(-1)
+
+            # The gradient of KL(p(x) || p(x')) in x'. It is that of the cross-entropy, because the entropy of the
+            # target has no gradient.
             with torch.enable_grad():
                 disturbed.requires_grad_(True)
                 logits = self._policy.logits_of_embeddings(disturbed, inputs, length)
                 logprobs = _mean_over_answer(logits, part).log_softmax(-1)
+                cross_entropy = -(target * logprobs).sum(-1)
                 has_answer = part.answer_in_response.any(1)
-                # The entropy of the target has no gradient.
-                divergence = torch.where(has_answer, -(target * logprobs).sum(-1), 0.0).sum()
+                divergence = torch.where(has_answer, cross_entropy, 0.0).sum()
                 (gradient,) = torch.autograd.grad(divergence, disturbed)
             return _times_activation(gradient, embeddings, part)
 
@@ -126,11 +133,16 @@ class PolicyPasses:
         """
 
         def received(part: Responses, inputs: ModelInput, first: int) -> Tensor:
-            scores = torch.zeros(part.response_mask.shape, dtype=torch.float32, device=part.response_mask.device)
+            mask = part.response_mask
+            scores = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
             answered = part.answer_in_response.any(1).nonzero().flatten()
             if answered.numel() == 0:
                 return scores
-            options: dict[str, Any] = {"generated": part.generated[answered], "hops": hops} if hops else {}
+
+            # Only responses with an answer are captured: the others have no demand.
+            options: dict[str, Any] = {}
+            if hops:
+                options = {"generated": part.generated[answered], "hops": hops}
             with self._policy.autocast():
                 rows = capture(
                     self._policy.causal_lm,
@@ -141,10 +153,12 @@ class PolicyPasses:
                     target=target,
                     **options,
                 )
+
+            # sign(D) times the column sums of N, which run over the readers t > s.
             demand = rows.demand.sum(1, keepdim=True)
             passed = rows.matrix.sum(1)[:, part.prompt_length :]
             scores[answered] = (demand.sign() * passed).float()
-            return scores * part.response_mask
+            return scores * mask
 
         return self._over_parts(received)
 
@@ -159,11 +173,15 @@ class PolicyPasses:
         """
 
         def scores(part: Responses, inputs: ModelInput, first: int) -> Tensor:
-            found = torch.zeros(part.response_mask.shape, dtype=torch.float32, device=part.response_mask.device)
+            mask = part.response_mask
+            found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
             with self._policy.autocast():
                 rows = capture(self._policy.causal_lm, inputs.input_ids, inputs.attention_mask, capacity="vtrace")
+
+            # The composition takes one sequence at a time, without padding.
             rules = EdgeRules(rows=convention, normalization="leak")
-            for item in part.answer_in_response.any(1).nonzero().flatten().tolist():
+            answered = part.answer_in_response.any(1).nonzero().flatten()
+            for item in answered.tolist():
                 real = part.attention_mask[item]
                 composed = composed_scores(
                     rows.sequence(item),
@@ -174,7 +192,8 @@ class PolicyPasses:
                     rules=rules,
                     damping=damping,
                 )
-                length = int(part.response_mask[item].sum())
+                # Without padding, the response is the end of the sequence.
+                length = int(mask[item].sum())
                 found[item, :length] = composed.scores[-length:].float()
             return found
 
@@ -194,20 +213,24 @@ class PolicyPasses:
         Cost: one forward and backward pass, and about two forward passes.
         """
         parameters = self._policy.policy_parameters()
-        direction = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         num_tokens = max(1, int(self._responses.response_mask.sum()))
+
+        # \bar g, the gradient of the mean of A log p over the tokens, summed over the micro-batches.
+        direction = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         for first, part in self._parts():
             inputs = ModelInput.of(part, self._policy.device)
             tokens = inputs.input_ids[:, part.prompt_length :]
+            of_part = advantages[first : first + part.num_sequences, None]
             with torch.enable_grad():
                 logprobs, _ = self._policy.policy_pass(inputs, tokens, self._temperature)
-                of_part = advantages[first : first + part.num_sequences, None]
-                objective = torch.where(part.response_mask, logprobs * of_part, 0.0).sum() / num_tokens
+                weighted = torch.where(part.response_mask, logprobs * of_part, 0.0)
+                objective = weighted.sum() / num_tokens
                 gradients = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     direction[name] += gradient
 
+        # z_t = <g_t, \bar g> for all t: the derivative of log p_t along \bar g.
         def along(part: Responses, inputs: ModelInput, first: int) -> Tensor:
             tokens = inputs.input_ids[:, part.prompt_length :]
             derivative = self._policy.logprob_derivative(inputs, tokens, self._temperature, direction)
@@ -241,7 +264,7 @@ def _times_activation(
 def _mean_over_answer(
     logits: Float[Tensor, "batch response vocabulary"], part: Responses
 ) -> Float[Tensor, "batch vocabulary"]:
-    """Average the logits of the answer tokens of each response; those of no token are 0."""
+    """Average the logits of the answer tokens of each response; 0 for a response without an answer."""
     answer = part.answer_in_response[..., None]
     # Logits of padding may hold anything: select, do not multiply.
     total = torch.where(answer, logits.float(), 0.0).sum(1)

@@ -45,8 +45,10 @@ MeanOverBatch = Callable[[Float[Tensor, " chosen"]], float]
 
 
 def local_mean(values: Float[Tensor, " chosen"]) -> float:
-    """Compute the mean over one process; 0 of no numbers."""
-    return float(values.double().mean()) if values.numel() else 0.0
+    """Compute the mean over one process; 0 for no numbers."""
+    if values.numel() == 0:
+        return 0.0
+    return float(values.double().mean())
 
 
 def check_credit(credit: CreditConfig) -> None:
@@ -56,10 +58,14 @@ def check_credit(credit: CreditConfig) -> None:
         CreditError: no such rule, an option that it does not have, a fallback for a rule that measures no ties, or
             weights that are to be normalised and, permuted, may all be 0 in a response.
     """
+    # Reading the needs checks the options of the rule.
     inner = applied(credit)
     rule = find_rule(inner.rule)
     rule.needs_for(inner.options)
-    can_be_zero = credit.shape in ("only_top", "raw") or (credit.shape == "soft" and credit.floor == 0)
+
+    # A permutation between responses can give one of them nothing but zeros, which no divisor normalises.
+    has_no_floor = credit.shape == "soft" and credit.floor == 0
+    can_be_zero = credit.shape in ("only_top", "raw") or has_no_floor
     if credit.rule == POSITION_MATCHED and credit.normalization != "none" and can_be_zero:
         raise CreditError(
             f"credit.normalize: must be 'none' with the control {POSITION_MATCHED!r} in the shape {credit.shape!r}, "
@@ -97,6 +103,7 @@ def rate_tokens(
     Raises:
         CreditError: the attention of a rule is missing, or its scores are invalid.
     """
+    # A rule receives only what it registered for, so that a rule that reads more fails in its first test.
     credit = applied(credit)
     rule = find_rule(credit.rule)
     scored = tokens_in_scope(responses, credit.scope)
@@ -149,11 +156,13 @@ def weigh_tokens(
         _refuse_vanishing(rule.name, ratings)
     weights = shape_weights(ratings.scores, ratings.scored, shaping)
 
+    # Responses whose answer hardly depends on their tokens keep weights of 1.
     unanchored = None
     if ratings.tie is not None:
         unanchored = _unanchored(ratings.tie, ratings.has_tie, credit.fallback, mean_over_batch)
         weights = torch.where(unanchored[:, None], 1.0, weights)
 
+    # The control permutes after the weighing, so that each weight is one that the rule gave at this position.
     scores = ratings.scores
     if permutes:
         order = _position_matched(ratings.scored, random)
@@ -197,15 +206,18 @@ def _position_matched(
     num_responses, num_columns = scored.shape
     keys = torch.rand(num_columns, num_responses, generator=random, dtype=torch.float32).T.to(scored.device)
     # Unscored entries follow in their own order: a stable sort keeps equal keys in place.
-    origin = torch.argsort(torch.where(scored, keys, 2.0), dim=0, stable=True)
-    target = torch.argsort((~scored).long(), dim=0, stable=True)
+    random_keys = torch.where(scored, keys, 2.0)
+    fixed_keys = (~scored).long()
+    origin = torch.argsort(random_keys, dim=0, stable=True)
+    target = torch.argsort(fixed_keys, dim=0, stable=True)
     return origin, target
 
 
 def _permuted(values: Float[Tensor, "batch response"], order: tuple[Tensor, Tensor]) -> Float[Tensor, "batch response"]:
     """Move the entries of each column as :func:`_position_matched` drew it."""
     origin, target = order
-    return torch.empty_like(values).scatter_(0, target, values.gather(0, origin))
+    drawn = values.gather(0, origin)
+    return torch.empty_like(values).scatter_(0, target, drawn)
 
 
 def _unanchored(
@@ -220,7 +232,7 @@ def _unanchored(
 
 
 def _refuse_vanishing(name: str, ratings: Ratings) -> None:
-    """Refuse weights that are all 0 in a response: it would leave the loss, or silently get weights of 1."""
+    """Reject weights that are all 0 in a response: it would leave the loss, or silently get weights of 1."""
     competes = ratings.scored.any(1)
     vanishes = competes & ~(ratings.scores > 0).any(1)
     if bool(vanishes.any()):

@@ -142,7 +142,9 @@ class CreditRule:
         Raises:
             CreditError: an option that the rule does not have, or outside its range.
         """
-        return self.needs if self.needs_of is None else self.needs_of(options)
+        if self.needs_of is None:
+            return self.needs
+        return self.needs_of(options)
 
 
 _RULES: dict[str, CreditRule] = {}
@@ -226,7 +228,7 @@ def find_rule(name: str) -> CreditRule:
     """Find the rule of this name.
 
     Raises:
-        CreditError: there is none; the message lists the registered rules.
+        CreditError: no rule has this name; the message lists the registered rules.
     """
     if name not in _RULES:
         raise CreditError(
@@ -298,6 +300,7 @@ def score_with_tie(
             "use a task with an oracle, such as chain, wandering, pathsearch or program, or another rule"
         )
 
+    # An error of the package names its argument already.
     try:
         found = rule.function(batch)
     except FlowgraphError:

@@ -18,9 +18,8 @@ def tokens_in_scope(responses: Responses, scope: Scope) -> Bool[Tensor, "batch r
     ``"response"`` covers the same tokens and the answer.
 
     Neither scope covers the tokens after the answer, such as a closing tag and the end token. They cannot influence an
-    answer that stands before them, so a score of 0 says nothing about them, and the floor of the soft shape on every
-    end token would teach a wrong length. In a response without an answer, both scopes cover every token that the
-    policy chose.
+    answer that precedes them, so their score of 0 is no evidence, and the floor of the soft shape on every end token
+    would teach a wrong length. In a response without an answer, both scopes cover every token that the policy chose.
 
     Args:
         responses: B responses of R columns.
@@ -42,7 +41,7 @@ def before_answer(responses: Responses) -> Bool[Tensor, "batch response"]:
 
 
 def after_answer(responses: Responses) -> Bool[Tensor, "batch response"]:
-    """Select the response tokens behind the last answer token; none without an answer."""
+    """Select the response tokens after the last answer token; none without an answer."""
     answer = responses.answer_in_response
     has_answer = answer.any(1, keepdim=True)
     return responses.response_mask & has_answer & ~_is_followed_by(answer)
@@ -57,12 +56,16 @@ def end_tokens(responses: Responses) -> Bool[Tensor, "batch response"]:
 def answer_openers(responses: Responses) -> Bool[Tensor, "batch response"]:
     """Select the token before the first answer token of each response; none where the response begins with it."""
     answer = responses.answer_in_response
-    is_first = answer & (answer.long().cumsum(1) == 1)
+    num_answer_tokens = answer.long().cumsum(1)
+    is_first = answer & (num_answer_tokens == 1)
+    # Shifted by one column to the left: the opener is the token before.
     opener = torch.zeros_like(answer)
     opener[:, :-1] = is_first[:, 1:]
     return opener & responses.response_mask
 
 
 def _is_followed_by(tokens: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:
-    """Mark every column at which, or after which, one of the given tokens stands."""
-    return tokens.long().flip(1).cumsum(1).flip(1) > 0
+    """Mark every column that holds one of the given tokens, or has one after it."""
+    # A cumulative sum from the right.
+    num_from_here = tokens.long().flip(1).cumsum(1).flip(1)
+    return num_from_here > 0

@@ -15,7 +15,7 @@ from flowgraph import AttentionRecorder, AttentionRows
 from rl.config import CreditConfig
 from rl.credit.policy_passes import PolicyPasses
 from rl.credit.ratings import MeanOverBatch, Ratings, check_credit, local_mean, rate_tokens, weigh_tokens
-from rl.credit.registry import AttentionNeed, applied, find_rule
+from rl.credit.registry import AttentionNeed, CreditRule, Needs, applied, find_rule
 from rl.policy.actor_critic import ActorCritic, ModelInput, TokenOutput
 from rl.records import Credit, Responses, TokenScores, join_records, to_device
 from rl.seeds import generator
@@ -114,13 +114,21 @@ def score_with_settings(
 
     Cost: one forward pass of the policy, one of the critic and one of the reference, where there are any.
     """
+    # Every setting is checked before the first is read.
     for setting in settings:
         check_credit(setting)
-    inner_settings = [applied(setting) for setting in settings]
-    rules = [find_rule(inner.rule) for inner in inner_settings]
-    needs = [rule.needs_for(inner.options) for rule, inner in zip(rules, inner_settings, strict=True)]
-    # Settings do not share generators: each draws as it would in a training of its own.
-    generators = [credit_generators(responses, seed, step) for _ in settings]
+    rules: list[CreditRule] = []
+    needs: list[Needs] = []
+    generators: list[list[torch.Generator]] = []
+    for setting in settings:
+        inner = applied(setting)
+        rule = find_rule(inner.rule)
+        rules.append(rule)
+        needs.append(rule.needs_for(inner.options))
+        # Settings do not share generators: each draws as it would in a training of its own.
+        generators.append(credit_generators(responses, seed, step))
+
+    # The graph of the pass serves an update only where one micro-batch holds all responses.
     keep_graph = keep_graph and responses.num_sequences <= micro_batch_size
     output: TokenOutput | None = None
     score_parts: list[TokenScores] = []
@@ -136,10 +144,12 @@ def score_with_settings(
         # The policy's pass, with the recorders of every rule attached, then the critic and the reference.
         with torch.set_grad_enabled(keep_graph):
             with ExitStack() as stack:
-                recorders: list[Recorders] = [
-                    {name: stack.enter_context(recorder_for(policy, need, setting)) for name, need in of_rule.items()}
-                    for of_rule, setting in zip(needs, settings, strict=True)
-                ]
+                recorders: list[Recorders] = []
+                for of_rule, setting in zip(needs, settings, strict=True):
+                    attached: Recorders = {}
+                    for name, need in of_rule.items():
+                        attached[name] = stack.enter_context(recorder_for(policy, need, setting))
+                    recorders.append(attached)
                 logprobs, entropy = policy.policy_pass(inputs, tokens, temperature)
             output, final_values = _with_values(policy, inputs, logprobs, entropy)
         ref_logprobs = policy.reference_pass(inputs, tokens, temperature) if reference else None
@@ -151,10 +161,9 @@ def score_with_settings(
             if rules[index].whole_batch:
                 continue
             begun = time.perf_counter()
-            rows = {
-                name: recorder.rows(inputs.attention_mask, inputs.input_ids)
-                for name, recorder in recorders[index].items()
-            }
+            rows: dict[str, AttentionRows] = {}
+            for name, recorder in recorders[index].items():
+                rows[name] = recorder.rows(inputs.attention_mask, inputs.input_ids)
             own_generators = generators[index][start:stop]
             ratings = policy_ratings(policy, part, scores, rows, setting, own_generators, temperature=temperature)
             rating_parts[index].append(ratings)
@@ -248,9 +257,11 @@ def policy_ratings(
     """
     on_device = to_device(responses, policy.device)
 
+    # Called by rules that read gradients only, so no other rule pays for the pass.
     def gradient() -> Float[Tensor, "batch response"]:
         return embedding_gradient(policy, on_device, temperature)
 
+    own_micro_batch_size = micro_batch_size or responses.num_sequences
     found = rate_tokens(
         on_device,
         to_device(scores, policy.device),
@@ -258,7 +269,7 @@ def policy_ratings(
         rows=rows,
         random=random,
         gradient=gradient,
-        passes=PolicyPasses(policy, on_device, temperature, micro_batch_size or responses.num_sequences),
+        passes=PolicyPasses(policy, on_device, temperature, own_micro_batch_size),
     )
     return to_device(found, torch.device("cpu"))
 
@@ -297,10 +308,13 @@ def embedding_gradient(
     """
     inputs = ModelInput.of(responses, policy.device)
     tokens = inputs.input_ids[:, responses.prompt_length :]
+    is_padding = ~responses.response_mask
+    # The responses of a batch do not interact, so one backward pass of their sum gives the gradient of each.
     with torch.enable_grad():
         embeddings = policy.embeddings(inputs).requires_grad_(True)
         logprobs = policy.logprobs_of_embeddings(embeddings, inputs, tokens, temperature)
-        total = logprobs.masked_fill(~responses.response_mask, 0.0).sum()
+        total = logprobs.masked_fill(is_padding, 0.0).sum()
         (gradient,) = torch.autograd.grad(total, embeddings)
-    norms = gradient.float().norm(dim=-1)[:, responses.prompt_length :]
-    return norms.masked_fill(~responses.response_mask, 0.0)
+    norms = gradient.float().norm(dim=-1)
+    in_response = norms[:, responses.prompt_length :]
+    return in_response.masked_fill(is_padding, 0.0)

@@ -70,13 +70,15 @@ class SharpOptions:
         Raises:
             CreditError: an unknown option, or a value outside its range.
         """
-        # The convention of the rows is a setting of the run, and no option of these rules.
-        given = {name: value for name, value in options.items() if name != "rows"}
         known = [item.name for item in fields(cls)]
-        for name in given:
+        for name in options:
+            # The convention of the rows is a setting of the run, not an option of these rules.
+            if name == "rows":
+                continue
             if name not in known:
                 raise CreditError(f"options: must be options of this rule, got {name!r}; there are {', '.join(known)}")
-        values = {item.name: given.get(item.name, item.default) for item in fields(cls)}
+
+        values = {item.name: options.get(item.name, item.default) for item in fields(cls)}
         _check_options(values)
         return cls(**values)
 
@@ -92,7 +94,8 @@ class SharpOptions:
 
 
 def _check_options(values: Mapping[str, Any]) -> None:
-    """Refuse values outside their sets; the recorder checks the layers against the model."""
+    """Check the values of the options; the recorder checks the layers against the model."""
+    # bool is a subclass of int, and is not a number here.
     power = values["power"]
     is_number = isinstance(power, (int, float)) and not isinstance(power, bool)
     if not is_number or not 1 <= power <= _GREATEST_POWER:
@@ -156,12 +159,17 @@ def max_attention_sharp(batch: CreditInput) -> TiedScores:
 
     Cost: one read of the response rows more than :func:`flow_sharp`.
     """
+    # The flow is solved for the tie alone.
     rows = recorded(batch, _NAME)
-    tied = reach_scores(batch, _solved(batch, rows))
+    solved = _solved(batch, rows)
+    tied = reach_scores(batch, solved)
+
+    # The running maximum over the blocks of readers t.
     scores = torch.zeros(batch.scored.shape, device=rows.device, dtype=torch.float32)
     for edges in _response_edges(batch, rows):
         width = edges.shape[2]
-        scores[:, :width] = torch.maximum(scores[:, :width], edges.amax(1))
+        largest_in_block = edges.amax(1)
+        scores[:, :width] = torch.maximum(scores[:, :width], largest_in_block)
     return TiedScores(scores.to(batch.scored.device), tied.tie)
 
 
@@ -178,7 +186,8 @@ def shuffled_flow_sharp(batch: CreditInput) -> TiedScores:
 
     Cost: ``4 * batch * tokens ** 2`` bytes; each row is sorted once.
     """
-    return throughput_scores(batch, _solved(batch, shuffled_rows(batch, recorded(batch, _NAME))))
+    shuffled = shuffled_rows(batch, recorded(batch, _NAME))
+    return throughput_scores(batch, _solved(batch, shuffled))
 
 
 @credit_rule("wrong_sink", needs=_sharp_needs, ties=True)
@@ -195,30 +204,37 @@ def wrong_sink(batch: CreditInput) -> TiedScores:
 
     Cost: as :func:`flow_sharp`.
     """
+    # The sink takes the place of the answer in the solver. A response that is nothing but its answer has no token
+    # before it, and so no wrong sink and no flow.
     sink = _wrong_sinks(batch)
     prompt = sink.new_zeros(sink.shape[0], batch.responses.prompt_length)
-    # The answer as this flow knows it. A response of the answer alone has no wrong sink, and so no flow.
     answer = torch.cat([prompt, sink], 1)
-    found = throughput_scores(batch, _solved(batch, recorded(batch, _NAME), answer=answer))
+    solved = _solved(batch, recorded(batch, _NAME), answer=answer)
+    found = throughput_scores(batch, solved)
 
+    # The throughput of the sink is 1 by construction, so the mean of the other scored tokens replaces it.
     others = batch.scored & ~sink
     total = torch.where(others, found.scores, 0.0).sum(1, keepdim=True)
-    mean = total / others.sum(1, keepdim=True).clamp_min(1)
+    num_others = others.sum(1, keepdim=True).clamp_min(1)
+    mean = total / num_others
     return TiedScores(torch.where(sink, mean, found.scores), found.tie)
 
 
 def _wrong_sinks(batch: CreditInput) -> Bool[Tensor, "batch response"]:
-    """Draw one token of the second half before the answer for each response; none where no token stands there."""
+    """Draw one token of the second half before the answer for each response; none where no token precedes it."""
+    # A response without an answer draws among all of its tokens.
     before = before_answer(batch.responses)
     has_answer = batch.responses.answer_in_response.any(1, keepdim=True)
     candidates = torch.where(has_answer, before, batch.responses.response_mask)
+
     sink = torch.zeros_like(candidates)
     for row, is_candidate, random in zip(sink, candidates.cpu(), generators_of(batch), strict=True):
         columns = is_candidate.nonzero().flatten()
-        later = columns[len(columns) // 2 :]
-        if later.numel() > 0:
-            place = int(torch.randint(later.numel(), (1,), generator=random))
-            row[later[place]] = True
+        half = len(columns) // 2
+        second_half = columns[half:]
+        if second_half.numel() > 0:
+            place = int(torch.randint(second_half.numel(), (1,), generator=random))
+            row[second_half[place]] = True
     return sink
 
 
@@ -237,18 +253,21 @@ def _response_edges(batch: CreditInput, rows: AttentionRows) -> Iterator[Float[T
     options = SharpOptions.read(batch.options)
     rules = options.edge_rules(convention_of(batch))
     origin = batch.responses.prompt_length
+    # The edges into token t are row t in literal rows, and row t - 1 in emission rows.
     shift = 0 if rules.rows == "literal" else 1
     mask = batch.responses.response_mask.to(rows.device)
-    first = rows.attention_mask.long().argmax(-1)
-    for start in range(origin - shift, rows.num_tokens - shift, _BLOCK):
-        stop = min(start + _BLOCK, rows.num_tokens - shift)
+    first_token = rows.attention_mask.long().argmax(-1)
+    last_row = rows.num_tokens - shift
+    for start in range(origin - shift, last_row, _BLOCK):
+        stop = min(start + _BLOCK, last_row)
         weights = rows.block(start, stop)
         # No edge leaves the first token of a sequence.
-        column = first.clamp_max(stop - 1)[:, None, None].expand(-1, stop - start, 1)
+        column = first_token.clamp_max(stop - 1)[:, None, None].expand(-1, stop - start, 1)
         weights = weights.scatter(2, column, 0.0)
         if options.normalization == "renormalize":
             smallest = torch.finfo(weights.dtype).tiny
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(smallest)
+            row_sums = weights.sum(-1, keepdim=True)
+            weights = weights / row_sums.clamp_min(smallest)
 
         # Cells whose reader is a response token, and which read an earlier one.
         reader = torch.arange(start + shift, stop + shift, device=rows.device)

@@ -68,7 +68,8 @@ def top_share(
     num_selected = sizes[scored.sum(1)][:, None]
     is_selected_rank = torch.arange(num_columns, device=scored.device) < num_selected
     worst = -math.inf if largest else math.inf
-    order = torch.argsort(scores.masked_fill(~scored, worst), dim=1, descending=largest, stable=True)
+    competing = scores.masked_fill(~scored, worst)
+    order = torch.argsort(competing, dim=1, descending=largest, stable=True)
     return torch.zeros_like(scored).scatter(1, order, is_selected_rank)
 
 
@@ -173,10 +174,12 @@ def mean_one(
         ConfigError: wrong shapes.
         CreditError: a negative weight, or one that is not finite.
     """
-    relative = _relative(_checked(weights, mask, names=("weights", "mask")))
+    checked = _checked(weights, mask, names=("weights", "mask"))
+    relative = _relative(checked)
     num_tokens = mask.sum(1, keepdim=True).clamp_min(1)
     mean = relative.sum(1, keepdim=True) / num_tokens
-    return relative / torch.where(mean > 0, mean, torch.ones_like(mean))
+    divisor = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return relative / divisor
 
 
 def annealed(weights: Float[Tensor, "batch response"], anneal: float, progress: float) -> Tensor:
@@ -272,7 +275,8 @@ def loss_weights(
     if settings.normalization == "none":
         return weights
     scored = credit.scored.to(advantages.device)
-    return normalized(weights, scored, settings.normalization).masked_fill(~mask, 0.0)
+    divided = normalized(weights, scored, settings.normalization)
+    return divided.masked_fill(~mask, 0.0)
 
 
 def gini(weights: Float[Tensor, " tokens"]) -> float:
@@ -296,7 +300,10 @@ def gini(weights: Float[Tensor, " tokens"]) -> float:
         return 0.0
     # In ascending order, the i-th weight is the larger one in 2i - n - 1 more pairs than the smaller one.
     rank = torch.arange(1, count + 1, dtype=torch.float64, device=ordered.device)
-    return max(0.0, float(((2 * rank - count - 1) * ordered).sum()) / (count * total))
+    excess_of_pairs = 2 * rank - count - 1
+    differences = float((excess_of_pairs * ordered).sum())
+    # Rounding can put the coefficient of equal weights just below 0.
+    return max(0.0, differences / (count * total))
 
 
 def effective_token_ratio(weights: Float[Tensor, " tokens"]) -> float:
@@ -393,9 +400,11 @@ def potential_rewards(
 
     # Phi_{t+1} includes the token at t; after the last action token the potential is 0.
     cumulative = scale * _shares(scores, scored, mask).cumsum(1)
-    next_potential = torch.where(mask & ~last_tokens(mask), cumulative, 0.0)
+    has_successor = mask & ~last_tokens(mask)
+    next_potential = torch.where(has_successor, cumulative, 0.0)
     # Phi_t is Phi_{t+1} of the column before, and 0 at the first token.
-    potential = torch.cat([torch.zeros_like(next_potential[:, :1]), next_potential[:, :-1]], 1)
+    first_potential = torch.zeros_like(next_potential[:, :1])
+    potential = torch.cat([first_potential, next_potential[:, :-1]], 1)
     return discount * next_potential - potential
 
 
@@ -408,8 +417,10 @@ def _shares(scores: Tensor, scored: Tensor, mask: Tensor) -> Tensor:
     if bool(scored_padding.any()):
         row = int(scored_padding.any(1).nonzero()[0])
         raise ConfigError(f"scored: must lie within mask, got padding in response {row}; use scored & mask")
+
     total = scores.sum(1, keepdim=True)
-    return scores / torch.where(total > 0, total, torch.ones_like(total))
+    divisor = torch.where(total > 0, total, torch.ones_like(total))
+    return scores / divisor
 
 
 def _relative(scores: Tensor) -> Tensor:
@@ -417,7 +428,8 @@ def _relative(scores: Tensor) -> Tensor:
     if scores.shape[1] == 0:
         return scores
     highest = scores.amax(1, keepdim=True)
-    return scores / torch.where(highest > 0, highest, torch.ones_like(highest))
+    divisor = torch.where(highest > 0, highest, torch.ones_like(highest))
+    return scores / divisor
 
 
 def _checked(

@@ -75,7 +75,7 @@ class ActorCritic(nn.Module):
     is a frozen copy of that adapter. What PEFT trains with that adapter is trained here too: ``modules_to_save`` and
     ``trainable_token_indices`` belong to the policy and to the copy; the critic reads the base's own modules.
 
-    Dropout is off in every pass, whatever the mode of the modules, and the mode is restored: the probabilities of a
+    Dropout is off in every pass, for any mode of the modules, and the mode is restored: the probabilities of a
     rollout and of its update must come from the same function. For the same reason every pass computes in the
     precision of ``autocast``, not only those that go through a distributed wrapper.
 
@@ -220,11 +220,13 @@ class ActorCritic(nn.Module):
             decoder = self.causal_lm.get_decoder()
             hidden = decoder(**self._arguments(inputs), use_cache=False).last_hidden_state
         # The value before a token is read from the hidden state one column earlier.
-        states = hidden[:, -response_length - 1 :]
+        first_column = -response_length - 1
+        states = hidden[:, first_column:]
         # Values are regression outputs: float32 in every precision of the base.
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(self.value_head.weight.dtype)
-            return self.value_head(states).squeeze(-1)
+            values = self.value_head(states)
+        return values.squeeze(-1)
 
     def reference_pass(
         self, inputs: ModelInput, tokens: Int64[Tensor, "batch response"], temperature: float
@@ -279,7 +281,8 @@ class ActorCritic(nn.Module):
         with self._pass():
             decoder = self.causal_lm.get_decoder()
             hidden = decoder(**self._arguments(inputs), use_cache=False).last_hidden_state
-        return hidden[:, -response_length - 1 : -1]
+        first_column = -response_length - 1
+        return hidden[:, first_column:-1]
 
     def logprob_derivative(
         self,
@@ -311,22 +314,28 @@ class ActorCritic(nn.Module):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         parameters = self.policy_parameters()
+        first_column = -tokens.shape[1] - 1
         # Fused attention kernels have no forward-mode derivative.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), self._pass():
+            # theta + epsilon d: every weight with its part of the direction as tangent.
             moved = {}
             for name, tangent in direction.items():
                 parameter = parameters[name].detach()
-                moved[name.removeprefix("peft.")] = forward_ad.make_dual(parameter, tangent.to(parameter.dtype))
-            arguments = self._arguments(inputs)
+                dual = forward_ad.make_dual(parameter, tangent.to(parameter.dtype))
+                moved[name.removeprefix("peft.")] = dual
+            arguments = {**self._arguments(inputs), "use_cache": False}
             try:
-                output = torch.func.functional_call(self.peft, moved, kwargs={**arguments, "use_cache": False})
+                output = torch.func.functional_call(self.peft, moved, kwargs=arguments)
             except NotImplementedError as error:
                 raise PolicyError(
                     f"model: all layers must have a forward-mode derivative, got {type(self.causal_lm).__name__} with "
                     f"one that has none ({error}); use another credit rule, or a base that is not quantised"
                 ) from error
-            logits = output.logits[:, -tokens.shape[1] - 1 : -1].float() / temperature
-            chosen = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+            # log p_t, whose tangent is the derivative. Where no weight moves, it has no tangent.
+            logits = output.logits[:, first_column:-1].float() / temperature
+            log_p = logits.log_softmax(-1)
+            chosen = log_p.gather(-1, tokens[..., None]).squeeze(-1)
             derivative = forward_ad.unpack_dual(chosen).tangent
             if derivative is None:
                 return torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
@@ -345,7 +354,8 @@ class ActorCritic(nn.Module):
             arguments["logits_to_keep"] = response_length + 1
         with self._pass():
             logits = self.causal_lm(**arguments, use_cache=False).logits
-        return logits[:, -response_length - 1 : -1]
+        first_column = -response_length - 1
+        return logits[:, first_column:-1]
 
     def _arguments(
         self, inputs: ModelInput, embeddings: Float[Tensor, "batch tokens hidden"] | None = None
@@ -402,6 +412,7 @@ class ActorCritic(nn.Module):
         if name == before:
             yield
             return
+        # PEFT's own context turns adapters off; another adapter is activated by its name.
         try:
             if name is None:
                 self._active = None
@@ -429,6 +440,7 @@ class ActorCritic(nn.Module):
             yield
             return
 
+        # The sum is a new tensor, so the original one is kept as it is and put back afterwards.
         originals: list[tuple[nn.Parameter, Tensor]] = []
         try:
             with torch.no_grad():
@@ -459,7 +471,7 @@ class ActorCritic(nn.Module):
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Hide PEFT's use of a deprecated name of transformers, about which users can do nothing."""
+    """Hide the warning about PEFT's use of a deprecated name of transformers, which users cannot change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
@@ -510,6 +522,7 @@ def _with_adapters(model: Any, lora: LoraConfig) -> tuple[PeftModel, str, str | 
 
 def _trained_adapter(model: PeftModel) -> str:
     """Return the name of the active adapter of a PEFT model; an adapter that cannot be trained here is an error."""
+    # PEFT returns a list of names where several adapters are active.
     name: Any = model.active_adapter
     config: Any = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None or getattr(config, "peft_type", None) != "LORA":
@@ -517,6 +530,9 @@ def _trained_adapter(model: PeftModel) -> str:
             f"model: a PEFT model must have one active LoRA adapter, got {name!r}; load it with "
             "PeftModel.from_pretrained(base, folder, is_trainable=True), or pass the base model"
         )
+
+    # The names of the critic's and the reference's adapter must be free. Trained biases lie in the base, which all
+    # adapters share.
     taken = sorted({VALUE, REFERENCE} & model.peft_config.keys())
     if taken or config.bias != "none":
         got = f"an adapter called {taken[0]!r}" if taken else f"bias={config.bias!r}"
@@ -536,7 +552,8 @@ def _trained_names(model: PeftModel, adapter: str) -> set[str]:
 
 
 def _refuse_other_trained_weights(model: PeftModel) -> None:
-    """Refuse a trainable weight that belongs to no adapter: it would be frozen, and no checkpoint would hold it."""
+    """Reject a trainable weight that belongs to no adapter: it would be frozen, and no checkpoint would hold it."""
+    # What is trainable now must be read first: listing the weights of an adapter freezes all others.
     before = str(model.active_adapter)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     of_adapters: set[str] = set()
@@ -554,7 +571,7 @@ def _refuse_other_trained_weights(model: PeftModel) -> None:
 
 
 def _refuse_parameter_targets(model: PeftModel, name: str, reference_name: str | None) -> None:
-    """Refuse a critic beside a given adapter of single parameters, such as those of experts.
+    """Reject a critic beside a given adapter of single parameters, such as those of experts.
 
     PEFT requires that all adapters of a model have the same parameters as targets.
     """
@@ -567,11 +584,12 @@ def _refuse_parameter_targets(model: PeftModel, name: str, reference_name: str |
 
 
 def _refuse_layers_called_value(model: PeftModel, policy_name: str) -> None:
-    """Refuse a critic where the policy has an adapter on a layer with the name of the critic's adapter.
+    """Reject a critic where the policy has an adapter on a layer with the name of the critic's adapter.
 
     PEFT tells adapters apart by this part of a weight's name, and would leave such a layer out of every checkpoint.
     """
-    clashing = sorted(name for name in _trained_names(model, policy_name) if VALUE in name.split("."))
+    trained_names = _trained_names(model, policy_name)
+    clashing = sorted(name for name in trained_names if VALUE in name.split("."))
     if clashing:
         raise PolicyError(
             f"lora.targets: must be layers called otherwise than {VALUE!r} beside a critic, got {clashing[0]}; leave "
@@ -595,9 +613,11 @@ def _mergeable(model: PeftModel, name: str) -> list[Any]:
     """Return the layers of an adapter, or no layer where adding it to the weights would change the policy."""
     from peft.tuners.lora import LoraLayer
 
+    # DoRA is not a sum of weight and update; the other two train more than such sums.
     config: Any = model.peft_config[name]
     if config.use_dora or config.modules_to_save or config.trainable_token_indices:
         return []
+
     # A tied weight is a parameter of several layers.
     num_uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     layers = []
@@ -649,18 +669,24 @@ def _target_modules(targets: str | list[str], model: nn.Module) -> str | list[st
         output_names = {name for name, module in model.named_modules() if module is output_layer}
         return [name for name in layers if name not in output_names]
 
+    # A text whose parts are not all names of layers is a regular expression.
     names = targets
     if isinstance(names, str):
         parts = [part.strip() for part in names.split(",")]
         if not all(_named(part, layers) for part in parts):
             return _matching(names, layers, model)
         names = parts
+    chosen: set[str] = set()
     for name in names:
-        if not _named(name, layers):
+        of_this_name = _named(name, layers)
+        if not of_this_name:
             raise _unknown_target(name, layers, model)
+        chosen.update(of_this_name)
+
+    # PEFT would find the names inside the copies too, so the layers are listed one by one.
     if not has_copies:
         return names
-    return [layer for layer in layers if any(layer in _named(name, layers) for name in names)]
+    return [layer for layer in layers if layer in chosen]
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
@@ -673,8 +699,12 @@ def _linear_layers(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             wrappers.append(f"{name}.")
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
         # Inside a wrapper lie the copies of a module that other adapters train.
-        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name and not name.startswith(tuple(wrappers)):
+        is_copy = name.startswith(tuple(wrappers))
+        is_of_adapter = ".lora_" in name
+        if not is_copy and not is_of_adapter:
             # A layer that has an adapter already is wrapped, and its own name ends in ".base_layer".
             names.append(name.removesuffix(".base_layer"))
     return names

@@ -24,7 +24,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 
     Many models share one weight between the embeddings and the output layer. An adapter on one of them would then
     change the other too, so the two are untied where an adapter touches either, and tied again where both still have
-    equal values. The configuration of the merged model says which.
+    equal values. The configuration of the merged model records whether they are tied.
 
     Args:
         model: with LoRA layers, ``modules_to_save`` or ``trainable_token_indices``; used up by the merge.
@@ -44,11 +44,13 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
             f"model: must be in its own dtype for a merge, got {quantization} weights, to which the update would be "
             "rounded; give the base that is not quantised"
         )
+    # The check comes after the untying, because untied layers share no weight any more.
     is_tied = _is_tied(base)
     if is_tied and _touches_embeddings(model):
         _untie(base)
     _refuse_shared(model)
 
+    # Layers that are still equal share one tensor again, as they did before.
     merge: Any = model.merge_and_unload
     with torch.no_grad():
         merged = merge()
@@ -95,7 +97,7 @@ def _tie_again(merged: Any) -> None:
     embeddings = merged.get_input_embeddings()
     output = merged.get_output_embeddings()
     is_equal = bool(torch.equal(embeddings.weight, output.weight))
-    # A bias of the output layer, or a layer of another size, is no obstacle: only the weight is shared.
+    # Only the weight is shared: the output layer may have a bias of its own.
     if is_equal:
         output.weight = embeddings.weight
     _set_tied(merged, is_equal)
@@ -103,18 +105,20 @@ def _tie_again(merged: Any) -> None:
 
 def _set_tied(model: Any, tied: bool) -> None:
     """Record in the configuration whether embeddings and output layer are one tensor: loading follows it."""
-    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}
-    for config in configs.values():
-        config.tie_word_embeddings = tied
+    # In a text-only model both are the same record.
+    model.config.tie_word_embeddings = tied
+    model.config.get_text_config(decoder=True).tie_word_embeddings = tied
 
 
 def _refuse_shared(model: PeftModel) -> None:
-    """Refuse adapters on a weight that several layers share: one merged update would reach all of them."""
+    """Reject adapters on a weight that several layers share: one merged update would reach all of them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # The names of each weight; a shared one has several.
     uses: dict[int, list[str]] = defaultdict(list)
     for name, weight in model.named_parameters(remove_duplicate=False):
         uses[id(weight)].append(name)
+
     for module in model.modules():
         if not isinstance(module, BaseTunerLayer):
             continue

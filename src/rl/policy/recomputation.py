@@ -53,10 +53,12 @@ def recomputing(layers: Sequence[nn.Module], restored: Restored) -> Iterator[Non
     try:
         for layer in layers:
             # Usually None: the function is that of the class. Libraries such as accelerate set one of the instance.
-            replaced.append((layer, layer.__dict__.get("forward")))
+            own_forward = layer.__dict__.get("forward")
+            replaced.append((layer, own_forward))
             layer.forward = partial(_checkpointed, layer, layer.forward, restored)  # type: ignore[method-assign]
         yield
     finally:
+        # Without the attribute of the instance, the function of the class is found again.
         for layer, before in replaced:
             del layer.forward
             if before is not None:
@@ -68,12 +70,19 @@ def _checkpointed(
 ) -> Any:
     """Run one layer and keep only its inputs."""
 
+    # The forward pass itself needs no context; the recomputation restores what the result depends on.
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), _EnteredAgain(partial(restored, layer))
+        in_recomputation = _EnteredAgain(partial(restored, layer))
+        return nullcontext(), in_recomputation
 
     # Passes run without dropout, so there is no state of generators to preserve.
     return checkpoint(
-        forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **options
+        forward,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=contexts,
+        **options,
     )
 
 

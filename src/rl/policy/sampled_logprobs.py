@@ -10,7 +10,7 @@ from torch import Tensor
 class SampledLogprobs:
     """A logits processor that records the log-probability of every drawn token and changes nothing.
 
-    It stands in front of the processors that add noise. The pass that scores a rollout computes the same quantity for
+    It comes before the processors that add noise. The pass that scores a rollout computes the same quantity for
     complete sequences; in 16 bits, or from merged weights, the two differ.
 
     Args:
@@ -42,6 +42,8 @@ class SampledLogprobs:
 
     def _record(self, tokens: Int64[Tensor, " batch"]) -> None:
         """Record the tokens that were drawn from the distribution of the step before."""
+        # At the first call the last token is one of the prompt, which was not drawn.
         if self._logprobs is not None:
-            self._columns.append(self._logprobs.gather(-1, tokens[:, None]).squeeze(1))
+            drawn = self._logprobs.gather(-1, tokens[:, None]).squeeze(1)
+            self._columns.append(drawn)
             self._logprobs = None

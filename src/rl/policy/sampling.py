@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Ending:
         Raises:
             PolicyError: neither names an end token.
         """
+        # A model names one id, a list of them, or none; chat models often have more than their tokenizer.
         settings = getattr(model, "generation_config", None)
         of_model = getattr(settings, "eos_token_id", None)
         end_ids = [of_model] if isinstance(of_model, int) else list(of_model or [])
@@ -132,18 +134,20 @@ def generate(
         pad_token_id=ending.pad_id,
         eos_token_id=list(ending.end_ids),
     )
+
+    # The recorder reads the scores before the noise is added.
     processors = LogitsProcessorList()
     criteria = StoppingCriteriaList()
     recorder: SampledLogprobs | None = None
     stopping: StopStringCriterion | None = None
     if seeds is not None:
         recorder = SampledLogprobs(temperature)
+        noise = GumbelNoise(seeds, temperature, prompt_length)
         processors.append(recorder)  # type: ignore[arg-type]
+        processors.append(noise)  # type: ignore[arg-type]
     if ending.stops is not None:
         stopping = StopStringCriterion(ending.stops, prompt_length)
         criteria.append(stopping)  # type: ignore[arg-type]
-    if seeds is not None:
-        processors.append(GumbelNoise(seeds, temperature, prompt_length))  # type: ignore[arg-type]
 
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model), _generation_settings(model, settings):
@@ -155,10 +159,12 @@ def generate(
             stopping_criteria=criteria,
         )
 
+    # A response ends with its first end token or stop string; what follows it is padding.
     response = output[:, prompt_length:].cpu()
     response_mask, truncated = _until_end(response, ending.end_ids)
     if stopping is not None:
-        truncated &= ~stopping.within(response_mask)
+        is_stopped = stopping.within(response_mask)
+        truncated &= ~is_stopped
     logprobs = None
     if recorder is not None:
         logprobs = recorder.result(output).masked_fill(~response_mask, 0.0)
@@ -224,21 +230,27 @@ class GumbelNoise:
 
     def add_noise(self, scores: Float[Tensor, "batch vocabulary"], position: int) -> None:
         """Add the noise of a position to float32 scores, in place."""
+        # gamma v of all vocabulary entries, kept between positions.
         size = scores.shape[-1]
         if self._counters is None or self._counters.shape != (size,) or self._counters.device != scores.device:
             self._counters = _counters(size, scores.device)
             self.seeds = self.seeds.to(scores.device)
+
         # One key for each sequence at this position: mix(s + gamma t).
-        keys = _mixed(self.seeds + _signed(_GAMMA * position))[:, None]
+        offset = _signed(_GAMMA * position)
+        keys = _mixed(self.seeds + offset)[:, None]
 
         # On the CPU small blocks stay in the cache. Each row of a block is padded to whole vectors, because the
         # vectorised logarithm and that of the last few numbers differ in the last bit.
-        rows = len(scores)
+        num_rows = len(scores)
+        rows_per_block = num_rows
         if scores.device.type == "cpu":
-            rows = max(1, _BLOCK // len(self._counters))
-        for start in range(0, len(scores), rows):
-            exponential = _exponential(keys[start : start + rows] + self._counters)
-            scores[start : start + rows] -= exponential.log_()[:, :size]
+            rows_per_block = max(1, _BLOCK // len(self._counters))
+        for start in range(0, num_rows, rows_per_block):
+            block = slice(start, start + rows_per_block)
+            # G = -log E with E = -log(1 - u), so adding G subtracts log E.
+            exponential = _exponential(keys[block] + self._counters)
+            scores[block] -= exponential.log_()[:, :size]
 
 
 # SplitMix64: the increment, and the two multipliers of its output function.
@@ -256,17 +268,21 @@ _BLOCK = 32_768
 def _signed(value: int) -> int:
     """Reduce an integer to 64 bits and return it as torch stores it, with a sign."""
     value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
+    if value >= 2**63:
+        return value - 2**64
+    return value
 
 
 def _counters(size: int, device: torch.device) -> Int64[Tensor, " padded"]:
     """Return gamma v for every vocabulary entry v, and for the padding of a row; products wrap at 64 bits."""
-    padded = -(-size // _LANE) * _LANE
-    return torch.arange(padded, dtype=torch.int64, device=device) * _signed(_GAMMA)
+    num_lanes = math.ceil(size / _LANE)
+    entries = torch.arange(num_lanes * _LANE, dtype=torch.int64, device=device)
+    return entries * _signed(_GAMMA)
 
 
 def _mixed(state: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
     """Apply the output function of SplitMix64 to a tensor, which is overwritten."""
+    # Each round: x ^= x >> shift, then x *= multiplier; the last round has no product.
     for shift, multiplier in ((30, _FIRST_MULTIPLIER), (27, _SECOND_MULTIPLIER), (31, None)):
         # torch shifts the sign in from the left; the mask makes it the logical shift of unsigned integers.
         shifted = state >> shift
@@ -280,8 +296,10 @@ def _mixed(state: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
 def _exponential(state: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Turn counters into standard exponential draws -log(1 - u), positive and finite; the counters are overwritten.
 
-    A small draw decides who wins, so u keeps the precision of float32 down to 2^-63.
+    The smallest draws have the largest noise and decide which entry is chosen, so u keeps the precision of float32
+    down to 2^-63.
     """
+    # u: the low 63 bits over 2^63.
     bits = _mixed(state)
     bits &= 2**63 - 1
     negative_u = bits.to(torch.float32).mul_(-(2.0**-63))
@@ -294,11 +312,12 @@ def _left_padded(
     prompts: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[Int64[Tensor, "batch prompt"], Bool[Tensor, "batch prompt"]]:
     """Pad prompts on the left to one length, and return their ids and their mask."""
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
+    num_prompts = len(prompts)
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((num_prompts, longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        start = length - len(prompt)
+        start = longest - len(prompt)
         input_ids[row, start:] = torch.as_tensor(list(prompt), dtype=torch.int64)
         attention_mask[row, start:] = True
     return input_ids, attention_mask
@@ -324,5 +343,8 @@ def _until_end(
 ) -> tuple[Bool[Tensor, "batch response"], Bool[Tensor, " batch"]]:
     """Mark the tokens up to and including the first end token, and the responses without one."""
     is_end = torch.isin(response, torch.tensor(list(end_ids), dtype=response.dtype))
-    num_ends_before = is_end.long().cumsum(1) - is_end.long()
-    return num_ends_before == 0, ~is_end.any(1)
+    num_ends_up_to = is_end.long().cumsum(1)
+    num_ends_before = num_ends_up_to - is_end.long()
+    is_token = num_ends_before == 0
+    has_no_end = ~is_end.any(1)
+    return is_token, has_no_end

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _BYTES_OF_A_CHARACTER = 4
 """Tokens that one character may be split into."""
 _CONTEXT_TOKENS = 8
-"""Tokens in front of a stop string that are decoded with it: some tokenizers drop a space at the beginning."""
+"""Tokens before a stop string that are decoded with it: some tokenizers drop a space at the beginning."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ class StopStrings:
     @property
     def num_tokens(self) -> int:
         """The most tokens at the end of a response that can hold the longest text."""
-        return _BYTES_OF_A_CHARACTER * max(len(text) for text in self.texts) + _CONTEXT_TOKENS
+        longest = max(len(text) for text in self.texts)
+        return _BYTES_OF_A_CHARACTER * longest + _CONTEXT_TOKENS
 
     def ends(self, response: Sequence[int]) -> bool:
         """Tell whether the last token of a response completes one of the texts."""
         tail = list(response[-self.num_tokens :])
         text = self._decode(tail)
         before = self._decode(tail[:-1])
-        # A text that stood there before was completed by an earlier token, or by the prompt.
+        # A text that is complete without the last token was completed by an earlier one, or by the prompt.
         return any(text.count(stop) > before.count(stop) for stop in self.texts)
 
     def _decode(self, ids: list[int]) -> str:
@@ -72,19 +73,20 @@ class StopStringCriterion:
 
     def __call__(self, input_ids: Int64[Tensor, "batch tokens"], scores: Any, **options: Any) -> Bool[Tensor, " batch"]:
         response = input_ids[:, self._num_prompt_tokens :]
-        length = response.shape[1]
+        num_responses, length = response.shape
+        # The end of each response is enough, so the cost of a step does not grow with the response.
         tails = response[:, -self._stops.num_tokens :].tolist()
         for row, tail in enumerate(tails):
             if row not in self.lengths and self._stops.ends(tail):
                 self.lengths[row] = length
-        is_stopped = [row in self.lengths for row in range(len(tails))]
+        is_stopped = [row in self.lengths for row in range(num_responses)]
         return torch.tensor(is_stopped, dtype=torch.bool, device=input_ids.device)
 
     def within(self, response_mask: Bool[Tensor, "batch response"]) -> Bool[Tensor, " batch"]:
-        """Cut a mask of response tokens behind the stop strings, in place, and tell which responses they end."""
+        """Cut a mask of response tokens after the stop strings, in place, and tell which responses they end."""
         is_stopped = torch.zeros(len(response_mask), dtype=torch.bool)
         for row, length in self.lengths.items():
-            # Behind an end token nothing was decoded by the policy.
+            # After an end token the policy generates nothing, so a stop string there ends no response.
             is_stopped[row] = bool(response_mask[row, length - 1])
             response_mask[row, length:] = False
         return is_stopped

@@ -50,21 +50,23 @@ class _Quantity:
     centre: float = 0.0
 
     def described(self) -> dict[str, Any]:
-        """Return name, note and scale; colour is full from ``bound`` on, and ``exceeded`` says on which side."""
+        """Return name, note, scale, ``bound`` (full colour from here on) and ``exceeded`` (below, above)."""
         values = self.values[self.mask].double()
         values = values[torch.isfinite(values)]
         if self.scale == "ratio":
             values = values.clamp(min=1e-6).log()
 
+        # The bound is a quantile of the distances from the centre.
         bound = 0.0
         below = False
         above = False
         if values.numel():
-            sizes = (values - self.centre).abs()
+            deviations = values - self.centre
+            sizes = deviations.abs()
             rank = math.ceil(_FULL_COLOUR * sizes.numel())
             bound = float(sizes.kthvalue(rank).values)
-            below = bool((self.centre - values > bound).any())
-            above = bool((values - self.centre > bound).any())
+            below = bool((deviations < -bound).any())
+            above = bool((deviations > bound).any())
         return {
             "name": self.name,
             "note": self.note,
@@ -117,7 +119,10 @@ def report_payload(
         )
     if ratio is not None and tuple(ratio.shape) != shape:
         raise InvalidInputError(f"ratio: must have shape {shape}, got {tuple(ratio.shape)}; give one per token")
+
+    # Everything that follows is about the groups that are shown.
     numbers = experience.responses.groups.tolist()
+    others = others or {}
     if groups is not None:
         unknown = [number for number in groups if number not in numbers]
         if unknown or not groups:
@@ -129,10 +134,11 @@ def report_payload(
         tokens = [tokens[row] for row in rows]
         if ratio is not None:
             ratio = ratio[rows]
-        others = {name: credit.select(rows) for name, credit in (others or {}).items()}
+        others = {name: credit.select(rows) for name, credit in others.items()}
 
+    # The numbers of the rollout itself, then the weights of the other settings.
     quantities = list(_quantities(experience, ratio))
-    for name, credit in (others or {}).items():
+    for name, credit in others.items():
         note = "what this rule would give; 1 changes nothing"
         quantities.append(_Quantity(f"weight by {name}", note, "signed", credit.weights, credit.scored, 1.0))
     shown = [_response(experience, tokens, quantities, row, right_at) for row in range(len(tokens))]
@@ -163,7 +169,9 @@ def write_report(path: PathLike, experience: Experience, tokens: Tokens, **optio
 
     Cost: about 80 bytes per token and quantity shown, 10 at most and one for each of ``others``.
     """
-    page = render_report(report_payload(experience, tokens, **options)).encode("utf-8", "replace")
+    payload = report_payload(experience, tokens, **options)
+    # Half of a surrogate pair, which a token can decode to, has no UTF-8 form.
+    page = render_report(payload).encode("utf-8", "replace")
     with atomic_write(path) as temporary:
         temporary.write_bytes(page)
     return Path(path)
@@ -185,14 +193,17 @@ def report_file(source: PathLike, out: PathLike, *, others: Mapping[str, Credit]
     info = dict(rollout.info)
     title = f"Token credit, step {info.pop('step', '?')}"
     # What the heading names is not repeated among the settings.
-    subtitle = ", ".join(str(info.pop(name)) for name in ("model", "task") if name in info)
+    named = []
+    for name in ("model", "task"):
+        if name in info:
+            named.append(str(info.pop(name)))
     return write_report(
         out,
         rollout.experience,
         rollout.tokens,
         ratio=rollout.ratio,
         title=title,
-        subtitle=subtitle,
+        subtitle=", ".join(named),
         settings=info,
         others=others,
     )
@@ -266,11 +277,15 @@ def _response(
     if bool(response_mask.any()):
         length = int(response_mask.nonzero().max()) + 1
 
+    # One list of numbers for each quantity; a token without the quantity has None.
     numbers = []
     for quantity in quantities:
         values = quantity.values[row, :length].tolist()
         mask = quantity.mask[row, :length].tolist()
-        numbers.append([_short(value) if has_value else None for value, has_value in zip(values, mask, strict=True)])
+        of_tokens = []
+        for value, has_value in zip(values, mask, strict=True):
+            of_tokens.append(_short(value) if has_value else None)
+        numbers.append(of_tokens)
 
     reward = float(responses.rewards[row])
     return {
@@ -288,43 +303,46 @@ def _response(
 
 def _flags(experience: Experience, row: int) -> list[int]:
     """Return the masks of each token as bits: chosen, scored, answer, in the loss, decisive, detour."""
+    # The place of a mask in this list is its bit, which the page reads. A task may mark neither of the last two.
     responses = experience.responses
     masks = [
-        responses.response_mask[row],
-        experience.credit.scored[row],
-        responses.answer_in_response[row],
-        experience.loss_mask[row],
-        responses.oracle[row] if responses.oracle is not None else None,
-        responses.detours[row] if responses.detours is not None else None,
+        responses.response_mask,
+        experience.credit.scored,
+        responses.answer_in_response,
+        experience.loss_mask,
+        responses.oracle,
+        responses.detours,
     ]
-
     flags = torch.zeros_like(responses.response_mask[row], dtype=torch.int64)
     for bit, mask in enumerate(masks):
         if mask is not None:
-            flags += mask.long() << bit
+            flags += mask[row].long() << bit
     return flags.tolist()
 
 
 def _groups(responses: Responses, shown: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses, the best rewarded first."""
+    # Groups in the order of the rollout. A stable sort keeps that order among equal rewards, too.
     numbers = responses.groups.tolist()
+    rewards: list[float] = responses.rewards.tolist()
     for number in dict.fromkeys(numbers):
         rows = [row for row, group in enumerate(numbers) if group == number]
-        best_first = sorted(rows, key=lambda row: -float(responses.rewards[row]))
+        best_first = sorted(rows, key=lambda row: -rewards[row])
+        lowest = rewards[best_first[-1]]
+        highest = rewards[best_first[0]]
         sample = responses.samples[rows[0]]
-        rewards = responses.rewards[rows]
         yield {
             "group": number,
             "problem": sample.index,
             "prompt": _messages(sample.prompt),
             "answer": sample.answer,
-            "same_reward": bool((rewards == rewards[0]).all()),
+            "same_reward": lowest == highest,
             "responses": [shown[row] for row in best_first],
         }
 
 
 def _messages(prompt: Any) -> list[Any]:
-    """Return a prompt as pairs of role and text; a prompt that is no chat has one pair with an empty role."""
+    """Return a prompt as pairs of role and text; a plain text has one pair with an empty role."""
     if isinstance(prompt, str):
         return [["", prompt]]
     messages = []
@@ -351,15 +369,19 @@ def _summary(experience: Experience, right_at: float) -> dict[str, Any]:
     # are all equal: their mean may be a rounding below them.
     num_scored = scored.sum(1, keepdim=True).clamp(min=1)
     mean_weight = (weights * scored).sum(1, keepdim=True) / num_scored
-    selected = (weights > mean_weight + 1e-6 * mean_weight.abs()) & scored
+    tolerance = 1e-6 * mean_weight.abs()
+    selected = (weights > mean_weight + tolerance) & scored
+
+    is_right = (rewards >= right_at).double()
+    is_truncated = responses.truncated.double()
     return {
         "num_groups": len(groups),
         "num_responses": responses.num_sequences,
         "num_tokens": int(responses.response_mask.sum()),
         "num_scored": int(scored.sum()),
         "reward": _short(float(rewards.mean())),
-        "right": _short(float((rewards >= right_at).double().mean())),
-        "truncated": _short(float(responses.truncated.double().mean())),
+        "right": _short(float(is_right.mean())),
+        "truncated": _short(float(is_truncated.mean())),
         "without_variance": _short(num_constant / len(groups)),
         "weight": _mean(weights, scored),
         "loss_weight": _mean(experience.policy_weights.double(), experience.loss_mask),
@@ -378,12 +400,18 @@ def _mean(values: Tensor, mask: Tensor) -> float | None:
 def _histogram(weights: Float[Tensor, " tokens"]) -> dict[str, Any]:
     """Count the finite weights in bins of equal width, over a range that contains 0 and 1."""
     weights = weights[torch.isfinite(weights)]
-    low = min([0.0, *weights.tolist()])
-    high = max([1.0, *weights.tolist()])
+    values: list[float] = weights.tolist()
+    low = min([0.0, *values])
+    high = max([1.0, *values])
+    # Without weights, all counts stay 0.
     counts = torch.zeros(_BINS, dtype=torch.float32)
     if weights.numel():
         counts = torch.histc(weights, _BINS, low, high)
-    return {"low": _short(low), "high": _short(high), "counts": [int(count) for count in counts]}
+    return {
+        "low": _short(low),
+        "high": _short(high),
+        "counts": [int(count) for count in counts],
+    }
 
 
 def _short(value: float) -> float | None:

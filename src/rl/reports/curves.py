@@ -43,7 +43,9 @@ class Curve:
     def ends(self, part: float = 0.2) -> tuple[float, float]:
         """Return the mean reward of the first and of the last part of the run."""
         size = max(1, round(part * len(self.rewards)))
-        return statistics.fmean(self.rewards[:size]), statistics.fmean(self.rewards[-size:])
+        first = statistics.fmean(self.rewards[:size])
+        last = statistics.fmean(self.rewards[-size:])
+        return first, last
 
     def smooth(self, window: int) -> list[float]:
         """Return the mean of each step and the steps before it, up to ``window`` in all.
@@ -54,7 +56,9 @@ class Curve:
         """
         smoothed = []
         for place in range(len(self.rewards)):
-            smoothed.append(statistics.fmean(self.rewards[max(0, place + 1 - window) : place + 1]))
+            stop = place + 1
+            start = max(0, stop - window)
+            smoothed.append(statistics.fmean(self.rewards[start:stop]))
         return smoothed
 
 
@@ -72,14 +76,18 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int) -> s
         '▁▅█'
     """
     # Neighbouring values share a column where there are too many.
-    num_columns = min(width, len(values))
+    num_values = len(values)
+    num_columns = min(width, num_values)
+    highest_block = len(_BLOCKS) - 1
     text = ""
     for column in range(num_columns):
-        start = column * len(values) // num_columns
-        stop = (column + 1) * len(values) // num_columns
+        start = column * num_values // num_columns
+        stop = (column + 1) * num_values // num_columns
         mean = statistics.fmean(values[start:stop])
+        # Values outside the range get the lowest or the highest block.
         share = 0.0 if high <= low else (mean - low) / (high - low)
-        text += _BLOCKS[min(len(_BLOCKS) - 1, max(0, int(share * len(_BLOCKS))))]
+        block = int(share * len(_BLOCKS))
+        text += _BLOCKS[min(highest_block, max(0, block))]
     return text
 
 
@@ -112,6 +120,8 @@ def plot_curves(curves: Sequence[Curve], path: str | Path, *, window: int) -> Pa
     axes.set_ylabel(f"reward on new problems, mean of {window} steps")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+    picture_format = target.suffix.removeprefix(".") or "png"
     with atomic_write(target) as temporary, embedded_fonts():
-        figure.savefig(temporary, dpi=160, format=target.suffix.removeprefix(".") or "png")
+        figure.savefig(temporary, dpi=160, format=picture_format)
     return target

@@ -1,4 +1,4 @@
-"""Recognise a run that cannot learn from its first steps, and say what to change."""
+"""Recognise a run that cannot learn from its first steps, and name the settings to change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MANY = 0.5
 
 
 def learning_warning(rows: Sequence[Mapping[str, Any]], config: PPOConfig) -> str | None:
-    """Say why a run has not learned anything in its first steps and what to change; None where it could learn.
+    """Explain why a run has not learned anything in its first steps and what to change; None where it could learn.
 
     An update has a gradient only where rewards differ: within a group for estimators that compare the responses to one
     problem, anywhere for a critic. Credit by flow has an effect only where responses state an answer.
@@ -26,6 +26,8 @@ def learning_warning(rows: Sequence[Mapping[str, Any]], config: PPOConfig) -> st
     # Metrics that an earlier version of this package wrote lack the range of the rewards.
     if not rows or any("reward_min" not in row for row in rows):
         return None
+
+    # The figures of all first steps together.
     num_responses = len(rows) * config.num_prompts * config.group_size
     scope = f"all {num_responses} responses of the first {len(rows)} steps"
     if len(rows) == 1:
@@ -78,7 +80,7 @@ def _equal_rewards(
 
 
 def _state_answers(rows: Sequence[Mapping[str, Any]], config: PPOConfig) -> str:
-    """Say how responses come to state answers."""
+    """Name the remedies for responses that state no answer."""
     remedy = (
         "show the model in the prompt how to state its answer (such as \\boxed{7}, <answer>7</answer> or #### 7), or "
         "give the task the pattern of its answers"

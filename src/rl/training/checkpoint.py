@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 FORMAT = "flowgraph-rl-checkpoint"
 VERSION = 1
 BEST = "best"
-"""Name of the checkpoint with the best evaluation; it is no part of the sequence that a run resumes from."""
+"""Name of the checkpoint with the best evaluation; a run never resumes from it."""
 _NAME = re.compile(r"checkpoint-(\d{6,})(?:-(\d{3,}))?")
 _STATE_FILE = "state.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -82,14 +82,14 @@ class Position:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run, the newest first; unfinished ones have other names."""
-    found: list[tuple[int, int, Path]] = []
+    # Sorted by numbers: as texts, 1000000 comes before 999999.
+    positions: dict[Path, tuple[int, int]] = {}
     for path in folder.glob("checkpoint-*"):
         match = _NAME.fullmatch(path.name)
         if match is not None:
             step, updates = match.groups(default="0")
-            found.append((int(step), int(updates), path))
-    found.sort(key=lambda entry: entry[:2], reverse=True)
-    return [path for _, _, path in found]
+            positions[path] = (int(step), int(updates))
+    return sorted(positions, key=lambda path: positions[path], reverse=True)
 
 
 def write_checkpoint(
@@ -153,7 +153,7 @@ def write_checkpoint(
 def _write_files(
     folder: Path, position: Position, policy: ActorCritic, optimizer: Optimizer, run: Mapping[str, Any]
 ) -> None:
-    """Write all files but the rollout buffers, the list of them last."""
+    """Write all files but the rollout buffers; the state, which lists them, comes last."""
     save_adapter(policy, policy.policy_name, folder / "policy")
     if policy.value_head is not None:
         save_adapter(policy, VALUE, folder / "value")
@@ -161,6 +161,7 @@ def _write_files(
     _save_tensors(folder / "optimizer.safetensors", _optimizer_tensors(optimizer, policy))
     _save_tensors(folder / "random.safetensors", random_tensors())
 
+    # Size and hash of every file, buffers included, by which a reader finds damage.
     fingerprints = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -202,6 +203,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint, incomplete, or of another version.
     """
+    # The state file is written last, so a folder with one is complete unless it was changed afterwards.
     try:
         state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
         kind = state["format"]
@@ -216,8 +218,11 @@ def read_state(path: Path) -> dict[str, Any]:
             f"checkpoint: must have format {FORMAT} version {VERSION}, got {kind} version {version} in {path}; use the "
             "version of flowgraph-llm that wrote it"
         )
+
+    # Size and hash find a file that was cut off or changed.
     for name, fingerprint in files.items():
-        if not (path / name).is_file() or _fingerprint(path / name) != fingerprint:
+        file = path / name
+        if not file.is_file() or _fingerprint(file) != fingerprint:
             raise CheckpointError(
                 f"checkpoint: its files must be as they were written, got a changed or missing {name} in {path}; "
                 "resume from another checkpoint"
@@ -234,6 +239,7 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         CheckpointError: there are checkpoints, but all are damaged: a new start would overwrite the run.
     """
+    # A damaged checkpoint is passed over for an older one; the message is about the newest.
     first_error: CheckpointError | None = None
     for path in find_checkpoints(folder):
         try:
@@ -249,7 +255,7 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_run(state: Mapping[str, Any], run: Mapping[str, Any], free: set[str]) -> None:
-    """Refuse to continue under other settings than those of the checkpoint.
+    """Check that a run continues under the settings of the checkpoint.
 
     Args:
         state: of the checkpoint.
@@ -259,7 +265,12 @@ def check_run(state: Mapping[str, Any], run: Mapping[str, Any], free: set[str]) 
     Raises:
         CheckpointError: the message lists every difference.
     """
-    found = [line for line in differences(state["run"], run) if line.split(":")[0] not in free]
+    # Each line begins with the name of its setting.
+    found = []
+    for line in differences(state["run"], run):
+        name = line.split(":")[0]
+        if name not in free:
+            found.append(line)
     if found:
         raise CheckpointError(
             "resume: the settings must be those of the checkpoint, got these differences: "
@@ -283,12 +294,17 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], policy: ActorCritic, o
     Raises:
         CheckpointError: the adapters or the optimiser's state do not fit this model.
     """
+    # The adapters come first: their check gives the clearest message for another model.
     load_adapter(policy, policy.policy_name, path / "policy")
     if policy.value_head is not None:
         load_adapter(policy, VALUE, path / "value")
-        policy.value_head.load_state_dict(_load_tensors(path / "value" / _VALUE_HEAD_FILE))
-    _restore_optimizer(_load_tensors(path / "optimizer.safetensors"), optimizer, policy)
-    restore_random(_load_tensors(path / "random.safetensors"), state["python_random"])
+        value_head = _load_tensors(path / "value" / _VALUE_HEAD_FILE)
+        policy.value_head.load_state_dict(value_head)
+
+    optimizer_tensors = _load_tensors(path / "optimizer.safetensors")
+    _restore_optimizer(optimizer_tensors, optimizer, policy)
+    generator_tensors = _load_tensors(path / "random.safetensors")
+    restore_random(generator_tensors, state["python_random"])
     return Position(**state["position"])
 
 
@@ -331,10 +347,12 @@ def load_adapter(policy: ActorCritic, name: str, folder: Path) -> None:
             f"adapter: must be a PEFT folder, got {folder} ({error}); give the folder that holds {_ADAPTER_FILE}"
         ) from error
 
+    # The same layers, and the same rank in each.
     expected_shapes = {key: tuple(value.shape) for key, value in _adapter_tensors(policy, name).items()}
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     if shapes != expected_shapes:
-        first_name, _ = sorted(expected_shapes.items() ^ shapes.items())[0]
+        different = expected_shapes.items() ^ shapes.items()
+        first_name, _ = sorted(different)[0]
         raise CheckpointError(
             f"adapter: must fit the model's LoRA layers, got {folder}, which differs first at {first_name}; "
             "use the base model, rank and targets that it was trained with"
@@ -351,10 +369,12 @@ def reference_mark(policy: ActorCritic) -> str:
     """Name the reference: the base, or an adapter by the hash of its weights; a resumed run must keep it."""
     if policy.reference_name is None:
         return "base"
+    # Bytes of any dtype: numpy has no bfloat16.
     tensors = _adapter_tensors(policy, policy.reference_name)
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        content = tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        weights = tensors[key].detach().cpu().contiguous()
+        content = weights.view(torch.uint8).numpy().tobytes()
         digest.update(key.encode() + content)
     return f"adapter {digest.hexdigest()[:16]}"
 
@@ -371,7 +391,7 @@ def _adapter_tensors(policy: ActorCritic, name: str) -> dict[str, Tensor]:
 def _value_tensors(policy: ActorCritic) -> dict[str, Tensor]:
     """Read the weights of the critic's adapter under PEFT's names, which leave the adapter's name out.
 
-    PEFT itself refuses an adapter without the trainable tokens that another adapter of the model has. The critic's is
+    PEFT itself rejects an adapter without the trainable tokens that another adapter of the model has. The critic's is
     plain LoRA, ``....lora_A.value.weight``.
     """
     tensors: dict[str, Tensor] = {}
@@ -438,7 +458,8 @@ def _optimizer_tensors(optimizer: Any, policy: ActorCritic) -> dict[str, Tensor]
 
 
 def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Any, policy: ActorCritic) -> None:
-    """Restore the state of every weight; before the first update there is none."""
+    """Restore the state of every weight; no weight has a state before the first update."""
+    # The keys are those of _optimizer_tensors: kind of the state, a slash, name of the weight.
     state = _optimizer_state(optimizer)
     parameters = _trained_parameters(policy)
     names = {key.split("/", 1)[1] for key in tensors}

@@ -38,7 +38,7 @@ def make_accelerator(output: Path | None, trackers: Sequence[str] = (), device: 
 
 
 def check_accelerator(accelerator: Any, num_prompts: int) -> None:
-    """Refuse settings of a launch that the training loop does not support; each would give a wrong gradient silently.
+    """Reject settings of a launch that the training loop does not support; each would give a wrong gradient silently.
 
     Args:
         accelerator: of the run.
@@ -126,11 +126,14 @@ def mean_together(values: Float[Tensor, " chosen"], accelerator: Any) -> float:
         return local_mean(values)
     from accelerate.utils import gather_object
 
+    # Processes have different numbers of values, so their sums and counts are added, not their means.
     of_this_process = (float(values.double().sum()), values.numel())
     of_all = gather_object([of_this_process])
     total = sum(part for part, _ in of_all)
     count = sum(number for _, number in of_all)
-    return total / count if count else 0.0
+    if count == 0:
+        return 0.0
+    return total / count
 
 
 def whiten_together(
@@ -149,6 +152,7 @@ def whiten_together(
     if accelerator.num_processes == 1:
         return whiten(advantages, mask)
 
+    # Mean and variance are those of the complete batch, so every process computes them from all advantages.
     def gather(tensor: Tensor) -> Tensor:
         # Processes have responses of different lengths; gathering needs equal shapes.
         padded = accelerator.pad_across_processes(tensor.to(accelerator.device), dim=1)

@@ -47,13 +47,14 @@ def build_experience(
     Returns:
         The experience, detached, on the device of the responses.
     """
+    # Truncated responses may be left out of the loss; they keep their part in the statistics of their group.
     mask = responses.response_mask
     loss_mask = mask
     if config.truncated == "mask":
         loss_mask = mask & ~responses.truncated[:, None]
 
+    # Only the advantages of a critic are whitened.
     kl = _reward_kl(responses, scores, config)
-
     returns = None
     if config.has_critic:
         advantages, returns = _with_critic(responses, scores, credit, config, kl, kl_weight)
@@ -152,14 +153,17 @@ def compared_rewards(
     Returns:
         ``[B]`` float32.
     """
-    return _less_kl(_outcome(responses, config), _reward_kl(responses, scores, config), kl_weight)
+    outcome = _outcome(responses, config)
+    kl = _reward_kl(responses, scores, config)
+    return _less_kl(outcome, kl, kl_weight)
 
 
 def _reward_kl(responses: Responses, scores: TokenScores, config: PPOConfig) -> Float[Tensor, "batch response"] | None:
     """Estimate the KL k1 = log(pi_old / pi_ref) per token, where the KL belongs to the reward; None elsewhere."""
     if scores.ref_logprobs is None or config.kl_in != "reward":
         return None
-    return kl_estimate(scores.logprobs, scores.ref_logprobs, "k1").masked_fill(~responses.response_mask, 0.0)
+    kl = kl_estimate(scores.logprobs, scores.ref_logprobs, "k1")
+    return kl.masked_fill(~responses.response_mask, 0.0)
 
 
 def _less_kl(
@@ -173,14 +177,16 @@ def _less_kl(
 
 def _outcome(responses: Responses, config: PPOConfig) -> Float[Tensor, " batch"]:
     """Subtract the penalty for truncated responses; the record keeps the task's own reward."""
-    return responses.rewards - config.missing_eos_penalty * responses.truncated.float()
+    penalty = config.missing_eos_penalty * responses.truncated.float()
+    return responses.rewards - penalty
 
 
 def _by_group(
     responses: Responses, config: PPOConfig, kl: Float[Tensor, "batch response"] | None, kl_weight: float
 ) -> Float[Tensor, "batch response"]:
     """Compute one advantage for each response, from the other responses to its problem, and copy it to all tokens."""
-    rewards = _less_kl(_outcome(responses, config), kl, kl_weight)
+    outcome = _outcome(responses, config)
+    rewards = _less_kl(outcome, kl, kl_weight)
     if config.advantage == "rloo":
         advantages = rloo_advantages(rewards, responses.groups)
     else:

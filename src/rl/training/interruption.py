@@ -45,8 +45,11 @@ class StopRequest:
         for name in _SIGNALS:
             # Windows has no SIGHUP.
             number = getattr(signal, name, None)
+            if number is None:
+                continue
             # A handler that was not set by Python, None, could not be restored.
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -77,7 +80,9 @@ class StopRequest:
             self.received = number
             self._received_at = now
             self._notify(signal.Signals(number).name)
-        elif number == self.received and now - self._received_at > _SAME_REQUEST_SECONDS:
+            return
+        is_new_request = now - self._received_at > _SAME_REQUEST_SECONDS
+        if number == self.received and is_new_request:
             self.deliver()
 
     def _restore(self) -> None:

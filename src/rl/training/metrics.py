@@ -113,7 +113,10 @@ def step_averages(updates: Averages, experience: Experience, config: PPOConfig, 
     averages.add("response_tokens", num_tokens, num_responses)
     averages.add("truncated_share", responses.truncated.sum(), num_responses)
     averages.add("answer_share", responses.answer.any(1).sum(), num_responses)
-    compared = replace(responses, rewards=compared_rewards(responses, scores, config, kl_weight=kl_weight))
+
+    # A problem without variance is one whose advantages are 0, so penalties and the KL count.
+    rewards = compared_rewards(responses, scores, config, kl_weight=kl_weight)
+    compared = replace(responses, rewards=rewards)
     averages.add("zero_variance_share", zero_variance_share(compared), 1)
 
     # Means over tokens.
@@ -134,14 +137,15 @@ def step_averages(updates: Averages, experience: Experience, config: PPOConfig, 
 
     # The KL is a sum over the tokens of a response, so its mean is over responses.
     if scores.ref_logprobs is not None:
-        averages.add("kl_reference", (scores.logprobs - scores.ref_logprobs).sum(), num_responses)
+        kl = scores.logprobs - scores.ref_logprobs
+        averages.add("kl_reference", kl.sum(), num_responses)
     if scores.values is not None:
         averages.add("value", scores.values.sum(), num_tokens)
     return averages
 
 
 def _add_weight_figures(averages: Averages, experience: Experience) -> None:
-    """Add how unevenly the weights fall on the tokens of a response, and on which they must not fall unevenly.
+    """Add the unevenness of the weights within a response, and the weights of end tokens and answer openers.
 
     An end token or an answer opener with a low weight teaches wrong lengths; unanchored responses have weights of 1.
     """
@@ -149,13 +153,18 @@ def _add_weight_figures(averages: Averages, experience: Experience) -> None:
     weights = experience.policy_weights
     # Means over responses, so that any split of the batch over processes gives the same figure.
     for row, mask in zip(weights, responses.response_mask, strict=True):
-        averages.add("weight_gini", gini(row[mask]), 1)
-        averages.add("effective_token_ratio", effective_token_ratio(row[mask]), 1)
+        of_response = row[mask]
+        averages.add("weight_gini", gini(of_response), 1)
+        averages.add("effective_token_ratio", effective_token_ratio(of_response), 1)
 
-    for name, chosen in (("end", end_tokens(responses)), ("answer_opener", answer_openers(responses))):
-        averages.add(f"weight_{name}", weights[chosen].sum(), chosen.sum())
-    if experience.credit.unanchored is not None:
-        averages.add("unanchored_share", experience.credit.unanchored.sum(), responses.num_sequences)
+    ends = end_tokens(responses)
+    openers = answer_openers(responses)
+    averages.add("weight_end", weights[ends].sum(), ends.sum())
+    averages.add("weight_answer_opener", weights[openers].sum(), openers.sum())
+
+    unanchored = experience.credit.unanchored
+    if unanchored is not None:
+        averages.add("unanchored_share", unanchored.sum(), responses.num_sequences)
 
 
 def step_row(step: int, averages: Averages, seconds: Mapping[str, float], **settings: float) -> dict[str, Any]:
@@ -167,8 +176,10 @@ def step_row(step: int, averages: Averages, seconds: Mapping[str, float], **sett
         seconds: by purpose; ``credit_seconds`` is a part of the others.
         **settings: other figures of the step, for example the learning rate.
     """
+    # The overhead compares the credit with the step that would remain without it.
     credit_seconds = seconds["credit_seconds"]
     total_seconds = sum(value for name, value in seconds.items() if name != "credit_seconds")
+    seconds_without_credit = total_seconds - credit_seconds
     return {
         "step": step,
         **averages.means(),
@@ -177,5 +188,5 @@ def step_row(step: int, averages: Averages, seconds: Mapping[str, float], **sett
         "seconds": total_seconds,
         **seconds,
         "tokens_per_second": averages.sums["response_tokens"] / total_seconds,
-        "credit_overhead_percent": 100 * credit_seconds / (total_seconds - credit_seconds),
+        "credit_overhead_percent": 100 * credit_seconds / seconds_without_credit,
     }

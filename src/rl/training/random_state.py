@@ -41,11 +41,13 @@ def restore_random(tensors: Mapping[str, Tensor], python: list[Any]) -> None:
         tensors: of :func:`random_tensors`.
         python: of :func:`python_random`.
     """
+    # Python's state is a tuple that holds a tuple; JSON has only lists.
     version, internal, gauss = python
     random.setstate((version, tuple(internal), gauss))
 
     torch.set_rng_state(tensors["torch"].cpu())
 
+    # numpy's keys are unsigned 32-bit integers, which the checkpoint stores in 64 bits.
     keys = tensors["numpy"].numpy().astype(np.uint32)
     position, has_gauss = tensors["numpy_position"].tolist()
     numpy_gauss = float(tensors["numpy_gauss"])

@@ -1,4 +1,4 @@
-"""The output of a run: a live line, a JSONL file, and the trackers that accelerate knows."""
+"""The output of a run: a live line, a JSONL file, and the trackers that accelerate supports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 def check_trackers(names: str | Sequence[str]) -> list[str]:
-    """Refuse unknown trackers, and known ones whose package is missing, before any work is done.
+    """Reject unknown trackers, and known ones whose package is missing, before any work is done.
 
     Args:
         names: of ``TRACKERS``.
@@ -70,11 +70,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, finished: int) -> None:
+        # The steps after the checkpoint are made again, and with them their rows.
         kept = []
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= finished]
+        lines = [f"{json.dumps(row)}\n" for row in kept]
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -87,6 +89,8 @@ class MetricsFile:
         for name, value in row.items():
             is_json = not isinstance(value, float) or math.isfinite(value)
             clean[name] = value if is_json else None
+
+        # Flushed to the disk, so that a crash of the machine loses no finished step.
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
@@ -116,10 +120,12 @@ def set_aside(path: Path, finished: int) -> Path | None:
     """
     if not path.exists() or all(row["step"] <= finished for row in read_metrics(path)):
         return None
+    # The first free number: earlier copies stay.
     number = 1
-    while path.with_name(f"{path.stem}-{number:03d}{path.suffix}").exists():
-        number += 1
     copy = path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
+    while copy.exists():
+        number += 1
+        copy = path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
     with atomic_write(copy) as temporary:
         temporary.write_bytes(path.read_bytes())
     return copy
@@ -186,6 +192,7 @@ class Display:
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Show a finished step."""
+        # Only the metrics that this step has.
         shown = []
         for name, label, form in SHOWN:
             value = row.get(name)
@@ -220,17 +227,22 @@ class Display:
             logging.getLogger("rl").warning(text)
 
     def notice_signal(self, name: str) -> None:
-        """Say that a signal was received, from inside its handler, which may have interrupted a print."""
+        """Print that a signal was received, from inside its handler."""
         text = f"{name}: the running step ends with a checkpoint; a second one stops at once\n"
+        # The signal may have interrupted a print, whose buffer must not be entered twice: write to the file itself.
         if self.enabled and sys.__stderr__ is not None:
             os.write(sys.__stderr__.fileno(), text.encode())
 
     def _print_now_and_then(self, step: int, line: str) -> None:
         """Print a line if the last one is some seconds old, and for the last step."""
         now = time.monotonic()
-        if now - self._last_shown <= _SECONDS_BETWEEN_LINES and step != self.total:
+        is_recent = now - self._last_shown <= _SECONDS_BETWEEN_LINES
+        if is_recent and step != self.total:
             return
         self._last_shown = now
-        seconds_per_step = (now - self._started) / max(1, step - self._finished)
+
+        # The pace of this run alone: steps before a resume took time that is not measured here.
+        num_steps = max(1, step - self._finished)
+        seconds_per_step = (now - self._started) / num_steps
         seconds_left = seconds_per_step * (self.total - step)
         print(f"step {step}/{self.total}: {line}, {seconds_left:.0f} s left", file=sys.stderr)  # noqa: T201

@@ -208,17 +208,21 @@ class PPOTrainer:
         self._check_prompts()
         stop = StopRequest(enabled=self.output is not None, notify=self._display.notice_signal)
         with self._display, stop:
+            # All processes ask at the same place, so all stop after the same step.
             while self.position.step < self.config.steps and not self.is_out_of_patience:
                 if stop.agreed(self.accelerator):
                     break
                 self.step()
             self._announce_early_stop()
+
+            # The last step is saved, for any reason of the end.
             if not self._step_is_saved:
                 self.save()
             if stop.received:
                 self._display.message(f"stopped after step {self.position.step} with a complete {self.position.name}")
         if self._trackers:
             self.accelerator.end_training()
+        # The signal has its usual effect now that everything is written.
         stop.deliver()
         return self.history
 
@@ -251,6 +255,8 @@ class PPOTrainer:
         share = config.num_prompts // self.accelerator.num_processes
         first = step * config.num_prompts + self.accelerator.process_index * share
         samples = draw_samples(self.task, "train", range(first, first + share))
+
+        # Responses, and their rewards. The responses of a problem follow one another.
         with self._generation_weights(), self.policy.autocast():
             generated = sample_responses(
                 self.policy.causal_lm,
@@ -264,11 +270,11 @@ class PPOTrainer:
                 batch_size=config.generation_batch_size,
             )
         clock.stop("generation_seconds")
-
         sample_of_response = [sample for sample in samples for _ in range(config.group_size)]
         responses = judge(self.task, self.tokenizer, sample_of_response, generated)
         clock.stop("judging_seconds")
 
+        # Log-probabilities, values and credit under the policy that wrote the responses; then the advantages.
         scored = score_rollout(
             self.policy,
             responses,
@@ -293,6 +299,7 @@ class PPOTrainer:
         clock.stop("scoring_seconds")
         clock.seconds["credit_seconds"] = scored.credit_seconds
 
+        # What the second half of the step reads: the seconds so far, the ratios, and the graph of the pass.
         self.position.averages = {"clock": clock.seconds}
         self._ratios = torch.ones_like(experience.advantages)
         self._scored = None
@@ -306,6 +313,7 @@ class PPOTrainer:
         Args:
             experience: of :meth:`collect`.
         """
+        # The schedule sets the learning rates for the complete step.
         config = self.config
         position = self.position
         factor = learning_rate_factor(config, position.step, position.rewards)
@@ -327,10 +335,13 @@ class PPOTrainer:
             # These updates were made before the run was stopped.
             if number < position.updates:
                 continue
-            rows = sorted(index - first for index in sequences.tolist() if first <= index < first + share)
+            own_rows = []
+            for index in sequences.tolist():
+                if first <= index < first + share:
+                    own_rows.append(index - first)
             self.updater.update(
                 experience,
-                rows,
+                sorted(own_rows),
                 kl_weight=position.kl_weight,
                 averages=averages,
                 ratios=self._ratios,
@@ -434,18 +445,22 @@ class PPOTrainer:
 
     def _check_prompts(self) -> None:
         """Check the prompts of all remaining problems of a finite task; those of others are checked when drawn."""
-        if self.config.evaluate_every:
-            self.encoder.check(draw_samples(self.task, "eval", range(self.config.evaluation_problems)))
+        config = self.config
+        if config.evaluate_every:
+            held_out = draw_samples(self.task, "eval", range(config.evaluation_problems))
+            self.encoder.check(held_out)
         if self.task.size is None:
             return
-        first = self.position.step * self.config.num_prompts
-        last = self.config.steps * self.config.num_prompts
         # A finite task repeats its problems after one round.
-        last = min(last, first + self.task.size)
-        self.encoder.check(draw_samples(self.task, "train", range(first, last)))
+        first = self.position.step * config.num_prompts
+        end_of_run = config.steps * config.num_prompts
+        end_of_round = first + self.task.size
+        remaining = range(first, min(end_of_run, end_of_round))
+        self.encoder.check(draw_samples(self.task, "train", remaining))
 
     def _finish(self, experience: Experience) -> None:
         """Log the step, adapt beta, advance the position, and write the files that are due."""
+        # The row of the log, under the beta that the step was made with.
         config = self.config
         position = self.position
         updates = Averages(**position.averages.get("updates", {}))
@@ -459,11 +474,11 @@ class PPOTrainer:
             kl_weight=position.kl_weight,
         )
 
+        # From here on the position is that of the next step. The KL is a mean over all processes, so all adapt alike.
         kl = row.get("kl_reference")
         if config.kl_target is not None and kl is not None:
             num_responses = config.num_prompts * config.group_size
             position.kl_weight = adapted_kl_weight(position.kl_weight, kl, config.kl_target, num_responses)
-
         position.step += 1
         position.updates = 0
         position.averages = {}
@@ -472,7 +487,9 @@ class PPOTrainer:
         elif position.step % config.evaluate_every == 0:
             row |= self._evaluated()
 
+        # The log: the metrics file, the trackers, the display.
         self.history.append(row)
+        is_main = self.accelerator.is_main_process
         if self._metrics is not None:
             self._metrics.write(row)
         if self._trackers:
@@ -481,11 +498,12 @@ class PPOTrainer:
         self._display.show(row)
         if position.step == min(FIRST_STEPS, config.steps):
             warning = learning_warning(self.history, config)
-            if warning is not None and self.accelerator.is_main_process:
+            if warning is not None and is_main:
                 self._display.warn(warning)
 
+        # The files that are due. The checkpoint comes last, so that it covers a step whose other files are complete.
         report_is_due = config.report_every and position.step % config.report_every == 0
-        if report_is_due and self.output is not None and self.accelerator.is_main_process:
+        if report_is_due and self.output is not None and is_main:
             self._write_rollout(self.output, experience)
         if config.save_every and position.step % config.save_every == 0:
             self.save()
@@ -497,6 +515,7 @@ class PPOTrainer:
         found = self.evaluate()
         clock.stop("evaluation_seconds")
 
+        # A schedule that reacts to rewards, and the patience, read the evaluations.
         position.rewards.append(found.reward)
         is_best = position.best_reward is None or found.reward > position.best_reward
         if is_best:
@@ -519,7 +538,7 @@ class PPOTrainer:
         }
 
     def _announce_early_stop(self) -> None:
-        """Tell why a run ended before its last step."""
+        """Show why a run ended before its last step."""
         position = self.position
         if self.is_out_of_patience and position.step < self.config.steps:
             self._display.message(
@@ -547,10 +566,11 @@ class PPOTrainer:
 
         Not with several processes: their wrapper exchanges gradients only of passes that went through it.
         """
-        return self.config.epochs * self.config.num_minibatches == 1 and self.accelerator.num_processes == 1
+        num_updates = self.config.epochs * self.config.num_minibatches
+        return num_updates == 1 and self.accelerator.num_processes == 1
 
     def _take_output(self, responses: Responses) -> TokenOutput | None:
-        """Return the pass that scored these responses and release it; None if there is none or it is of others."""
+        """Return the pass that scored these responses and release it; None without a pass, or with one of others."""
         scored = self._scored
         self._scored = None
         if scored is None:
@@ -569,13 +589,21 @@ class PPOTrainer:
 
     def _write_rollout(self, output: Path, experience: Experience) -> None:
         """Write the first problems of the step to a file for ``flowgraph-rl report``."""
-        num_shown = min(_REPORTED_PROBLEMS * self.config.group_size, experience.responses.num_sequences)
+        most_shown = _REPORTED_PROBLEMS * self.config.group_size
+        num_shown = min(most_shown, experience.responses.num_sequences)
         shown = list(range(num_shown))
         part = experience.select(shown)
+
+        step = self.position.step
+        info = {
+            "step": step,
+            "model": self.model_name,
+            "task": self.task.name,
+            **self._run()["config"],
+        }
         folder = output / "rollouts"
         folder.mkdir(exist_ok=True)
-        info = {"step": self.position.step, "model": self.model_name, "task": self.task.name, **self._run()["config"]}
-        path = folder / f"step-{self.position.step:06d}.safetensors"
+        path = folder / f"step-{step:06d}.safetensors"
         save_rollout(path, part, self._tokens(part), info, ratio=self._ratios[shown])
 
     def _run(self) -> dict[str, Any]:
@@ -600,6 +628,7 @@ class PPOTrainer:
 
     def _open(self, output: Path, resume: bool, allow_changes: bool) -> None:
         """Make a new folder, or continue from the newest complete checkpoint of an existing one."""
+        # A folder that holds checkpoints is continued on request, and never overwritten.
         if output.exists() and not output.is_dir():
             raise InvalidInputError(f"output: must be a folder, got the file {output}; choose another place")
         if find_checkpoints(output) and not resume:
@@ -614,6 +643,7 @@ class PPOTrainer:
                 f"output: must be a folder that can be made, got {output}: {error.strerror}; choose another place"
             ) from error
 
+        # Without a checkpoint the run starts at its first step.
         found = newest_state(output) if resume else None
         if found is None:
             return
@@ -632,11 +662,13 @@ class PPOTrainer:
 
     def _open_metrics(self, output: Path, *, resume: bool, allow_changes: bool) -> MetricsFile:
         """Open the metrics file; rows that this run does not make again as they were are set aside."""
+        # A resume under the same settings makes the rows again as they were, so nothing would be lost.
         path = output / "metrics.jsonl"
         is_new = not find_checkpoints(output)
         copy = None
         if is_new or allow_changes:
             copy = set_aside(path, self.position.step)
+
         kept = "" if copy is None else f"; the rows of the earlier run are kept in {copy}"
         if is_new and resume:
             self._display.warn(f"resume: no checkpoint in {output}, so the run starts at its first step{kept}")

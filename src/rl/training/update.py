@@ -32,8 +32,9 @@ def make_optimizer(policy: ActorCritic, config: PPOConfig) -> torch.optim.Optimi
     Without weight decay it is Adam.
     """
     policy_rate, value_rate = learning_rates(config)
-    groups = [{"params": list(policy.policy_parameters().values()), "lr": policy_rate}]
+    policy_parameters = list(policy.policy_parameters().values())
     value_parameters = list(policy.value_parameters().values())
+    groups = [{"params": policy_parameters, "lr": policy_rate}]
     if value_parameters:
         groups.append({"params": value_parameters, "lr": value_rate})
     return torch.optim.AdamW(
@@ -50,7 +51,8 @@ def minibatch_order(config: PPOConfig, step: int, epoch: int) -> list[Int64[Tens
     The order is a function of the seed, the step and the epoch, so a resumed run draws it again.
     """
     num_sequences = config.num_prompts * config.group_size
-    order = torch.randperm(num_sequences, generator=generator(config.seed, "minibatches", step, epoch))
+    random = generator(config.seed, "minibatches", step, epoch)
+    order = torch.randperm(num_sequences, generator=random)
     return list(order.chunk(config.num_minibatches))
 
 
@@ -116,9 +118,9 @@ def micro_losses(
     # Value term, with a critic.
     if output.values is not None and part.returns is not None and part.scores.values is not None:
         values = torch.where(mask, output.values, 0.0)
-        value_per_token = value_loss(
-            values, part.scores.values.to(device), part.returns.to(device), clip=config.value_clip
-        )
+        old_values = part.scores.values.to(device)
+        returns = part.returns.to(device)
+        value_per_token = value_loss(values, old_values, returns, clip=config.value_clip)
         loss = loss + config.value_coefficient * total(value_per_token)
         metrics["value_loss"] = value_per_token
 
@@ -245,6 +247,7 @@ class Updater:
 
     def _step(self, averages: Averages) -> None:
         """Clip the gradients of policy and critic separately, check them, and step."""
+        # Without a critic there is only the first group.
         names = ("policy_grad_norm", "value_grad_norm")
         for name, group in zip(names, self.optimizer.param_groups, strict=False):
             norm = self.accelerator.clip_grad_norm_(group["params"], self.config.max_grad_norm)
@@ -260,6 +263,9 @@ class Updater:
 
 def _add_metrics(averages: Averages, metrics: dict[str, Tensor], part: Experience) -> None:
     """Add the metrics of a micro-batch over the tokens in its loss."""
+    # Metrics on padding may be NaN: they are selected out, not multiplied by 0.
     mask = part.loss_mask
+    num_tokens = mask.sum()
     for name, value in metrics.items():
-        averages.add(name, value.float().cpu().masked_fill(~mask, 0.0).sum(), mask.sum())
+        in_loss = value.float().cpu().masked_fill(~mask, 0.0)
+        averages.add(name, in_loss.sum(), num_tokens)

@@ -75,16 +75,22 @@ def attention_flow_method(subject: Subject) -> Float64[Tensor, " tokens"]:
     layers = _layer_rows(subject)
     rows = answer_rows(subject)
     # No token after the last of these rows can reach it.
+    last_row = int(rows.nonzero().max())
     sources = torch.zeros_like(subject.answer)
-    sources[: int(rows.nonzero().max()) + 1] = True
+    sources[: last_row + 1] = True
+
+    # The residual connection adds an edge for each token and layer.
+    num_residual_edges = layers.shape[0] * layers.shape[1]
+    num_edges = int(layers.count_nonzero()) + num_residual_edges
     num_flows = int(rows.sum()) * int(sources.sum())
-    num_edges = int(layers.count_nonzero()) + layers.shape[0] * layers.shape[1]
     work = num_flows * num_edges
     if work > MAX_FLOW_EDGES:
         raise TooLargeError(
             f"methods: 'attention_flow' must read at most {MAX_FLOW_EDGES:,} edges in all its max flows, got {work:,} "
             f"for {subject.num_tokens} tokens; use a shorter text, or 'rollout'"
         )
+
+    # The mean over the answer's rows; later tokens score 0.
     found = attention_flow(layers, targets=rows, sources=sources, max_edges=MAX_FLOW_EDGES)
     scores = torch.zeros(subject.num_tokens, dtype=torch.float64)
     scores[sources] = found.mean(0)
@@ -104,7 +110,8 @@ def fai(subject: Subject) -> Float64[Tensor, " tokens"]:
     distance = _distances(subject.num_tokens)
     in_range = (distance >= FAI_NEAR) & (distance <= FAI_FAR)
     received = (attention * in_range).sum(0)
-    return received / in_range.sum(0).clamp_min(1)
+    num_readers = in_range.sum(0).clamp_min(1)
+    return received / num_readers
 
 
 @evaluation_method("waad")
@@ -141,9 +148,11 @@ def answer_rows(subject: Subject) -> Bool[Tensor, " tokens"]:
 
 def _answer_attention(subject: Subject, part: str) -> Explanation:
     """Average the chosen layers; tokens: mean of the answer's rows; edges: the row that produces each token."""
-    matrix = _layer_rows(subject)[_chosen(subject, part)].double().mean(0)
-    scores = matrix[answer_rows(subject)].mean(0)
-    return Explanation(scores, edges_of_positions(matrix, subject.base.generated))
+    chosen_layers = _layer_rows(subject)[_chosen(subject, part)]
+    matrix = chosen_layers.double().mean(0)
+    of_answer = matrix[answer_rows(subject)]
+    edges = edges_of_positions(matrix, subject.base.generated)
+    return Explanation(of_answer.mean(0), edges)
 
 
 def _chosen(subject: Subject, part: str) -> list[int]:
@@ -155,8 +164,13 @@ def _chosen(subject: Subject, part: str) -> list[int]:
     model = base_model(subject.model)
     modules = attention_modules(model)
     total = num_layers(model, modules)
-    late = list(range(total - max(1, total // 3), total))
-    wanted = late if part == "late" else resolve_layers(part, total)
+    if part == "late":
+        num_late = max(1, total // 3)
+        wanted = list(range(total - num_late, total))
+    else:
+        wanted = resolve_layers(part, total)
+
+    # Layers without softmax attention, such as recurrent ones, are not among the captured ones.
     captured = _all_layers(subject).layers
     places = [place for place, index in enumerate(captured) if index in wanted]
     if not places:

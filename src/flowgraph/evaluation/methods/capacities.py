@@ -80,6 +80,8 @@ def capacity_method(name: str) -> EvaluationMethod | None:
     head = _longest_prefix(name, capacity_names())
     if head is None:
         return None
+
+    # The parts after the capacity: a target, which may be anywhere among them, and a score.
     chosen = find_capacity(head)
     rest = parts_of(name.removeprefix(head))
     targets = [part for part in rest if part in TARGETS]
@@ -90,7 +92,12 @@ def capacity_method(name: str) -> EvaluationMethod | None:
         )
     if len(targets) > 1:
         raise InvalidInputError(f"methods: must name one target, got {name!r}; keep 'margin' or 'logprob'")
-    request = _Request(name, chosen, others, targets[0] if targets else None)
+    request = _Request(
+        name=name,
+        capacity=chosen,
+        parts=others,
+        target=targets[0] if targets else None,
+    )
     if chosen.name == "relevance":
         return _relevance_method(request)
     if chosen.signed:
@@ -110,9 +117,13 @@ def composed_explanation(graph: FlowGraph, flow: Flow, generated: Bool[Tensor, "
     if score == "f":
         return Explanation(flow.throughput, edges_of_graph(graph, flow.edge_flow))
     if score == "h":
-        potential = flow.potentials[0]
-        terms = flow.weight * potential[graph.edge_index[1]]
+        # N[t, s] h[t], which sum over the readers t to h[s].
+        potential, _ = flow.potentials
+        _, target = graph.edge_index
+        terms = flow.weight * potential[target]
         return Explanation(potential, edges_of_graph(graph, terms))
+
+    # A composition has edges only where its own flow runs from the question to the answer.
     composed = composed_scores(graph, score, generated=generated)
     edges = None
     if score in _EDGE_COMPOSITIONS and composed.flow is not None:
@@ -202,10 +213,13 @@ def _explain_flow(subject: Subject, request: _Request, score: str | None) -> Exp
         options["composition"] = score
     traced = subject.trace(request.capacity.name, **options)
     assert isinstance(traced, FlowTrace)
+
+    # Layers give no edges. All other scores are made from the flow that the methods of this capacity share.
     if "composition" in options:
         return Explanation(traced.scores)
     if score is None:
-        return Explanation(traced.scores, edges_of_graph(traced.graph, traced.flow.edge_flow))
+        edges = edges_of_graph(traced.graph, traced.flow.edge_flow)
+        return Explanation(traced.scores, edges)
     return composed_explanation(traced.graph, traced.flow, traced.generated, score)
 
 
@@ -231,10 +245,12 @@ def _relevance_method(request: _Request) -> EvaluationMethod:
     target = request.target or request.capacity.defaults["target"]
     is_absorbed = "absorbed" in request.parts
 
+    # Methods of one target and number of hops share the capture.
     def explain(subject: Subject) -> Explanation:
         rows = subject.once(f"relevance {target} {hops}", lambda: _relevance_rows(subject, target, hops))
         scores = rows.absorbed[0] if is_absorbed else _relevance_reaching_tokens(rows)
-        return Explanation(scores.double().cpu(), edges_of_positions(rows.dense()[0], subject.base.generated))
+        edges = edges_of_positions(rows.dense()[0], subject.base.generated)
+        return Explanation(scores.double().cpu(), edges)
 
     quantity = "absorbed by the token's embedding" if is_absorbed else "that reaches the token"
     passes = "with emission hops" if hops else "of one backward pass"
@@ -264,7 +280,7 @@ def _relevance_reaching_tokens(rows: RelevanceRows) -> Float64[Tensor, " tokens"
 
     Shares change their sign where the model prefers another answer; these numbers do not.
     """
-    # The demand stands at the position before an answer token, and is drawn as entering at the token.
+    # The demand belongs to the position before an answer token, and is drawn as entering at the token.
     scores = rows.throughput[0].double()
     demand_at_token = torch.zeros_like(scores)
     demand_at_token[1:] = rows.demand[0, :-1].double()

@@ -59,10 +59,11 @@ def position_bins(subject: Subject) -> Int64[Tensor, " tokens"]:
     bins = torch.zeros(subject.num_tokens, dtype=torch.int64)
     num_bins = 0
     for members in _regions(subject):
-        count = max(1, members.numel() // BIN)
-        bin_of_member = (torch.arange(members.numel()) // BIN).clamp_max(count - 1)
-        bins[members] = num_bins + bin_of_member
-        num_bins += count
+        num_members = members.numel()
+        num_own_bins = max(1, num_members // BIN)
+        bin_of_member = torch.arange(num_members) // BIN
+        bins[members] = num_bins + bin_of_member.clamp_max(num_own_bins - 1)
+        num_bins += num_own_bins
     return bins
 
 
@@ -70,10 +71,12 @@ def length_bins(subject: Subject) -> Int64[Tensor, " tokens"]:
     """Number the bins of tokens of one region whose visible text has a similar length."""
     lengths = torch.tensor([len(text) for text in texts_of(subject)])
     length_bin = torch.bucketize(lengths, torch.tensor(LENGTH_EDGES))
+    # Every region has numbers of its own, so that no bin crosses a border.
     bins = torch.zeros(subject.num_tokens, dtype=torch.int64)
     num_bins = len(LENGTH_EDGES) + 1
     for number, members in enumerate(_regions(subject)):
-        bins[members] = number * num_bins + length_bin[members]
+        first_bin = number * num_bins
+        bins[members] = first_bin + length_bin[members]
     return bins
 
 
@@ -83,10 +86,11 @@ def permuted_within(bins: Int64[Tensor, " tokens"], generator: torch.Generator) 
     Returns:
         ``order``: token i is given what token ``order[i]`` had.
     """
+    # Sorting a shuffled list by bin leaves each bin's members in random order.
     by_bin = torch.argsort(bins, stable=True)
     shuffled = torch.randperm(bins.numel(), generator=generator)
-    # Sorting a shuffled list by bin leaves each bin's members in random order.
-    members = shuffled[torch.argsort(bins[shuffled], stable=True)]
+    shuffled_by_bin = torch.argsort(bins[shuffled], stable=True)
+    members = shuffled[shuffled_by_bin]
     order = torch.empty_like(by_bin)
     order[by_bin] = members
     return order
@@ -95,6 +99,7 @@ def permuted_within(bins: Int64[Tensor, " tokens"], generator: torch.Generator) 
 def _permuting(
     name: str, reference: EvaluationMethod, bins: Callable[[Subject], Int64[Tensor, " tokens"]]
 ) -> Callable[[Subject], Explanation]:
+    # Both controls of a method share its explanation, which may cost a pass of the model.
     def explain(subject: Subject) -> Explanation:
         explanation = subject.once(f"explanation of {reference.name}", lambda: reference.explain(subject))
         generator = generator_of(subject, name)
@@ -116,8 +121,9 @@ def _permuted_edges(
     """Permute the scores of the edges into each token among sources of the same bin."""
     permuted = torch.zeros_like(edges)
     for target in range(1, edges.shape[0]):
+        incoming = edges[target, :target]
         order = permuted_within(bins[:target], generator)
-        permuted[target, :target] = edges[target, :target][order]
+        permuted[target, :target] = incoming[order]
     return permuted
 
 

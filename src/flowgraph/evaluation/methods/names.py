@@ -80,11 +80,12 @@ _WITHOUT_PRESET = ("inseq",)
 
 
 def find_evaluation_method(name: str) -> EvaluationMethod | None:
-    """Return the method of a name, registered or made from its parts; None where there is none.
+    """Return the method of a name, registered or made from its parts; None for another name.
 
     Raises:
         InvalidInputError: a name whose first part is known and whose others do not go with it; a preset.
     """
+    # Registered names come first: a user may register a name that holds a colon.
     registered = registered_methods()
     if name in registered:
         return registered[name]
@@ -109,7 +110,7 @@ def method_presets() -> dict[str, tuple[str, ...]]:
 
     ``trivial``: all controls; ``standard``: a dozen and the main controls; ``forward``: one forward pass, no gradient;
     ``gradient``: a backward pass; ``all``: every registered method, every capacity, and the above. A method whose
-    package is not installed is in no preset; by its own name it says what to install.
+    package is not installed is in no preset; asked for by its own name, it raises an error with the install command.
     """
     gradient = _installed(_GRADIENT)
     own_scores = registered_capacity_methods(lambda capacity: True)
@@ -125,7 +126,7 @@ def method_presets() -> dict[str, tuple[str, ...]]:
 
 
 def expand_methods(names: Sequence[str]) -> list[str]:
-    """Replace every ``preset:NAME`` by its methods; each method is listed once, where it stands first.
+    """Replace every ``preset:NAME`` by its methods; each method is listed once, at its first place.
 
     Args:
         names: names of methods and presets.

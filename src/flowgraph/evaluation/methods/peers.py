@@ -111,7 +111,8 @@ def inseq(subject: Subject) -> TokenScores:
         )
     # [tokens before the answer's end, answer tokens, width]; NaN where a token comes after the position.
     found = result.sequence_attributions[0].target_attributions
-    of_answer = torch.nan_to_num(found.double().cpu()).norm(dim=-1).mean(1)
+    gradients = torch.nan_to_num(found.double().cpu())
+    of_answer = gradients.norm(dim=-1).mean(1)
     scores = torch.zeros(subject.num_tokens, dtype=torch.float64)
     scores[: of_answer.numel()] = of_answer
     return scores
@@ -130,6 +131,8 @@ def _texts_as_tokenized_apart(subject: Subject, name: str) -> tuple[str, str]:
     ids = subject.token_ids.tolist()
     if ids and ids[-1] == tokenizer.eos_token_id and subject.prompt_length < len(ids):
         ids = ids[:-1]
+
+    # The two texts, and their tokens when each is tokenized by itself.
     boundary = int(base.spans[subject.prompt_length, 0])
     end = int(base.spans[len(ids) - 1, 1])
     prompt = base.text[:boundary]

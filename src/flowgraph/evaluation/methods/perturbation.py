@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -71,7 +72,11 @@ def integrated_gradients_method(name: str) -> EvaluationMethod | None:
     head, _, text = name.partition(":")
     if head != "integrated_gradients" or not text:
         return None
-    steps = int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_STEPS)) else 0
+    # Long texts are not read as numbers: a name may hold any number of digits.
+    steps = 0
+    is_number = text.isascii() and text.isdecimal()
+    if is_number and len(text) <= len(str(MAX_STEPS)):
+        steps = int(text)
     if not 1 <= steps <= MAX_STEPS:
         raise InvalidInputError(
             f"methods: 'integrated_gradients' must be followed by a number of points in 1..{MAX_STEPS}, got "
@@ -103,7 +108,8 @@ def integrated_gradients_of(subject: Subject, steps: int) -> TokenScores:
         ids = _ids_before_answer_ends(subject).clone()
         reference = torch.full_like(ids, reference_token(subject))
         score = answer_score(subject)
-        attribution = LayerIntegratedGradients(score, model.get_input_embeddings()).attribute(
+        integrated = LayerIntegratedGradients(score, model.get_input_embeddings())
+        attribution = integrated.attribute(
             ids,
             baselines=reference,
             n_steps=steps,
@@ -115,7 +121,7 @@ def integrated_gradients_of(subject: Subject, steps: int) -> TokenScores:
     assert isinstance(attribution, Tensor)
     scores = attribution[0].detach().double().sum(-1).cpu()
 
-    # The integral is exact only where the rule has points enough.
+    # The sum shows whether the rule had points enough for the integral.
     found = float(scores.sum())
     if abs(found - change) > LARGEST_ERROR * abs(change):
         warnings.warn(
@@ -143,40 +149,49 @@ def occlusion(subject: Subject) -> TokenScores:
     model = base_model(subject.model)
     ids = _ids_before_answer_ends(subject)
     with torch.no_grad(), evaluating(model), _default_float32():
-        attribution = FeatureAblation(answer_score(subject)).attribute(
-            ids, baselines=reference_token(subject), perturbations_per_eval=_copies_at_once(ids)
+        ablation = FeatureAblation(answer_score(subject))
+        attribution = ablation.attribute(
+            ids,
+            baselines=reference_token(subject),
+            perturbations_per_eval=_copies_at_once(ids),
         )
     assert isinstance(attribution, Tensor)
-    return _padded(attribution[0].detach().double().cpu(), subject)
+    scores = attribution[0].detach().double().cpu()
+    return _padded(scores, subject)
 
 
 def answer_score(subject: Subject) -> AnswerScore:
     """Return the function from copies of the text before the answer's end to the log-probability of the answer.
 
-    The answer's tokens are those of the text itself, whatever the copies hold in their place.
+    The answer's tokens are those of the text itself, also where the copies hold other tokens.
     """
+    # The rows that predict the answer, one before each of its tokens.
     model = base_model(subject.model)
     positions = answer_rows(subject).nonzero().flatten()
     answer_ids = subject.token_ids[positions + 1]
     first = int(positions[0])
 
     def score(ids: Int64[Tensor, "copies tokens"]) -> Float[Tensor, " copies"]:
-        options = {}
+        # Logits before the answer are not used, and with a large vocabulary they take most of the memory.
+        num_copies, num_tokens = ids.shape
+        options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = ids.shape[1] - first
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options).logits
+            options["logits_to_keep"] = num_tokens - first
+        logits = model(input_ids=ids, **options).logits
+
         # Architectures that ignore the option return all rows.
-        kept_from = ids.shape[1] - logits.shape[1]
+        kept_from = num_tokens - logits.shape[1]
         rows = (positions - kept_from).to(logits.device)
         logprobs = logits[:, rows].float().log_softmax(-1)
-        wanted = answer_ids.to(logits.device)[None, :, None].expand(len(ids), -1, 1)
-        return logprobs.gather(-1, wanted).squeeze(-1).sum(-1)
+        wanted = answer_ids.to(logits.device)[None, :, None].expand(num_copies, -1, 1)
+        of_answer = logprobs.gather(-1, wanted).squeeze(-1)
+        return of_answer.sum(-1)
 
     return score
 
 
 def reference_token(subject: Subject) -> int:
-    """Return the id that stands for an absent token: padding, unknown, end, first, or 0."""
+    """Return the id that takes the place of a token: padding, unknown, end, first, or 0."""
     tokenizer = subject.tokenizer
     for name in ("pad_token_id", "unk_token_id", "eos_token_id", "bos_token_id"):
         value = getattr(tokenizer, name, None)

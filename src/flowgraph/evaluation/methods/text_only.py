@@ -5,7 +5,7 @@ The weight of an earlier token s for a token t is
 .. math:: w[t, s] = m(s, t) + [x_s = x_t] + e^{-(t - s) / \tau}, \qquad C[t, s] = w[t, s] / \sum_{s' < t} w[t, s']
 
 - :math:`m(s, t)`: length of the longest common suffix of the texts that end before s and before t, at most
-  ``MAX_SUFFIX`` tokens: how well s continues an earlier copy of what stands before t, as an induction head reads it;
+  ``MAX_SUFFIX`` tokens: how well s continues an earlier copy of the text before t, as an induction head reads it;
 - :math:`[x_s = x_t]`: both are the same token;
 - :math:`e^{-(t - s) / \tau}`: nearness, ``NEARNESS`` tokens.
 
@@ -91,9 +91,12 @@ def text_weights(token_ids: Int64[Tensor, " tokens"]) -> Float64[Tensor, "tokens
         matched = matched & ends_match
         suffix += matched
 
+    # The three parts of C, over earlier tokens.
     position = torch.arange(num_tokens, dtype=torch.float64)
     distance = position[:, None] - position
-    weights = (suffix + is_same + torch.exp(-distance.clamp_min(0) / NEARNESS)).tril(-1)
+    nearness = torch.exp(-distance.clamp_min(0) / NEARNESS)
+    weights = (suffix + is_same + nearness).tril(-1)
+
     # Every token but the first has an earlier one, whose nearness is positive.
     total = weights.sum(1, keepdim=True)
     smallest = torch.finfo(torch.float64).tiny

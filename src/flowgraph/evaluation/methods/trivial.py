@@ -63,9 +63,11 @@ def digits(subject: Subject) -> Explanation:
 def shared_tokens(subject: Subject) -> Explanation:
     """Tokens whose text occurs in the answer score 1, others 0. Edges: 1 between tokens of the same text."""
     texts = texts_of(subject)
-    in_answer = {texts[place] for place in subject.positions(subject.answer)} - {""}
+    in_answer = {texts[place] for place in subject.positions(subject.answer)}
+    in_answer.discard("")
     tokens = torch.tensor([text in in_answer for text in texts], dtype=torch.float64)
-    return Explanation(tokens, same_text(texts).double().tril(-1))
+    edges = same_text(texts).tril(-1)
+    return Explanation(tokens, edges)
 
 
 @evaluation_method("previous_step", trivial=True, gives=_BOTH)
@@ -77,16 +79,21 @@ def previous_step(subject: Subject) -> Explanation:
     step_of_token = torch.zeros(subject.num_tokens, dtype=torch.int64)
     for step in steps_of(subject):
         step_of_token[step.start : step.stop] = step.index
+
     first_answer = subject.positions(subject.answer)[0]
-    tokens = (step_of_token == step_of_token[first_answer] - 1).double()
-    edges = (step_of_token[:, None] == step_of_token + 1).double()
-    return Explanation(tokens, edges.tril(-1))
+    step_of_answer = step_of_token[first_answer]
+    is_in_step_before = step_of_token == step_of_answer - 1
+    # Rows are readers: the step of the reader follows that of the token it reads.
+    is_next_step = step_of_token[:, None] == step_of_token + 1
+    edges = is_next_step.double().tril(-1)
+    return Explanation(is_in_step_before.double(), edges)
 
 
 def generator_of(subject: Subject, purpose: str) -> torch.Generator:
     """Make a random generator from the item's name, so that runs repeat and items differ."""
     digest = hashlib.sha256(f"{purpose}\n{subject.item.id}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+    seed = int.from_bytes(digest[:6], "big")
+    return torch.Generator().manual_seed(seed)
 
 
 def texts_of(subject: Subject) -> list[str]:
@@ -96,10 +103,13 @@ def texts_of(subject: Subject) -> list[str]:
 
 def same_text(texts: list[str]) -> Float64[Tensor, "tokens tokens"]:
     """Mark the pairs of tokens with the same visible text; blank tokens are in no pair."""
+    # Texts are compared by number, all pairs at once.
     number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     number = torch.tensor([number_of[text] for text in texts])
     is_visible = torch.tensor([text != "" for text in texts])
-    return ((number[:, None] == number) & is_visible[:, None] & is_visible).double()
+    is_equal = number[:, None] == number
+    are_visible = is_visible[:, None] & is_visible
+    return (is_equal & are_visible).double()
 
 
 def steps_of(subject: Subject) -> tuple[Step, ...]:

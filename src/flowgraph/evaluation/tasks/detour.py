@@ -215,21 +215,31 @@ def _detour_item(rng: random.Random, split: str, family: str, name: str) -> Eval
         part = list(zip(sentences, (True, False), strict=True))
         rng.shuffle(part)
         parts.append(part)
-    # The question stands last in the prompt, and asks for the first chain.
-    prompt_parts = [*parts[0], *parts[1]]
-    prompt = " ".join([*(sentence for sentence, _ in prompt_parts), question])
+    # The labels: the sentences of the first chain are evidence, those of the second a detour.
+    evidence = []
+    detour_sentences = []
+    for part in parts:
+        for sentence, is_evidence in part:
+            if is_evidence:
+                evidence.append(sentence)
+            else:
+                detour_sentences.append(sentence)
+
+    # The question comes last in the prompt, and asks for the first chain.
+    roles_part, facts_part, reasoning_part = parts
+    facts = [sentence for sentence, _ in [*roles_part, *facts_part]]
+    reasoning = [sentence for sentence, _ in reasoning_part]
     answer = chains[0].answer
-    response = "\n".join([*(sentence for sentence, _ in parts[2]), f"Answer: {answer}"])
     return EvaluationItem(
         id=name,
-        prompt=chat(prompt),
-        response=response,
+        prompt=chat(" ".join([*facts, question])),
+        response="\n".join([*reasoning, f"Answer: {answer}"]),
         answer=answer,
         data={
             "family": family,
             "expected": answer,
-            "evidence": [sentence for part in parts for sentence, is_evidence in part if is_evidence],
-            "detour": [sentence for part in parts for sentence, is_evidence in part if not is_evidence],
+            "evidence": evidence,
+            "detour": detour_sentences,
         },
     )
 
@@ -272,7 +282,8 @@ def detour(subject: Subject) -> GoldUnits:
             gold += [is_evidence] * len(tokens)
 
     # In the order of the text, so that the choice among equal scores does not favour the evidence.
-    order = np.argsort([unit[0] for unit in units], kind="stable")
+    positions = [unit[0] for unit in units]
+    order = np.argsort(positions, kind="stable")
     return GoldUnits(
         units=[units[place] for place in order],
         gold=np.array(gold, dtype=bool)[order],

@@ -70,9 +70,10 @@ def file_task(name: str, path: str) -> EvaluationTask:
 
     # Every entry is checked now, not in the middle of a run.
     items: list[EvaluationItem | None] = []
-    for number, (label, entry) in enumerate(entries):
-        where = f"{name}: entry {label} of {path}"
-        items.append(file_format.item_of(_Entry(entry, where), f"{name}-{number}"))
+    for number, (label, values) in enumerate(entries):
+        entry = _Entry(values, f"{name}: entry {label} of {path}")
+        items.append(file_format.item_of(entry, f"{name}-{number}"))
+
     # The digest tells files of one name apart, and a file from its later version.
     digest = hashlib.sha256(content).hexdigest()[:6]
     stem = re.sub(r"[^A-Za-z0-9]+", "_", Path(path).stem)[:40]
@@ -336,13 +337,16 @@ def prontoqa_truth(subject: Subject) -> GoldPairs:
 
 def _pairs(units: Units, first_reader: int, premises: Sequence[Sequence[int]], kind: str) -> GoldPairs:
     """Label every pair of a reader and an earlier unit; units without a visible token are in no pair."""
-    gold = {(reader, source) for reader, source in premises}
+    gold_pairs = {(reader, source) for reader, source in premises}
     pairs = []
+    is_gold = []
     for reader in range(first_reader, len(units)):
         for source in range(reader):
             if units[reader] and units[source]:
-                pairs.append((reader, source))
-    return GoldPairs(units, pairs, np.array([pair in gold for pair in pairs], dtype=bool), kind=kind)
+                pair = (reader, source)
+                pairs.append(pair)
+                is_gold.append(pair in gold_pairs)
+    return GoldPairs(units, pairs, np.array(is_gold, dtype=bool), kind=kind)
 
 
 # ProcessBench -----------------------------------------------------------------------------------------------------
@@ -375,9 +379,10 @@ def processbench_truth(subject: Subject) -> GoldUnits:
     data = subject.item.data
     # What is written after the answer cannot have led to it.
     first_answer = min(subject.positions(subject.answer))
+    steps = tokens_of_passages(subject, data["steps"], "response")
     units = []
     gold = []
-    for number, step in enumerate(tokens_of_passages(subject, data["steps"], "response")):
+    for number, step in enumerate(steps):
         before_answer = [position for position in step if position < first_answer]
         if before_answer:
             units.append(before_answer)

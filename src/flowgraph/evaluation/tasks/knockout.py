@@ -57,8 +57,13 @@ def drops(subject: Subject, units: Sequence[Sequence[int]]) -> Float64[np.ndarra
 
     Cost: 1 + units / 8 forward passes of 8 copies.
     """
-    # A drop is the negative change, so that a unit that supports the answer has a positive effect.
-    results = subject.knockouts([Intervention(tokens=list(unit)) for unit in units])
+    interventions = [Intervention(tokens=list(unit)) for unit in units]
+    return _effects_of(subject, interventions)
+
+
+def _effects_of(subject: Subject, interventions: Sequence[Intervention]) -> Float64[np.ndarray, " interventions"]:
+    """Measure interventions; an effect is the negative change, so what supports the answer has a positive one."""
+    results = subject.knockouts(interventions)
     return np.array([-result.change for result in results], dtype=np.float64)
 
 
@@ -143,15 +148,18 @@ def question_knockout_own(subject: Subject) -> UnitEffects:
 def edge_knockout(subject: Subject) -> PairEffects:
     """Mask what one part of the text reads from an earlier part: question, 5 chunks of the reasoning, answer."""
     # The answer's own line is the last reader; its words are never a source.
-    reasoning = [position for step in steps_before_answer(subject) for position in step]
     question = subject.positions(subject.question)
-    units: Units = [question, *chunks_of(reasoning, NUM_EDGE_CHUNKS), answer_line(subject)]
+    reasoning = [position for step in steps_before_answer(subject) for position in step]
+    chunks = chunks_of(reasoning, NUM_EDGE_CHUNKS)
+    units: Units = [question, *chunks, answer_line(subject)]
+
+    # One intervention for each pair: all edges from the source to the reader.
     pairs = pairs_of(len(units))
-    interventions = [
-        Intervention(edges=_edges_between(subject, units[source], units[reader])) for reader, source in pairs
-    ]
-    results = subject.knockouts(interventions)
-    effects = np.array([-result.change for result in results], dtype=np.float64)
+    interventions = []
+    for reader, source in pairs:
+        edges = _edges_between(subject, units[source], units[reader])
+        interventions.append(Intervention(edges=edges))
+    effects = _effects_of(subject, interventions)
     return PairEffects(units, pairs, effects, min_pairs=_MIN_PAIRS)
 
 
@@ -199,20 +207,24 @@ def step_suppression(subject: Subject) -> PairEffects:
     if len(steps) < _MIN_STEPS:
         return PairEffects(units, [], np.zeros(0), min_pairs=_MIN_PAIRS, kind="step suppression")
 
-    # One pass without intervention gives the distributions at every token of a later step.
+    # p_t at every token of a later step, from one pass without intervention.
     inner = base_model(subject.model)
-    later = torch.tensor(sorted(position for unit in units[1:] for position in unit))
+    later_positions = sorted(position for unit in units[1:] for position in unit)
+    later = torch.tensor(later_positions)
     before = answer_logprobs(inner, subject.base, later, 1)[0]
+
+    # The divergence of each of these distributions when a step is masked, a row for each step.
     divergence = np.zeros((len(steps), len(later)))
     for first in range(0, len(steps), _BATCH_OF_DISTRIBUTIONS):
         batch = steps[first : first + _BATCH_OF_DISTRIBUTIONS]
-        with attention_cut(inner, subject.base, [Intervention(tokens=step) for step in batch]):
+        interventions = [Intervention(tokens=step) for step in batch]
+        with attention_cut(inner, subject.base, interventions):
             after = answer_logprobs(inner, subject.base, later, len(batch))
         for number, changed in enumerate(after):
             divergence[first + number] = _divergence(before, changed).numpy()
 
     # The mean over the tokens of each later step.
-    index = {position: number for number, position in enumerate(later.tolist())}
+    index = {position: number for number, position in enumerate(later_positions)}
     effects = []
     for reader, source in pairs:
         columns = [index[position] for position in units[reader]]

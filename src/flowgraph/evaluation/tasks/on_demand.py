@@ -13,7 +13,7 @@ _FAMILIES: dict[str, Callable[[str], EvaluationTask]] = {
     **{kind: partial(perturbation_task, kind) for kind in METRICS},
     **{name: partial(file_task, name) for name in FORMATS},
 }
-"""What stands before the colon, to a function of what stands after it."""
+"""The part of a name before the colon, to a function of the part after it."""
 
 
 def task_on_demand(name: str) -> EvaluationTask | None:

@@ -129,27 +129,33 @@ class PerturbedAnswers:
         the explanations before, and a run that is continued gives the same table as one that was not interrupted.
         """
         key = kept.tobytes()
-        if key not in self._known:
-            positions = np.asarray(self.candidates)
-            perturbed = [positions[~mask].tolist() for mask in kept]
-            measure = self._masked if self.perturbation == "mask" else self._removed
-            self._known[key] = np.array(measure(perturbed))
-            self.num_measured += len(kept)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        positions = np.asarray(self.candidates)
+        perturbed = [positions[~mask].tolist() for mask in kept]
+        measure = self._masked if self.perturbation == "mask" else self._removed
+        values = np.array(measure(perturbed))
+        self._known[key] = values
+        self.num_measured += len(kept)
+        return values
 
     def _masked(self, token_sets: Sequence[Sequence[int]]) -> list[float]:
         """Measure the answer with the attention to each set of tokens masked, several sets in a pass."""
         trace = self._subject.base
         inner = base_model(self._subject.model)
-        # All runs read the same tokens, so the answer stands at the same positions in each.
+        # All runs read the same tokens, so the answer has the same positions in each.
         answer = trace.answer.cpu().nonzero().flatten()
         ids = trace.token_ids.cpu()[answer]
         values = []
         for first in range(0, len(token_sets), _BATCH):
             batch = token_sets[first : first + _BATCH]
-            with attention_cut(inner, trace, [Intervention(tokens=tokens) for tokens in batch]):
-                logprobs = answer_logprobs(inner, trace, answer, len(batch))
-            of_answer = logprobs.gather(2, ids[None, :, None].expand(len(batch), -1, 1))[..., 0]
+            size = len(batch)
+            interventions = [Intervention(tokens=tokens) for tokens in batch]
+            with attention_cut(inner, trace, interventions):
+                logprobs = answer_logprobs(inner, trace, answer, size)
+            # The geometric mean of the probabilities of the answer's own tokens.
+            wanted = ids[None, :, None].expand(size, -1, 1)
+            of_answer = logprobs.gather(2, wanted)[..., 0]
             values += of_answer.mean(1).exp().tolist()
         return values
 
@@ -159,7 +165,6 @@ class PerturbedAnswers:
         inner = base_model(self._subject.model)
         values = []
         for tokens in token_sets:
-            # The answer's positions and ids are those in the shorter text.
             stays = torch.ones(trace.num_tokens, dtype=torch.bool)
             stays[list(tokens)] = False
             places = stays.nonzero().flatten()
@@ -170,9 +175,11 @@ class PerturbedAnswers:
                 spans=trace.spans.cpu()[places],
                 generated=trace.generated.cpu()[places],
             )
+            # The answer's positions and ids are those in the shorter text.
             answer = trace.answer.cpu()[places].nonzero().flatten()
             logprobs = answer_logprobs(inner, shortened, answer, 1)[0]
-            of_answer = logprobs.gather(1, shortened.token_ids[answer][:, None])[:, 0]
+            wanted = shortened.token_ids[answer][:, None]
+            of_answer = logprobs.gather(1, wanted)[:, 0]
             values.append(float(of_answer.mean().exp()))
         return values
 
@@ -217,7 +224,8 @@ class PerturbationTruth:
     def score(self, explanation: Explanation) -> Mapping[str, float]:
         """Run the model in the order of the explanation, at most nine times (five for shares)."""
         # Only the order among the candidates counts: the template is never perturbed.
-        scores = explanation.of_units([[position] for position in self.answers.candidates]).double().cpu().numpy()
+        units = [[position] for position in self.answers.candidates]
+        scores = explanation.of_units(units).double().cpu().numpy()
         if self.kind in ("deletion", "insertion"):
             return self._along_curve(scores)
         return self._at_shares(scores)

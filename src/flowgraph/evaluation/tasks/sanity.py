@@ -27,7 +27,7 @@ from flowgraph.text.sentences import has_alphanumeric
 
 _MIN_TOKENS = 10
 _SEED = 0
-"""Of the random weights: every item and method meets the same random model."""
+"""Seed of the random weights, the same for every item and method."""
 
 _ABSOLUTE = Metric(
     "abs_spearman",
@@ -60,13 +60,14 @@ class ChangedExplanation:
         self.other_subject = other_subject
         self.compared = compared
         self.kind = kind
+        # A reason of the task comes first: without another subject the number of tokens means nothing.
         num_tokens = int(compared.sum())
         if reason is None and num_tokens < _MIN_TOKENS:
             reason = f"{num_tokens} tokens to compare, fewer than the {_MIN_TOKENS} that a ranking needs"
         self.unusable: str | None = reason
 
     def score(self, explanation: Explanation) -> NoReturn:
-        """Refuse one explanation.
+        """Raise an error: one explanation is not enough.
 
         Raises:
             InvalidInputError: always.
@@ -78,7 +79,7 @@ class ChangedExplanation:
 
     def score_pair(self, explanation: Explanation, other: Explanation) -> Mapping[str, float]:
         """Compare both explanations over the compared tokens."""
-        units = [[position] for position in torch.nonzero(self.compared).flatten().tolist()]
+        units = self._units()
         before = explanation.of_units(units).double().cpu().numpy()
         after = other.of_units(units).double().cpu().numpy()
         correlation = metrics.rank_correlation(before, after)
@@ -92,9 +93,14 @@ class ChangedExplanation:
         """Return plain JSON values."""
         return {
             "kind": self.kind,
-            "units": [[position] for position in torch.nonzero(self.compared).flatten().tolist()],
+            "units": self._units(),
             "unusable": self.unusable,
         }
+
+    def _units(self) -> list[list[int]]:
+        """List the compared tokens as units of one token each."""
+        positions = torch.nonzero(self.compared).flatten()
+        return [[position] for position in positions.tolist()]
 
 
 def _total_variation(before: Float64[np.ndarray, " tokens"], after: Float64[np.ndarray, " tokens"]) -> float:
@@ -102,9 +108,12 @@ def _total_variation(before: Float64[np.ndarray, " tokens"], after: Float64[np.n
     # Negative scores argue against the answer and hold no share.
     first = np.maximum(before, 0)
     second = np.maximum(after, 0)
-    if first.sum() <= 0 or second.sum() <= 0:
+    first_total = first.sum()
+    second_total = second.sum()
+    if first_total <= 0 or second_total <= 0:
         return float("nan")
-    return float(np.abs(first / first.sum() - second / second.sum()).sum() / 2)
+    differences = np.abs(first / first_total - second / second_total)
+    return float(differences.sum() / 2)
 
 
 # Random weights ---------------------------------------------------------------------------------------------------
@@ -167,13 +176,17 @@ def target_randomization(subject: Subject) -> ChangedExplanation:
 
 def _other_answer(subject: Subject) -> Bool[Tensor, " tokens"] | None:
     """Choose the first word in the second half of the reasoning, with as many tokens as the answer if possible."""
-    reasoning = subject.positions(subject.reasoning)
-    size = int(subject.answer.sum())
     # In the second half, so that question and part of the reasoning lie before it.
-    words = [place for place in reasoning[len(reasoning) // 2 :] if has_alphanumeric(subject.base.tokens[place])]
+    reasoning = subject.positions(subject.reasoning)
+    second_half = reasoning[len(reasoning) // 2 :]
+    words = [place for place in second_half if has_alphanumeric(subject.base.tokens[place])]
     if not words:
         return None
-    chosen = [place for place in reasoning if words[0] <= place < words[0] + size]
+
+    # As many tokens as the answer from there on, as far as the reasoning reaches.
+    size = int(subject.answer.sum())
+    first = words[0]
+    chosen = [place for place in reasoning if first <= place < first + size]
     mask = torch.zeros(subject.num_tokens, dtype=torch.bool)
     mask[chosen] = True
     return mask
@@ -196,13 +209,17 @@ def _other_answer(subject: Subject) -> Bool[Tensor, " tokens"] | None:
 def question_specificity(subject: Subject) -> ChangedExplanation:
     """Take the text before the question, or else its first half, as the question; compare the reasoning's scores."""
     question = subject.positions(subject.question)
-    position = torch.arange(subject.num_tokens)
     # The first token is a sink of attention: it holds no text of its own.
     places = range(1, question[0])
-    before = [place for place in places if has_alphanumeric(subject.base.tokens[place])]
-    chosen = before or question[: len(question) // 2]
-    kind = "the text before the question" if before else "the first half of the question"
+    chosen = [place for place in places if has_alphanumeric(subject.base.tokens[place])]
+    kind = "the text before the question"
+    if not chosen:
+        chosen = question[: len(question) // 2]
+        kind = "the first half of the question"
     if not chosen:
         return ChangedExplanation(None, subject.reasoning, kind, "a question of one token with no text before it")
-    other = changed_subject(subject, question=torch.isin(position, torch.tensor(chosen)))
+
+    position = torch.arange(subject.num_tokens)
+    other_question = torch.isin(position, torch.tensor(chosen))
+    other = changed_subject(subject, question=other_question)
     return ChangedExplanation(other, subject.reasoning.clone(), kind)

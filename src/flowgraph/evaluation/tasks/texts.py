@@ -309,7 +309,7 @@ FAMILIES: dict[str, Callable[[random.Random, Words, str], Problem]] = {
 
 
 def check_items(split: str, number: int) -> None:
-    """Refuse a split or a number of items that does not exist.
+    """Check a split and a number of items.
 
     Raises:
         InvalidInputError: another split, or fewer than one item.
@@ -371,39 +371,43 @@ def chat(question: str) -> list[dict[str, str]]:
 
 def reasoned_items(split: str, number: int, seed: int) -> list[EvaluationItem]:
     """Make items whose response is a reasoned solution in lines, with the answer in a line of its own."""
-    return [
-        EvaluationItem(
+    items = []
+    for index, problem in enumerate(problems(split, number, seed)):
+        lines = [*problem.lines, f"Answer: {problem.answer}"]
+        item = EvaluationItem(
             id=f"{problem.family}-{split}-{seed}-{index}",
             prompt=chat(problem.question),
-            response="\n".join([*problem.lines, f"Answer: {problem.answer}"]),
+            response="\n".join(lines),
             answer=problem.answer,
             data={"family": problem.family, "expected": problem.answer, "response": "reasoned"},
         )
-        for index, problem in enumerate(problems(split, number, seed))
-    ]
+        items.append(item)
+    return items
 
 
 def short_items(split: str, number: int, seed: int) -> list[EvaluationItem]:
     """Make items whose response is the answer alone."""
-    return [
-        EvaluationItem(
+    items = []
+    for index, problem in enumerate(problems(split, number, seed)):
+        item = EvaluationItem(
             id=f"{problem.family}-{split}-{seed}-{index}",
             prompt=chat(problem.question),
             response=f"Answer: {problem.answer}",
             answer=problem.answer,
             data={"family": problem.family, "expected": problem.answer, "response": "short"},
         )
-        for index, problem in enumerate(problems(split, number, seed))
-    ]
+        items.append(item)
+    return items
 
 
 def own_items(split: str, number: int, seed: int) -> list[EvaluationItem]:
     """Make items that the model answers itself, greedily; its answer is found in what it writes."""
-    return [
-        EvaluationItem(
+    items = []
+    for index, problem in enumerate(problems(split, number, seed)):
+        item = EvaluationItem(
             id=f"{problem.family}-{split}-{seed}-{index}",
             prompt=chat(f"{problem.question} Answer in one short sentence."),
             data={"family": problem.family, "expected": problem.answer, "response": "own"},
         )
-        for index, problem in enumerate(problems(split, number, seed))
-    ]
+        items.append(item)
+    return items

@@ -15,7 +15,7 @@ from flowgraph.evaluation.registry import Metric
 from flowgraph.evaluation.subject import Subject
 
 MIN_UNITS = 4
-"""Fewer units decide nothing: a rank correlation of three has six possible orders."""
+"""Fewest units of a ranking: three units have only six possible orders."""
 SMALLEST_EFFECT = 1e-4
 """Nats; differences below it come from the rounding of float32 passes in batches of different size."""
 
@@ -54,14 +54,16 @@ class UnitEffects:
     def score(self, explanation: Explanation) -> Mapping[str, float]:
         """Compare the summed scores of the units with their effects."""
         scores = explanation.of_units(self.units).double().cpu().numpy()
-        # Controls of the partial correlation: late and long units matter more, whatever they say.
+        effects = self.effects
+        # Controls of the partial correlation: late and long units have larger effects, for any content.
         position = [float(np.mean(unit)) for unit in self.units]
         length = [float(len(unit)) for unit in self.units]
+        controls = [position, length]
         return {
-            SHARE_OF_3.name: metrics.share_of_best(scores, self.effects, k=3),
-            AUROC_OF_2.name: metrics.auroc_of_largest(scores, self.effects, k=2),
-            SPEARMAN.name: metrics.rank_correlation(scores, self.effects),
-            PARTIAL.name: metrics.partial_rank_correlation(scores, self.effects, [position, length]),
+            SHARE_OF_3.name: metrics.share_of_best(scores, effects, k=3),
+            AUROC_OF_2.name: metrics.auroc_of_largest(scores, effects, k=2),
+            SPEARMAN.name: metrics.rank_correlation(scores, effects),
+            PARTIAL.name: metrics.partial_rank_correlation(scores, effects, controls),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,27 +109,38 @@ class PairEffects:
     def score(self, explanation: Explanation) -> Mapping[str, float]:
         """Compare the summed edge scores between units with the effects."""
         between = explanation.between_units(self.units).double().cpu().numpy()
-        scores = np.array([between[reader, source] for reader, source in self.pairs])
+        effects = self.effects
+        found = []
         # Controls of the partial correlation: near and large pairs have larger effects.
-        distance = [float(reader - source) for reader, source in self.pairs]
-        size = [float(len(self.units[reader]) * len(self.units[source])) for reader, source in self.pairs]
+        distance = []
+        size = []
+        for reader, source in self.pairs:
+            found.append(between[reader, source])
+            distance.append(float(reader - source))
+            num_cells = len(self.units[reader]) * len(self.units[source])
+            size.append(float(num_cells))
+        scores = np.array(found)
+        controls = [distance, size]
         return {
-            SPEARMAN.name: metrics.rank_correlation(scores, self.effects),
-            PARTIAL_DISTANCE.name: metrics.partial_rank_correlation(scores, self.effects, [distance, size]),
-            AUROC_OF_2.name: metrics.auroc_of_largest(scores, self.effects, k=2),
+            SPEARMAN.name: metrics.rank_correlation(scores, effects),
+            PARTIAL_DISTANCE.name: metrics.partial_rank_correlation(scores, effects, controls),
+            AUROC_OF_2.name: metrics.auroc_of_largest(scores, effects, k=2),
             PER_READER.name: self._per_reader(scores),
         }
 
     def _per_reader(self, scores: Float64[np.ndarray, " pairs"]) -> float:
         """Average the rank correlation over readers, which differ in how strongly they depend on anything."""
         readers = np.array([reader for reader, _ in self.pairs])
-        correlations = []
+        defined = []
         for reader in np.unique(readers):
             of_reader = readers == reader
-            correlations.append(metrics.rank_correlation(scores[of_reader], self.effects[of_reader]))
-        # Readers with fewer than three sources have no correlation.
-        defined = [value for value in correlations if not np.isnan(value)]
-        return float(np.mean(defined)) if defined else float("nan")
+            correlation = metrics.rank_correlation(scores[of_reader], self.effects[of_reader])
+            # A reader with fewer than three sources has no correlation.
+            if not np.isnan(correlation):
+                defined.append(correlation)
+        if not defined:
+            return float("nan")
+        return float(np.mean(defined))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -33,12 +33,14 @@ def lines_of(subject: Subject, mask: Bool[Tensor, " tokens"]) -> Units:
     high = positions[-1] + 1
     text = TokenText.of(subject.base.tokens, subject.base.spans, subject.base.text)
     starts, _ = starts_by_rule("lines", text, [(low, high)], "reasoning")
-    # Each line reaches to the start of the next one.
-    edges = [low, *sorted(set(starts) - {low}), high]
+
+    # Each line reaches to the start of the next one; only its tokens in the mask are taken.
+    later_starts = sorted(set(starts) - {low})
+    borders = [low, *later_starts, high]
     chosen = set(positions)
     units = []
-    for first, last in pairwise(edges):
-        unit = [position for position in range(first, last) if position in chosen]
+    for first, end in pairwise(borders):
+        unit = [position for position in range(first, end) if position in chosen]
         if unit:
             units.append(unit)
     return units
@@ -63,14 +65,16 @@ def answer_line(subject: Subject) -> list[int]:
     answer = subject.positions(subject.answer)
     lines = lines_of(subject, subject.reasoning)
     text = subject.base.text
-    begins = int(subject.base.spans[answer[0], 0])
+    spans = subject.base.spans
     cue: list[int] = []
     if len(lines) > 1:
-        # The last line of the reasoning leads up to the answer, unless a line break stands between them.
-        last = lines[-1]
-        between = text[int(subject.base.spans[last[-1], 0]) : begins]
+        # The last line of the reasoning leads up to the answer, unless there is a line break between them.
+        last_line = lines[-1]
+        last_token_begins = int(spans[last_line[-1], 0])
+        answer_begins = int(spans[answer[0], 0])
+        between = text[last_token_begins:answer_begins]
         if "\n" not in between:
-            cue = last
+            cue = last_line
     return [*cue, *answer]
 
 
@@ -78,15 +82,19 @@ def steps_before_answer(subject: Subject) -> Units:
     """Split the reasoning into its lines, without the words that lead up to the answer in the answer's own line."""
     # "Answer:" belongs to the form of the response, not to the reasoning.
     cue = set(answer_line(subject))
-    steps = [[position for position in line if position not in cue] for line in lines_of(subject, subject.reasoning)]
-    return [step for step in steps if step]
+    steps = []
+    for line in lines_of(subject, subject.reasoning):
+        step = [position for position in line if position not in cue]
+        if step:
+            steps.append(step)
+    return steps
 
 
 def lines_or_chunks(subject: Subject, count: int) -> Units:
     """Split the reasoning into its lines where it has about ``count`` of them, else into ``count`` equal chunks.
 
-    The line of the answer ("Answer: 7") is in no unit: without its words every answer becomes unlikely, whatever it
-    was derived from.
+    The line of the answer ("Answer: 7") is in no unit: without its words every answer becomes unlikely, for any
+    reasoning.
 
     Args:
         subject: its reasoning is split.
@@ -95,7 +103,8 @@ def lines_or_chunks(subject: Subject, count: int) -> Units:
     steps = steps_before_answer(subject)
     if 2 * count <= 3 * len(steps) <= 4 * count:
         return steps
-    return chunks_of([position for step in steps for position in step], count)
+    positions = [position for step in steps for position in step]
+    return chunks_of(positions, count)
 
 
 def tokens_at(subject: Subject, begin: int, end: int, *, words_only: bool = False) -> list[int]:
@@ -110,7 +119,10 @@ def tokens_at(subject: Subject, begin: int, end: int, *, words_only: bool = Fals
     text = subject.base.text
     found = []
     for position, (low, high) in enumerate(subject.base.spans.tolist()):
-        inside = text[max(low, begin) : min(high, end)]
+        # A token at the border counts by its part inside.
+        first = max(low, begin)
+        last = min(high, end)
+        inside = text[first:last]
         is_wanted = has_alphanumeric(inside) if words_only else bool(inside.strip())
         if is_wanted:
             found.append(position)
@@ -123,16 +135,18 @@ def tokens_of_passages(subject: Subject, passages: Sequence[str], part: Literal[
     Args:
         subject: its text holds them.
         passages: in order.
-        part: where they stand.
+        part: which part holds them.
 
     Raises:
         InvalidInputError: a passage is not there.
     """
     text = subject.base.text
-    # The response begins at its first token; a passage may stand in both parts.
+    # The response begins at its first token. A passage may occur in both parts, so only one of them is searched.
     border = int(subject.base.spans[subject.prompt_length, 0])
     place = 0 if part == "prompt" else border
     limit = border if part == "prompt" else len(text)
+
+    # Each passage is searched from the end of the one before.
     units = []
     for passage in passages:
         begin = text.find(passage, place, limit)
