@@ -56,7 +56,7 @@ def sequences(count: int, seed: int) -> list[EngineSequence]:
     draw = random.Random(seed)
     found = []
     for number in range(count):
-        prompt = tokenizer(task.sample("train", number).prompt)["input_ids"]
+        prompt = tokenizer(str(task.sample("train", number).prompt))["input_ids"]
         text = "".join(draw.choice("ABCDEFGH=+;123") for _ in range(round(4 * 30 ** draw.random())))
         response = tokenizer(f"{text};#{draw.choice('ABC')}={draw.randint(0, 9)}")["input_ids"]
         found.append(EngineSequence(prompt, response))

@@ -688,7 +688,7 @@ def test_a_layer_that_computes_nan_is_named():
     """transformers' eager attention in float64 is undefined beside left padding."""
     model = family(LLAMA, "eager", torch.float64)
     padded = torch.cat([torch.zeros(3, dtype=TEXT.dtype), TEXT])[None]
-    with pytest.raises(CaptureError, match="LlamaAttention must compute finite outputs, got NaN or infinity in float64"):
+    with pytest.raises(CaptureError, match=r"LlamaAttention must compute finite outputs, got NaN .* in float64"):
         capture(model, padded, (torch.arange(padded.shape[1]) >= 3).long()[None])
 
 

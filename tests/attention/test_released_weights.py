@@ -74,7 +74,7 @@ def test_the_stand_in_refuses_a_read_outside_the_pass():
     model = tiny_policy()
     release_after_use(model)
     with pytest.raises(RuntimeError):
-        model.lm_head.weight @ torch.ones(32)
+        _ = model.lm_head.weight @ torch.ones(32)
 
 
 @pytest.mark.parametrize("capacity", ["gradient", "gradient_positive", "relevance"])

@@ -49,6 +49,8 @@ def test_trl_reads_the_arguments(name: str, mode: str | None):
     assert args.use_vllm == (mode is not None)
     assert mode is None or args.vllm_mode == mode
     # Groups of responses fit into the sequences that one process makes at once.
+    assert args.generation_batch_size is not None
+    assert args.num_generations is not None
     assert args.generation_batch_size % args.num_generations == 0
     assert args.activation_checkpointing
     # The same training with each way to generate.

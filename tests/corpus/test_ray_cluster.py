@@ -110,7 +110,7 @@ def broken(*_: object) -> tuple:
 
 
 def test_errors_of_ray_are_translated(cluster: None):
-    from ray import exceptions
+    from ray import exceptions  # pyright: ignore[reportMissingImports]
 
     full = translated(exceptions.ObjectStoreFullError("store full"))
     assert isinstance(full, MemoryLimitError)

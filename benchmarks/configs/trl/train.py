@@ -24,8 +24,10 @@ class RunArguments:
 
 def parsed(words: Sequence[str] | None = None) -> tuple[RunArguments, GRPOConfig, ModelConfig]:
     """Read the command line, and the file of ``--config``."""
-    parser = TrlParser((RunArguments, GRPOConfig, ModelConfig))
-    return parser.parse_args_and_config(words)
+    # TRL annotates its parser more narrowly than it works.
+    kinds: Any = (RunArguments, GRPOConfig, ModelConfig)
+    parsed_arguments: Any = TrlParser(kinds).parse_args_and_config(words)
+    return parsed_arguments
 
 
 def main() -> None:

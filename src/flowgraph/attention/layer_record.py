@@ -229,8 +229,8 @@ class LayerRecord:
         if bool((reads & ~is_finite).any()):
             raise CaptureError(
                 f"model: {type(self.module).__name__} must compute finite outputs, got NaN or infinity in "
-                f"{str(output.dtype).removeprefix('torch.')}; use another dtype, set_attn_implementation('sdpa') (eager "
-                "attention in float64 gives NaN beside left padding), or sequences without padding"
+                f"{str(output.dtype).removeprefix('torch.')}; use another dtype, set_attn_implementation('sdpa') "
+                "(eager attention in float64 gives NaN beside left padding), or sequences without padding"
             )
         # The negated comparison also refuses NaN.
         if not float(error.max()) <= tolerance:

@@ -60,7 +60,7 @@ def connected(choice: CorpusRay, threads: int, *, uses_gpu: bool) -> Iterator[Po
     # Ray reports what is used to its makers unless it is told not to, and its core prints into the terminal.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     if ray.is_initialized():
         if not choice.is_local:
@@ -87,7 +87,7 @@ def connected(choice: CorpusRay, threads: int, *, uses_gpu: bool) -> Iterator[Po
 
 def _start(choice: CorpusRay, threads: int) -> None:
     """Start Ray on this machine."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     processors = os.cpu_count() or 1
     num_cpus = max(processors, (choice.workers or 1) * threads)
@@ -148,7 +148,7 @@ def _no_answer(address: str, reason: str) -> InvalidInputError:
 
 def _pool(choice: CorpusRay, threads: int, object_store_memory: int | None, *, uses_gpu: bool) -> Pool:
     """Choose the number of workers, and refuse more than the cluster has processors for."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     resources = ray.cluster_resources()
     num_cpus = int(resources.get("CPU", 0))
@@ -172,7 +172,7 @@ def check_sendable(job: RayJob) -> None:
     """
     from pickle import PicklingError
 
-    from ray import cloudpickle
+    from ray import cloudpickle  # pyright: ignore[reportMissingImports]
 
     try:
         cloudpickle.dumps(job)
@@ -200,8 +200,8 @@ def run_tasks(job: RayJob, places: Sequence[tuple[int, int]], pool: Pool) -> Gen
         MemoryLimitError: its object store is full.
         OutputError: its disk is full.
     """
-    import ray
-    import ray.data
+    import ray  # pyright: ignore[reportMissingImports]
+    import ray.data  # pyright: ignore[reportMissingImports]
 
     check_sendable(job)
     workers = min(pool.workers, len(places))
@@ -230,7 +230,7 @@ def run_tasks(job: RayJob, places: Sequence[tuple[int, int]], pool: Pool) -> Gen
 
 def translated(error: Exception) -> FlowgraphError:
     """Translate an error of Ray."""
-    from ray import exceptions
+    from ray import exceptions  # pyright: ignore[reportMissingImports]
 
     # The error of a task holds that of its worker, behind a traceback.
     cause = getattr(error, "cause", None)
@@ -264,7 +264,7 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _limited(object_store_memory: int | None) -> Iterator[None]:
     """Limit what Ray Data holds in the object store, and show no progress of its own."""
-    from ray.data import DataContext
+    from ray.data import DataContext  # pyright: ignore[reportMissingImports]
 
     context = DataContext.get_current()
     had_bars = context.enable_progress_bars

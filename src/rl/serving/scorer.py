@@ -220,7 +220,7 @@ class Scorer:
         """Return the text and the id of the first token that is text."""
         special = self._tokenizer.all_special_ids
         for index in range(self.facts.vocabulary_size):
-            word = self._tokenizer.decode([index])
+            word = str(self._tokenizer.decode([index]))
             if index not in special and word.strip().isalnum():
                 return word, index
         raise ConfigError(f"model: must have a tokenizer with letters, got none in {self.facts.name!r}; use its own")
