@@ -16,7 +16,7 @@ from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "papers.md"
 CREDIT_PAGE = PAGE.parent / "credit.md"
-AUC_HEAD = "| rule | `program` | `pathsearch` | `wandering`, 0:5 |"
+AUC_HEAD = "| rule | `wandering`, 0:5 | `program` | `pathsearch` |"
 HEAD = "| method | paper, equation | line | measured |"
 NOT_MEASURED = "not measured"
 HUB_TEST = "[equal to masking at matched positions](interventions.md#on-the-demo-model)"
@@ -36,11 +36,12 @@ SOURCES = {
     "attention rollout": {"evaluation": "rollout"},
     # Figures of training and of gradients, by the name of an arm.
     "token credit by flow": {"auc": "flow", "chain": "flow", "multiplier": "flow"},
-    "recommended credit": {"auc": "reach_sharp", "program": "recommended"},
-    "flow on sharpened attention": {"auc": "flow_sharp", "program": "flow_sharp wide"},
+    "recommended credit": {"auc": "reach_sharp", "wandering": "recommended", "program": "recommended"},
+    "flow on sharpened attention": {"auc": "flow_sharp", "wandering": "flow_sharp wide", "program": "flow_sharp wide"},
     "largest sharpened attention of a later token": {"auc": "max_attention_sharp", "program": "max_attention_sharp"},
     "largest attention of a later token": {
         "auc": "max_attention",
+        "wandering": "max_attention",
         "program": "max_attention",
         "chain": "max attention, soft",
         "multiplier": "max_attention:soft",
@@ -112,7 +113,7 @@ def multiplier(arm: str) -> str:
 
 
 def auc(rule: str) -> str:
-    """Return the AUC of a rule on `program`, from the table of the page on credit rules.
+    """Return the AUC of a rule on `wandering` and `program`, from the table of the page on credit rules.
 
     Raises:
         KeyError: no such rule in the table.
@@ -121,7 +122,8 @@ def auc(rule: str) -> str:
     for line in table.split("\n\n")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0].startswith(f"`{rule}`"):
-            return cells[1].replace("*", "")
+            wandering, program = (cell.replace("*", "") for cell in cells[1:3])
+            return f"{wandering} on wandering, {program} on program"
     raise KeyError(f"rule: must be in the table of docs/credit.md, got {rule!r}; see SOURCES")
 
 
@@ -137,6 +139,8 @@ def measured(method: str) -> str:
             figures += [f"lines {evaluated('line_knockout', name)}", f"detour {evaluated('detour', name)}"]
         elif source == "auc":
             figures.append(f"AUC {auc(name)}")
+        elif source == "wandering":
+            figures.append(f"wandering {trained('credit_study', name, '0:5')}")
         elif source == "program":
             figures.append(f"program {trained('credit_study', name, 'program')}")
         elif source == "chain":
