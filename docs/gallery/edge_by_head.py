@@ -21,7 +21,7 @@ print(parts)
 
 # %%
 figure, ax = plt.subplots(figsize=(5.2, 4), layout="constrained")
-image = ax.imshow(parts.values / parts.capacity, aspect="auto", cmap="Oranges")
+image = ax.imshow((parts.values / parts.capacity).numpy(), aspect="auto", cmap="Oranges")
 ax.set_xlabel("head")
 ax.set_ylabel("layer")
 ax.set_xticks(range(parts.values.shape[1]))

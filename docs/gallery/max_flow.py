@@ -5,6 +5,7 @@
 
 # %%
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import flowgraph as fg
@@ -23,11 +24,11 @@ cut = set(best.cut_edges.tolist())
 names = []
 for number, (source, target) in enumerate(graph.edge_index.T.tolist()):
     names.append(f"{source} → {target}" + (" (cut)" if number in cut else ""))
-rows = torch.arange(len(names))
+rows = np.arange(len(names))
 figure, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-ax.barh(rows, graph.capacity, height=0.8, color="#e4e5e9", label="capacity")
-ax.barh(rows - 0.18, best.edge_flow, height=0.3, color="#0072b2", label="max flow")
-ax.barh(rows + 0.18, alpha * flow.edge_flow, height=0.3, color="#b74d02", label="conserved flow, scaled to fit")
+ax.barh(rows, graph.capacity.numpy(), height=0.8, color="#e4e5e9", label="capacity")
+ax.barh(rows - 0.18, best.edge_flow.numpy(), height=0.3, color="#0072b2", label="max flow")
+ax.barh(rows + 0.18, alpha * flow.edge_flow.numpy(), height=0.3, color="#b74d02", label="conserved flow, scaled to fit")
 ax.set_yticks(rows, names)
 ax.invert_yaxis()
 ax.spines[["top", "right"]].set_visible(False)

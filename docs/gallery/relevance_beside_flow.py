@@ -29,7 +29,10 @@ print(relevance.residual)  # of the conservation law
 flow_steps = trace.steps("lines", split_question=True)
 relevance_steps = relevance.steps("lines")
 reasoning = [step.index for step in flow_steps.steps if step.region == "reasoning"]
-shares = {"flow": flow_steps.throughput[reasoning], "relevance": relevance_steps.throughput[reasoning]}
+shares = {
+    "flow": flow_steps.throughput[reasoning].tolist(),
+    "relevance": relevance_steps.throughput[reasoning].tolist(),
+}
 for step, by_flow, by_relevance in zip(reasoning, shares["flow"], shares["relevance"], strict=True):
     print(f"{by_flow:6.2f} {by_relevance:10.2f}  {flow_steps.steps[step].text.strip()}")
 

@@ -5,6 +5,7 @@
 
 # %%
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import flowgraph as fg
@@ -32,7 +33,7 @@ needed = responses.oracle[row][chosen]
 unneeded = responses.detours[row][chosen]
 
 # %%
-places = torch.arange(len(tokens))
+places = np.arange(len(tokens))
 kinds = [
     (needed, "#007a58", "the answer needs it"),
     (unneeded, "#a64e81", "the same kind of work, not needed"),
@@ -40,7 +41,7 @@ kinds = [
 ]
 figure, ax = plt.subplots(figsize=(8, 2.8), layout="constrained")
 for mask, colour, label in kinds:
-    ax.bar(places[mask], weights[mask], color=colour, label=label)
+    ax.bar(places[mask.numpy()], weights[mask].numpy(), color=colour, label=label)
 ax.axhline(1, color="#4a4d55", linewidth=0.8)
 ax.set_xticks(places, [tokenizer.decode([token]) for token in tokens], fontsize=7)
 ax.set_ylabel("weight in the policy loss")

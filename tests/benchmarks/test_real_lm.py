@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.gpu.named_sums import NamedSums
-from benchmarks.gpu.real_lm import arms_of, differences, main
+from benchmarks.gpu.real_lm.named_sums import NamedSums
+from benchmarks.gpu.real_lm.protocol import arms_of, differences, main
 
 from rl import CreditConfig, TaskError
 

@@ -70,6 +70,7 @@ def test_the_default_rule_is_the_recommended_one(started: list[ServiceSettings])
     assert (started[0].host, started[0].token_digest) == ("127.0.0.1", None)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [

@@ -200,6 +200,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("base", "changes", "text"), WRONG)
 def test_a_wrong_field_is_refused(base: dict[str, Any], changes: dict[str, Any], text: str):
     with pytest.raises((ConfigError, CreditError), match=text):

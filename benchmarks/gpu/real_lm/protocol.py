@@ -28,7 +28,7 @@ import torch
 
 import rl
 from benchmarks.common import machine
-from benchmarks.gpu.named_sums import NamedSums
+from benchmarks.gpu.real_lm.named_sums import NamedSums
 from flowgraph import FlowgraphError, atomic_write
 from flowgraph.files import check_writable
 from rl.alignment.arms import parse_arm
@@ -228,7 +228,3 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     model: Any
     model, tokenizer = load_model(options.model, dtype)
     return model.to(torch.device(options.device)), tokenizer
-
-
-if __name__ == "__main__":
-    sys.exit(main())
