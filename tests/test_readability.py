@@ -66,8 +66,8 @@ def assigns_unrelated_names(node: ast.AST) -> bool:
 @pytest.mark.parametrize("package", ["flowgraph", "rl"])
 def test_the_code_does_not_get_denser(package: str):
     figures = figures_of(SOURCE / package)
-    assert figures["tokens a line"] < 8.5
-    assert figures["comments"] > 35
+    assert figures["tokens a line"] < 8.2
+    assert figures["comments"] > 42
     assert figures["tuple assignments"] < 3
     assert figures["formatter switched off"] <= 8
 

@@ -10,6 +10,7 @@ Letters of the shapes: B responses of the run, R response columns.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
@@ -20,13 +21,13 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from flowgraph import atomic_write
-from rl.algorithm.advantages import last_tokens
 from rl.alignment.arms import named_arms, score_arms
 from rl.alignment.graph_sweep import graphs_of
 from rl.alignment.measured_policy import default_sampling, policy_on
 from rl.alignment.rank_auc import mean_over_problems, within_auc
 from rl.config import CreditConfig, PPOConfig
-from rl.credit.scope import before_answer
+from rl.credit.scope import answer_openers, before_answer, end_tokens
+from rl.credit.weights import effective_token_ratio, gini
 from rl.errors import ConfigError, TaskError
 from rl.policy.actor_critic import ActorCritic, model_name
 from rl.records import Credit, Responses
@@ -334,8 +335,8 @@ class _Run:
         self._add("", "is_answered", responses.answer.any(1))
         self._add("", "reward", responses.rewards)
         self._add("", "length", responses.response_mask.sum(1))
-        ends = _end_tokens(responses)
-        openers = _answer_openers(responses.answer_in_response)
+        ends = end_tokens(responses)
+        openers = answer_openers(responses)
         # Without an answer, or with nothing before it, there is no tie.
         has_tie = before_answer(responses).any(1)
 
@@ -350,8 +351,8 @@ class _Run:
             self._add(name, "opener_weight", _mean_over(credit.weights, openers))
             if credit.tie is not None:
                 self._add(name, "tie", torch.where(has_tie, credit.tie, torch.nan))
-            self._add(name, "gini", _gini(credit))
-            self._add(name, "effective_tokens", _effective_share(credit))
+            self._add(name, "gini", _of_competing(gini, credit))
+            self._add(name, "effective_tokens", _of_competing(effective_token_ratio, credit))
 
     def _add(self, name: str, figure: str, values: Tensor) -> None:
         """Append a figure of the responses of a batch."""
@@ -388,20 +389,6 @@ def _groups_of_tokens(
     return decisive, detours, others
 
 
-def _end_tokens(responses: Responses) -> Bool[Tensor, "batch response"]:
-    """Mark the last token of each response that was not cut off."""
-    return last_tokens(responses.response_mask) & ~responses.truncated[:, None]
-
-
-def _answer_openers(answer: Bool[Tensor, "batch response"]) -> Bool[Tensor, "batch response"]:
-    """Mark the response token in front of the first answer token; none where the answer comes first."""
-    num_answer_tokens = answer.long().cumsum(1)
-    is_first = answer & (num_answer_tokens == 1)
-    # Shifted by one column to the left: the opener is the token before.
-    last_column = torch.zeros_like(is_first[:, :1])
-    return torch.cat([is_first[:, 1:], last_column], 1)
-
-
 # Figures of a response ----------------------------------------------------------------------------------
 
 
@@ -413,30 +400,14 @@ def _mean_over(
     return total / mask.sum(1)
 
 
-def _gini(credit: Credit) -> Float64[Tensor, " batch"]:
-    r"""Compute the Gini coefficient of the weights of the competing tokens; NaN without a positive weight.
-
-    :math:`\frac{2 \sum_i i\, w_{(i)}}{n \sum w} - \frac{n + 1}{n}` with ascending :math:`w_{(i)}`.
-    """
-    # Only the weights that compete are compared with each other.
+def _of_competing(figure: Callable[[Tensor], float], credit: Credit) -> Float64[Tensor, " batch"]:
+    """Compute a figure of the weights that compete in each response; NaN without a positive weight."""
     found = []
     for weights, is_scored in zip(credit.weights, credit.scored, strict=True):
-        ascending = weights[is_scored].double().sort().values
-        n = len(ascending)
-        rank = torch.arange(1, n + 1, dtype=torch.float64)
-        # Without a positive weight the first term is 0 / 0, which is NaN.
-        first_term = 2 * (rank * ascending).sum() / (n * ascending.sum())
-        second_term = (n + 1) / max(n, 1)
-        found.append(first_term - second_term)
-    return torch.stack(found)
-
-
-def _effective_share(credit: Credit) -> Float64[Tensor, " batch"]:
-    r"""Compute :math:`(\sum w)^2 / (n \sum w^2)` of the competing tokens; NaN without a positive weight."""
-    weights = torch.where(credit.scored, credit.weights, 0.0).double()
-    num_scored = credit.scored.sum(1)
-    squares = weights.square().sum(1)
-    return weights.sum(1).square() / (num_scored * squares)
+        competing = weights[is_scored]
+        has_weight = bool((competing > 0).any())
+        found.append(figure(competing) if has_weight else math.nan)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 # The result ---------------------------------------------------------------------------------------------

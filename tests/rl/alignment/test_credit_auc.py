@@ -14,7 +14,6 @@ from flowgraph import context_length
 from rl import ConfigError, PPOConfig, TaskError, credit_auc, credit_rule, load_base_model, make_task
 from rl.alignment.arms import parse_arm
 from rl.alignment.auc_plot import plot_auc
-from rl.alignment.credit_auc import _answer_openers
 from rl.alignment.graph_sweep import graphs_of
 from rl.alignment.measured_policy import default_sampling
 from rl.alignment.rank_auc import interval, mean_over_problems, resampled_sums, within_auc
@@ -188,11 +187,6 @@ def test_json_is_a_list_of_rows_and_the_picture_is_drawn(tmp_path):
     assert rows[1]["task"] == repr(DetourDigits())
     assert plot_auc(found, tmp_path / "auc.png").read_bytes().startswith(b"\x89PNG")
     assert "oracle 1.00" in repr(found)
-
-
-def test_answer_opener_stands_in_front_of_the_answer():
-    answer = torch.tensor([[False, False, True, True], [True, False, False, False]])
-    assert _answer_openers(answer).tolist() == [[False, True, False, False], [False] * 4]
 
 
 def test_the_default_sampling_fits_a_short_context():

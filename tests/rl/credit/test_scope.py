@@ -12,7 +12,7 @@ from rl import ActorCritic, Credit, CreditConfig, LoraConfig, Responses, Sample,
 from rl.config import Scope, Shape, Sign
 from rl.credit.ratings import check_credit
 from rl.credit.registry import find_rule
-from rl.credit.scope import after_answer, before_answer, tokens_in_scope
+from rl.credit.scope import after_answer, answer_openers, before_answer, end_tokens, tokens_in_scope
 from rl.credit.scoring import score_rollout
 from rl.credit.weights import loss_weights
 from rl.errors import CreditError
@@ -40,6 +40,20 @@ def worked_by_hand() -> Responses:
         question=torch.cat([prompt, torch.zeros_like(mask)], 1),
         answer=torch.cat([~prompt, answer], 1),
     )
+
+
+def test_openers_and_end_tokens_worked_by_hand():
+    responses = replace(worked_by_hand(), truncated=torch.tensor([False, True, False]))
+    assert answer_openers(responses).int().tolist() == [
+        [0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert end_tokens(responses).int().tolist() == [
+        [0, 0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+    ]
 
 
 def test_scopes_worked_by_hand():
