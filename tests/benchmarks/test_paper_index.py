@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import paper_index
 from rl import rule_names
+from rl.credit.registry import find_rule
 
 TEXT = paper_index.PAGE.read_text(encoding="utf-8")
 ROWS = paper_index.rows_of(TEXT)
@@ -37,7 +38,9 @@ def test_every_rule_of_a_paper_has_a_line():
         "lora_influence", "shuffled_flow", "shuffled_flow_sharp", "wrong_sink", "position_matched", "reach_sharp",
     }  # fmt: skip
     lines = " ".join(row[2] for row in ROWS)
-    assert [name for name in rule_names() if name not in without and f'rule="{name}"' not in lines] == []
+    # Other tests register rules of their own.
+    shipped = [name for name in rule_names() if find_rule(name).function.__module__.startswith("rl.")]
+    assert [name for name in shipped if name not in without and f'rule="{name}"' not in lines] == []
 
 
 def test_a_figure_that_is_not_there_is_an_error():
