@@ -30,7 +30,11 @@ CAPTURED = fg.ModelShape("16 layers of width 1024", 16, 1024, 16, 16, 64, 2816, 
 SMALL = fg.ModelShape("4 layers of width 256", 4, 256, 4, 4, 64, 704, 4096, 65536)
 """The models of the benchmarks capacities, capture, and streaming and engine."""
 
-WITH_FORWARD = ("capacities.json", "capture.json", "streaming.json")
+CAPACITY_FILES = ("capacities", "capacities_long")
+NOT_MODELLED = ("relevance, streamed", "eager attention, autograd")
+"""Ways of these files that the model says nothing about."""
+
+WITH_FORWARD = ("capacities.json", "capacities_long.json", "capture.json", "streaming.json")
 """Files whose ratios hold one complete forward pass."""
 
 NOT_PREDICTED = {
@@ -68,18 +72,19 @@ def seconds(estimate: CostEstimate, *names: str) -> float:
 
 def capacity_points() -> Iterator[Row]:
     """Predict each capacity over the forward pass: captured, and all rows read once."""
-    for row in measured("capacities"):
-        tokens = row["tokens"]
-        way = row["way"]
-        if way == "forward":
-            continue
-        plain = seconds(on_cpu(SMOLLM2, tokens=tokens, logits=1), "scoring pass")
-        if way == "forward and backward":
-            estimate = on_cpu(SMOLLM2, tokens=tokens, logits=1, capacity="gradient")
-            predicted = seconds(estimate, "pass with gradients", "backward")
-        else:
-            predicted = captured_seconds(tokens, way)
-        yield point("capacities.json", f"{way}, {tokens} tokens", FORWARD, predicted / plain, row["over_forward"])
+    for name in CAPACITY_FILES:
+        for row in measured(name):
+            tokens = row["tokens"]
+            way = row["way"]
+            if way == "forward" or way in NOT_MODELLED:
+                continue
+            plain = seconds(on_cpu(SMOLLM2, tokens=tokens, logits=1), "scoring pass")
+            if way == "forward and backward":
+                estimate = on_cpu(SMOLLM2, tokens=tokens, logits=1, capacity="gradient")
+                predicted = seconds(estimate, "pass with gradients", "backward")
+            else:
+                predicted = captured_seconds(tokens, way)
+            yield point(f"{name}.json", f"{way}, {tokens} tokens", FORWARD, predicted / plain, row["over_forward"])
 
 
 def captured_seconds(tokens: int, way: str) -> float:
