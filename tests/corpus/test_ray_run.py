@@ -6,6 +6,7 @@ Workers, their tasks and their notes are the real ones; only Ray between them is
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.metadata
 import importlib.util
 import random
@@ -18,6 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 import flowgraph
@@ -324,13 +327,45 @@ def test_a_line_without_an_outcome_is_not_taken_for_done(cluster, tmp_path: Path
         run(tmp_path, LINES, ray="local", **OPTIONS)
 
 
+def test_the_saved_model_is_the_model(tmp_path: Path):
+    model, tokenizer = tiny()
+    save_model(tmp_path / "model", model, tokenizer)
+    again, its_tokenizer = SavedModel(str(tmp_path / "model"), "cpu", "eager")()
+    assert again.config._attn_implementation == "eager"
+    assert again.dtype == model.dtype
+    assert not again.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+    assert its_tokenizer("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+
+
+def test_no_file_of_the_folder_is_unpickled(tmp_path: Path):
+    """Others may write to a shared folder; pickled weights in the place of ours would run their code."""
+    model, tokenizer = tiny()
+    save_model(tmp_path / "model", model, tokenizer)
+    assert sorted(path.suffix for path in (tmp_path / "model").iterdir() if path.suffix not in (".json", ".jinja")) == [
+        ".safetensors"
+    ]
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(InvalidInputError, match=r"model: must be one that a worker can read .*; pass CorpusRay\(load="):
+        SavedModel(str(tmp_path / "model"), "cpu", "sdpa")()
+
+
 def test_a_model_that_cannot_be_sent_names_the_way_out(tmp_path: Path):
     model, tokenizer = tiny()
-    with pytest.raises(InvalidInputError, match=r"model: must be one that pickle can write, .*; pass CorpusRay\(load="):
-        save_model(tmp_path / "model.pt", (model, lambda: 0), tokenizer)
-    (tmp_path / "other.pt").write_text("no model")
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(InvalidInputError, match=r"model: must be .* without wrappers .*, got PeftModel; merge"):
+        save_model(tmp_path / "model", adapted, tokenizer)
+    unwritable = copy.deepcopy(model)
+    unwritable.config.marker = lambda: 0
+    with pytest.raises(InvalidInputError, match=r"model: must be one that save_pretrained writes, .*CorpusRay\(load="):
+        save_model(tmp_path / "model", unwritable, tokenizer)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OutputError, match=r"out: must hold the model for the workers, got .*; free some space"):
+        save_model(tmp_path / "file" / "model", model, tokenizer)
     with pytest.raises(InvalidInputError, match=r"model: must be one that a worker can read .*; pass CorpusRay\(load="):
-        SavedModel(str(tmp_path / "other.pt"), "cpu")()
+        SavedModel(str(tmp_path / "absent"), "cpu", "sdpa")()
 
 
 # The notes ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flowgraph.attention.modules import base_model
 from flowgraph.corpus.corpus_ray import CorpusRay, device_of
 from flowgraph.corpus.ray_pool import Pool, connected, run_tasks
 from flowgraph.corpus.ray_worker import CorpusTask, Load, RayJob, SavedModel, save_model
@@ -68,7 +69,8 @@ def trace_on_ray(
     threads = choice.threads or torch.get_num_threads()
     device = device_of(choice, run.model)
     notes = run.folder.make_notes().absolute()
-    load: Load = choice.load or SavedModel(str(notes / "model.pt"), device)
+    implementation = base_model(run.model).config._attn_implementation
+    load: Load = choice.load or SavedModel(str(notes / "model"), device, implementation)
     job = RayJob(
         path=str(path.absolute()),
         fields=names,

@@ -7,7 +7,6 @@ not import Ray.
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from flowgraph import errors
 from flowgraph.attention.modules import base_model
@@ -25,10 +25,9 @@ from flowgraph.corpus.run import FinishedLine, Run, finished_line
 from flowgraph.corpus.run_folder import CorpusFolder, fingerprint
 from flowgraph.corpus.work_notes import LOADING, WorkNotes
 from flowgraph.errors import ClusterError, FlowgraphError, InvalidInputError, OutputError
-from flowgraph.files import atomic_write
 
 Load = Callable[[], tuple[Any, Any]]
-_UNREADABLE = (OSError, ImportError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)
+_UNREADABLE = (OSError, ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError)
 _CHECKED = ("weights", "tokenizer", "versions")
 """Settings that a worker compares with its own model and packages."""
 
@@ -319,47 +318,67 @@ def _public_class(error: FlowgraphError) -> str:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Load the model that the run has written to its folder.
+    """Load the model that the run has written to its folder: settings as JSON, weights as safetensors, no code.
 
     Attributes:
-        path: the file.
+        path: the folder.
         device: where the model goes.
+        implementation: name of its attention function, which its settings do not keep.
     """
 
     path: str
     device: str
+    implementation: str
 
     def __call__(self) -> tuple[Any, Any]:
         """Return model and tokenizer."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        # Without ``trust_remote_code=False`` transformers offers to run code of a folder.
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            # The file is the run's own. Workers of one machine share the pages that it is read from.
-            saved = torch.load(self.path, map_location="cpu", mmap=True, weights_only=False)
+            # Workers of one machine share the pages that safetensors maps.
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype="auto", attn_implementation=self.implementation, use_safetensors=True, **local
+            )
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **local)
         except _UNREADABLE as error:
             raise InvalidInputError(
-                f"model: must be one that a worker can read from a file, got {str(error).splitlines()[0]!s:.200}; "
+                f"model: must be one that a worker can read from a folder, got {_reason(error)}; "
                 "pass CorpusRay(load=...), a function that returns model and tokenizer"
             ) from error
-        return saved["model"].to(self.device), saved["tokenizer"]
+        return model.eval().to(self.device), tokenizer
 
 
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer to one file, for :class:`SavedModel`.
+    """Write model and tokenizer to a new folder, for :class:`SavedModel`.
 
     Raises:
-        InvalidInputError: an object that pickle cannot write.
-        OutputError: the file cannot be written.
+        InvalidInputError: a model with an adapter or another wrapper, or one that transformers does not write.
+        OutputError: the folder cannot be written.
     """
-    with atomic_write(path) as temporary:
-        try:
-            torch.save({"model": model, "tokenizer": tokenizer}, temporary)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise InvalidInputError(
-                f"model: must be one that pickle can write, got {str(error).splitlines()[0]!s:.200}; "
-                "pass CorpusRay(load=...), a function that returns model and tokenizer"
-            ) from error
-        except RuntimeError as error:
-            # torch reports a full disk so.
-            raise OutputError(
-                f"out: must hold the model for the workers, got {str(error).splitlines()[0]!s:.200}; "
-                "free some space, or pass CorpusRay(load=...)"
-            ) from error
+    if model is not base_model(model):
+        raise InvalidInputError(
+            f"model: must be a transformers model without wrappers for workers on Ray, got {type(model).__name__}; "
+            "merge its adapter, or pass CorpusRay(load=...), a function that returns model and tokenizer"
+        )
+    try:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    except OSError as error:
+        raise OutputError(
+            f"out: must hold the model for the workers, got {_reason(error)}; free some space, or pass "
+            "CorpusRay(load=...)"
+        ) from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+        # Settings that JSON has no form for, or weights that share memory in a way of their own.
+        raise InvalidInputError(
+            f"model: must be one that save_pretrained writes, got {_reason(error)}; pass CorpusRay(load=...), a "
+            "function that returns model and tokenizer"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"{lines[0]:.200}"
