@@ -13,7 +13,7 @@ from rl.commands.terminal import console, table
 if TYPE_CHECKING:
     from rl.reports.curves import Curve
 
-_WIDTH = 40
+_WIDTH = 20
 """Columns of a curve."""
 
 

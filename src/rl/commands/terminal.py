@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_NAME_WIDTH = 28
+"""Most characters of a name in one line of a table of figures; six figures fit beside it into 80 columns."""
+
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console of rich, which is imported here because it loads slowly."""
@@ -23,8 +26,8 @@ def table(*columns: str, figures: bool = False) -> Table:
 
     Args:
         columns: headings.
-        figures: whether all columns but the first hold numbers. They are then aligned to the right, and the first is
-            never wrapped.
+        figures: whether all columns but the first hold numbers. They are then aligned to the right, and a long name in
+            the first is folded, so that the headings of the others stay whole.
     """
     from rich import box
     from rich.table import Table
@@ -33,7 +36,7 @@ def table(*columns: str, figures: bool = False) -> Table:
     for number, column in enumerate(columns):
         is_name = number == 0
         if figures and is_name:
-            empty.add_column(column, no_wrap=True)
+            empty.add_column(column, overflow="fold", max_width=_NAME_WIDTH)
         elif figures:
             empty.add_column(column, justify="right")
         else:
