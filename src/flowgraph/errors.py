@@ -59,3 +59,20 @@ class OutputError(FlowgraphError, OSError):
 
 class ClusterError(FlowgraphError, RuntimeError):
     """The workers of a cluster could not be started, or did not finish their work."""
+
+
+def first_line(error: BaseException, length: int = 200) -> str:
+    """Return the first line of an error's text, or its class where it has none; some texts fill a page.
+
+    Args:
+        error: of another library, to be named in a message.
+        length: most characters.
+
+    Example:
+        >>> first_line(RuntimeError("no kernel\\nin a list of fifty lines")), first_line(NotImplementedError())
+        ('no kernel', 'NotImplementedError')
+    """
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    return text.splitlines()[0].strip()[:length]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flowgraph.errors import InvalidInputError, RegionError
+from flowgraph.errors import InvalidInputError, RegionError, first_line
 
 Mask = Bool[Tensor, " tokens"]
 Indices = Int[Tensor, " indices"] | Int[np.ndarray, " indices"]
@@ -71,7 +71,7 @@ def as_tensor(
                 tensor = torch.as_tensor(values, dtype=torch.float64, device=device)
             return tensor
     except (TypeError, ValueError, RuntimeError, OverflowError) as failure:
-        reason = f" ({str(failure).splitlines()[0]})"
+        reason = f" ({first_line(failure)})"
     shown = " ".join(repr(given).split())
     raise error(f"{name}: must be a tensor or list of numbers, or an array, got {shown:.80}{reason}; {remedy}")
 

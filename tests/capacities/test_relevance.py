@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -265,6 +267,42 @@ def with_demand(total: float) -> RelevanceRows:
         target="margin",
         layers=(0,),
     )
+
+
+class Raising(torch.autograd.Function):
+    """The identity, whose backward pass raises the error that was put into ``error``."""
+
+    error: Exception = RuntimeError()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise Raising.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (NotImplementedError(), CaptureError, r"model: its backward pass failed \(NotImplementedError\); conserved"),
+        (RuntimeError("no kernel\nin fifty lines"), CaptureError, r"backward pass failed \(no kernel\); conserved"),
+        (torch.OutOfMemoryError("60 GiB"), torch.OutOfMemoryError, "60 GiB"),
+    ],
+)
+def test_a_failed_backward_pass_is_named_and_a_full_memory_is_not_blamed_on_the_model(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+):
+    """An error without a text was an IndexError, and a full memory was reported as a missing kernel."""
+    model = build("llama")
+    projection = model.model.layers[1].mlp.down_proj
+    forward = projection.forward
+    monkeypatch.setattr(projection, "forward", lambda x: Raising.apply(forward(x)))
+    monkeypatch.setattr(Raising, "error", error)
+    ids, mask = padded("right")
+    with pytest.raises(kind, match=message):
+        capture(model, ids, mask, capacity="relevance", answer=last_token(mask), target="logprob")
 
 
 def test_shares_of_a_tie_are_refused_and_of_a_forced_answer_told():

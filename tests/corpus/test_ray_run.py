@@ -439,10 +439,10 @@ def test_an_environment_without_ray_is_refused_with_the_command(tmp_path: Path, 
     for version in ("2.9.3", "1.13.0", "odd"):
         monkeypatch.setattr(importlib.metadata, "version", lambda _, found=version: found)
         with pytest.raises(
-            MissingExtraError, match=rf"ray: needs Ray 2.40 or newer, got {version}; run pip install --u"
+            MissingExtraError, match=rf"ray: needs Ray 2.60 or newer, got {version}; run pip install --u"
         ):
             corpus_ray.check_ray_installed()
-    for version in ("2.40.0", "2.60.0", "3.0.0.dev0"):
+    for version in ("2.60.0", "2.61.1", "3.0.0.dev0"):
         monkeypatch.setattr(importlib.metadata, "version", lambda _, found=version: found)
         corpus_ray.check_ray_installed()
 

@@ -34,7 +34,7 @@ from flowgraph.attention.layer_record import in_steps
 from flowgraph.attention.modules import base_model, first_block, text_decoder
 from flowgraph.capacities.predictions import Target, forward_logits, objective_of, predicting_rows
 from flowgraph.capacities.tape import Tape, TapeLayer
-from flowgraph.errors import CaptureError
+from flowgraph.errors import CaptureError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -393,7 +393,7 @@ class GradientWatch:
             module = self._model.get_submodule(self._reached)
             raise CaptureError(
                 f"model: every kernel must have a backward pass, got an error in {_named(self._reached, module)} "
-                f"({str(error).splitlines()[0]}); load the model unquantised or with another attn_implementation, or "
+                f"({first_line(error)}); load the model unquantised or with another attn_implementation, or "
                 "use capacity='vtrace'"
             ) from error
         return gradient

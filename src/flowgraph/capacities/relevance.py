@@ -51,7 +51,7 @@ from flowgraph.capacities.predictions import (
 )
 from flowgraph.capacities.relevance_balance import BalanceRecorder
 from flowgraph.capacities.tape import MAX_BLOCK, SCRATCH_BYTES, Tape, TapeLayer
-from flowgraph.errors import CaptureError, InvalidInputError
+from flowgraph.errors import CaptureError, InvalidInputError, first_line
 from flowgraph.memory import require_memory
 
 if TYPE_CHECKING:
@@ -438,9 +438,12 @@ class _BackwardPasses:
         """Propagate a gradient at y through all layers; add to dL/dz, a and the biases."""
         try:
             (gradient,) = torch.autograd.grad(self.y, self.x0, seed, retain_graph=True)
+        except torch.OutOfMemoryError:
+            # A RuntimeError too, and no fault of the model.
+            raise
         except RuntimeError as error:
             raise CaptureError(
-                f"model: its backward pass failed ({str(error).splitlines()[0]}); conserved relevance needs kernels "
+                f"model: its backward pass failed ({first_line(error)}); conserved relevance needs kernels "
                 "with a backward pass, so load the model unquantised or use capacity='vtrace'"
             ) from error
         self._balance.absorbed += (self.x0.detach().float() * gradient.float()).sum(-1)

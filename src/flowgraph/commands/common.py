@@ -316,7 +316,7 @@ def load_model(model: str, dtype: str, device: str, progress: Callable[[str], No
         InvalidInputError: no such device or precision, or nothing that transformers can load.
         MissingExtraError: the demo model is not installed.
     """
-    from flowgraph.errors import InvalidInputError
+    from flowgraph.errors import InvalidInputError, first_line
 
     if dtype not in DTYPES:
         raise InvalidInputError(
@@ -342,7 +342,7 @@ def load_model(model: str, dtype: str, device: str, progress: Callable[[str], No
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InvalidInputError(
             f"--model: must be a causal language model that transformers can load, got {model!r} "
-            f"({_first_line(error)}); pass a folder with config.json and safetensors weights, a hub name, or 'demo'"
+            f"({first_line(error)}); pass a folder with config.json and safetensors weights, a hub name, or 'demo'"
         ) from error
 
 
@@ -350,14 +350,14 @@ def _check_device(device: str) -> None:
     """Refuse a device on which no tensor can be made."""
     import torch
 
-    from flowgraph.errors import InvalidInputError
+    from flowgraph.errors import InvalidInputError, first_line
 
     try:
         # The only portable way to learn whether a device can be used.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(
-            f"--device: must be usable here, got {device!r} ({_first_line(error)}); 'cpu' always is"
+            f"--device: must be usable here, got {device!r} ({first_line(error)}); 'cpu' always is"
         ) from error
 
 
@@ -388,11 +388,6 @@ def _load_pretrained(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     network: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     return network.to(device).eval(), tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().split("\n")[0]
 
 
 def console() -> Console:

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 
 from flowgraph.corpus.corpus_ray import LOCAL_STORE, CorpusRay
 from flowgraph.corpus.ray_worker import RayJob, RayWorker, TaskOutcome
-from flowgraph.errors import ClusterError, FlowgraphError, InvalidInputError, MemoryLimitError, OutputError
+from flowgraph.errors import (
+    ClusterError,
+    FlowgraphError,
+    InvalidInputError,
+    MemoryLimitError,
+    OutputError,
+    first_line,
+)
 
 _MOST_BLOCKS = 4096
 """Blocks that the tasks of a run are divided into; a small run has one task a block."""
@@ -105,7 +112,7 @@ def _start(choice: CorpusRay, threads: int) -> None:
     except Exception as error:
         # Ray raises a bare Exception where a process of its own does not start in time.
         raise ClusterError(
-            f"ray: must start on this machine, got {_first_line(error)}; free some processors or memory and run the "
+            f"ray: must start on this machine, got {first_line(error)}; free some processors or memory and run the "
             "same command again, or leave ray out to run in one process"
         ) from error
 
@@ -178,7 +185,7 @@ def check_sendable(job: RayJob) -> None:
         cloudpickle.dumps(job)
     except (TypeError, AttributeError, PicklingError) as error:
         raise InvalidInputError(
-            f"ray: every option must be one that pickle can send to a worker, got {_first_line(error)}; "
+            f"ray: every option must be one that pickle can send to a worker, got {first_line(error)}; "
             "use texts and functions of a module instead of objects that are open"
         ) from error
 
@@ -234,9 +241,9 @@ def translated(error: Exception) -> FlowgraphError:
 
     # The error of a task holds that of its worker, behind a traceback.
     cause = getattr(error, "cause", None)
-    reason = _first_line(error)
+    reason = first_line(error)
     if isinstance(cause, Exception):
-        reason = f"{type(cause).__name__}: {_first_line(cause)}"
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
     if isinstance(error, exceptions.OutOfDiskError):
         return OutputError(
             f"ray: the disk of every machine must have space, got a full one ({reason}); free some, and run the same "
@@ -251,14 +258,6 @@ def translated(error: Exception) -> FlowgraphError:
         f"ray: the workers must finish their work, got {type(error).__name__} ({reason}); see the logs of Ray "
         "(/tmp/ray/session_latest/logs), and run the same command again: it continues from here"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return f"{lines[0]:.200}"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from flowgraph.corpus.requests import CorpusFields, Line, read_requests
 from flowgraph.corpus.run import FinishedLine, Run, finished_line
 from flowgraph.corpus.run_folder import CorpusFolder, fingerprint
 from flowgraph.corpus.work_notes import LOADING, WorkNotes
-from flowgraph.errors import ClusterError, FlowgraphError, InvalidInputError, OutputError
+from flowgraph.errors import ClusterError, FlowgraphError, InvalidInputError, OutputError, first_line
 
 Load = Callable[[], tuple[Any, Any]]
 _UNREADABLE = (OSError, ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError)
@@ -280,8 +280,8 @@ def _call(load: Load) -> tuple[Any, Any]:
     except Exception as error:
         # Code of the caller's, which may raise anything; its traceback would be lost among those of Ray.
         raise InvalidInputError(
-            f"load: must return model and tokenizer in a worker, got {type(error).__name__}: "
-            f"{str(error).split(chr(10))[0]:.200}; check that the model has the same path on every machine"
+            f"load: must return model and tokenizer in a worker, got {type(error).__name__}: {first_line(error)}; "
+            "check that the model has the same path on every machine"
         ) from error
     return model, tokenizer
 
@@ -323,12 +323,12 @@ class SavedModel:
     Attributes:
         path: the folder.
         device: where the model goes.
-        implementation: name of its attention function, which its settings do not keep.
+        implementation: name of its attention function, which its settings do not keep; None: as transformers chooses.
     """
 
     path: str
     device: str
-    implementation: str
+    implementation: str | None
 
     def __call__(self) -> tuple[Any, Any]:
         """Return model and tokenizer."""
@@ -344,10 +344,12 @@ class SavedModel:
             tokenizer = AutoTokenizer.from_pretrained(self.path, **local)
         except _UNREADABLE as error:
             raise InvalidInputError(
-                f"model: must be one that a worker can read from a folder, got {_reason(error)}; "
+                f"model: must be one that a worker can read from a folder, got {first_line(error)}; "
                 "pass CorpusRay(load=...), a function that returns model and tokenizer"
             ) from error
-        return model.eval().to(self.device), tokenizer
+        loaded: Any = model
+        # The stubs of transformers describe another signature.
+        return loaded.eval().to(self.device), tokenizer
 
 
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:
@@ -367,18 +369,12 @@ def save_model(path: Path, model: Any, tokenizer: Any) -> None:
         tokenizer.save_pretrained(path)
     except OSError as error:
         raise OutputError(
-            f"out: must hold the model for the workers, got {_reason(error)}; free some space, or pass "
+            f"out: must hold the model for the workers, got {first_line(error)}; free some space, or pass "
             "CorpusRay(load=...)"
         ) from error
     except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         # Settings that JSON has no form for, or weights that share memory in a way of their own.
         raise InvalidInputError(
-            f"model: must be one that save_pretrained writes, got {_reason(error)}; pass CorpusRay(load=...), a "
+            f"model: must be one that save_pretrained writes, got {first_line(error)}; pass CorpusRay(load=...), a "
             "function that returns model and tokenizer"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return f"{lines[0]:.200}"

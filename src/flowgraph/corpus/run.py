@@ -24,6 +24,7 @@ from flowgraph.errors import (
     InvalidInputError,
     MemoryLimitError,
     NumericalRangeError,
+    first_line,
 )
 from flowgraph.graph.edge_collection import edges_kept
 from flowgraph.text.chat import check_prompt, ends_with_response
@@ -408,7 +409,7 @@ class Run:
             self.skip(item.line, error)
             return
         except torch.OutOfMemoryError as error:
-            self.skip(item.line, f"memory: must hold the passes of one line, got {str(error).splitlines()[0]}")
+            self.skip(item.line, f"memory: must hold the passes of one line, got {first_line(error)}")
             return
         self._finish(item, trace, record, began, 1)
 
@@ -459,7 +460,7 @@ class Run:
             require_trace_memory(self.inner, ids.numel(), options.chosen_layers, max(edges, 1))
             return options.capture(self.model, ids, mask, answer)
         except (MemoryLimitError, torch.OutOfMemoryError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise MemoryLimitError(
                 f"batch_tokens: a batch must fit the memory, got {ids.numel()} tokens that do not ({reason}); "
                 "run again with a smaller batch_tokens, and it continues from here"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowgraph.attention.capture import evaluating
 from flowgraph.attention.modules import base_model, text_config
-from flowgraph.errors import CaptureError, InvalidInputError, MissingExtraError
+from flowgraph.errors import CaptureError, InvalidInputError, MissingExtraError, first_line
 from flowgraph.evaluation.registry import evaluation_method
 from flowgraph.evaluation.subject import Subject
 
@@ -57,7 +57,7 @@ def flashtrace(subject: Subject) -> TokenScores:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             raise CaptureError(
                 f"model: 'flashtrace' must be able to read it, got {type(error).__name__} from the package for "
-                f"{type(model).__name__} ({str(error).splitlines()[0] if str(error) else 'no message'}); leave the "
+                f"{type(model).__name__} ({first_line(error)}); leave the "
                 "method out for this model"
             ) from error
 

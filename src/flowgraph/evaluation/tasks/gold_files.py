@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flowgraph.errors import InvalidInputError
+from flowgraph.errors import InvalidInputError, first_line
 from flowgraph.evaluation.records import EvaluationItem
 from flowgraph.evaluation.registry import EvaluationTask
 from flowgraph.evaluation.subject import Subject
@@ -159,7 +159,7 @@ def _lines(name: str, path: str, text: str) -> list[Any]:
         try:
             entries.append(json.loads(line))
         except (json.JSONDecodeError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise InvalidInputError(
                 f"tasks: {name} must be JSON or one JSON object a line, got line {number} of {path!r}: {reason}; "
                 "pass the file as it was published"
